@@ -1,0 +1,45 @@
+# Every target does its own set-up (.ci/env.sh); nothing has to be installed or activated before.
+#
+#   make run                                            the default pipeline
+#   make run EXPERIMENT=tiny ARGS="engine.tp_size=1"    an experiment and Hydra overrides
+#   make test ARGS="-k ledger"                          pytest options
+
+EXPERIMENT ?=
+ARGS ?=
+BIN := .venv/bin
+MAKEFLAGS += --no-print-directory
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-fast lint format lock clean env
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+run: env ## run a pipeline: make run EXPERIMENT=tiny ARGS="key=value ..."
+	@$(BIN)/python -m kvpipe $(if $(EXPERIMENT),+experiment=$(EXPERIMENT)) $(ARGS)
+
+test: env ## run every test, the ones that start an engine included
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: env ## run the tests that start no engine
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: env ## check style, types and the layer rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo
+
+format: env ## rewrite the files in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: ## resolve the dependencies again, from the public index only
+	@"$$(.ci/env.sh uv)" lock --default-index https://pypi.org/simple $(ARGS)
+
+clean: ## remove all that make made here; the outputs of runs stay
+	rm -rf .venv .uv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find kvpipe phases conf tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+env:
+	@.ci/env.sh

@@ -1,0 +1,171 @@
+"""MLLM-JAX's parameter tree: where it keeps a Hugging Face tensor, and back again.
+
+Both directions are renames and transposed views; nothing is copied and no value passes through
+another dtype unless one is asked for. Which leaves a model must have is the engine's to say: this
+module only refuses names that the tree has no place for.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpipe.errors import InputError
+from kvpipe.suggest import nearest
+
+_LAYER_TEMPLATES = {
+    f"model.layers.#.{module}.{hf_leaf}": f"model.layers_#.{module}.{leaf}"
+    for modules, hf_leaf, leaf in (
+        (("input_layernorm", "post_attention_layernorm"), "weight", "scale"),
+        (("self_attn.q_norm", "self_attn.k_norm"), "weight", "scale"),
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "weight", "kernel"),
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "bias", "bias"),
+        (("self_attn.o_proj",), "weight", "kernel"),
+        (("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "weight", "kernel"),
+    )
+    for module in modules
+}
+_TEMPLATES = {  # Hugging Face name -> path in the tree; '#' is the layer's number
+    "model.embed_tokens.weight": "model.embed_tokens.embedding",
+    "model.norm.weight": "model.norm.scale",
+    "lm_head.weight": "lm_head.kernel",
+    **_LAYER_TEMPLATES,
+}
+_TEMPLATES_BACK = {path: name for name, path in _TEMPLATES.items()}
+_LAYER_NUMBER = re.compile(r"(?<=^model\.layers[._])(0|[1-9][0-9]*)(?=\.)")
+_NDIMS = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+Tree = dict[str, Any]
+"""Nested dictionaries with arrays for leaves."""
+
+
+def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None = None) -> Tree:
+    """Return the tensors of `source` as MLLM-JAX's nested tree.
+
+    Args:
+        source: tensors under their Hugging Face names, linear weights as `[out, in]`.
+        dtype: `bfloat16`, `float16` or `float32` to cast every leaf straight to it;
+            None keeps each tensor's own.
+
+    Returns:
+        `{"model": {"embed_tokens": {"embedding": ...}, "layers_0": ..., "norm": ...}, "lm_head":
+        ...}`; kernels are `[in, out]`. A leaf whose dtype stays is a view of the source's array.
+
+    Raises:
+        InputError: a name has no place in the tree, a tensor has the wrong number of dimensions,
+            or the dtype is unknown.
+    """
+    target = None if dtype is None else _dtype(dtype)
+    _refuse_unknown("checkpoint tensors", source, _TEMPLATES)
+    tree: Tree = {}
+    for name in source:
+        *parents, leaf = _rename(name, _TEMPLATES).split(".")
+        array = source[name]
+        _check_ndim(name, array, leaf)
+        if target is not None:
+            array = array.astype(target, copy=False)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = _flip(array, leaf)
+    return tree
+
+
+class HfView(Mapping[str, NDArray[Any]]):
+    """A tree's leaves under their Hugging Face names, linear weights as `[out, in]` views.
+
+    The names are taken when the view is made; the arrays are the tree's own, never copies.
+    """
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        """Look up every leaf's Hugging Face name.
+
+        Raises:
+            InputError: the tree has leaves that no Hugging Face name stands for, or a leaf that is
+                no array of the right number of dimensions.
+        """
+        leaves = dict(_leaves(tree))
+        _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for path, array in leaves.items():
+            leaf = path.rpartition(".")[2]
+            _check_ndim(path, array, leaf)
+            self._arrays[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def num_leaves(tree: Mapping[str, Any]) -> int:
+    """Return the number of arrays in the tree."""
+    return sum(1 for _ in _leaves(tree))
+
+
+def nbytes(tree: Mapping[str, Any]) -> int:
+    """Return the bytes of all arrays in the tree together, mapped ones counted in full."""
+    return sum(leaf.nbytes for _, leaf in _leaves(tree))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each leaf with its path, joined by dots."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _template(name: str) -> str:
+    return _LAYER_NUMBER.sub("#", name)
+
+
+def _rename(name: str, templates: Mapping[str, str]) -> str:
+    """Return the other side's name for a name that has one."""
+    number = _LAYER_NUMBER.search(name)
+    renamed = templates[_template(name)]
+    return renamed.replace("#", number[0]) if number else renamed
+
+
+def _refuse_unknown(what: str, names: Mapping[str, Any], templates: Mapping[str, str]) -> None:
+    # A name that holds '#' itself would pass for a template.
+    unknown = [name for name in names if "#" in name or _template(name) not in templates]
+    if unknown:
+        raise InputError(
+            f"{what} that have no place on the other side: {', '.join(map(repr, unknown))}; "
+            f"for {unknown[0]!r} {nearest(_template(unknown[0]), templates)}"
+        )
+
+
+def _check_ndim(name: str, array: object, leaf: str) -> None:
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name} should be an array, got {type(array).__name__}")
+    if array.ndim != _NDIMS[leaf]:
+        raise InputError(
+            f"{name} has shape {list(array.shape)}; a {leaf} has {_NDIMS[leaf]} dimension(s)"
+        )
+
+
+def _flip(array: NDArray[Any], leaf: str) -> NDArray[Any]:
+    """Exchange `[out, in]` and `[in, out]` for a kernel, as a view."""
+    return array.T if leaf == "kernel" else array
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name not in _DTYPES:
+        raise InputError(f"unknown dtype {name!r}; {nearest(name, _DTYPES)}")
+    return _DTYPES[name]

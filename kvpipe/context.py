@@ -1,0 +1,87 @@
+"""What the phases of one run share.
+
+The worker's context holds the engine and what phases hand to each other: parameter sets on the
+devices (slots), parameter trees on the host, and generated outputs. The parent's has the tracker.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpipe.errors import KvpipeError
+from kvpipe.model_dir import find_model
+from kvpipe.schema import Kvpipe
+
+if TYPE_CHECKING:
+    from kvpipe.engine.sglang import SglangEngine
+
+
+@dataclass(frozen=True)
+class Output:
+    """A generated text.
+
+    Attributes:
+        text: the new text, without the prompt.
+        token_ids: ids of the new tokens.
+        prompt_tokens: length of the prompt in tokens.
+        raw: the engine's whole answer, JSON-serialisable.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    raw: Mapping[str, Any]
+
+
+@dataclass
+class WorkerContext:
+    """Shared by the phases of the worker.
+
+    Attributes:
+        config: the config that runs.
+        prompt: the prompt that generates take.
+        slots: named parameter sets on the devices: engine path → array.
+        host: named parameter trees on the host.
+        outputs: outputs by step name.
+        jax_ready: whether jax has found its devices.
+        started: the engine once it has been started, else None.
+    """
+
+    config: Kvpipe
+    prompt: str
+    slots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    host: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=dict)
+    jax_ready: bool = False
+    started: "SglangEngine | None" = None
+
+    @cached_property
+    def model_dir(self) -> Path:
+        """Directory of the model; the first use may generate or download it."""
+        return find_model(self.config)
+
+    @property
+    def engine(self) -> "SglangEngine":
+        """The live engine.
+
+        Raises:
+            KvpipeError: it has not been started.
+        """
+        if self.started is None:
+            raise KvpipeError("the engine has not been started")
+        return self.started
+
+
+@dataclass(frozen=True)
+class ParentContext:
+    """Shared by the phases of the parent.
+
+    Attributes:
+        config: the config that runs.
+        start_tracking: begin the W&B run; returns what it is called and where it writes.
+    """
+
+    config: Kvpipe
+    start_tracking: Callable[[], dict[str, Any]]

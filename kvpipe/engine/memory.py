@@ -1,0 +1,94 @@
+"""Count what is alive on the devices, to the byte, without making new arrays.
+
+Materialising ``addressable_shards`` to read sizes would create arrays that the next count finds;
+the sharding's ``shard_shape`` gives the same sizes from metadata alone.
+"""
+
+import ctypes
+import gc
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
+
+
+def shard_bytes(array: Any) -> int:
+    """Return the bytes of one shard of ``array`` (or of a shape with dtype and sharding)."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
+    """Return the bytes that ``arrays`` hold on each of ``devices``; deleted ones hold none."""
+    sizes = dict.fromkeys(devices, 0)
+    for array in arrays:
+        if isinstance(array, jax.Array) and array.is_deleted():
+            continue
+        for device in array.sharding.device_set & sizes.keys():
+            sizes[device] += shard_bytes(array)
+    return tuple(sizes[device] for device in devices)
+
+
+def live_arrays() -> list[jax.Array]:
+    """Return every array that is alive, each one ready, after a garbage collection."""
+    gc.collect()
+    alive = [array for array in jax.live_arrays() if not array.is_deleted()]
+    return jax.block_until_ready(alive)
+
+
+def measure(
+    params: Iterable[jax.Array], kv: Iterable[jax.Array], slots: Mapping[str, Iterable[jax.Array]]
+) -> Ledger:
+    """Attribute every live array to the pool that owns it: params, then kv, slots, and other.
+
+    An array that two pools name is counted for the first, so a slot whose arrays the engine
+    computes with holds no bytes of its own. Where the backend counts bytes itself, what it counts
+    beyond the arrays is ``program``: compiled code and the runtime's buffers.
+    """
+    devices = jax.devices()
+    rest = {id(array): array for array in live_arrays()}
+    owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
+    ledger = Ledger(len(devices))
+    for pool, owned in owners:
+        mine = [rest.pop(id(array)) for array in list(owned) if id(array) in rest]
+        ledger = ledger.with_pool(pool, per_device(mine, devices))
+    ledger = ledger.with_pool(OTHER, per_device(rest.values(), devices))
+    if (stats := device_stats()) is not None:
+        in_use = (device["bytes_in_use"] for device in stats)
+        program = tuple(b - a for b, a in zip(in_use, ledger.per_device, strict=True))
+        ledger = ledger.with_pool(PROGRAM, program)
+    return ledger
+
+
+def device_stats() -> list[dict[str, int]] | None:
+    """Return the backend's numeric statistics for each device; None where it has none (CPU)."""
+    found = [device.memory_stats() for device in jax.local_devices()]
+    if any(stats is None for stats in found):
+        return None
+    return [{k: v for k, v in stats.items() if isinstance(v, int)} for stats in found if stats]
+
+
+def bytes_in_use() -> PerDevice:
+    """Return the bytes in use on each device: the backend's count, or else of live arrays."""
+    alive = live_arrays()
+    if (stats := device_stats()) is not None:
+        return tuple(device["bytes_in_use"] for device in stats)
+    return per_device(alive, jax.devices())
+
+
+def bytes_of(arrays: Iterable[Any]) -> PerDevice:
+    """Return the bytes that ``arrays`` hold on each device."""
+    return per_device(arrays, jax.devices())
+
+
+def give_back_host_memory() -> None:
+    """Collect garbage and let glibc return freed pages, which it otherwise keeps in this process.
+
+    On the CPU the "device" buffers are host memory too: without this RSS hardly falls after a drop.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,132 @@
+"""Run functions on the engine's scheduler thread, at a moment when the engine is idle.
+
+Flush, drop, rebuild and swap change state that the scheduler reads without a lock, so only its own
+thread may do it. ``generate`` returns before the overlapped last step is done: until then that step
+holds the KV buffers, and the scheduler's own leak check would fail.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+from kvpipe.engine.failure import FailureWatch
+from kvpipe.errors import EngineError
+
+_POLL_S = 0.05
+
+
+class SchedulerThread:
+    """A door into the scheduler's loop."""
+
+    def __init__(self, scheduler: Any, failure: FailureWatch, idle_timeout_s: float) -> None:
+        """Hang the door into ``scheduler.process_input_requests``, which every loop calls first."""
+        self._scheduler = scheduler
+        self._failure = failure
+        self._idle_timeout_s = idle_timeout_s
+        self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._process_requests = scheduler.process_input_requests
+        scheduler.process_input_requests = self._process_requests_then_ours
+
+    def call[T](self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the scheduler's thread once the engine is idle; return its result.
+
+        Raises:
+            EngineError: the engine failed, or was not idle within ``idle_timeout_s``.
+        """
+        future: Future[T] = Future()
+        self._queue.put((function, future))
+        deadline = time.monotonic() + self._idle_timeout_s
+        while True:
+            self._failure.raise_if_failed()
+            try:
+                return future.result(timeout=_POLL_S)
+            except TimeoutError:
+                if future.done():
+                    raise
+            if time.monotonic() > deadline and future.cancel():
+                raise EngineError(
+                    f"the engine was still busy after {self._idle_timeout_s:g} s "
+                    f"(runner.idle_timeout_s): {self._business()}"
+                )
+
+    def stop(self) -> None:
+        """End the scheduler's thread: SystemExit ends a thread silently."""
+
+        def leave() -> None:
+            future.set_result(None)
+            raise SystemExit
+
+        future: Future[None] = Future()
+        self._queue.put((leave, Future()))
+        future.result(timeout=self._idle_timeout_s)
+
+    def _process_requests_then_ours(self, requests: list[Any]) -> None:
+        self._process_requests(requests)
+        while not self._queue.empty() and self._is_idle():
+            function, future = self._queue.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _is_idle(self) -> bool:
+        return not any(self._work().values())
+
+    def _work(self) -> dict[str, int]:
+        """What the scheduler still has to do, by kind; attributes are those of all versions."""
+        s = self._scheduler
+        chunked = getattr(s, "chunked_req", None) or any(getattr(s, "chunked_reqs", None) or ())
+        return {
+            "waiting": len(s.waiting_queue),
+            "running": 0 if s.running_batch.is_empty() else 1,
+            "current": int(getattr(s, "cur_batch", None) is not None),
+            "last": int(getattr(s, "last_batch", None) is not None),
+            "unprocessed": len(getattr(s, "result_queue", None) or ()),
+            "chunked": int(bool(chunked)),
+        }
+
+    def _business(self) -> str:
+        return ", ".join(f"{kind} {count}" for kind, count in self._work().items() if count)
+
+
+class CallerThread:
+    """One daemon thread that makes the blocking calls into the engine's front end.
+
+    The front end runs an asyncio loop and installs signal handlers when it is called on the main
+    thread; and a call would never return once the scheduler has died. Here the main thread waits
+    and keeps looking for failures.
+    """
+
+    def __init__(self, failure: FailureWatch) -> None:
+        self._failure = failure
+        self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._loop, name="kvpipe::caller", daemon=True).start()
+
+    def call[T](self, function: Callable[[], T]) -> T:
+        """Run ``function`` on the thread and return its result.
+
+        Raises:
+            EngineError: a thread of the engine failed meanwhile.
+        """
+        future: Future[T] = Future()
+        self._queue.put((function, future))
+        while True:
+            self._failure.raise_if_failed()
+            try:
+                return future.result(timeout=_POLL_S)
+            except TimeoutError:
+                if future.done():
+                    raise
+
+    def _loop(self) -> None:
+        while True:
+            function, future = self._queue.get()
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)

@@ -1,0 +1,234 @@
+"""Start sglang-jax in this process, generate, flush, shut down.
+
+One engine a process. What kvpipe does to its KV cache and weights is in :mod:`.kv_cache` and
+:mod:`.weights`; every touch of the engine's state goes through :class:`SchedulerThread`.
+"""
+
+import atexit
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvpipe.context import Output
+from kvpipe.engine import compat
+from kvpipe.engine.failure import FailureWatch
+from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
+from kvpipe.errors import EngineError, InputError
+from kvpipe.schema import EngineConfig, SamplingConfig
+
+
+@dataclass
+class SglangEngine:
+    """A live engine and the handles that kvpipe needs of it.
+
+    Attributes:
+        engine: ``sgl_jax.srt.entrypoints.engine.Engine``.
+        scheduler: its scheduler, which owns the loop, the prefix cache and the request pool.
+        runner: its model runner, which owns the model, the KV cache and the compiled step.
+        on_scheduler: runs functions on the scheduler's thread when idle.
+        on_caller: makes the blocking front-end calls.
+        unusable: why the engine cannot generate now, e.g. a dropped KV cache; None if it can.
+    """
+
+    engine: Any
+    scheduler: Any
+    runner: Any
+    on_scheduler: SchedulerThread
+    on_caller: CallerThread
+    unusable: str | None = None
+
+    @property
+    def version(self) -> str:
+        """Version of sglang-jax."""
+        return compat.sgl_jax_version()
+
+    def wait_idle(self) -> None:
+        """Return once the engine is idle and no step holds its buffers.
+
+        Raises:
+            EngineError: it failed or stayed busy.
+        """
+        self.on_scheduler.call(lambda: None)
+
+    def generate(self, prompt: str, sampling: SamplingConfig) -> Output:
+        """Generate from ``prompt`` and return once the engine is idle again.
+
+        Raises:
+            EngineError: the engine cannot generate now, or failed.
+        """
+        params = {
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+            "ignore_eos": sampling.ignore_eos,
+        }
+        raw = self.on_caller.call(
+            lambda: self.engine.generate(prompt=prompt, sampling_params=params)
+        )
+        self.wait_idle()
+        return Output(
+            text=raw["text"],
+            token_ids=tuple(int(token) for token in raw["output_ids"]),
+            prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
+            raw=_plain(raw),
+        )
+
+    def flush(self) -> dict[str, int]:
+        """Empty the prefix cache and both pools; return how many tokens were cached before.
+
+        Raises:
+            EngineError: the pools are not whole afterwards.
+        """
+        return self.on_scheduler.call(self._flush_now)
+
+    def _flush_now(self) -> dict[str, int]:
+        runner, scheduler = self.runner, self.scheduler
+        capacity = scheduler.max_total_num_tokens
+        cached = capacity - runner.token_to_kv_pool_allocator.available_size()
+        scheduler.tree_cache.reset()
+        runner.req_to_token_pool.clear()
+        runner.token_to_kv_pool_allocator.clear()
+        free = runner.token_to_kv_pool_allocator.available_size()
+        if free != capacity:
+            raise EngineError(f"after the flush {free} tokens are free, not all {capacity}")
+        return {"flushed_tokens": cached, "free_tokens": free}
+
+    def shut_down(self) -> None:
+        """End the engine's threads and let go of its buffers; children stay alive.
+
+        The engine's own shutdown kills every child of this process, W&B's service among them.
+        """
+        atexit.unregister(self.engine.shutdown)
+        self.on_scheduler.stop()
+        self.engine.send_to_rpc.close()
+
+
+def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> SglangEngine:
+    """Start the engine in this process.
+
+    Args:
+        config: how to start it; ``tp_size`` of None takes all devices.
+        model_dir: directory with config.json, tokenizer and, unless dummy, safetensors.
+        idle_timeout_s: seconds to wait for it to become idle, in each later call.
+
+    Raises:
+        InputError: tp × dp is not the device count.
+        EngineError: it did not start, or cut the KV cache's capacity down.
+    """
+    check_devices(config)
+    failure = FailureWatch()
+    # The engine imports its attention backend as late as in its constructor.
+    with compat.pytree_registered_twice():
+        from sgl_jax.srt.entrypoints.engine import Engine
+        from sgl_jax.srt.server_args import ServerArgs
+
+        compat.sampler_off_tpu()
+        compat.failure_does_not_kill(failure.on_start_failure)
+        engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))
+    scheduler = engine.scheduler_info["scheduler"]
+    failure.watch(scheduler)
+    started = SglangEngine(
+        engine=engine,
+        scheduler=scheduler,
+        runner=scheduler.tp_worker.worker.model_runner,
+        on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
+        on_caller=CallerThread(failure),
+    )
+    _guard_requests(started)
+    _check_capacity(started, config)
+    return started
+
+
+def check_devices(config: EngineConfig) -> None:
+    """Refuse a mesh that is not all devices, and a platform that jax does not run on.
+
+    Raises:
+        InputError: with the device count and the sizes that would fit it.
+    """
+    platform, count = jax.default_backend(), jax.device_count()
+    if platform != config.device:
+        raise InputError(f"engine.device is {config.device!r}, but jax runs on {platform!r}")
+    tp_size = config.tp_size or count // config.dp_size
+    if tp_size * config.dp_size != count:
+        raise InputError(
+            f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
+            f"{count} {platform} devices; the product has to be {count}"
+        )
+
+
+def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> dict[str, Any]:
+    """Return the engine's arguments, named as the installed version names them.
+
+    Args:
+        config: how to start it.
+        model_dir: directory of the model; made absolute, as the engine needs it.
+        accepted: the ServerArgs dataclass of the installed version.
+    """
+    names = set(accepted.__dataclass_fields__)
+    precompile = "disable_jax_precompile" if "disable_jax_precompile" in names else None
+    path = str(model_dir.resolve())
+    return {
+        "model_path": path,
+        "tokenizer_path": path,
+        "trust_remote_code": config.trust_remote_code,
+        "device": config.device,
+        "tp_size": config.tp_size or jax.device_count() // config.dp_size,
+        "dp_size": config.dp_size,
+        "dtype": config.dtype,
+        "load_format": config.load_format,
+        "max_total_tokens": config.max_total_tokens,
+        "context_length": config.context_length,
+        "page_size": config.page_size,
+        "max_running_requests": config.max_running_requests,
+        "max_prefill_tokens": config.max_prefill_tokens,
+        "mem_fraction_static": config.mem_fraction_static,
+        "random_seed": config.random_seed,
+        "download_dir": config.download_dir,
+        "log_level": config.log_level,
+        "watchdog_timeout": config.watchdog_timeout,
+        "enable_single_process": True,
+        "skip_server_warmup": True,
+        precompile or "disable_precompile": not config.precompile,
+    }
+
+
+def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
+    pages = config.max_total_tokens // config.page_size
+    asked, given = pages * config.page_size, engine.scheduler.max_total_num_tokens
+    if given != asked:
+        raise EngineError(
+            f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}; it is what "
+            f"fits mem_fraction_static={config.mem_fraction_static:g} of the memory that is free"
+        )
+
+
+def _guard_requests(started: SglangEngine) -> None:
+    """Let every way of asking the engine for text raise while it cannot give any.
+
+    Without this a generate after a drop kills the engine's forward thread.
+    """
+    manager = started.engine.tokenizer_manager
+    generate_request = manager.generate_request
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if started.unusable:
+            raise EngineError(f"the engine cannot generate: {started.unusable}")
+        return generate_request(*args, **kwargs)
+
+    manager.generate_request = guarded
+
+
+def _plain(value: Any) -> Any:
+    """Return the engine's answer as JSON types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+

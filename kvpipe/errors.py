@@ -1,0 +1,30 @@
+"""The errors that kvpipe raises on purpose, each with the exit code it ends the process with.
+
+Anything else that escapes is a defect of kvpipe and keeps its traceback.
+"""
+
+from typing import ClassVar
+
+
+class KvpipeError(Exception):
+    """Base of every error that is meant for the person at the terminal."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(KvpipeError):
+    """The input is wrong (config, file, option, order of steps): nothing was started."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class EngineError(KvpipeError):
+    """The engine refused, failed or died."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class TrackingError(KvpipeError):
+    """Weights & Biases could not be reached or refused the run."""
+
+    exit_code: ClassVar[int] = 4

@@ -1,0 +1,90 @@
+"""The vocabulary of states that phases need, leave and take away.
+
+A fact is a short string that is true or not at a point of the pipeline. Phases speak of each other
+only through facts, so that no phase has to know another phase.
+"""
+
+from dataclasses import dataclass
+
+WANDB = "wandb"
+JAX = "jax"
+ENGINE = "engine"
+KV_LIVE = "kv:live"
+KV_WRITTEN = "kv:written"
+KV_STALE = "kv:stale"
+WEIGHTS_REAL = "weights:real"
+
+
+def slot(name: str) -> str:
+    """Fact: the device slot ``name`` holds a parameter set."""
+    return f"slot:{name}"
+
+
+def host(name: str) -> str:
+    """Fact: the host holds the parameter tree ``name``."""
+    return f"host:{name}"
+
+
+def shared(name: str) -> str:
+    """Fact: the engine computes with the very arrays of slot ``name``."""
+    return f"shared:{name}"
+
+
+def output(step: str) -> str:
+    """Fact: the step ``step`` has generated text."""
+    return f"output:{step}"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a fact means, for messages.
+
+    Attributes:
+        what: the fact in words.
+        if_missing: what to do when a step needs it and it is not there.
+        if_present: what to do when a step must not meet it and it is there.
+    """
+
+    what: str
+    if_missing: str
+    if_present: str = "leave the step out"
+
+
+_MEANINGS = {
+    WANDB: Meaning("a W&B run", "put 'wandb_init' first, or log_text=false"),
+    JAX: Meaning("the JAX devices", "put 'jax_ready' before it"),
+    ENGINE: Meaning("a started engine", "put 'engine_ready_dummy' before it"),
+    KV_LIVE: Meaning("the KV cache on the devices", "put 'kv_cache_rebuilt' between"),
+    KV_WRITTEN: Meaning(
+        "a prefix cache in use", "put a generate before it", "flush the cache before it"
+    ),
+    KV_STALE: Meaning(
+        "a prefix cache that other weights have filled",
+        "",
+        "flush the cache between the swap and the generate, or the ids are silently wrong",
+    ),
+    WEIGHTS_REAL: Meaning(
+        "real weights in the engine",
+        "put 'weights_swapped_from_mllm' before it, or set weights=any for this step",
+    ),
+}
+
+
+def meaning(fact: str) -> Meaning:
+    """Return what ``fact`` means.
+
+    Raises:
+        KeyError: it is not in the vocabulary.
+    """
+    kind, _, name = fact.partition(":")
+    if kind == "slot":
+        what = f"a parameter set in slot {name!r}"
+        return Meaning(what, f"build slot {name!r} before it", "give the slot another name")
+    if kind == "host":
+        what = f"the host parameters {name!r}"
+        return Meaning(what, f"load {name!r} before it", "give them another name")
+    if kind == "output":
+        return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
+    if kind == "shared":
+        return Meaning(f"an engine on the arrays of slot {name!r}", f"swap slot {name!r} in")
+    return _MEANINGS[fact]

@@ -1,0 +1,87 @@
+"""The memory ledger: exact bytes per device, by the pool that owns them.
+
+A pool is ``params``, ``kv``, ``program``, ``slot:<name>`` or ``other``. Bytes are integers; no
+rounding happens here. The plan predicts a ledger for each step, the probe measures one, and
+:func:`differences` compares the two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PARAMS = "params"
+KV = "kv"
+PROGRAM = "program"
+OTHER = "other"
+
+PerDevice = tuple[int, ...]
+
+
+def slot_pool(name: str) -> str:
+    """Return the pool of the device slot ``name``."""
+    return f"slot:{name}"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes per device for each pool; pools of no bytes are left out.
+
+    Attributes:
+        devices: number of devices; every tuple in ``pools`` has this length.
+        pools: bytes on each device, by pool.
+    """
+
+    devices: int
+    pools: Mapping[str, PerDevice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pool, sizes in self.pools.items():
+            if len(sizes) != self.devices:
+                raise ValueError(f"pool {pool!r} has {len(sizes)} devices, not {self.devices}")
+
+    def of(self, pool: str) -> PerDevice:
+        """Return the bytes that ``pool`` holds on each device."""
+        return self.pools.get(pool, (0,) * self.devices)
+
+    def sum_of(self, pool: str) -> int:
+        """Return the bytes that ``pool`` holds over all devices."""
+        return sum(self.of(pool))
+
+    def with_pool(self, pool: str, sizes: PerDevice) -> "Ledger":
+        """Return this ledger with ``pool`` holding ``sizes`` instead of what it held."""
+        pools = {name: held for name, held in self.pools.items() if name != pool}
+        if any(sizes):
+            pools[pool] = sizes
+        return Ledger(self.devices, pools)
+
+    def totals(self) -> dict[str, int]:
+        """Return the bytes over all devices for each pool."""
+        return {pool: sum(sizes) for pool, sizes in self.pools.items()}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes over all pools and devices."""
+        return sum(self.totals().values())
+
+    @property
+    def per_device(self) -> PerDevice:
+        """Bytes over all pools, for each device."""
+        return tuple(sum(sizes[i] for sizes in self.pools.values()) for i in range(self.devices))
+
+
+def is_contracted(pool: str) -> bool:
+    """Whether the plan holds ``pool`` to the byte (what kvpipe and the engine own)."""
+    return pool in (PARAMS, KV) or pool.startswith("slot:")
+
+
+def differences(planned: Ledger, measured: Ledger) -> dict[str, int]:
+    """Return measured minus planned bytes, over all devices, for each contracted pool.
+
+    A pool whose per-device split differs while its sum agrees is reported by the largest
+    difference of one device, so that it cannot pass.
+    """
+    pools = [p for p in {**planned.pools, **measured.pools} if is_contracted(p)]
+    found: dict[str, int] = {}
+    for pool in sorted(pools):
+        pairs = list(zip(measured.of(pool), planned.of(pool), strict=True))
+        found[pool] = sum(m - p for m, p in pairs) or max((m - p for m, p in pairs), key=abs)
+    return found

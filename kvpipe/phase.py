@@ -1,0 +1,94 @@
+"""What a phase is: what it needs, what it leaves, its effect on the ledger, and how it runs.
+
+A phase is a frozen dataclass whose fields are its options, so the config is checked against the
+very class that runs. It is the one subclass of :class:`Phase` in ``phases/<use>.py``. Phases never
+name each other: they meet through facts (:mod:`kvpipe.facts`) and the contexts
+(:mod:`kvpipe.context`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from kvpipe.context import ParentContext, WorkerContext
+    from kvpipe.records import Check
+    from kvpipe.schema import Kvpipe
+
+
+class Size(StrEnum):
+    """A size that a phase can name before anything is loaded; the engine's shapes resolve it."""
+
+    NOTHING = "nothing"
+    PARAMS = "params"
+    KV = "kv"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a phase does to the state: declared, so that it can be folded without running it.
+
+    Attributes:
+        needs: facts that have to be true before it.
+        forbids: facts that must not be true before it.
+        leaves: facts that are true after it.
+        takes: facts that are no longer true after it.
+        pools: pool → the size that it holds after the phase.
+    """
+
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    leaves: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    pools: Mapping[str, Size] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a phase reports: fields for its record, and the checks that it made."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    checks: tuple["Check", ...] = ()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Base of every phase.
+
+    Attributes:
+        step: name of the pipeline step, set when the step is built; not an option.
+    """
+
+    step: str
+
+    runs_in: ClassVar[str] = "worker"
+
+    @classmethod
+    def defaults(cls, config: "Kvpipe") -> dict[str, Any]:
+        """Return the option values that come from elsewhere in the config; a step overrides."""
+        return {}
+
+    def effect(self, before: frozenset[str]) -> Effect:
+        """Declare what the phase needs and does, given the facts ``before`` it; no jax here."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WorkerPhase(Phase):
+    """A phase that runs in the worker, beside the engine."""
+
+    def run(self, ctx: "WorkerContext") -> Result:
+        """Do it against the live engine."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ParentPhase(Phase):
+    """A phase that runs in the parent, before the worker is started; it has no jax."""
+
+    runs_in: ClassVar[str] = "parent"
+
+    def run(self, ctx: "ParentContext") -> Result:
+        """Do it in the parent process."""
+        raise NotImplementedError

@@ -1,0 +1,223 @@
+"""Frozen records of what happened, and the one place that names record fields and metric keys.
+
+A run is a list of records: one for each phase, then ``run_finished``. Every sink and every report
+reads these and nothing else. Sizes are bytes, times are seconds.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+RUN_FINISHED = "run_finished"
+RECORDS_FILE = "records.jsonl"
+SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assertion of the run.
+
+    Attributes:
+        name: what is asserted.
+        expected: the value that it has to be.
+        actual: the value that it was.
+        passed: whether the run may go on.
+        detail: what a reader needs beside the values, e.g. the first differing token.
+    """
+
+    name: str
+    expected: Any
+    actual: Any
+    passed: bool
+    detail: str = ""
+
+
+def check_equal(name: str, expected: Any, actual: Any, detail: str = "") -> Check:
+    """Return the check that ``actual`` is exactly ``expected``."""
+    return Check(name, expected, actual, expected == actual, detail)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the probe measured.
+
+    Attributes:
+        process_rss_bytes: resident set of the process that ran the phase.
+        process_peak_rss_bytes: its largest resident set so far.
+        jax_device_memory_stats: the numeric statistics of each device.
+        bytes_in_use_source: ``device`` if the backend has statistics, ``live_arrays`` if
+            ``bytes_in_use`` is the sum of the arrays that are alive, None without jax.
+    """
+
+    process_rss_bytes: int
+    process_peak_rss_bytes: int
+    jax_device_memory_stats: Sequence[Mapping[str, int]] = ()
+    bytes_in_use_source: str | None = None
+
+    @property
+    def jax_device_memory_summary(self) -> dict[str, int]:
+        """``<field>_{sum,min,max}`` over the devices for each field that every device has."""
+        summary: dict[str, int] = {}
+        for name in SUMMARY_FIELDS:
+            values = [stats[name] for stats in self.jax_device_memory_stats if name in stats]
+            if values and len(values) == len(self.jax_device_memory_stats):
+                summary |= {
+                    f"{name}_sum": sum(values),
+                    f"{name}_min": min(values),
+                    f"{name}_max": max(values),
+                }
+        return summary
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What one phase did and what the memory was after it.
+
+    Attributes:
+        phase: name of the step.
+        use: the phase file that ran.
+        idx: position in the pipeline, from 0.
+        elapsed_s: seconds since the run began.
+        duration_s: seconds of the phase itself, with the devices synchronised.
+        memory: the probe's measurement.
+        ledger: measured bytes over all devices, by pool.
+        plan_error_bytes: measured minus planned bytes, by pool that the plan holds to the byte.
+        compilations: programs that XLA compiled during the phase.
+        checks: what was asserted.
+        fields: what the phase itself reports; they stand at the top level of the JSON line.
+    """
+
+    phase: str
+    use: str
+    idx: int
+    elapsed_s: float
+    duration_s: float
+    memory: Memory
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
+    compilations: int = 0
+    checks: Sequence[Check] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record: the script's field names, then kvpipe's own."""
+        memory = asdict(self.memory)
+        memory["jax_device_memory_summary"] = self.memory.jax_device_memory_summary
+        return {
+            "phase": self.phase,
+            "use": self.use,
+            "idx": self.idx,
+            "elapsed_s": self.elapsed_s,
+            "duration_s": self.duration_s,
+            "memory": memory,
+            "ledger": dict(self.ledger),
+            "plan_error_bytes": dict(self.plan_error_bytes),
+            "compilations": self.compilations,
+            "checks": [asdict(check) for check in self.checks],
+            **self.fields,
+        }
+
+
+_PHASE_KEYS = ["phase", "use", "idx", "elapsed_s", "duration_s", "memory", "ledger", "plan_error_bytes", "compilations", "checks"]
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """The last record: how the run ended.
+
+    Attributes:
+        status: ``passed`` or ``failed``.
+        exit_code: exit code of the process.
+        run_dir: absolute path of the run directory.
+        elapsed_s: seconds that the run took.
+        checks: every check of the run, in order.
+        error: why the run failed, in one message; None if it passed.
+        fields: more about the run, e.g. where W&B wrote.
+    """
+
+    status: str
+    exit_code: int
+    run_dir: str
+    elapsed_s: float
+    checks: Sequence[Check] = ()
+    error: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        return {
+            "phase": RUN_FINISHED,
+            "status": self.status,
+            "exit_code": self.exit_code,
+            "run_dir": self.run_dir,
+            "elapsed_s": self.elapsed_s,
+            "checks": [asdict(check) for check in self.checks],
+            "error": self.error,
+            **self.fields,
+        }
+
+
+Record = PhaseRecord | RunFinished
+
+
+def dumps(record: Record) -> str:
+    """Return the record as one JSON line, without its newline."""
+    return json.dumps(record.to_json(), ensure_ascii=False)
+
+
+def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
+    """Return the record that :meth:`PhaseRecord.to_json` wrote."""
+    memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
+    known = {key: data[key] for key in _PHASE_KEYS}
+    known["memory"] = Memory(**memory)
+    known["checks"] = tuple(Check(**check) for check in data["checks"])
+    known["fields"] = {key: value for key, value in data.items() if key not in known}
+    return PhaseRecord(**known)
+
+
+def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
+    """Return the numbers of a phase under the metric keys that dashboards know.
+
+    The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
+    ``plan/<pool>_error_bytes``, ``compile/count`` and ``mem/process/peak_rss_bytes`` are kvpipe's.
+    """
+    values: dict[str, int | float | str] = {
+        "phase/idx": record.idx,
+        "phase/name": record.phase,
+        "time/elapsed_s": record.elapsed_s,
+        "time/duration_s": record.duration_s,
+        "mem/process/rss_bytes": record.memory.process_rss_bytes,
+        "mem/process/peak_rss_bytes": record.memory.process_peak_rss_bytes,
+        "compile/count": record.compilations,
+    }
+    values |= dict(_device_metrics(record.memory))
+    values |= {f"ledger/{pool}_bytes": size for pool, size in record.ledger.items()}
+    values |= {f"plan/{pool}_error_bytes": n for pool, n in record.plan_error_bytes.items()}
+    values |= dict(_field_metrics(record.fields))
+    return values
+
+
+def _device_metrics(memory: Memory) -> Iterator[tuple[str, int]]:
+    for name, value in memory.jax_device_memory_summary.items():
+        yield f"mem/jax/{name}", value
+    for device, stats in enumerate(memory.jax_device_memory_stats):
+        for name, value in stats.items():
+            yield f"mem/jax/device{device}/{name}", value
+
+
+def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float | str]]:
+    for info in (fields.get("drop_info"), fields.get("rebuild_info")):
+        for name in ("fused_bytes_total", "fused_bytes_per_layer", "deleted_buffers"):
+            if info and name in info:
+                yield f"kv/{name}", info[name]
+    for name in ("num_params", "num_model_state_leaves", "sgl_jax_version"):
+        if name in fields:
+            yield name, fields[name]
+    if "same_output" in fields:
+        yield "determinism/same_output", fields["same_output"]

@@ -1,0 +1,141 @@
+"""The loop in the worker: run each step, measure after it, compare with the plan, emit a record.
+
+A record is emitted for the step that fails too: out of memory is exactly when memory matters.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpipe import probe
+from kvpipe.context import WorkerContext
+from kvpipe.engine.compile_count import CompileCounter
+from kvpipe.errors import KvpipeError
+from kvpipe.ledger import Ledger, differences
+from kvpipe.phase import Result, WorkerPhase
+from kvpipe.records import Check, PhaseRecord, check_equal
+
+
+class CheckFailed(KvpipeError):
+    """A check of a phase did not hold; the record says which."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step that the worker runs.
+
+    Attributes:
+        idx: position in the pipeline, from 0.
+        use: name of the phase file.
+        phase: the step.
+        planned: the ledger that the plan predicts after it; None if there is no plan yet.
+    """
+
+    idx: int
+    use: str
+    phase: WorkerPhase
+    planned: Ledger | None = None
+
+
+@dataclass(frozen=True)
+class Events:
+    """What the runner tells the parent.
+
+    Attributes:
+        started: called with a step's name and position as it begins.
+        finished: called with its record.
+    """
+
+    started: Callable[[str, int], None]
+    finished: Callable[[PhaseRecord], None]
+
+
+def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float) -> None:
+    """Run the jobs in order.
+
+    Args:
+        jobs: the steps.
+        ctx: what they share.
+        events: where starts and records go.
+        run_began: ``time.time()`` when the run began, for the elapsed time.
+
+    Raises:
+        CheckFailed: a check did not hold; its record has been emitted.
+        KvpipeError: a phase failed; a record of the failure has been emitted.
+    """
+    compiles = CompileCounter()
+    for job in jobs:
+        events.started(job.phase.step, job.idx)
+        began = time.monotonic()
+        compiles.take()
+        try:
+            result = job.phase.run(ctx)
+        except Exception as error:
+            failed = Check(job.phase.step, "completed", type(error).__name__, False, str(error))
+            result = Result(checks=(failed,))
+            events.finished(_record(job, ctx, result, began, run_began, compiles))
+            raise
+        record = _record(job, ctx, result, began, run_began, compiles)
+        events.finished(record)
+        if not record.passed:
+            raise CheckFailed(_explain(job.phase.step, record.checks))
+
+
+def _record(
+    job: Job,
+    ctx: WorkerContext,
+    result: Result,
+    began: float,
+    run_began: float,
+    compiles: CompileCounter,
+) -> PhaseRecord:
+    duration = time.monotonic() - began
+    measured = probe.measure(ctx)
+    errors = _plan_errors(job, measured.ledger)
+    return PhaseRecord(
+        phase=job.phase.step,
+        use=job.use,
+        idx=job.idx,
+        elapsed_s=round(time.time() - run_began, 6),
+        duration_s=round(duration, 6),
+        memory=measured.memory,
+        ledger=measured.ledger.totals() if measured.ledger else {},
+        plan_error_bytes=errors,
+        compilations=compiles.take(),
+        checks=(*result.checks, *_plan_checks(job, measured.ledger, errors)),
+        fields=result.fields,
+    )
+
+
+def _plan_errors(job: Job, measured: Ledger | None) -> dict[str, int]:
+    if job.planned is None or measured is None:
+        return {}
+    return differences(job.planned, measured)
+
+
+def _plan_checks(job: Job, measured: Ledger | None, errors: dict[str, int]) -> tuple[Check, ...]:
+    """Return one check for each pool that the plan holds to the byte."""
+    if job.planned is None or measured is None:
+        return ()
+    return tuple(
+        check_equal(f"plan/{pool}_bytes", job.planned.sum_of(pool), measured.sum_of(pool))
+        if not off or job.planned.sum_of(pool) != measured.sum_of(pool)
+        else Check(f"plan/{pool}_bytes_per_device", job.planned.of(pool), measured.of(pool), False)
+        for pool, off in errors.items()
+    )
+
+
+def _explain(step: str, checks: Sequence[Check]) -> str:
+    failed = [check for check in checks if not check.passed]
+    lines = [
+        f"{check.name}: expected {_short(check.expected)}, it was {_short(check.actual)}"
+        + (f" ({check.detail})" if check.detail else "")
+        for check in failed
+    ]
+    return f"step {step!r}: " + "; ".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,258 @@
+"""The typed configuration: every key that a config may have, its type, default and unit.
+
+Hydra merges the YAML files of ``conf/`` into these dataclasses, so a misspelled key or a wrong type
+is an error when the config is composed, before anything is loaded.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+
+class TrackingMode(Enum):
+    """Where W&B writes."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class OutputFormat(Enum):
+    """What stdout shows; ``auto`` is ``table`` at a terminal and ``json`` when piped."""
+
+    auto = "auto"
+    table = "table"
+    json = "json"
+
+
+class PlanFormat(Enum):
+    """How ``kvpipe plan`` prints."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+
+
+@dataclass
+class TinyModelConfig:
+    """Shape of the checkpoint that is generated on first use.
+
+    Attributes:
+        seed: seed of the weights; the files are the same bytes for the same seed and shape.
+        architecture: class name in Hugging Face's ``config.json``.
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        intermediate_size, vocab_size, tie_word_embeddings, max_position_embeddings: as in
+            ``config.json``.
+        torch_dtype: dtype of the stored tensors, ``bfloat16`` or ``float32``.
+    """
+
+    seed: int = 0
+    architecture: str = "Qwen2ForCausalLM"
+    hidden_size: int = 512
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    intermediate_size: int = 1024
+    vocab_size: int = 512
+    tie_word_embeddings: bool = True
+    torch_dtype: str = "bfloat16"
+    max_position_embeddings: int = 2048
+
+
+@dataclass
+class ModelConfig:
+    """Which model is served.
+
+    Attributes:
+        id: name for records and, without ``path`` and ``generate``, the Hugging Face repository.
+        path: directory with config.json, safetensors and tokenizer; absolute, or relative to
+            where the command was typed.
+        revision: revision of the Hugging Face repository, if it is downloaded.
+        config: name of a config.json that ships with kvpipe (``conf/model/configs``), for planning
+            without a hub.
+        generate: shape of a generated checkpoint; makes ``path`` unnecessary.
+    """
+
+    id: str = MISSING
+    path: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    generate: TinyModelConfig | None = None
+
+
+@dataclass
+class EngineConfig:
+    """How sglang-jax is started; the names are those of its server arguments.
+
+    Attributes:
+        device: JAX platform, ``cpu`` or ``tpu``; has to agree with JAX_PLATFORMS.
+        virtual_devices: number of CPU devices that XLA pretends to have; for ``cpu`` only.
+        tp_size: tensor-parallel size; None takes the device count divided by ``dp_size``.
+        dp_size: data-parallel size; tp_size × dp_size has to be the device count.
+        dtype: dtype of parameters and activations, ``bfloat16`` or ``float32``.
+        load_format: ``dummy`` starts with random weights, ``auto`` with those of the checkpoint.
+        max_total_tokens: capacity of the KV cache in tokens; a cut by the engine is an error.
+        context_length: longest sequence in tokens; None takes the model's.
+        page_size: tokens in a KV page.
+        max_running_requests: largest decode batch.
+        max_prefill_tokens: tokens that one prefill batch may have.
+        mem_fraction_static: share of HBM that the engine may plan with.
+        random_seed: seed of the dummy weights and the sampler.
+        precompile: compile all padded batch shapes before the engine is ready.
+        download_dir: where Hugging Face files are kept; None takes the hub's default.
+        trust_remote_code: let transformers run code from the checkpoint.
+        log_level: level of the engine's own log.
+        watchdog_timeout: seconds after which the engine calls a forward step stuck.
+    """
+
+    device: str = "tpu"
+    virtual_devices: int | None = None
+    tp_size: int | None = None
+    dp_size: int = 1
+    dtype: str = "bfloat16"
+    load_format: str = "dummy"
+    max_total_tokens: int = MISSING
+    context_length: int | None = None
+    page_size: int = 1
+    max_running_requests: int = 16
+    max_prefill_tokens: int = 1024
+    mem_fraction_static: float = 0.8
+    random_seed: int = 0
+    precompile: bool = False
+    download_dir: str | None = None
+    trust_remote_code: bool = False
+    log_level: str = "info"
+    watchdog_timeout: float = 1800.0
+
+
+@dataclass
+class PromptConfig:
+    """The prompt: ``text`` or ``file``, one of them.
+
+    Attributes:
+        text: the prompt itself.
+        file: path of a UTF-8 file; ``pkg://conf/prompt/NAME`` is one that ships with kvpipe.
+        sha256: expected SHA-256 of the prompt's UTF-8 bytes, in hexadecimal.
+    """
+
+    text: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: tokens to generate.
+        temperature: 0.0 is greedy.
+        ignore_eos: go on after an end-of-sequence token.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    ignore_eos: bool = False
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases.
+
+    Attributes:
+        mode: online, offline or disabled.
+        project: W&B project.
+        name: name of the run.
+        entity: W&B team or user; None takes the account's default.
+        tags: tags of the run.
+        fallback_offline: go on offline, and say so, when online cannot be had.
+        init_timeout_s: seconds that the first contact with the server may take.
+        finish_timeout_s: seconds that the upload at the end may take.
+        text_max_chars: characters of a text that media and tables show; the files hold all.
+    """
+
+    mode: TrackingMode = TrackingMode.offline
+    project: str = "kvpipe"
+    name: str | None = None
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    fallback_offline: bool = False
+    init_timeout_s: float = 30.0
+    finish_timeout_s: float = 60.0
+    text_max_chars: int = 20000
+
+
+@dataclass
+class RunnerConfig:
+    """How the run is carried out.
+
+    Attributes:
+        isolate: run the engine in a fresh child process; false is for a debugger.
+        idle_timeout_s: seconds to wait for the engine to become idle before flush, drop, rebuild
+            and probe.
+        shutdown_timeout_s: seconds that the worker may take to end after its last record.
+    """
+
+    isolate: bool = True
+    idle_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 60.0
+
+
+@dataclass
+class PlanConfig:
+    """The byte plan.
+
+    Attributes:
+        enforce: refuse a run that cannot fit, and fail one whose plan was wrong.
+        format: how ``kvpipe plan`` prints.
+    """
+
+    enforce: bool = True
+    format: PlanFormat = PlanFormat.table
+
+
+@dataclass
+class Kvpipe:
+    """The whole configuration.
+
+    Attributes:
+        experiment: name of the experiment, for records and the run directory.
+        pipeline: the steps, in order.
+        phases: step name → options; ``use`` names the file in ``phases/``.
+        output: what stdout shows.
+        cache_dir: where generated checkpoints are kept; None is ``$XDG_CACHE_HOME/kvpipe``.
+    """
+
+    experiment: str = "tiny"
+    pipeline: list[str] = MISSING
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    output: OutputFormat = OutputFormat.auto
+    cache_dir: str | None = None
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return a composed config as plain dicts, lists and scalars, everything resolved.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a value is missing or cannot be resolved.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def from_plain(plain: dict[str, Any]) -> Kvpipe:
+    """Return the typed config that :func:`to_plain` wrote, with every value checked again."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Kvpipe), plain))
+    assert isinstance(config, Kvpipe)
+    return config

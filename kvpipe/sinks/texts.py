@@ -1,0 +1,89 @@
+"""Prompt and outputs of a run as W&B shows them: names, cut texts, summary keys.
+
+Only phases that generate with ``log_text`` count. What W&B itself needs to log them is not here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpipe.records import PhaseRecord
+
+TABLE_COLUMNS = ("kind", "sha256", "chars", "truncated", "text")
+_FIRST_OUTPUT, _OUTPUT_AFTER_REBUILD = "output_1", "output_2"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text of the run.
+
+    Attributes:
+        kind: ``prompt``, or ``output_<n>`` for the n-th output from 1.
+        text: the whole text.
+        sha256: SHA-256 of its UTF-8 bytes, in hexadecimal.
+    """
+
+    kind: str
+    text: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        """The media key of the text."""
+        kind, _, number = self.kind.partition("_")
+        return f"sample_output_text_{number}" if number else f"sample_{kind}"
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file that holds the whole text."""
+        return f"{self.kind}_sha256_{self.sha256}.txt"
+
+    def shown(self, max_chars: int) -> str:
+        """Return what media and tables show of the text."""
+        return self.text[:max_chars]
+
+    def sizes(self, max_chars: int) -> dict[str, int | bool]:
+        """Return the metrics that say how long the text is and whether it is shown cut."""
+        return {
+            f"{self.key}_chars": len(self.text),
+            f"{self.key}_truncated": len(self.text) > max_chars,
+        }
+
+    def row(self, max_chars: int) -> list[Any]:
+        """Return the row of the table of texts, in the order of :data:`TABLE_COLUMNS`."""
+        cut = len(self.text) > max_chars
+        return [self.kind, self.sha256, len(self.text), cut, self.shown(max_chars)]
+
+
+def new_samples(record: PhaseRecord, earlier: Sequence[Sample]) -> list[Sample]:
+    """Return the texts that ``record`` adds to the earlier ones: its output, first the prompt."""
+    fields = record.fields
+    if not fields.get("log_text") or "text" not in fields:
+        return []
+    # The earlier ones are the prompt and then the outputs, so their count is the next number.
+    output = Sample(f"output_{len(earlier) or 1}", fields["text"], fields["text_sha256"])
+    if earlier:
+        return [output]
+    return [Sample("prompt", fields["prompt"], fields["prompt_sha256"]), output]
+
+
+def summary_of(sample: Sample, prompt_file: str | None) -> dict[str, Any]:
+    """Return the summary keys that a text sets; outputs after the second set none."""
+    if sample.kind == "prompt":
+        return {
+            "prompt/chars": len(sample.text),
+            "prompt/file": prompt_file,
+            "sample/prompt_sha256": sample.sha256,
+        }
+    names = {
+        _FIRST_OUTPUT: "sample/output_text",
+        _OUTPUT_AFTER_REBUILD: "sample/output_text_after_rebuild",
+    }
+    if sample.kind not in names:
+        return {}
+    name = names[sample.kind]
+    return {
+        f"{name}_sha256": sample.sha256,
+        name: sample.text,
+        f"{name}_chars": len(sample.text),
+    }

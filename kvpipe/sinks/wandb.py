@@ -1,0 +1,274 @@
+"""Records to Weights & Biases.
+
+The run begins when the phase ``wandb_init`` asks for it; a pipeline without that phase has none.
+This is the one module that imports wandb, and only when a run begins, because the import takes more
+than a second. Nothing that wandb fails at is swallowed: it ends in a :class:`TrackingError`.
+"""
+
+import html
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from kvpipe.credentials import API_KEY, refuse_secrets
+from kvpipe.errors import TrackingError
+from kvpipe.records import PhaseRecord, RunFinished, metrics
+from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
+
+if TYPE_CHECKING:
+    import wandb
+
+SAMPLES_DIR = "wandb_samples"
+_PREFLIGHT_TIMEOUT_S = 5.0
+# Rows wait in W&B's service until it flushes them, every 15 s if not told otherwise; those that
+# wait are lost if the service is killed.
+_FLUSH_INTERVAL_S = 1.0
+
+
+class WandbSink:
+    """Logs the records of a run to W&B, in ``run_dir/wandb``.
+
+    Args:
+        tracking: mode, names and limits.
+        run_dir: directory of the run.
+        api_key: the W&B API key; ``online`` needs one. It goes to wandb and nowhere else.
+    """
+
+    def __init__(self, tracking: TrackingConfig, run_dir: Path, api_key: str | None) -> None:
+        self._tracking = tracking
+        self._run_dir = run_dir.absolute()
+        self._api_key = api_key
+        self._run: wandb.Run | None = None
+        self._samples: list[Sample] = []
+        self._prompt_file: str | None = None
+        self._rows = 0
+
+    def start(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Begin the run with the resolved config; return the fields of the record of its phase.
+
+        They are project, name, url, id and mode as they are in force, dir (where W&B writes),
+        fallback (whether online failed and it is offline instead) and fallback_reason.
+
+        Raises:
+            InputError: the config holds a secret.
+            TrackingError: W&B cannot be had as the config asks for.
+        """
+        if self._tracking.mode is TrackingMode.disabled:
+            return _started(self._tracking, None, None)
+        refuse_secrets(config, self._api_key)
+        self._prompt_file = config["prompt"]["file"]
+        reason = None
+        try:
+            self._run = self._begin(self._tracking.mode, config)
+        except TrackingError as error:
+            if (
+                self._tracking.mode is not TrackingMode.online
+                or not self._tracking.fallback_offline
+            ):
+                raise
+            reason = str(error)
+            self._run = self._begin(TrackingMode.offline, config)
+        fields = _started(self._tracking, self._run, reason)
+        with self._loud("did not take the summary"):
+            self._run.summary.update({"wandb/url": fields["url"], "wandb/id": fields["id"]})
+        return fields
+
+    def run_started(self, config: dict[str, Any]) -> None:
+        """Do nothing: the run begins with :meth:`start`."""
+
+    def phase_started(self, step: str, idx: int, total: int) -> None:
+        """Do nothing: a row is logged when the phase has finished."""
+
+    def phase_finished(self, record: PhaseRecord) -> None:
+        """Log the metrics of the phase, and its texts if it has any to log.
+
+        Raises:
+            TrackingError: W&B did not take them.
+        """
+        if self._run is None:
+            return
+        samples = new_samples(record, self._samples)
+        self._samples += samples
+        self._rows += 1
+        with self._loud(f"did not take the row of {record.phase!r}"):
+            # Without commit a row waits for the next one, and is lost if none comes.
+            self._run.log(metrics(record) | self._media(samples), step=record.idx, commit=True)
+            self._upload(self._run, samples)
+            self._run.summary.update(self._summary(record, samples))
+
+    def run_finished(self, record: RunFinished) -> None:
+        """Log how the run ended and upload what is left.
+
+        Raises:
+            TrackingError: that failed, or did not end in ``tracking.finish_timeout_s``.
+        """
+        if self._run is None:
+            return
+        import wandb
+
+        try:
+            with self._loud(f"did not finish within {self._tracking.finish_timeout_s:g} s"):
+                end = {"run/status": record.status, "run/exit_code": record.exit_code}
+                self._run.summary.update(end)
+                self._run.finish(exit_code=record.exit_code)
+        except TrackingError as error:
+            # The next run of this process (a sweep) has to get a service that works.
+            try:
+                wandb.teardown()
+            except Exception as another:
+                error.add_note(f"W&B's service did not stop either: {another}")
+            raise
+        finally:
+            self._run = None
+
+    def _begin(self, mode: TrackingMode, config: dict[str, Any]) -> "wandb.Run":
+        if mode is TrackingMode.online and not self._api_key:
+            raise TrackingError(
+                f"tracking.mode=online: there is no W&B API key; set {API_KEY} in the environment "
+                f"or in a .env with mode 600, or set tracking.mode=offline"
+            )
+        import wandb
+
+        base_url = wandb.setup().settings.base_url
+        try:
+            if mode is TrackingMode.online:
+                _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
+            run = wandb.init(
+                project=self._tracking.project,
+                name=self._tracking.name,
+                entity=self._tracking.entity,
+                tags=self._tracking.tags,
+                config=config,
+                # A run that an earlier job of this process left unfinished is not this one.
+                reinit="create_new",
+                settings=self._settings(mode),
+            )
+        except Exception as error:
+            raise TrackingError(
+                f"tracking.mode={mode.value}: W&B at {base_url} did not begin the run: "
+                f"{_first_line(error)}; check the network, {API_KEY} and tracking.project, "
+                f"or set tracking.mode=offline"
+            ) from error
+        if mode is TrackingMode.online and not run.url:
+            raise TrackingError(
+                f"tracking.mode=online: {base_url} answered, but not as W&B does; "
+                f"check WANDB_BASE_URL, or set tracking.mode=offline"
+            )
+        return run
+
+    def _settings(self, mode: TrackingMode) -> "wandb.Settings":
+        import wandb
+
+        return wandb.Settings(
+            mode=mode.value,
+            api_key=self._api_key if mode is TrackingMode.online else None,
+            root_dir=str(self._run_dir),
+            init_timeout=self._tracking.init_timeout_s,
+            finish_timeout=self._tracking.finish_timeout_s,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=_FLUSH_INTERVAL_S,
+            # stdout belongs to the records, and what is uploaded is what the config says.
+            silent=True,
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+            # Files, not links to files, so that the run directory can be moved.
+            symlink=False,
+        )
+
+    def _media(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return the media of new texts, and the table of all texts so far."""
+        if not samples:
+            return {}
+        import wandb
+
+        limit = self._tracking.text_max_chars
+        table = wandb.Table(columns=list(TABLE_COLUMNS))
+        for sample in self._samples:
+            table.add_data(*sample.row(limit))
+        media: dict[str, Any] = {"sample_texts": table}
+        for sample in samples:
+            page = f"<pre>{html.escape(sample.shown(limit))}</pre>"
+            media[sample.key] = wandb.Html(page, inject=False, data_is_not_path=True)
+            media |= sample.sizes(limit)
+        return media
+
+    def _upload(self, run: "wandb.Run", samples: Sequence[Sample]) -> None:
+        """Write each text whole to its file, and hand the file to W&B."""
+        folder = self._run_dir / SAMPLES_DIR / run.id
+        for sample in samples:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / sample.file_name
+            # Bytes, because text mode would change line ends and with them the SHA-256.
+            path.write_bytes(sample.text.encode())
+            run.save(str(path), base_path=str(self._run_dir), policy="now", glob=False)
+
+    def _summary(self, record: PhaseRecord, samples: Sequence[Sample]) -> dict[str, Any]:
+        summary: dict[str, Any] = {}
+        for sample in samples:
+            summary |= summary_of(sample, self._prompt_file)
+        if "same_output" in record.fields:
+            summary["determinism/same_output"] = record.fields["same_output"]
+        return summary
+
+    @contextmanager
+    def _loud(self, what: str) -> Iterator[None]:
+        """Turn whatever wandb raises inside into an error that says what may be lost."""
+        try:
+            yield
+        except Exception as error:
+            assert self._run is not None
+            raise TrackingError(
+                f"W&B {what}: {_first_line(error)}; up to {self._rows} rows may be missing there; "
+                f"to upload what is on disk, run: wandb sync {_sync_dir(self._run)}"
+            ) from error
+
+
+def _started(
+    tracking: TrackingConfig, run: "wandb.Run | None", reason: str | None
+) -> dict[str, Any]:
+    """Return the fields that say where W&B writes; without a run it is disabled."""
+    online = run is not None and not run.offline
+    mode = TrackingMode.online if online else TrackingMode.offline
+    return {
+        "project": run.project if run else tracking.project,
+        "name": run.name if run else tracking.name,
+        "url": run.url if run and online else None,
+        "id": run.id if run else None,
+        "mode": (mode if run else TrackingMode.disabled).value,
+        "dir": str(_sync_dir(run)) if run else None,
+        "fallback": reason is not None,
+        "fallback_reason": reason,
+    }
+
+
+def _sync_dir(run: "wandb.Run") -> Path:
+    return Path(run.dir).parent
+
+
+def _first_line(error: Exception) -> str:
+    """Return what wandb says, without the Python that it advises to write."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _reach(base_url: str, timeout_s: float) -> None:
+    """Raise OSError if nothing listens at ``base_url``: W&B would retry for its whole timeout.
+
+    Behind a proxy the host need not be reachable from here, so it is left to W&B.
+    """
+    if getproxies():
+        return
+    url = urlsplit(base_url)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    socket.create_connection((url.hostname or "", port), timeout_s).close()

@@ -1,0 +1,13 @@
+"""Name the nearest valid name when a wrong one was given."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(wrong: str, valid: Iterable[str]) -> str:
+    """Return a phrase for the end of an error: the close matches, or else all valid names."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    return f"valid are: {', '.join(names) or 'none'}"

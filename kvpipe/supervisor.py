@@ -1,0 +1,246 @@
+"""The parent's side of a run: run its own phases, start the worker, feed the sinks, end it all.
+
+It never imports jax. Whatever happens to the worker, the run ends with a ``run_finished`` record,
+closed sinks and the right exit code.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from kvpipe.context import ParentContext
+from kvpipe.errors import EngineError, KvpipeError
+from kvpipe.jax_environment import jax_environment
+from kvpipe.phase import ParentPhase, Phase, Result
+from kvpipe.process_memory import process_memory
+from kvpipe.records import Check, PhaseRecord, RunFinished, phase_from_json
+from kvpipe.schema import Kvpipe
+from kvpipe.sinks import Sink
+from kvpipe.steps import use_of
+
+ENGINE_LOG = "engine.log"
+_LOG_TAIL_LINES = 8
+
+
+class _Signal(BaseException):
+    """A signal asked the run to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        exit_code: exit code of the process.
+        error: why it failed, in one message; None if it passed.
+    """
+
+    exit_code: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        config: the typed config.
+        plain: the same as plain values, for the worker and the sinks.
+        steps: the steps, in order.
+        run_dir: where the run writes.
+        sinks: where its records go, the tracker's among them.
+        start_tracking: begins the W&B run; returns what stands in the record of it.
+        secrets: environment variables that the worker must not see.
+    """
+
+    config: Kvpipe
+    plain: dict[str, Any]
+    steps: Sequence[Phase]
+    run_dir: Path
+    sinks: Sink
+    start_tracking: Callable[[], dict[str, Any]]
+    secrets: Sequence[str] = ()
+    began: float = field(default_factory=time.time)
+    checks: list[Check] = field(default_factory=list)
+    _current: str = ""
+
+    def carry_out(self) -> RunFinished:
+        """Carry the run out and return its last record, which every sink has got."""
+        self.sinks.run_started(self.plain)
+        ending = self._end_of_phases()
+        finished = RunFinished(
+            status="failed" if ending.exit_code else "passed",
+            exit_code=ending.exit_code,
+            run_dir=str(self.run_dir),
+            elapsed_s=round(time.time() - self.began, 6),
+            checks=tuple(self.checks),
+            error=ending.error,
+        )
+        try:
+            self.sinks.run_finished(finished)
+        except KvpipeError:
+            # The other sinks have been told; a run that failed before keeps its own exit code.
+            if not finished.exit_code:
+                raise
+        return finished
+
+    def _end_of_phases(self) -> Ending:
+        try:
+            with _signals_raise():
+                self._run_parent_phases()
+                if any(step.runs_in == "worker" for step in self.steps):
+                    return self._run_worker()
+            return Ending()
+        except _Signal as caught:
+            return Ending(128 + caught.signum, f"{signal.Signals(caught.signum).name} ended the run")
+        except KvpipeError as error:
+            return Ending(error.exit_code, str(error))
+
+    def _run_parent_phases(self) -> None:
+        for idx, step in enumerate(self.steps):
+            if not isinstance(step, ParentPhase):
+                continue
+            self._on_started(step.step, idx)
+            began = time.monotonic()
+            try:
+                result = step.run(ParentContext(self.config, self.start_tracking))
+            except KvpipeError as error:
+                check = Check(step.step, "completed", type(error).__name__, False, str(error))
+                self._on_record(self._parent_record(step, idx, began, Result(checks=(check,))))
+                raise
+            self._on_record(self._parent_record(step, idx, began, result))
+
+    def _parent_record(self, step: Phase, idx: int, began: float, result: Result) -> PhaseRecord:
+        return PhaseRecord(
+            phase=step.step,
+            use=use_of(step.step, self.config),
+            idx=idx,
+            elapsed_s=round(time.time() - self.began, 6),
+            duration_s=round(time.monotonic() - began, 6),
+            memory=process_memory(),
+            checks=result.checks,
+            fields=result.fields,
+        )
+
+    def _run_worker(self) -> Ending:
+        return self._run_child() if self.config.runner.isolate else self._run_here()
+
+    def _run_child(self) -> Ending:
+        log = self.run_dir / ENGINE_LOG
+        with log.open("w") as log_file, _start_worker(self, log_file) as child:
+            for message in child.messages():
+                if "record" in message:
+                    self._on_record(phase_from_json(message["record"]))
+                elif "started" in message:
+                    self._on_started(message["started"], message["idx"])
+                else:
+                    return Ending(message["exit_code"], message["error"])
+            code = child.process.wait()
+        raise EngineError(
+            f"the engine's process ended by {_how_it_ended(code)} in step {self._current!r}; "
+            f"its log {log} ends with:\n{_tail(log)}"
+        )
+
+    def _run_here(self) -> Ending:
+        # A dynamic import: only here, for a debugger, does the parent load jax.
+        os.environ.update(jax_environment(self.config.engine, os.environ))
+        worker = importlib.import_module("kvpipe.worker")
+        events = worker.runner.Events(started=self._on_started, finished=self._on_record)
+        outcome = worker.execute(self.config, events, self.began)
+        return Ending(outcome.exit_code, outcome.error)
+
+    def _on_started(self, step: str, idx: int) -> None:
+        self._current = step
+        self.sinks.phase_started(step, idx, len(self.steps))
+
+    def _on_record(self, record: PhaseRecord) -> None:
+        self.checks.extend(record.checks)
+        self.sinks.phase_finished(record)
+
+
+@dataclass(frozen=True)
+class _Child:
+    """The worker's process and the pipe on which it reports."""
+
+    process: subprocess.Popen[bytes]
+    reports: IO[str]
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yield what the worker sends until it closes the pipe; a torn last line is left out."""
+        for line in self.reports:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+@contextmanager
+def _start_worker(run: Run, log: IO[str]) -> Iterator[_Child]:
+    """Start the worker; at the end give it time to leave, then end its whole process group."""
+    read_fd, write_fd = os.pipe()
+    inherited = {k: v for k, v in os.environ.items() if k not in run.secrets}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvpipe.worker", str(write_fd)],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=inherited | jax_environment(run.config.engine, os.environ),
+        pass_fds=(write_fd,),
+        start_new_session=True,
+    )
+    os.close(write_fd)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps({"config": run.plain, "run_began": run.began}).encode())
+    process.stdin.close()
+    try:
+        with os.fdopen(read_fd, encoding="utf-8") as reports:
+            yield _Child(process, reports)
+            process.wait(run.config.runner.shutdown_timeout_s)
+    finally:
+        _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP end the run in order instead of ending the process."""
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        raise _Signal(signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, on_signal) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = " (often the out-of-memory killer)" if -code == signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(lines[-_LOG_TAIL_LINES:])

@@ -1,0 +1,117 @@
+"""The child process: it holds jax and the engine, runs the worker's steps, streams what happens.
+
+Its standard input gives one JSON object, the job. What happens goes out as JSON lines on a pipe of
+its own, so that nothing the engine prints can come between them; stdout and stderr are the
+engine's log.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+from kvpipe import runner
+from kvpipe.context import WorkerContext
+from kvpipe.errors import KvpipeError
+from kvpipe.phase import Phase, WorkerPhase
+from kvpipe.plan import check_order
+from kvpipe.prompt import read_prompt
+from kvpipe.schema import Kvpipe, from_plain
+from kvpipe.steps import build_steps, use_of
+
+UNEXPECTED_EXIT_CODE = 70
+
+Send = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the worker's part ended.
+
+    Attributes:
+        exit_code: 0, or that of the error.
+        error: why it failed, in one message; None if it did not.
+    """
+
+    exit_code: int
+    error: str | None = None
+
+
+def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
+    """Run the worker's steps in this process; the engine is shut down at the end.
+
+    Args:
+        config: the config that runs.
+        events: where starts and records go.
+        run_began: ``time.time()`` when the run began.
+    """
+    ctx = WorkerContext(config, read_prompt(config.prompt))
+    try:
+        runner.run(_jobs(config), ctx, events, run_began)
+        outcome = Outcome(0)
+    except KvpipeError as error:
+        traceback.print_exc()
+        outcome = Outcome(error.exit_code, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome(UNEXPECTED_EXIT_CODE, f"{type(error).__name__}: {error}")
+    return _shut_down(ctx, outcome)
+
+
+def main() -> None:
+    """Entry of ``python -m kvpipe.worker FD``: run the job on stdin, report on descriptor FD."""
+    job = json.load(sys.stdin)
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+        events = runner.Events(
+            started=lambda step, idx: _send(channel, {"started": step, "idx": idx}),
+            finished=lambda record: _send(channel, {"record": record.to_json()}),
+        )
+        outcome = execute(from_plain(job["config"]), events, job["run_began"])
+        _send(channel, {"exit_code": outcome.exit_code, "error": outcome.error})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
+    os._exit(outcome.exit_code)
+
+
+def _send(channel: IO[str], message: dict[str, Any]) -> None:
+    channel.write(json.dumps(message, ensure_ascii=False) + "\n")
+    channel.flush()
+
+
+def _jobs(config: Kvpipe) -> Sequence[runner.Job]:
+    steps = build_steps(config)
+    check_order(steps)
+    return [
+        runner.Job(idx, use_of(step.step, config), cast(WorkerPhase, step))
+        for idx, step in enumerate(steps)
+        if _runs_here(step)
+    ]
+
+
+def _runs_here(step: Phase) -> bool:
+    return step.runs_in == "worker"
+
+
+def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
+    """Shut the engine down; a failure of that counts only if nothing failed before it."""
+    if ctx.started is None:
+        return outcome
+    engine, ctx.started = ctx.started, None
+    ctx.slots.clear()
+    try:
+        engine.shut_down()
+    except Exception as error:
+        traceback.print_exc()
+        if outcome.exit_code == 0:
+            return Outcome(3, f"the engine did not shut down: {type(error).__name__}: {error}")
+    gc.collect()
+    return outcome
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Start the engine, with random weights unless ``engine.load_format`` says otherwise."""
+
+from dataclasses import asdict, dataclass
+
+from kvpipe import facts, ledger
+from kvpipe.context import WorkerContext
+from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.schema import Kvpipe
+
+
+@dataclass(frozen=True)
+class EngineReadyDummy(WorkerPhase):
+    """Start the engine.
+
+    Attributes:
+        load_format: ``dummy`` or ``auto``; follows ``engine.load_format``.
+    """
+
+    load_format: str
+
+    @classmethod
+    def defaults(cls, config: Kvpipe) -> dict[str, str]:
+        """Take the load format from the engine's options."""
+        return {"load_format": config.engine.load_format}
+
+    def effect(self, before: frozenset[str]) -> Effect:
+        """Leave an engine with parameters and a KV cache."""
+        real = () if self.load_format == "dummy" else (facts.WEIGHTS_REAL,)
+        return Effect(
+            needs=(facts.JAX,),
+            forbids=(facts.ENGINE,),
+            leaves=(facts.ENGINE, facts.KV_LIVE, *real),
+            pools={ledger.PARAMS: Size.PARAMS, ledger.KV: Size.KV},
+        )
+
+    def run(self, ctx: WorkerContext) -> Result:
+        """Start it.
+
+        Raises:
+            InputError: the model is not there.
+            EngineError: it did not start, or cut the KV cache's capacity down.
+        """
+        from kvpipe.engine import sglang, weights
+
+        config = ctx.config
+        engine = config.engine
+        ctx.started = sglang.start(engine, ctx.model_dir, config.runner.idle_timeout_s)
+        return Result(
+            {
+                **asdict(engine),
+                "model_id": config.model.id,
+                "model_dir": str(ctx.model_dir),
+                "tp_size": ctx.started.runner.tp_size,
+                "sgl_jax_version": ctx.started.version,
+                "max_total_num_tokens": ctx.started.scheduler.max_total_num_tokens,
+                "num_model_state_leaves": weights.num_leaves(ctx.started),
+            }
+        )

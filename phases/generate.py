@@ -1,0 +1,101 @@
+"""Generate text from the prompt and compare it, on token ids, with what an earlier step gave."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpipe import facts
+from kvpipe.context import Output, WorkerContext
+from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.records import Check
+from kvpipe.schema import Kvpipe, SamplingConfig
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Generate(WorkerPhase):
+    """Generate.
+
+    Attributes:
+        max_new_tokens, temperature, ignore_eos: as in ``sampling``, from which they come.
+        same_output_as: an earlier step whose token ids these have to equal.
+        weights: ``real`` refuses dummy weights, ``any`` takes what is there.
+        log_text: send prompt and text to W&B as media and files.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    ignore_eos: bool
+    same_output_as: str | None = None
+    weights: str = "real"
+    log_text: bool = False
+
+    @classmethod
+    def defaults(cls, config: Kvpipe) -> dict[str, Any]:
+        """Take the sampling parameters from ``sampling``."""
+        return asdict(config.sampling)
+
+    def effect(self, before: frozenset[str]) -> Effect:
+        """Leave an output and a prefix cache in use."""
+        compared = (facts.output(self.same_output_as),) if self.same_output_as else ()
+        real = () if self.weights == ANY else (facts.WEIGHTS_REAL,)
+        logged = (facts.WANDB,) if self.log_text else ()
+        return Effect(
+            needs=(facts.ENGINE, facts.KV_LIVE, *real, *logged, *compared),
+            forbids=(facts.KV_STALE,),
+            leaves=(facts.KV_WRITTEN, facts.output(self.step)),
+        )
+
+    def run(self, ctx: WorkerContext) -> Result:
+        """Generate.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        sampling = SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
+        output = ctx.engine.generate(ctx.prompt, sampling)
+        ctx.outputs[self.step] = output
+        fields = {
+            "prompt": ctx.prompt,
+            "prompt_sha256": _sha256(ctx.prompt),
+            "prompt_tokens": output.prompt_tokens,
+            "sampling_params": asdict(sampling),
+            "text": output.text,
+            "text_sha256": _sha256(output.text),
+            "token_ids": output.token_ids,
+            "raw": output.raw,
+            "log_text": self.log_text,
+        }
+        checks = (_not_empty(output),)
+        if self.same_output_as is not None:
+            earlier = ctx.outputs[self.same_output_as]
+            same = same_output(earlier, output)
+            fields["same_output"] = int(same.passed)
+            fields["text_sha256_before"] = _sha256(earlier.text)
+            checks = (*checks, same)
+        return Result(fields, checks)
+
+
+def _not_empty(output: Output) -> Check:
+    count = len(output.token_ids)
+    return Check("output_not_empty", "at least 1 token", count, count > 0)
+
+
+def same_output(earlier: Output, later: Output) -> Check:
+    """Return the check that two outputs have the same token ids, of which there is at least one."""
+    a, b = earlier.token_ids, later.token_ids
+    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+    detail = ""
+    if not a:
+        detail = "the earlier output is empty"
+    elif differ:
+        i = differ[0]
+        detail = f"the first differing token is at index {i}: {a[i]} before, {b[i]} now"
+    elif len(a) != len(b):
+        detail = f"the first {min(len(a), len(b))} tokens agree, then one output ends"
+    return Check("same_output", list(a), list(b), bool(a) and a == b, detail)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

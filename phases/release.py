@@ -1,0 +1,48 @@
+"""Let go of parameter sets on the devices and of parameter trees on the host."""
+
+from dataclasses import dataclass
+
+from kvpipe import facts, ledger
+from kvpipe.context import WorkerContext
+from kvpipe.phase import Effect, Result, Size, WorkerPhase
+
+
+@dataclass(frozen=True)
+class Release(WorkerPhase):
+    """Release slots and host trees, and give freed pages back to the system.
+
+    Attributes:
+        slots: slots to release. Arrays that the engine computes with stay alive in the engine.
+        host: host trees to release.
+    """
+
+    slots: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+
+    def effect(self, before: frozenset[str]) -> Effect:
+        """Empty the slots and take the host trees away."""
+        held = (*map(facts.slot, self.slots), *map(facts.host, self.host))
+        return Effect(
+            needs=held,
+            takes=held,
+            pools={ledger.slot_pool(slot): Size.NOTHING for slot in self.slots},
+        )
+
+    def run(self, ctx: WorkerContext) -> Result:
+        """Release them."""
+        from kvpipe.engine import memory, weights
+
+        in_use = {id(array) for array in weights.parameters(ctx.engine).values()}
+        freed = 0
+        for name in self.slots:
+            arrays = ctx.slots.pop(name).values()
+            own = [array for array in arrays if id(array) not in in_use]
+            freed += sum(memory.bytes_of(own))
+            for array in own:
+                array.delete()
+        for name in self.host:
+            del ctx.host[name]
+        memory.give_back_host_memory()
+        return Result(
+            {"released_slots": self.slots, "released_host": self.host, "freed_bytes": freed}
+        )

@@ -1,0 +1,88 @@
+"""Let the engine compute with the parameter set of a slot, and show that its output changed."""
+
+from dataclasses import dataclass, replace
+
+from kvpipe import facts, ledger
+from kvpipe.context import Output, WorkerContext
+from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.records import Check
+
+
+@dataclass(frozen=True)
+class WeightsSwappedFromMllm(WorkerPhase):
+    """Swap the set in; the engine's old parameters are freed.
+
+    Attributes:
+        slot: the slot whose set is swapped in. It shares its arrays with the engine from then on,
+            and so holds no bytes of its own.
+        probe_tokens: greedy tokens to generate before and after the swap, which have to differ;
+            both are flushed. 0 skips it, for engines that have these weights already.
+    """
+
+    slot: str = "param_dict"
+    probe_tokens: int = 8
+
+    def effect(self, before: frozenset[str]) -> Effect:
+        """Leave real weights, and a stale prefix cache if it was in use."""
+        others = [name for name in _shared_slots(before) if name != self.slot]
+        unshared = {ledger.slot_pool(n): Size.PARAMS for n in others if facts.slot(n) in before}
+        stale = (facts.KV_STALE,) if facts.KV_WRITTEN in before else ()
+        probe_needs = (facts.KV_LIVE,) if self.probe_tokens else ()
+        return Effect(
+            needs=(facts.ENGINE, facts.slot(self.slot), *probe_needs),
+            forbids=(facts.KV_WRITTEN,) if self.probe_tokens else (),
+            leaves=(facts.WEIGHTS_REAL, facts.shared(self.slot), *stale),
+            takes=tuple(facts.shared(name) for name in others),
+            pools={
+                **unshared,
+                ledger.slot_pool(self.slot): Size.NOTHING,
+                ledger.PARAMS: Size.PARAMS,
+            },
+        )
+
+    def run(self, ctx: WorkerContext) -> Result:
+        """Swap.
+
+        Raises:
+            EngineError: the set is not complete or not of the engine's shapes.
+        """
+        import time
+
+        from kvpipe.engine import weights
+
+        before = self._probe(ctx)
+        began = time.monotonic()
+        weights.swap(ctx.engine, ctx.slots[self.slot])
+        swap_s = time.monotonic() - began
+        after = self._probe(ctx)
+        fields = {
+            "num_model_state_leaves": weights.num_leaves(ctx.engine),
+            "num_params": len(ctx.slots[self.slot]),
+            "swap_s": round(swap_s, 6),
+        }
+        if before is None or after is None:
+            return Result(fields)
+        return Result(fields, (_changed(before, after),))
+
+    def _probe(self, ctx: WorkerContext) -> Output | None:
+        if not self.probe_tokens:
+            return None
+        greedy = replace(ctx.config.sampling, max_new_tokens=self.probe_tokens, temperature=0.0)
+        output = ctx.engine.generate(ctx.prompt, replace(greedy, ignore_eos=True))
+        ctx.engine.flush()
+        return output
+
+
+def _changed(before: Output, after: Output) -> Check:
+    return Check(
+        "swap_changed_output",
+        f"other token ids than {list(before.token_ids)}",
+        list(after.token_ids),
+        before.token_ids != after.token_ids,
+        "the same prompt, greedy, under the old and under the new weights",
+    )
+
+
+def _shared_slots(before: frozenset[str]) -> list[str]:
+    prefix = facts.shared("")
+    return sorted(fact.removeprefix(prefix) for fact in before if fact.startswith(prefix))

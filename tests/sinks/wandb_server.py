@@ -1,0 +1,80 @@
+"""A local stand-in for W&B's server: enough of its protocol to begin, feed and end a run."""
+
+import contextlib
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def well_behaved(path, body):
+    """Answer as W&B does."""
+    if path != "/graphql":
+        return 200, b"{}"
+    query = json.loads(body)
+    given = query.get("variables", {})
+    if "UpsertBucket" in query["query"]:
+        bucket = {
+            "id": "1",
+            "name": given["name"],
+            "displayName": given["displayName"],
+            "project": {"name": given["project"], "entity": {"name": "team"}},
+        }
+        return answer(upsertBucket={"bucket": bucket, "inserted": True})
+    if "CreateRunFiles" in query["query"]:
+        files = [{"name": name, "uploadUrl": f"/upload/{name}"} for name in given["files"]]
+        return answer(createRunFiles={"runID": "1", "uploadHeaders": [], "files": files})
+    if "viewer" in query["query"]:
+        return answer(viewer={"id": "1", "username": "me", "entity": "team", "flags": "{}"})
+    return answer()
+
+
+def answer(**data):
+    return 200, json.dumps({"data": data}).encode()
+
+
+class Server:
+    """What a test gets: the requests so far, and ``respond``, which it may exchange."""
+
+    def __init__(self, respond):
+        self.respond = respond
+        self.requests = []
+        self.closing = threading.Event()
+
+
+@contextlib.contextmanager
+def serve(respond=well_behaved):
+    state = Server(respond)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_request(self):
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            state.requests.append((self.path, body))
+            status, data = state.respond(self.path, body)
+            # A client that has given up waiting is what some tests are about.
+            with contextlib.suppress(ConnectionError):
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = handle_request
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield state
+    finally:
+        state.closing.set()
+        server.shutdown()
+        server.server_close()
