@@ -124,7 +124,18 @@ class PhaseRecord:
         }
 
 
-_PHASE_KEYS = ["phase", "use", "idx", "elapsed_s", "duration_s", "memory", "ledger", "plan_error_bytes", "compilations", "checks"]
+_PHASE_KEYS = [
+    "phase",
+    "use",
+    "idx",
+    "elapsed_s",
+    "duration_s",
+    "memory",
+    "ledger",
+    "plan_error_bytes",
+    "compilations",
+    "checks",
+]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,9 @@ class Run:
                     return self._run_worker()
             return Ending()
         except _Signal as caught:
-            return Ending(128 + caught.signum, f"{signal.Signals(caught.signum).name} ended the run")
+            return Ending(
+                128 + caught.signum, f"{signal.Signals(caught.signum).name} ended the run"
+            )
         except KvpipeError as error:
             return Ending(error.exit_code, str(error))
 

@@ -36,5 +36,7 @@ class KvCacheRebuilt(WorkerPhase):
             "rebuilt_buffers": change.layers,
             "allocated_bytes": change.changed_bytes,
         }
-        back = check_equal("rebuild_brings_kv_bytes", change.fused_bytes_total, change.changed_bytes)
+        back = check_equal(
+            "rebuild_brings_kv_bytes", change.fused_bytes_total, change.changed_bytes
+        )
         return Result({"rebuild_info": info}, (back,))

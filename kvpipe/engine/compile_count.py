@@ -1,21 +1,28 @@
 """Count the programs that XLA compiles, through jax's own monitoring events."""
 
+import sys
 from typing import Any
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts from its creation on; one a process is enough, jax has no way to unregister it."""
+    """Counts from the moment that jax is imported; it does not import jax itself.
+
+    One a process is enough: jax has no way to take a listener back.
+    """
 
     def __init__(self) -> None:
-        from jax import monitoring
-
         self._count = 0
-        monitoring.register_event_duration_secs_listener(self._on_event)
+        self._listening = False
 
     def take(self) -> int:
         """Return the number of compilations since the last call."""
+        if not self._listening and "jax" in sys.modules:
+            from jax import monitoring
+
+            monitoring.register_event_duration_secs_listener(self._on_event)
+            self._listening = True
         taken, self._count = self._count, 0
         return taken
 

@@ -16,7 +16,8 @@ from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
 
-HfWeights = Mapping[str, np.ndarray]
+HostArray = np.ndarray[Any, np.dtype[Any]]
+HfWeights = Mapping[str, HostArray]
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _fitted_shape(given: tuple[int, ...], leaf: Leaf, engine: SglangEngine) -> t
     return tuple(shape)
 
 
-def _fitted(weight: np.ndarray, leaf: Leaf, engine: SglangEngine) -> np.ndarray:
+def _fitted(weight: HostArray, leaf: Leaf, engine: SglangEngine) -> HostArray:
     """Return a weight in the engine's layout: a view, unless heads are repeated or padded."""
     array = weight.T if leaf.transpose else weight
     heads = _heads(leaf, engine)
@@ -266,7 +267,7 @@ def _fitted(weight: np.ndarray, leaf: Leaf, engine: SglangEngine) -> np.ndarray:
     return np.pad(widened, padding).reshape(parameters(engine)[leaf.path].shape)
 
 
-def _place(host: np.ndarray, like: jax.Array) -> jax.Array:
+def _place(host: HostArray, like: jax.Array) -> jax.Array:
     """Return ``host`` on the devices with the dtype and sharding of ``like``, shard by shard.
 
     Never an alias of the host memory: that would be a mapped file, and no device bytes.

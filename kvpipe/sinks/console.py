@@ -4,21 +4,22 @@ Rows are printed as phases finish and stay above the live line, so a run that is
 window with fewer lines than the pipeline has steps, lose nothing. Sizes are GiB here and only here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
-from kvpipe.records import Check, PhaseRecord, RunFinished
+from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished
 
 _GIB = 1024**3
 _NAME_WIDTH = 32
 _NONE = "–"
+_MOST_CHARS = 300
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class _Column:
 _COLUMNS = (
     _Column("seconds", 7),
     _Column("params", 6),
-    _Column("kv", 6),
-    _Column("slots", 6),
-    _Column("other", 6),
-    _Column("total", 6),
-    _Column("RSS", 6, optional=True),
+    _Column("kv", 5),
+    _Column("slots", 5),
+    _Column("other", 5),
+    _Column("total", 5),
+    _Column("RSS", 5, optional=True),
     _Column("compiled", 8, optional=True),
     _Column("checks", 6),
 )
@@ -66,9 +67,10 @@ class ConsoleTable:
     def run_started(self, config: dict[str, Any]) -> None:
         """Print the headings of the table and start the live line."""
         self._name_width = max([len("phase"), *(len(str(step)) for step in config["pipeline"])])
-        self._console.print(
-            Text(f"kvpipe {config['experiment']}", style="bold"), Text("sizes in GiB")
+        title = Text.assemble(
+            (f"kvpipe {config['experiment']}", "bold"), (" (sizes in GiB)", "dim")
         )
+        self._console.print(title)
         self._print_row("phase", [column.heading for column in _COLUMNS], "bold")
         self._progress.start()
 
@@ -87,7 +89,9 @@ class ConsoleTable:
         """Stop the live line and print the verdict, the failed checks and where everything is."""
         self._clear()
         self._progress.stop()
-        self._console.print(_summary(record, self._phases))
+        for line in _summary(record, self._phases):
+            # The terminal wraps, not rich: people copy paths and commands.
+            self._console.print(line, soft_wrap=True)
 
     def _clear(self) -> None:
         for task in self._progress.task_ids:
@@ -95,20 +99,21 @@ class ConsoleTable:
 
     def _print_row(self, name: str, cells: Sequence[str], style: str) -> None:
         columns = list(zip(_COLUMNS, cells, strict=True))
-        if self._width(_COLUMNS) > self._console.width:
+        if self._name_width + _width(_COLUMNS) > self._console.width:
             columns = [(column, cell) for column, cell in columns if not column.optional]
-        name_width = self._console.width - self._width([column for column, _ in columns], 0)
+        left = self._console.width - _width([column for column, _ in columns])
         grid = Table.grid(
-            Column(width=min(self._name_width, name_width), no_wrap=True, overflow="ellipsis"),
+            Column(width=min(self._name_width, left), no_wrap=True, overflow="ellipsis"),
             *(Column(width=column.width, justify="right", no_wrap=True) for column, _ in columns),
             padding=(0, 1, 0, 0),
         )
         grid.add_row(Text(name), *(Text(cell) for _, cell in columns), style=style)
         self._console.print(grid)
 
-    def _width(self, columns: Sequence[_Column], name_width: int | None = None) -> int:
-        name_width = self._name_width if name_width is None else name_width
-        return name_width + sum(1 + column.width for column in columns)
+
+def _width(columns: Sequence[_Column]) -> int:
+    """Return the characters that columns take, each with the space before it."""
+    return sum(1 + column.width for column in columns)
 
 
 def _cells(record: PhaseRecord) -> list[str]:
@@ -131,55 +136,55 @@ def _cells(record: PhaseRecord) -> list[str]:
 
 
 def _gib(size: int | None) -> str:
-    """Return bytes as GiB in six characters or fewer, for anything below 10 TiB."""
+    """Return bytes as GiB in five characters, for anything below 100 TiB."""
     if size is None:
         return _NONE
     gib = size / _GIB
-    digits = 3 if gib < 10 else 2 if gib < 100 else 1
+    digits = 3 if gib < 9.9995 else 2 if gib < 99.995 else 1 if gib < 999.95 else 0
     return f"{gib:.{digits}f}"
 
 
-def _summary(record: RunFinished, phases: int) -> RenderableType:
+def _summary(record: RunFinished, phases: int) -> Iterator[Text]:
+    """Yield the lines below the table."""
     passed = sum(check.passed for check in record.checks)
     counts = f"{phases} phases, {passed}/{len(record.checks)} checks, {record.elapsed_s:.1f} s"
     style = "bold green" if record.exit_code == 0 else "bold red"
-    lines: list[RenderableType] = [
-        "",
-        Text.assemble((f"{record.status} ", style), f"({counts}, exit code {record.exit_code})"),
-    ]
+    yield Text()
+    yield Text.assemble((record.status, style), f" ({counts}, exit code {record.exit_code})")
     if record.error:
-        lines.append(Text(record.error, style="red"))
-    lines += [_check(check) for check in record.checks if not check.passed]
-    return Group(*lines, _places(record))
+        yield Text(record.error, "red")
+    for check in record.checks:
+        if not check.passed:
+            yield Text(f"✗ {check.name}", "red")
+            yield from _pairs(_check_rows(check), indent="  ")
+    yield from _pairs({"run": record.run_dir} | _wandb_rows(record.fields.get("wandb")))
 
 
-def _check(check: Check) -> RenderableType:
-    rows = [("expected", repr(check.expected)), ("actual", repr(check.actual))]
-    if check.detail:
-        rows.append(("detail", check.detail))
-    return Group(Text(f"✗ {check.name}", style="red"), _pairs(rows, indent=2))
+def _check_rows(check: Check) -> dict[str, str]:
+    rows = {"expected": _short(check.expected), "actual": _short(check.actual)}
+    return rows | ({"detail": check.detail} if check.detail else {})
 
 
-def _places(record: RunFinished) -> RenderableType:
-    return _pairs([("run", record.run_dir), *_wandb_rows(record.fields.get("wandb"))])
+def _short(value: Any) -> str:
+    text = repr(value)
+    if len(text) <= _MOST_CHARS:
+        return text
+    return f"{text[:_MOST_CHARS]}… ({len(text)} characters, whole in {RECORDS_FILE})"
 
 
-def _wandb_rows(started: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _wandb_rows(started: Mapping[str, Any] | None) -> dict[str, str]:
     """Return where W&B wrote, from the fields that its sink returned at the start."""
     if not started:
-        return []
-    where = started["url"] or started["dir"] or ""
-    rows = [("W&B", f"{started['mode']} {where}".rstrip())]
+        return {}
+    rows = {"W&B": f"{started['mode']} {started['url'] or started['dir'] or ''}".rstrip()}
     if started["mode"] == "offline":
-        rows.append(("upload", f"wandb sync {started['dir']}"))
+        rows["upload"] = f"wandb sync {started['dir']}"
     if started["fallback"]:
-        rows.append(("offline, because", started["fallback_reason"]))
+        rows["offline"] = f"because {started['fallback_reason']}"
     return rows
 
 
-def _pairs(rows: Sequence[tuple[str, str]], indent: int = 0) -> Table:
-    # Paths and commands are folded, not cut: people copy them.
-    grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
-    for name, value in rows:
-        grid.add_row(Text(" " * indent + name, style="dim"), Text(value))
-    return grid
+def _pairs(rows: Mapping[str, str], indent: str = "") -> Iterator[Text]:
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        yield Text.assemble((f"{indent}{name:<{width}}  ", "dim"), value)

@@ -19,6 +19,7 @@ from kvpipe.errors import TrackingError
 from kvpipe.records import PhaseRecord, RunFinished, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
+from kvpipe.sinks.wandb_log import upload_errors
 
 if TYPE_CHECKING:
     import wandb
@@ -97,7 +98,12 @@ class WandbSink:
         self._rows += 1
         with self._loud(f"did not take the row of {record.phase!r}"):
             # Without commit a row waits for the next one, and is lost if none comes.
-            self._run.log(metrics(record) | self._media(samples), step=record.idx, commit=True)
+            self._run.log(
+                metrics(record) | self._media(samples), step=record.idx, commit=not samples
+            )
+            if samples:
+                # Apart, because online W&B asks its server about a table and may fail at that.
+                self._run.log({"sample_texts": self._table()}, step=record.idx, commit=True)
             self._upload(self._run, samples)
             self._run.summary.update(self._summary(record, samples))
 
@@ -112,10 +118,12 @@ class WandbSink:
         import wandb
 
         try:
-            with self._loud(f"did not finish within {self._tracking.finish_timeout_s:g} s"):
+            with self._loud("did not finish the run"):
                 end = {"run/status": record.status, "run/exit_code": record.exit_code}
                 self._run.summary.update(end)
                 self._run.finish(exit_code=record.exit_code)
+                if lost := upload_errors(_sync_dir(self._run)):
+                    raise TrackingError(f"{len(lost)} uploads failed, the first with: {lost[0]}")
         except TrackingError as error:
             # The next run of this process (a sweep) has to get a service that works.
             try:
@@ -134,7 +142,8 @@ class WandbSink:
             )
         import wandb
 
-        base_url = wandb.setup().settings.base_url
+        # The messages that wandb prints are either raised here or nothing to act on.
+        base_url = wandb.setup(wandb.Settings(silent=True)).settings.base_url
         try:
             if mode is TrackingMode.online:
                 _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
@@ -188,21 +197,25 @@ class WandbSink:
         )
 
     def _media(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return the media of new texts, and the table of all texts so far."""
-        if not samples:
-            return {}
+        """Return the new texts as pages, each with its size."""
         import wandb
 
         limit = self._tracking.text_max_chars
-        table = wandb.Table(columns=list(TABLE_COLUMNS))
-        for sample in self._samples:
-            table.add_data(*sample.row(limit))
-        media: dict[str, Any] = {"sample_texts": table}
+        media: dict[str, Any] = {}
         for sample in samples:
             page = f"<pre>{html.escape(sample.shown(limit))}</pre>"
             media[sample.key] = wandb.Html(page, inject=False, data_is_not_path=True)
             media |= sample.sizes(limit)
         return media
+
+    def _table(self) -> "wandb.Table":
+        """Return the table of all texts so far."""
+        import wandb
+
+        table = wandb.Table(columns=list(TABLE_COLUMNS))
+        for sample in self._samples:
+            table.add_data(*sample.row(self._tracking.text_max_chars))
+        return table
 
     def _upload(self, run: "wandb.Run", samples: Sequence[Sample]) -> None:
         """Write each text whole to its file, and hand the file to W&B."""

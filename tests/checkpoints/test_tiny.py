@@ -1,5 +1,6 @@
 import hashlib
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,10 @@ ARCHITECTURES = ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"]
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def refuse(self, address):
+        raise AssertionError(f"connected to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,7 @@ def test_a_maker_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, error):
 
 
 def test_the_weights_are_those_that_the_golden_answers_were_made_with(tmp_path):
+    """When this fails, raise FORMAT_VERSION (or caches keep old bytes) and run golden/make.py."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert golden["format_version"] == tiny.FORMAT_VERSION
     directory = ensure(TinyModel(**golden["spec"]), tmp_path)

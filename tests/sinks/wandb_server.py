@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-def well_behaved(path, body):
+def well_behaved(server, path, body):
     """Answer as W&B does."""
     if path != "/graphql":
         return 200, b"{}"
@@ -22,7 +22,9 @@ def well_behaved(path, body):
         }
         return answer(upsertBucket={"bucket": bucket, "inserted": True})
     if "CreateRunFiles" in query["query"]:
-        files = [{"name": name, "uploadUrl": f"/upload/{name}"} for name in given["files"]]
+        files = [
+            {"name": name, "uploadUrl": f"{server.url}/upload/{name}"} for name in given["files"]
+        ]
         return answer(createRunFiles={"runID": "1", "uploadHeaders": [], "files": files})
     if "viewer" in query["query"]:
         return answer(viewer={"id": "1", "username": "me", "entity": "team", "flags": "{}"})
@@ -54,7 +56,7 @@ def serve(respond=well_behaved):
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             state.requests.append((self.path, body))
-            status, data = state.respond(self.path, body)
+            status, data = state.respond(state, self.path, body)
             # A client that has given up waiting is what some tests are about.
             with contextlib.suppress(ConnectionError):
                 self.send_response(status)
