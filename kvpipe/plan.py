@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from kvpipe.errors import InputError
 from kvpipe.facts import meaning
-from kvpipe.ledger import Ledger, PerDevice
+from kvpipe.ledger import KV, Ledger, PerDevice
 from kvpipe.phase import Effect, Phase, Size
+from kvpipe.records import Fit, PlannedPhase
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,21 @@ class PlannedStep:
     step: Phase
     effect: Effect
     facts: frozenset[str]
+
+
+@dataclass(frozen=True)
+class KvCapacity:
+    """The KV cache that the ledgers were made with.
+
+    Attributes:
+        device_bytes: bytes that it takes on one device.
+        tokens: its capacity, a multiple of the page size.
+        page_size: tokens in a page.
+    """
+
+    device_bytes: int
+    tokens: int
+    page_size: int
 
 
 def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
@@ -73,6 +89,53 @@ def plan_ledgers(
             ledger = ledger.with_pool(pool, held)
         ledgers.append(ledger)
     return tuple(ledgers)
+
+
+def planned_phases(
+    planned: Sequence[PlannedStep], ledgers: Sequence[Ledger]
+) -> tuple[PlannedPhase, ...]:
+    """Return the ledgers as records."""
+    return tuple(
+        PlannedPhase(
+            name=item.step.step,
+            pools=ledger.totals(),
+            total_bytes=ledger.total_bytes,
+            max_device_bytes=max(ledger.per_device),
+        )
+        for item, ledger in zip(planned, ledgers, strict=True)
+    )
+
+
+def judge(
+    planned: Sequence[PlannedStep],
+    ledgers: Sequence[Ledger],
+    hbm_bytes: int,
+    kv: KvCapacity,
+) -> Fit:
+    """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
+
+    The largest capacity that fits is exact: a device's share of the KV cache is proportional to
+    tokens + page size, and nothing else in a ledger depends on the tokens.
+    """
+    fullest = [max(ledger.per_device, default=0) for ledger in ledgers]
+    peak = max(range(len(fullest)), key=fullest.__getitem__)
+    per_token = kv.device_bytes // (kv.tokens + kv.page_size)
+    room = min(
+        (
+            hbm_bytes - total + held
+            for ledger in ledgers
+            for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+            if held
+        ),
+        default=hbm_bytes,
+    )
+    pages = (room // per_token - kv.page_size) // kv.page_size
+    return Fit(
+        fits=fullest[peak] <= hbm_bytes,
+        hbm_bytes=hbm_bytes,
+        peak_phase=planned[peak].step.step,
+        max_total_tokens=max(0, pages * kv.page_size),
+    )
 
 
 def _missing(step: str, fact: str, taken_by: str | None) -> str:

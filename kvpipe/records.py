@@ -1,6 +1,6 @@
 """Frozen records of what happened, and the one place that names record fields and metric keys.
 
-A run is a list of records: one for each phase, then ``run_finished``. Every sink and every report
+A run is a list of records: ``run_planned``, one for each phase, then ``run_finished``. Every sink and every report
 reads these and nothing else. Sizes are bytes, times are seconds.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+RUN_PLANNED = "run_planned"
 RUN_FINISHED = "run_finished"
 RECORDS_FILE = "records.jsonl"
 SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
@@ -139,6 +140,75 @@ _PHASE_KEYS = [
 
 
 @dataclass(frozen=True)
+class PlannedPhase:
+    """What the plan predicts after one phase.
+
+    Attributes:
+        name: name of the step.
+        pools: bytes over all devices, by pool.
+        total_bytes: bytes over all pools and devices.
+        max_device_bytes: bytes of the fullest device.
+    """
+
+    name: str
+    pools: Mapping[str, int]
+    total_bytes: int
+    max_device_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the plan fits the devices.
+
+    Attributes:
+        fits: whether no phase needs more than a device has.
+        hbm_bytes: bytes that one device has.
+        peak_phase: the phase with the fullest device.
+        max_total_tokens: largest capacity of the KV cache that would fit, 0 if none does.
+    """
+
+    fits: bool
+    hbm_bytes: int
+    peak_phase: str
+    max_total_tokens: int
+
+
+@dataclass(frozen=True)
+class RunPlanned:
+    """The first record of a run: what the plan predicts.
+
+    Attributes:
+        target: what the plan is for, e.g. ``cpu`` or ``v4:2x2x1``.
+        devices: number of devices.
+        sglang_jax: version of the engine whose model gave the sizes.
+        phases: the prediction after each phase.
+        fit: whether it fits.
+        elapsed_s: seconds since the run began.
+    """
+
+    target: str
+    devices: int
+    sglang_jax: str
+    phases: Sequence[PlannedPhase]
+    fit: Fit
+    elapsed_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        plan = asdict(self)
+        plan["phases"] = [asdict(phase) for phase in self.phases]
+        return {"phase": RUN_PLANNED, **plan}
+
+
+def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
+    """Return the record that :meth:`RunPlanned.to_json` wrote."""
+    known = {key: value for key, value in data.items() if key != "phase"}
+    known["phases"] = tuple(PlannedPhase(**phase) for phase in data["phases"])
+    known["fit"] = Fit(**data["fit"])
+    return RunPlanned(**known)
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """The last record: how the run ended.
 
@@ -174,7 +244,7 @@ class RunFinished:
         }
 
 
-Record = PhaseRecord | RunFinished
+Record = RunPlanned | PhaseRecord | RunFinished
 
 
 def dumps(record: Record) -> str:

@@ -4,7 +4,7 @@ A record is emitted for the step that fails too: out of memory is exactly when m
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
 from kvpipe.phase import Result, WorkerPhase
-from kvpipe.records import Check, PhaseRecord, check_equal
+from kvpipe.records import Check, PhaseRecord, RunPlanned
 
 
 class CheckFailed(KvpipeError):
@@ -29,13 +29,13 @@ class Job:
         idx: position in the pipeline, from 0.
         use: name of the phase file.
         phase: the step.
-        planned: the ledger that the plan predicts after it; None if there is no plan yet.
+        planned: the ledger that the plan predicts after it.
     """
 
     idx: int
     use: str
     phase: WorkerPhase
-    planned: Ledger | None = None
+    planned: Ledger
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,12 @@ class Events:
     """What the runner tells the parent.
 
     Attributes:
+        planned: called with the plan, before anything is started.
         started: called with a step's name and position as it begins.
         finished: called with its record.
     """
 
+    planned: Callable[[RunPlanned], None]
     started: Callable[[str, int], None]
     finished: Callable[[PhaseRecord], None]
 
@@ -92,7 +94,10 @@ def _record(
 ) -> PhaseRecord:
     duration = time.monotonic() - began
     measured = probe.measure(ctx)
-    errors = _plan_errors(job, measured.ledger)
+    errors = differences(job.planned, measured.ledger) if measured.ledger else {}
+    checks = tuple(result.checks)
+    if measured.ledger and ctx.config.plan.enforce:
+        checks += _plan_checks(job.planned, measured.ledger, errors)
     return PhaseRecord(
         phase=job.phase.step,
         use=job.use,
@@ -103,25 +108,17 @@ def _record(
         ledger=measured.ledger.totals() if measured.ledger else {},
         plan_error_bytes=errors,
         compilations=compiles.take(),
-        checks=(*result.checks, *_plan_checks(job, measured.ledger, errors)),
+        checks=checks,
         fields=result.fields,
     )
 
 
-def _plan_errors(job: Job, measured: Ledger | None) -> dict[str, int]:
-    if job.planned is None or measured is None:
-        return {}
-    return differences(job.planned, measured)
-
-
-def _plan_checks(job: Job, measured: Ledger | None, errors: dict[str, int]) -> tuple[Check, ...]:
-    """Return one check for each pool that the plan holds to the byte."""
-    if job.planned is None or measured is None:
-        return ()
+def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -> tuple[Check, ...]:
+    """Return one check for each pool that the plan holds to the byte, on every device."""
     return tuple(
-        check_equal(f"plan/{pool}_bytes", job.planned.sum_of(pool), measured.sum_of(pool))
-        if not off or job.planned.sum_of(pool) != measured.sum_of(pool)
-        else Check(f"plan/{pool}_bytes_per_device", job.planned.of(pool), measured.of(pool), False)
+        Check(f"plan/{pool}_bytes", planned.sum_of(pool), measured.sum_of(pool), not off)
+        if not off or planned.sum_of(pool) != measured.sum_of(pool)
+        else Check(f"plan/{pool}_bytes", planned.of(pool), measured.of(pool), False, "per device")
         for pool, off in errors.items()
     )
 

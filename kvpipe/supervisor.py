@@ -23,7 +23,14 @@ from kvpipe.errors import EngineError, KvpipeError
 from kvpipe.jax_environment import jax_environment
 from kvpipe.phase import ParentPhase, Phase, Result
 from kvpipe.process_memory import process_memory
-from kvpipe.records import Check, PhaseRecord, RunFinished, phase_from_json
+from kvpipe.records import (
+    Check,
+    PhaseRecord,
+    RunFinished,
+    RunPlanned,
+    phase_from_json,
+    planned_from_json,
+)
 from kvpipe.schema import Kvpipe
 from kvpipe.sinks import Sink
 from kvpipe.steps import use_of
@@ -145,7 +152,9 @@ class Run:
         log = self.run_dir / ENGINE_LOG
         with log.open("w") as log_file, _start_worker(self, log_file) as child:
             for message in child.messages():
-                if "record" in message:
+                if "plan" in message:
+                    self._on_plan(planned_from_json(message["plan"]))
+                elif "record" in message:
                     self._on_record(phase_from_json(message["record"]))
                 elif "started" in message:
                     self._on_started(message["started"], message["idx"])
@@ -161,9 +170,13 @@ class Run:
         # A dynamic import: only here, for a debugger, does the parent load jax.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker")
-        events = worker.runner.Events(started=self._on_started, finished=self._on_record)
+        events = worker.runner.Events(self._on_plan, self._on_started, self._on_record)
         outcome = worker.execute(self.config, events, self.began)
         return Ending(outcome.exit_code, outcome.error)
+
+    def _on_plan(self, plan: RunPlanned) -> None:
+        if hasattr(self.sinks, "run_planned"):
+            self.sinks.run_planned(plan)
 
     def _on_started(self, step: str, idx: int) -> None:
         self._current = step

@@ -9,16 +9,16 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, cast
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
-from kvpipe import runner
+from kvpipe import planner, runner
 from kvpipe.context import WorkerContext
 from kvpipe.errors import KvpipeError
-from kvpipe.phase import Phase, WorkerPhase
-from kvpipe.plan import check_order
+from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
@@ -51,7 +51,7 @@ def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
-        runner.run(_jobs(config), ctx, events, run_began)
+        runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
         outcome = Outcome(0)
     except KvpipeError as error:
         traceback.print_exc()
@@ -67,6 +67,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
         events = runner.Events(
+            planned=lambda plan: _send(channel, {"plan": plan.to_json()}),
             started=lambda step, idx: _send(channel, {"started": step, "idx": idx}),
             finished=lambda record: _send(channel, {"record": record.to_json()}),
         )
@@ -83,18 +84,25 @@ def _send(channel: IO[str], message: dict[str, Any]) -> None:
     channel.flush()
 
 
-def _jobs(config: Kvpipe) -> Sequence[runner.Job]:
+def _planned_jobs(
+    ctx: WorkerContext, events: runner.Events, run_began: float
+) -> Sequence[runner.Job]:
+    """Plan the run, tell the plan, and return the worker's steps with what each has to leave.
+
+    Raises:
+        InputError: the plan does not fit the devices, and ``plan.enforce`` is set.
+    """
+    config = ctx.config
     steps = build_steps(config)
-    check_order(steps)
+    plan = planner.plan_here(steps, config.engine, ctx.model_dir)
+    events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
+    if config.plan.enforce:
+        planner.refuse_misfit(plan.record)
     return [
-        runner.Job(idx, use_of(step.step, config), cast(WorkerPhase, step))
-        for idx, step in enumerate(steps)
-        if _runs_here(step)
+        runner.Job(idx, use_of(step.step, config), step, ledger)
+        for idx, (step, ledger) in enumerate(zip(steps, plan.ledgers, strict=True))
+        if isinstance(step, WorkerPhase)
     ]
-
-
-def _runs_here(step: Phase) -> bool:
-    return step.runs_in == "worker"
 
 
 def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:

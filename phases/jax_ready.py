@@ -21,18 +21,8 @@ class JaxReady(WorkerPhase):
         Raises:
             InputError: tp × dp is not the device count, or the platform is another.
         """
-        import jax
+        from kvpipe.engine import devices
 
-        from kvpipe.engine import compat, sglang
-
-        sglang.check_devices(ctx.config.engine)
+        devices.check_devices(ctx.config.engine)
         ctx.jax_ready = True
-        return Result(
-            {
-                "jax_version": jax.__version__,
-                "sgl_jax_version": compat.sgl_jax_version(),
-                "platform": jax.default_backend(),
-                "device_kind": jax.devices()[0].device_kind,
-                "device_count": jax.device_count(),
-            }
-        )
+        return Result(devices.describe())

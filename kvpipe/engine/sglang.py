@@ -13,9 +13,10 @@ import jax
 
 from kvpipe.context import Output
 from kvpipe.engine import compat
+from kvpipe.engine.devices import check_devices
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
-from kvpipe.errors import EngineError, InputError
+from kvpipe.errors import EngineError
 from kvpipe.schema import EngineConfig, SamplingConfig
 
 
@@ -138,23 +139,6 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     _guard_requests(started)
     _check_capacity(started, config)
     return started
-
-
-def check_devices(config: EngineConfig) -> None:
-    """Refuse a mesh that is not all devices, and a platform that jax does not run on.
-
-    Raises:
-        InputError: with the device count and the sizes that would fit it.
-    """
-    platform, count = jax.default_backend(), jax.device_count()
-    if platform != config.device:
-        raise InputError(f"engine.device is {config.device!r}, but jax runs on {platform!r}")
-    tp_size = config.tp_size or count // config.dp_size
-    if tp_size * config.dp_size != count:
-        raise InputError(
-            f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
-            f"{count} {platform} devices; the product has to be {count}"
-        )
 
 
 def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ own KV pool is traced: nothing is allocated and no weight is read. A formula wou
 as a version places a leaf differently, as 0.0.2 and bd09a87 do with the embedding.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def sizes(config: EngineConfig, model_dir: Path) -> dict[Size, PerDevice]:
         from sgl_jax.srt.server_args import ServerArgs
 
         arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
-        model_config = ModelConfig.from_server_args(arguments)
+        # A copy: the engine caches the Hugging Face config, and the next line writes into it.
+        model_config = copy.deepcopy(ModelConfig.from_server_args(arguments))
         model_config.validate_tensor_parallel_config(arguments.tp_size)
         model_config.configure_for_tensor_parallel(arguments.tp_size)
         mesh = _mesh(arguments.tp_size)
@@ -95,4 +97,3 @@ def _kv_buffers(
     buffers = jax.eval_shape(create)
     sharding = pools[0].kv_sharding
     return [jax.ShapeDtypeStruct(b.shape, b.dtype, sharding=sharding) for b in buffers]
-

@@ -80,3 +80,9 @@ def serve(respond=well_behaved):
         state.closing.set()
         server.shutdown()
         server.server_close()
+
+
+def never(server, path, body):
+    """Answer when the test is over."""
+    server.closing.wait()
+    return 500, b""

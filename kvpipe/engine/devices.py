@@ -1,0 +1,49 @@
+"""The devices that jax has: what they are, and whether the engine's mesh takes all of them."""
+
+from typing import Any
+
+import jax
+import psutil
+
+from kvpipe.engine import compat
+from kvpipe.errors import InputError
+from kvpipe.schema import EngineConfig
+
+
+def describe() -> dict[str, Any]:
+    """Return versions and devices, for the record."""
+    return {
+        "jax_version": jax.__version__,
+        "sgl_jax_version": compat.sgl_jax_version(),
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+    }
+
+
+def check_devices(config: EngineConfig) -> None:
+    """Refuse a mesh that is not all devices, and a platform that jax does not run on.
+
+    Raises:
+        InputError: with the device count and the sizes that would fit it.
+    """
+    platform, count = jax.default_backend(), jax.device_count()
+    if platform != config.device:
+        raise InputError(f"engine.device is {config.device!r}, but jax runs on {platform!r}")
+    tp_size = config.tp_size or count // config.dp_size
+    if tp_size * config.dp_size != count:
+        raise InputError(
+            f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
+            f"{count} {platform} devices; the product has to be {count}"
+        )
+
+
+def memory_bytes() -> int:
+    """Return the bytes of memory that one device has.
+
+    The virtual devices of a CPU share the host's RAM, so each has an equal part of it.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return int(stats["bytes_limit"])
+    return psutil.virtual_memory().total // jax.local_device_count()

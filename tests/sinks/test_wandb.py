@@ -1,0 +1,402 @@
+"""The W&B sink against the real wandb library: offline, and with a local server for online.
+
+wandb keeps state of its own for a whole process, so what has to be seen from outside (stdout,
+which modules are imported) runs in a process of its own, and every other test ends with a teardown.
+"""
+
+import base64
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import wandb_file
+import wandb_server
+from pipeline_records import OUTPUT, PROMPT, STEPS, failed, passed, phase, pipeline, sha256
+
+from kvpipe.errors import InputError, TrackingError
+from kvpipe.records import metrics
+from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.sinks.wandb import WandbSink
+
+KEY = "a1b2" * 10
+LIMIT = 100
+CONFIG = {
+    "experiment": "tiny",
+    "pipeline": STEPS,
+    "phases": {"generate_result": {"max_new_tokens": 4}},
+    "engine": {"max_total_tokens": 4096, "mem_fraction_static": 0.8, "tp_size": None},
+    "prompt": {"text": None, "file": "pkg://conf/prompt/code.txt"},
+}
+# As in the issue, which has them from the script that kvpipe replaces.
+METRICS = """
+    phase/idx phase/name time/elapsed_s mem/process/rss_bytes kv/fused_bytes_total
+    kv/fused_bytes_per_layer kv/deleted_buffers num_params num_model_state_leaves
+    determinism/same_output sample_texts/path
+    sample_prompt/path sample_prompt_chars sample_prompt_truncated
+    sample_output_text_1/path sample_output_text_1_chars sample_output_text_1_truncated
+    sample_output_text_2/path sample_output_text_2_chars sample_output_text_2_truncated
+""".split()
+DEVICE_FIELDS = "bytes_in_use peak_bytes_in_use bytes_limit largest_free_block_bytes".split()
+
+OFFLINE_RUN = """
+import json, sys
+from pathlib import Path
+from pipeline_records import passed, pipeline
+from kvpipe.schema import TrackingConfig
+from kvpipe.sinks.wandb import WandbSink
+run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+tracking = TrackingConfig(project="kv", name="run 1", tags=["a"], text_max_chars=int(sys.argv[4]))
+sink = WandbSink(tracking, run_dir, key)
+sink.run_started(config)
+(run_dir / "started.json").write_text(json.dumps(sink.start(config)))
+for record in pipeline():
+    sink.phase_started(record.phase, record.idx, 16)
+    sink.phase_finished(record)
+sink.run_finished(passed(run_dir))
+"""
+
+
+def python(code, *arguments, **environment):
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": path, **environment},
+        capture_output=True,
+    )
+
+
+class Offline:
+    """One offline run of the whole pipeline, and what can be read back from it."""
+
+    def __init__(self, root):
+        self.home = root / "home"
+        # A sweep's run directory may have characters that a glob would take for its own.
+        self.run_dir = root / "tp=[1,2]"
+        for folder in (self.home, self.run_dir):
+            folder.mkdir()
+        # None of these may win over the config.
+        hostile = {"WANDB_MODE": "online", "WANDB_PROJECT": "wrong", "WANDB_DIR": str(self.home)}
+        self.process = python(
+            OFFLINE_RUN,
+            *(str(self.run_dir), json.dumps(CONFIG), KEY, str(LIMIT)),
+            HOME=str(self.home),
+            WANDB_API_KEY=KEY,
+            **hostile,
+        )
+        assert self.process.returncode == 0, self.process.stderr.decode()
+        self.started = json.loads((self.run_dir / "started.json").read_text())
+        self.sync_dir = Path(self.started["dir"])
+        self.file = wandb_file.read(self.sync_dir / f"run-{self.started['id']}.wandb")
+
+    def uploaded(self, path):
+        assert path in self.file["files"]
+        return (self.sync_dir / "files" / path).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    return Offline(tmp_path_factory.mktemp("offline"))
+
+
+@pytest.fixture
+def wandb_process(tmp_path, monkeypatch):
+    """A process that wandb has not touched, with a home of its own."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield monkeypatch
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(wandb_process):
+    with wandb_server.serve() as server:
+        wandb_process.setenv("WANDB_BASE_URL", server.url)
+        yield server
+
+
+def online(run_dir, api_key=KEY, **more):
+    given = {"init_timeout_s": 3.0, "finish_timeout_s": 3.0} | more
+    return WandbSink(TrackingConfig(mode=TrackingMode.online, **given), run_dir, api_key)
+
+
+def files_with(secret, *folders):
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if secret in path.read_bytes()]
+
+
+def test_each_phase_is_a_row_with_its_metrics(offline):
+    rows = offline.file["history"]
+    assert [row["_step"] for row in rows] == list(range(16))
+    for row, record in zip(rows, pipeline(), strict=True):
+        logged = metrics(record)
+        assert {key: row.get(key) for key in logged} == logged
+
+
+def test_the_history_has_every_key_that_dashboards_know(offline):
+    keys = {key for row in offline.file["history"] for key in row}
+    wanted = set(METRICS)
+    wanted |= {f"mem/jax/{name}_{kind}" for name in DEVICE_FIELDS for kind in ("sum", "min", "max")}
+    wanted |= {f"mem/jax/device{i}/{name}" for name in DEVICE_FIELDS for i in range(4)}
+    assert wanted - keys == set()
+
+
+def test_the_summary_has_every_key_that_dashboards_know(offline):
+    expected = {
+        "wandb/url": None,
+        "wandb/id": offline.started["id"],
+        "prompt/chars": len(PROMPT),
+        "prompt/file": "pkg://conf/prompt/code.txt",
+        "sample/prompt_sha256": sha256(PROMPT),
+        "sample/output_text_sha256": sha256(OUTPUT),
+        "sample/output_text": OUTPUT,
+        "sample/output_text_chars": len(OUTPUT),
+        "determinism/same_output": 1,
+        "sample/output_text_after_rebuild_sha256": sha256(OUTPUT),
+        "sample/output_text_after_rebuild": OUTPUT,
+        "sample/output_text_after_rebuild_chars": len(OUTPUT),
+        "run/status": "passed",
+        "run/exit_code": 0,
+    }
+    summary = offline.file["summary"]
+    assert {key: summary.get(key, "missing") for key in expected} == expected
+    assert offline.file["exit_code"] == 0
+
+
+def test_prompt_and_outputs_are_pages_of_escaped_text_that_may_be_cut(offline):
+    rows = {key: value for row in offline.file["history"] for key, value in row.items()}
+    texts = {"prompt": PROMPT, "output_text_1": OUTPUT, "output_text_2": OUTPUT}
+    for name, text in texts.items():
+        page = offline.uploaded(rows[f"sample_{name}/path"]).decode()
+        assert page == f"<pre>{html.escape(text[:LIMIT])}</pre>"
+        assert rows[f"sample_{name}/_type"] == "html-file"
+        assert rows[f"sample_{name}_chars"] == len(text)
+        assert rows[f"sample_{name}_truncated"] == (len(text) > LIMIT)
+
+
+def test_the_table_has_a_row_for_each_text(offline):
+    path = offline.file["summary"]["sample_texts/path"]
+    output = [sha256(OUTPUT), len(OUTPUT), True, OUTPUT[:LIMIT]]
+    assert json.loads(offline.uploaded(path)) == {
+        "columns": ["kind", "sha256", "chars", "truncated", "text"],
+        "data": [
+            ["prompt", sha256(PROMPT), len(PROMPT), False, PROMPT],
+            ["output_1", *output],
+            ["output_2", *output],
+        ],
+    }
+
+
+def test_the_text_files_hold_the_whole_texts_to_the_byte(offline):
+    folder = f"wandb_samples/{offline.started['id']}"
+    texts = {"prompt": PROMPT, "output_1": OUTPUT, "output_2": OUTPUT}
+    for kind, text in texts.items():
+        path = f"{folder}/{kind}_sha256_{sha256(text)}.txt"
+        assert offline.uploaded(path) == (offline.run_dir / path).read_bytes() == text.encode()
+
+
+def test_the_logged_config_is_the_one_that_was_given(offline):
+    logged = {key: value for key, value in offline.file["config"].items() if key != "_wandb"}
+    assert logged == CONFIG
+
+
+def test_the_start_says_what_is_in_force_whatever_the_environment_says(offline):
+    started = dict(offline.started)
+    assert started.pop("id") in started.pop("dir")
+    assert started == {
+        "project": "kv",
+        "name": "run 1",
+        "url": None,
+        "mode": "offline",
+        "fallback": False,
+        "fallback_reason": None,
+    }
+
+
+def test_wandb_writes_into_the_run_directory_and_nothing_to_stdout(offline):
+    assert offline.sync_dir.parent == offline.run_dir / "wandb"
+    assert (offline.process.stdout, offline.process.stderr) == (b"", b"")
+
+
+def test_the_api_key_is_in_no_file_and_no_output(offline):
+    assert files_with(KEY.encode(), offline.run_dir, offline.home) == []
+    assert KEY.encode() not in offline.process.stdout + offline.process.stderr
+
+
+def test_disabled_never_imports_wandb_and_writes_nothing(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from pipeline_records import passed, phase
+from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.sinks.wandb import WandbSink
+sink = WandbSink(TrackingConfig(mode=TrackingMode.disabled), Path(sys.argv[1]), None)
+assert sink.start({})["mode"] == "disabled"
+sink.phase_finished(phase(8))
+sink.run_finished(passed())
+assert "wandb" not in sys.modules
+"""
+    process = python(code, str(tmp_path))
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_without_wandb_init_has_no_run(tmp_path):
+    sink = online(tmp_path)
+    sink.run_started(CONFIG)
+    sink.phase_started("jax_ready", 0, 1)
+    sink.phase_finished(phase(1))
+    sink.run_finished(passed())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_with_a_secret_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"prompt\.text: this looks like a secret") as caught:
+        online(tmp_path).start({**CONFIG, "prompt": {"text": f"hi {KEY}", "file": None}})
+    assert KEY not in str(caught.value)
+
+
+def test_online_without_a_key_names_what_to_set(tmp_path):
+    with pytest.raises(TrackingError, match=r"WANDB_API_KEY in the environment or in a \.env"):
+        online(tmp_path, api_key=None).start(CONFIG)
+
+
+def test_online_without_a_key_goes_offline_if_the_config_says_so(tmp_path, wandb_process):
+    sink = online(tmp_path, api_key=None, fallback_offline=True)
+    started = sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    sink.run_finished(failed())
+    assert (started["mode"], started["fallback"]) == ("offline", True)
+    assert "WANDB_API_KEY" in started["fallback_reason"]
+    file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
+    assert (len(file["history"]), file["exit_code"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b'{"errors": [{"message": "user is not logged in"}]}', "user is not logged in"),
+        (200, b"<html>It works!</html>", "invalid character '<'"),
+        (200, b"{}", "answered, but not as W&B does"),
+    ],
+)
+def test_a_refusing_or_foreign_server_is_one_clear_message(tmp_path, server, status, body, said):
+    server.respond = lambda *_: (status, body)
+    with pytest.raises(TrackingError) as caught:
+        online(tmp_path).start(CONFIG)
+    message = str(caught.value)
+    assert said in message
+    assert server.url in message
+    assert "\n" not in message
+
+
+def test_a_server_that_never_answers_fails_within_the_timeout(tmp_path, server):
+    server.respond = wandb_server.never
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match="did not begin the run: Timed out"):
+        online(tmp_path, init_timeout_s=2.0).start(CONFIG)
+    assert time.monotonic() - begun < 2.0 + 10.0
+
+
+def test_no_network_is_found_out_without_waiting_for_the_timeout(tmp_path, wandb_process):
+    # The port of a server that has gone: nobody listens there.
+    with wandb_server.serve() as server:
+        wandb_process.setenv("WANDB_BASE_URL", server.url)
+    with pytest.raises(TrackingError, match="Connection refused"):
+        online(tmp_path, init_timeout_s=60.0).start(CONFIG)
+
+
+def test_online_rows_and_files_reach_the_server_and_the_key_no_file(tmp_path, server):
+    sink = online(tmp_path)
+    started = sink.start(CONFIG)
+    for idx in range(3):
+        sink.phase_finished(phase(idx))
+    sink.run_finished(passed())
+    assert started["mode"] == "online"
+    assert started["url"] == f"{server.url}/team/kvpipe/runs/{started['id']}"
+    streams = [json.loads(body) for path, body in server.requests if "file_stream" in path]
+    lines = [
+        json.loads(line)
+        for stream in streams
+        for line in stream.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+    ]
+    assert [line["phase/name"] for line in lines] == STEPS[:3]
+    assert any(path.startswith("/upload/config.yaml") for path, _ in server.requests)
+    for secret in (KEY.encode(), base64.b64encode(f"api:{KEY}".encode())):
+        assert files_with(secret, tmp_path) == []
+
+
+def test_a_request_that_succeeds_when_repeated_is_no_loss(tmp_path, server):
+    sink = online(tmp_path, finish_timeout_s=20.0)
+    sink.start(CONFIG)
+    refusals = [503, 500]
+
+    def shaky(server, path, body):
+        return (refusals.pop(), b"") if refusals else wandb_server.well_behaved(server, path, body)
+
+    server.respond = shaky
+    sink.phase_finished(phase(0))
+    sink.run_finished(passed())
+    assert refusals == []
+
+
+def test_rows_that_the_server_refuses_fail_the_end_of_the_run(tmp_path, server):
+    """W&B's own finish() returns as if all were well."""
+    sink = online(tmp_path)
+    started = sink.start(CONFIG)
+    server.respond = lambda *_: (403, b"")
+    for idx in range(3):
+        sink.phase_finished(phase(idx))
+    with pytest.raises(TrackingError) as caught:
+        sink.run_finished(passed())
+    assert "403" in str(caught.value)
+    assert "up to 3 rows" in str(caught.value)
+    assert str(caught.value).endswith(f"wandb sync {started['dir']}")
+
+
+def test_a_server_that_is_lost_ends_the_run_within_the_timeout(tmp_path, server):
+    sink = online(tmp_path, finish_timeout_s=2.0)
+    sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    server.respond = wandb_server.never
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match="did not finish the run: Timed out"):
+        sink.run_finished(passed())
+    assert time.monotonic() - begun < 2.0 + 10.0
+
+
+def test_a_killed_service_is_loud_and_the_next_run_of_the_process_works(tmp_path, wandb_process):
+    for name in ("first", "second"):
+        sink = WandbSink(TrackingConfig(), tmp_path / name, None)
+        (tmp_path / name).mkdir()
+        started = sink.start(CONFIG)
+        sink.phase_finished(phase(0))
+        if name == "first":
+            time.sleep(1.5)  # longer than what the service holds back
+            kill_wandb_service()
+            with pytest.raises(TrackingError, match="did not take the row of 'jax_ready'"):
+                sink.phase_finished(phase(1))
+            with pytest.raises(TrackingError, match="up to 2 rows may be missing"):
+                sink.run_finished(passed())
+        else:
+            sink.run_finished(passed())
+        file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
+        assert [row["phase/name"] for row in file["history"]] == ["wandb_init"]
+
+
+def kill_wandb_service():
+    for child in psutil.Process().children(recursive=True):
+        if child.name().startswith("wandb-core"):
+            child.kill()
+            child.wait()
