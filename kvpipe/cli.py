@@ -6,7 +6,9 @@ Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 t
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,31 +16,24 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from kvpipe.credentials import API_KEY, wandb_api_key
 from kvpipe.errors import InputError, KvpipeError
-from kvpipe.jax_environment import jax_environment
+from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
+from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.model_dir import check_model
 from kvpipe.phase import Phase
 from kvpipe.plan import check_order
 from kvpipe.prompt import read_prompt
 from kvpipe.records import RECORDS_FILE
-from kvpipe.schema import Kvpipe, OutputFormat, from_plain, to_plain
+from kvpipe.schema import Kvpipe, OutputFormat, from_plain, schema, to_plain
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.jsonl import JsonLines
-from kvpipe.sinks.wandb import WandbSink
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
 
-_QUIET = ["hydra.run.dir=.", "hydra.output_subdir=null"]
-
-
-class JobFailed(KvpipeError):
-    """A job of a sweep failed; Hydra goes on with the others."""
+_SIGNALLED = 128
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,23 +41,19 @@ def main(argv: Sequence[str]) -> int:
 
     Args:
         argv: the program's name, then the verb if there is one, then Hydra's arguments.
+
+    Raises:
+        SystemExit: help was asked for, a flag is unknown, or a signal ended a job of a sweep.
     """
-    verb, arguments = _split_verb(argv[1:])
-    ConfigStore.instance().store(name="kvpipe_schema", node=Kvpipe)
     # Hydra would print its own message and exit 1; its errors are told here, like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        action, extra = VERBS[verb]
-        return _with_hydra(action, argv[0], [*arguments, *extra])
-    except (HydraException, OmegaConfBaseException) as error:
-        return _tell(InputError(_one_message(error)))
-    except KvpipeError as error:
-        return _tell(error)
+    return _told(lambda: _compose_and_act(argv[1:]))
 
 
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     """Carry the run out; everything that can be wrong with the input is refused before it."""
     from kvpipe import supervisor
+    from kvpipe.sinks.wandb import WandbSink
 
     steps = _checked_steps(config)
     jax_environment(config.engine, os.environ)
@@ -75,8 +66,6 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
         start_tracking = partial(tracker.start, plain)
         work = supervisor.Run(config, plain, steps, run_dir, sinks, start_tracking, (API_KEY,))
         finished = work.carry_out()
-    if finished.exit_code and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise JobFailed(finished.error or finished.status)
     return finished.exit_code
 
 
@@ -86,15 +75,16 @@ def _screen(output: OutputFormat) -> Sink:
         output = OutputFormat.table if sys.stdout.isatty() else OutputFormat.json
     if output is OutputFormat.json:
         return JsonLines(sys.stdout)
-    from kvpipe.sinks.console import Console
+    from kvpipe.sinks.console import ConsoleTable
 
-    return Console()
+    return ConsoleTable()
 
 
 def _checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
     """Return the steps after every check of the input that needs no jax."""
     steps = build_steps(config)
     check_order(steps)
+    check_mesh(config.engine)
     check_model(config)
     read_prompt(config.prompt)
     return steps
@@ -108,43 +98,77 @@ def check(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 Action = Callable[[Kvpipe, dict[str, Any]], int]
-VERBS: dict[str, tuple[Action, list[str]]] = {"run": (run, []), "check": (check, _QUIET)}
+VERBS: dict[str, Action] = {"run": run, "check": check}
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the verb and the rest; a bare first word is a verb, none means run."""
-    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+    """Return the verb and the rest; a bare first word is a verb, none means run.
+
+    Raises:
+        InputError: there is no such verb.
+    """
+    if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
         return "run", list(arguments)
     verb, *rest = arguments
-    if verb.startswith(("+", "~")):
-        return "run", list(arguments)
     if verb not in VERBS:
-        sys.exit(_tell(InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")))
+        raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
     return verb, rest
 
 
-def _with_hydra(action: Action, program: str, arguments: list[str]) -> int:
-    """Let Hydra compose the config and call ``action``; return the exit code of the last job."""
-    codes = [0]
+def _compose_and_act(arguments: Sequence[str]) -> int:
+    """Let Hydra compose each config and act on it; return the highest exit code of the jobs."""
+    verb, overrides = _split_verb(arguments)
+    codes: list[int] = []
 
     def job(composed: DictConfig) -> None:
-        plain = to_plain(composed)
-        codes.append(action(from_plain(plain), plain))
+        codes.append(0)
+        # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
+        codes[-1] = _told(lambda: _act(VERBS[verb], composed))
+        if codes[-1] > _SIGNALLED:
+            sys.exit(codes[-1])  # Ctrl-C ends a sweep, not only its current job
 
-    sys.argv = [program, *arguments]
-    hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
-    return codes[-1]
+    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    with _run_dir(verb) as where:
+        sys.argv = ["kvpipe", *overrides, *where]
+        try:
+            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
+        except COMPOSITION_ERRORS:
+            raise
+        except (OSError, ValueError) as error:
+            if codes:
+                raise
+            # Before the first job: a run directory that cannot be made, GROUP=3, a YAML file that
+            # is not UTF-8.
+            raise InputError(str(error)) from None
+    return max(codes, default=0)
 
 
-def _tell(error: KvpipeError) -> int:
-    print(f"kvpipe: {error}", file=sys.stderr)
-    return error.exit_code
+def _act(action: Action, composed: DictConfig) -> int:
+    plain = to_plain(composed)
+    return action(from_plain(plain), plain)
 
 
-def _one_message(error: Exception) -> str:
-    """Return Hydra's or OmegaConf's message on as few lines as it has, without blank ones."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    if cause is not None and str(cause) not in str(error):
-        lines.append(str(cause).splitlines()[0])
-    return "\n  ".join(lines)
+@contextmanager
+def _run_dir(verb: str) -> Iterator[list[str]]:
+    """Yield the overrides that send Hydra's own files where they leave no trace, but for a run."""
+    if verb == "run":
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield [
+            f'hydra.run.dir="{scratch}"',
+            f'hydra.sweep.dir="{scratch}"',
+            "hydra.output_subdir=null",
+        ]
+
+
+def _told(work: Callable[[], int]) -> int:
+    """Do ``work`` and return its exit code; an error meant for people is told and gives its own."""
+    try:
+        return work()
+    except KvpipeError as error:
+        told = error
+    except COMPOSITION_ERRORS as error:
+        told = InputError(one_message(error))
+    print(f"kvpipe: {told}", file=sys.stderr)
+    return told.exit_code

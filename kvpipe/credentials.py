@@ -58,11 +58,11 @@ def _read_env_file(path: Path) -> dict[str, str]:
     mode = path.stat().st_mode & 0o777
     if mode & _OTHERS_BITS:
         raise InputError(
-            f"{path}: its mode is {mode:03o}, so others may read the keys in it; "
+            f"{path}: its mode is {mode:03o}, so others may read or change the keys in it; "
             f"run: chmod 600 {path}"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         # The decoder's own message shows bytes of the file, so it is not passed on.
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None

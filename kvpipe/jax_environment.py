@@ -9,6 +9,29 @@ PLATFORMS = "JAX_PLATFORMS"
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
+def check_mesh(engine: EngineConfig) -> None:
+    """Refuse a mesh that cannot be, as far as the config alone tells.
+
+    Raises:
+        InputError: tp × dp is not the number of virtual devices, or a TPU has virtual devices.
+    """
+    virtual = engine.virtual_devices
+    if virtual is None:
+        return
+    if engine.device != "cpu":
+        raise InputError(
+            f"engine.virtual_devices is {virtual}, but engine.device is {engine.device!r}; "
+            "only the cpu has virtual devices"
+        )
+    tp_size = engine.tp_size or max(virtual // engine.dp_size, 1)
+    if tp_size * engine.dp_size != virtual:
+        raise InputError(
+            f"engine.tp_size × engine.dp_size is {tp_size} × {engine.dp_size} = "
+            f"{tp_size * engine.dp_size}, but engine.virtual_devices is {virtual}; "
+            "they have to be equal"
+        )
+
+
 def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the engine's process needs beside those it inherits.
 
@@ -17,9 +40,10 @@ def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[st
         environ: the environment that is inherited.
 
     Raises:
-        InputError: JAX_PLATFORMS says another platform than ``engine.device``, or tp × dp is not
-            the number of virtual devices.
+        InputError: JAX_PLATFORMS says another platform than ``engine.device``, or the mesh cannot
+            be.
     """
+    check_mesh(engine)
     inherited = environ.get(PLATFORMS)
     if inherited and inherited != engine.device:
         raise InputError(
@@ -28,19 +52,8 @@ def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[st
         )
     variables = {PLATFORMS: engine.device}
     if engine.device != "cpu":
-        if engine.virtual_devices is not None:
-            raise InputError(
-                f"engine.virtual_devices is {engine.virtual_devices}, but engine.device is "
-                f"{engine.device!r}; only the cpu has virtual devices"
-            )
         return variables
-    mesh = (engine.tp_size or engine.virtual_devices or 1) * engine.dp_size
-    devices = engine.virtual_devices or mesh
-    if engine.tp_size and mesh != devices:
-        raise InputError(
-            f"engine.tp_size × engine.dp_size is {engine.tp_size} × {engine.dp_size} = {mesh}, but "
-            f"engine.virtual_devices is {devices}; they have to be equal"
-        )
+    devices = engine.virtual_devices or (engine.tp_size or 1) * engine.dp_size
     flags = environ.get("XLA_FLAGS", "")
     variables["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip()
     return variables

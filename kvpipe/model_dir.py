@@ -3,10 +3,13 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvpipe.checkpoints import tiny
 from kvpipe.errors import InputError
-from kvpipe.schema import Kvpipe
+from kvpipe.schema import Kvpipe, TinyModelConfig
+
+if TYPE_CHECKING:
+    from kvpipe.checkpoints.tiny import TinyModel
 
 
 def cache_dir(config: Kvpipe) -> Path:
@@ -21,10 +24,14 @@ def check_model(config: Kvpipe) -> None:
     """Refuse a model that cannot be found, before anything is started.
 
     Raises:
-        InputError: ``model.path`` is not a model directory, or contradicts ``model.generate``.
+        InputError: ``model.path`` is not a model directory or contradicts ``model.generate``, or
+            ``model.generate`` is a shape that no model can have.
     """
     model = config.model
     if model.path is None:
+        # The default shape is known to be right; to check another one numpy has to be imported.
+        if model.generate is not None and model.generate != TinyModelConfig():
+            _tiny_model(model.generate)
         return
     if model.generate is not None:
         raise InputError("model: give one of model.path and model.generate, and not both")
@@ -46,13 +53,21 @@ def find_model(config: Kvpipe) -> Path:
     if model.path is not None:
         return Path(model.path).absolute()
     if model.generate is not None:
-        return tiny.ensure(tiny.TinyModel(**asdict(model.generate)), cache_dir(config))
+        from kvpipe.checkpoints import tiny
+
+        return tiny.ensure(_tiny_model(model.generate), cache_dir(config))
     return _from_hub(config)
+
+
+def _tiny_model(shape: TinyModelConfig) -> "TinyModel":
+    from kvpipe.checkpoints.tiny import TinyModel
+
+    return TinyModel(**asdict(shape))
 
 
 def _from_hub(config: Kvpipe) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -63,7 +78,7 @@ def _from_hub(config: Kvpipe) -> Path:
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model.id: cannot get {config.model.id!r} from the Hugging Face hub ({error}); "
             "set model.path to a directory that has it"

@@ -115,26 +115,25 @@ def judge(
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
     The largest capacity that fits is exact: a device's share of the KV cache is proportional to
-    tokens + page size, and nothing else in a ledger depends on the tokens.
+    tokens + page size, and nothing else in a ledger depends on the tokens. It is 0 if no capacity
+    would help.
     """
     fullest = [max(ledger.per_device, default=0) for ledger in ledgers]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     per_token = kv.device_bytes // (kv.tokens + kv.page_size)
-    room = min(
-        (
-            hbm_bytes - total + held
-            for ledger in ledgers
-            for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
-            if held
-        ),
-        default=hbm_bytes,
-    )
+    loads = [
+        (total, held)
+        for ledger in ledgers
+        for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+    ]
+    too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
+    room = min((hbm_bytes - total + held for total, held in loads if held), default=hbm_bytes)
     pages = (room // per_token - kv.page_size) // kv.page_size
     return Fit(
         fits=fullest[peak] <= hbm_bytes,
         hbm_bytes=hbm_bytes,
         peak_phase=planned[peak].step.step,
-        max_total_tokens=max(0, pages * kv.page_size),
+        max_total_tokens=0 if too_full_without_kv else max(0, pages * kv.page_size),
     )
 
 

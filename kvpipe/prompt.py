@@ -19,7 +19,7 @@ def read_prompt(config: PromptConfig) -> str:
     """
     if (config.text is None) == (config.file is None):
         raise InputError("prompt: give one of prompt.text and prompt.file, and not both")
-    data = config.text.encode() if config.text is not None else _read(config.file or "")
+    data = _encode(config.text) if config.text is not None else _read(config.file or "")
     try:
         prompt = data.decode()
     except UnicodeDecodeError as error:
@@ -35,6 +35,13 @@ def read_prompt(config: PromptConfig) -> str:
             f"{digest}, not the expected {config.sha256}"
         )
     return prompt
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # a terminal's bytes that are no UTF-8 come in like this
+        raise InputError(f"prompt.text: it is not Unicode at character {error.start}") from None
 
 
 def _read(name: str) -> bytes:

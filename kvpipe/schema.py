@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from kvpipe.errors import InputError
+from kvpipe.suggest import nearest
 
 
 class TrackingMode(Enum):
@@ -127,6 +130,22 @@ class EngineConfig:
     log_level: str = "info"
     watchdog_timeout: float = 1800.0
 
+    def __post_init__(self) -> None:
+        _check_choice("engine.device", self.device, "cpu", "tpu")
+        _check_choice("engine.dtype", self.dtype, "bfloat16", "float32")
+        _check_choice("engine.load_format", self.load_format, "dummy", "auto")
+        for name in (
+            "virtual_devices",
+            "tp_size",
+            "dp_size",
+            "max_total_tokens",
+            "context_length",
+            "page_size",
+            "max_running_requests",
+            "max_prefill_tokens",
+        ):
+            _check_at_least(1, f"engine.{name}", getattr(self, name))
+
 
 @dataclass
 class PromptConfig:
@@ -156,6 +175,10 @@ class SamplingConfig:
     max_new_tokens: int = 64
     temperature: float = 0.0
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "sampling.max_new_tokens", self.max_new_tokens)
+        _check_at_least(0, "sampling.temperature", self.temperature)
 
 
 @dataclass
@@ -238,6 +261,28 @@ class Kvpipe:
     plan: PlanConfig = field(default_factory=PlanConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
+
+
+def _check_choice(key: str, value: str, *valid: str) -> None:
+    if value not in valid:
+        raise InputError(f"{key} is {value!r}; {nearest(value, valid)}")
+
+
+def _check_at_least(least: int, key: str, value: Any) -> None:
+    """Refuse a number below ``least``; None and MISSING are no numbers."""
+    if isinstance(value, int | float) and value < least:
+        raise InputError(f"{key} is {value}, it has to be at least {least}")
+
+
+def schema() -> DictConfig:
+    """Return the schema that configs are merged into.
+
+    ``phases`` takes new keys without a ``+``: what a step's options are, only its phase knows, and
+    that is checked when the steps are built.
+    """
+    node = OmegaConf.structured(Kvpipe)
+    OmegaConf.set_struct(node.phases, False)
+    return node
 
 
 def to_plain(config: Any) -> dict[str, Any]:

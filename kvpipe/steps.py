@@ -73,14 +73,19 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
 
 
 def use_of(step: str, config: Kvpipe) -> str:
-    """Return the name of the phase file of a step."""
-    return config.phases.get(step, {}).get("use", step)
+    """Return the name of the phase file of a step.
+
+    Raises:
+        InputError: it is not a text.
+    """
+    return _typed(config.phases.get(step, {}).get("use", step), str, f"phases.{step}.use")
 
 
 def _check_names(config: Kvpipe) -> None:
     if not config.pipeline:
         raise InputError("pipeline: it has no steps")
     for name in config.pipeline:
+        _typed(name, str, "pipeline")  # OmegaConf lets a list pass as an item of list[str]
         if config.pipeline.count(name) > 1:
             raise InputError(
                 f"pipeline: {name!r} stands in it {config.pipeline.count(name)} times; "
@@ -128,7 +133,6 @@ def _typed(value: Any, expected: Any, where: str) -> Any:
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
-        name = getattr(expected, "__name__", str(expected))
-        name = "list" if origin is tuple else name
-        raise InputError(f"{where}: {value!r} is a {type(value).__name__}, it has to be a {name}")
+        wanted = "list" if origin is tuple else expected.__name__
+        raise InputError(f"{where}: {value!r} is of type {type(value).__name__}, not {wanted}")
     return value

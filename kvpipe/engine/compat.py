@@ -4,6 +4,7 @@
 changes nothing.
 """
 
+import copy
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,8 +58,29 @@ def sampler_off_tpu() -> None:
     sampler.is_tpu_runtime = lambda: True
 
 
-def failure_does_not_kill(on_failure: Callable[[], None]) -> None:
-    """Call ``on_failure`` where the engine would kill its process and all children.
+def config_of_each_engine_is_its_own() -> None:
+    """Give each model config its own copy of the Hugging Face config.
+
+    Defect: the config is cached by path, and tensor parallelism writes the replicated number of KV
+    heads into it; who reads the same model afterwards (a plan, a second engine) takes that number
+    for the checkpoint's.
+    For: 0.0.2, bd09a87, HEAD. Goes when the engine no longer writes into a cached config.
+    """
+    from sgl_jax.srt.configs import model_config
+
+    get_config = model_config.get_config
+    if getattr(get_config, "copies", False):
+        return
+
+    def get_own_config(*args: Any, **kwargs: Any) -> Any:
+        return copy.deepcopy(get_config(*args, **kwargs))
+
+    setattr(get_own_config, "copies", True)  # noqa: B010 (a function has no such attribute)
+    model_config.get_config = get_own_config
+
+
+def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
+    """Call ``on_kill`` where the engine would kill its process and all children.
 
     Defect: the engine answers an exception of a thread with SIGQUIT, and its handler kills the
     process tree; no caller can report or clean up.
@@ -66,4 +88,4 @@ def failure_does_not_kill(on_failure: Callable[[], None]) -> None:
     """
     from sgl_jax.srt.entrypoints import engine
 
-    engine.kill_process_tree = lambda *args, **kwargs: on_failure()
+    engine.kill_process_tree = lambda *args, **kwargs: on_kill()

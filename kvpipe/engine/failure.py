@@ -6,8 +6,11 @@ next call into the engine raises :class:`kvpipe.errors.EngineError`.
 """
 
 import logging
+import re
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,6 +18,7 @@ import psutil
 
 from kvpipe.errors import EngineError
 
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
 _THREAD_FAILURE = "hit an exception"
 
 
@@ -25,6 +29,7 @@ class FailureWatch(logging.Handler):
         super().__init__(logging.ERROR)
         self._failed = threading.Event()
         self._reason = ""
+        self._starting = False
         logging.getLogger("sgl_jax").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -41,14 +46,41 @@ class FailureWatch(logging.Handler):
             EngineError: with the engine's own last line first, then its traceback.
         """
         if self._failed.is_set():
-            lines = [line for line in self._reason.strip().splitlines() if line.strip()]
-            why = lines[-1].strip() if lines else "it gave no reason"
-            raise EngineError(f"the engine failed: {why}") from RuntimeError(self._reason)
+            raise EngineError(f"the engine failed: {self._why()}") from RuntimeError(self._reason)
 
-    def on_start_failure(self) -> None:
-        """Raise out of the engine's constructor, from its signal handler."""
-        self._failed.set()
-        self.raise_if_failed()
+    @property
+    def happened(self) -> bool:
+        """Whether a thread of the engine has failed."""
+        return self._failed.is_set()
+
+    def _why(self) -> str:
+        """Return the last line of the traceback that names an exception, else the last line."""
+        lines = [line.strip() for line in self._reason.splitlines() if line.strip()]
+        named = [line for line in lines if _EXCEPTION.match(line)]
+        return (named or lines or ["it gave no reason; its log may"])[-1]
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """While the engine's constructor runs, let its attempt to kill the process raise instead.
+
+        At any other time the attempt comes from its shutdown at exit and does nothing: killing the
+        children of this process is not the engine's business.
+        """
+        self._starting = True
+        try:
+            yield
+        finally:
+            self._starting = False
+
+    def on_kill(self) -> None:
+        """Raise out of the engine's constructor, from its signal handler.
+
+        Raises:
+            EngineError: the engine is starting, so what it wanted to kill it for has failed it.
+        """
+        if self._starting:
+            self._failed.set()
+            self.raise_if_failed()
 
     def watch(self, scheduler: Any) -> None:
         """Let the signals of the engine's threads reach this process, and only set the flag.

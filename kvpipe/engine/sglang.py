@@ -30,6 +30,7 @@ class SglangEngine:
         runner: its model runner, which owns the model, the KV cache and the compiled step.
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
+        failure: knows whether a thread of the engine has failed.
         unusable: why the engine cannot generate now, e.g. a dropped KV cache; None if it can.
     """
 
@@ -38,6 +39,7 @@ class SglangEngine:
     runner: Any
     on_scheduler: SchedulerThread
     on_caller: CallerThread
+    failure: FailureWatch
     unusable: str | None = None
 
     @property
@@ -101,7 +103,8 @@ class SglangEngine:
         The engine's own shutdown kills every child of this process, W&B's service among them.
         """
         atexit.unregister(self.engine.shutdown)
-        self.on_scheduler.stop()
+        if not self.failure.happened:
+            self.on_scheduler.stop()
         self.engine.send_to_rpc.close()
 
 
@@ -120,12 +123,13 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     check_devices(config)
     failure = FailureWatch()
     # The engine imports its attention backend as late as in its constructor.
-    with compat.pytree_registered_twice():
+    with compat.pytree_registered_twice(), failure.starting():
         from sgl_jax.srt.entrypoints.engine import Engine
         from sgl_jax.srt.server_args import ServerArgs
 
         compat.sampler_off_tpu()
-        compat.failure_does_not_kill(failure.on_start_failure)
+        compat.config_of_each_engine_is_its_own()
+        compat.failure_does_not_kill(failure.on_kill)
         engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))
     scheduler = engine.scheduler_info["scheduler"]
     failure.watch(scheduler)
@@ -135,6 +139,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         runner=scheduler.tp_worker.worker.model_runner,
         on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
         on_caller=CallerThread(failure),
+        failure=failure,
     )
     _guard_requests(started)
     _check_capacity(started, config)

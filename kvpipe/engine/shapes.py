@@ -5,7 +5,6 @@ own KV pool is traced: nothing is allocated and no weight is read. A formula wou
 as a version places a leaf differently, as 0.0.2 and bd09a87 do with the embedding.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ def sizes(config: EngineConfig, model_dir: Path) -> dict[Size, PerDevice]:
         from sgl_jax.srt.configs.model_config import ModelConfig
         from sgl_jax.srt.server_args import ServerArgs
 
+        compat.config_of_each_engine_is_its_own()
         arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
-        # A copy: the engine caches the Hugging Face config, and the next line writes into it.
-        model_config = copy.deepcopy(ModelConfig.from_server_args(arguments))
+        model_config = ModelConfig.from_server_args(arguments)
         model_config.validate_tensor_parallel_config(arguments.tp_size)
         model_config.configure_for_tensor_parallel(arguments.tp_size)
         mesh = _mesh(arguments.tp_size)

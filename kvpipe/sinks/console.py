@@ -60,6 +60,7 @@ class ConsoleTable:
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,
         )
         self._name_width = _NAME_WIDTH
         self._phases = 0

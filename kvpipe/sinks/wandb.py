@@ -8,7 +8,7 @@ than a second. Nothing that wandb fails at is swallowed: it ends in a :class:`Tr
 import html
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -67,10 +67,8 @@ class WandbSink:
         try:
             self._run = self._begin(self._tracking.mode, config)
         except TrackingError as error:
-            if (
-                self._tracking.mode is not TrackingMode.online
-                or not self._tracking.fallback_offline
-            ):
+            online = self._tracking.mode is TrackingMode.online
+            if not (online and self._tracking.fallback_offline):
                 raise
             reason = str(error)
             self._run = self._begin(TrackingMode.offline, config)
@@ -115,21 +113,15 @@ class WandbSink:
         """
         if self._run is None:
             return
-        import wandb
-
         try:
             with self._loud("did not finish the run"):
                 end = {"run/status": record.status, "run/exit_code": record.exit_code}
                 self._run.summary.update(end)
                 self._run.finish(exit_code=record.exit_code)
                 if lost := upload_errors(_sync_dir(self._run)):
-                    raise TrackingError(f"{len(lost)} uploads failed, the first with: {lost[0]}")
-        except TrackingError as error:
-            # The next run of this process (a sweep) has to get a service that works.
-            try:
-                wandb.teardown()
-            except Exception as another:
-                error.add_note(f"W&B's service did not stop either: {another}")
+                    raise TrackingError(f"{len(lost)} uploads failed: {lost[0]}")
+        except TrackingError:
+            _stop_service()
             raise
         finally:
             self._run = None
@@ -142,8 +134,7 @@ class WandbSink:
             )
         import wandb
 
-        # The messages that wandb prints are either raised here or nothing to act on.
-        base_url = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+        base_url = _base_url()
         try:
             if mode is TrackingMode.online:
                 _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
@@ -164,6 +155,7 @@ class WandbSink:
                 f"or set tracking.mode=offline"
             ) from error
         if mode is TrackingMode.online and not run.url:
+            _stop_service()
             raise TrackingError(
                 f"tracking.mode=online: {base_url} answered, but not as W&B does; "
                 f"check WANDB_BASE_URL, or set tracking.mode=offline"
@@ -273,6 +265,30 @@ def _sync_dir(run: "wandb.Run") -> Path:
 def _first_line(error: Exception) -> str:
     """Return what wandb says, without the Python that it advises to write."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _base_url() -> str:
+    """Return the address of W&B's server, from the settings that wandb reads for itself."""
+    import wandb
+
+    try:
+        # Silent: what wandb would print is either raised here or nothing to act on.
+        return wandb.setup(wandb.Settings(silent=True)).settings.base_url
+    except Exception as error:
+        raise TrackingError(
+            f"W&B refuses its own settings, in the environment's WANDB_* or in its files: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _stop_service() -> None:
+    """Stop W&B's service after a failure, so that the next run of this process gets a new one."""
+    import wandb
+
+    # The failure has its message; how a broken service ends adds nothing, and wandb answers one
+    # that died with sys.exit, which would end this process before its last record is written.
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _reach(base_url: str, timeout_s: float) -> None:

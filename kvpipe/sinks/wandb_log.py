@@ -13,9 +13,15 @@ _GIVEN_UP = ("fatal error", "giving up", "failed to upload", "returned error")
 
 
 def upload_errors(sync_dir: Path) -> list[str]:
-    """Return what W&B's service gave up, for the run that it kept in ``sync_dir``."""
-    lines = (sync_dir / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    """Return what W&B's service gave up, the gravest first, for the run kept in ``sync_dir``."""
+    path = sync_dir / LOG_FILE
+    if not path.exists():
+        # The log is W&B's own affair: without one there is nothing to say against the run.
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     entries = [json.loads(line) for line in lines if line.startswith("{")]
+    # "ERROR+4" is what the service calls fatal; it comes first.
+    entries.sort(key=lambda entry: entry["level"], reverse=True)
     return [
         entry["msg"]
         for entry in entries

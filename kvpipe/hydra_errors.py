@@ -1,0 +1,101 @@
+"""Say in one line, in the config's own terms, what Hydra and OmegaConf say over many."""
+
+import re
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from yaml import MarkedYAMLError, YAMLError
+
+from kvpipe.suggest import nearest
+
+# What composing a config can raise when the config or the command line is wrong.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+
+_FILE = re.compile(r"(In '[^']+'): \w+ raised while composing config")
+_AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)
+_NOT_CHOSEN = re.compile(
+    r"Could not override '(.+)'\. No match in the defaults list\.\s"
+    r"To append to your default list use (.+)"
+)
+
+
+def one_message(error: Exception) -> str:
+    """Return the message of one of :data:`COMPOSITION_ERRORS` as one line.
+
+    It names the key or the argument, what is wrong with it, and what would be right.
+    """
+    if isinstance(error, MissingConfigException):
+        return _no_such_file(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}"
+    # Hydra chains some of its errors to OmegaConf's by "from", others by raising in the handler.
+    value_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
+    if isinstance(value_error, OmegaConfBaseException):
+        file = _FILE.match(str(error))
+        return (f"{file[1]}: " if file else "") + _wrong_value(value_error)
+    return _restated(str(error))
+
+
+def _no_such_file(error: MissingConfigException) -> str:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return _first_line(error)
+    if error.options is None:
+        return (
+            f"{group}=[...] chooses files of conf/{group}, and {name!r} is none of them; a value "
+            "goes into an experiment file"
+        )
+    return f"there is no {group} {name!r}; {nearest(name, error.options)}"
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    argument = error.override
+    if "=" not in argument and not argument.startswith("~"):
+        return f"cannot read the argument {argument!r}: write KEY=VALUE; a verb stands first"
+    return (
+        f"cannot read the argument {argument!r}; put quotes around a value with special "
+        "characters, once for the shell and once for Hydra: 'KEY=\"VALUE\"'"
+    )
+
+
+def _wrong_value(error: OmegaConfBaseException) -> str:
+    where = f"{error.full_key}: " if error.full_key else ""
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        keys = _keys(error.object_type)
+        hint = f"; {nearest(str(error.key), keys)}" if keys else ""
+        return f"{where}there is no such key{hint}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{where}it has no value, and there is no default"
+    return where + _first_line(error)
+
+
+def _restated(message: str) -> str:
+    if ambiguous := _AMBIGUOUS.match(message):
+        return (
+            f"{ambiguous[1]}: a comma separates the values of a sweep; add -m to sweep over them, "
+            "write [...] for a list, or quote a text: 'KEY=\"A, B\"'"
+        )
+    if not_chosen := _NOT_CHOSEN.match(message):
+        return f"{not_chosen[1]} has no default to override; write {not_chosen[2]}"
+    return " ".join(message.split())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _keys(object_type: Any) -> list[str]:
+    """Return the keys of a structured config; of anything else none are known."""
+    if not (isinstance(object_type, type) and is_dataclass(object_type)):
+        return []
+    return [field.name for field in fields(object_type)]

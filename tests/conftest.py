@@ -1,0 +1,105 @@
+"""Fixtures that start real engines; they are shared, because each start and compile costs seconds.
+
+The test process has four virtual CPU devices, so every engine here has tensor parallel 4.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.schema import EngineConfig, SamplingConfig
+
+IDLE_TIMEOUT_S = 60.0
+DEVICES = 4
+
+StartEngine = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def four_devices() -> None:
+    """Let jax find four virtual CPU devices, and leave the environment as it was."""
+    before = dict(os.environ)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    import jax
+
+    assert jax.device_count() == DEVICES, "another test imported jax before this fixture"
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' checkpoints are generated."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(model_cache: Path) -> Path:
+    """The default tiny Qwen2 checkpoint: 2 KV heads, tied embeddings, bfloat16."""
+    return ensure(TinyModel(), model_cache)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_dir: Path) -> Checkpoint:
+    """Its weights by Hugging Face name."""
+    return Checkpoint.open(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def start_engine(four_devices: None) -> Iterator[StartEngine]:
+    """Start an engine with options over small defaults; all are shut down at the end."""
+    from kvpipe.engine import sglang
+
+    started: list[sglang.SglangEngine] = []
+
+    def start(model_dir: Path, **options: Any) -> sglang.SglangEngine:
+        config = engine_config(**options)
+        started.append(sglang.start(config, model_dir, IDLE_TIMEOUT_S))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.shut_down()
+
+
+def engine_config(**options: Any) -> EngineConfig:
+    """Return a small engine's options, with ``options`` over them."""
+    small = {
+        "device": "cpu",
+        "tp_size": DEVICES,
+        "max_total_tokens": 1024,
+        "context_length": 256,
+        "max_running_requests": 2,
+        "max_prefill_tokens": 128,
+        "log_level": "error",
+    }
+    return EngineConfig(**(small | options))
+
+
+@pytest.fixture(scope="session")
+def engine(start_engine: StartEngine, tiny_dir: Path) -> Any:
+    """A shared bfloat16 engine that was started with dummy weights."""
+    return start_engine(tiny_dir)
+
+
+@pytest.fixture
+def real_engine(engine: Any, tiny_weights: Checkpoint) -> Any:
+    """The shared engine with the checkpoint's weights, an empty prefix cache and a KV cache."""
+    from kvpipe.engine import kv_cache, weights
+
+    if engine.unusable:
+        kv_cache.rebuild(engine)
+    engine.flush()
+    weights.swap(engine, weights.build(engine, tiny_weights))
+    return engine
+
+
+def greedy(max_new_tokens: int) -> SamplingConfig:
+    """Return greedy sampling of exactly ``max_new_tokens`` tokens."""
+    return SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, ignore_eos=True)

@@ -1,0 +1,96 @@
+"""Starting and failing: wrong meshes, a cut capacity, a dying thread, a busy engine."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpipe.errors import EngineError, InputError
+from tests.conftest import IDLE_TIMEOUT_S, StartEngine, engine_config, greedy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Let engines of other tests not notice that the engine of this one fails.
+
+    A run has one engine a process; only tests have several.
+    """
+    logger, on_sigquit = logging.getLogger("sgl_jax"), signal.getsignal(signal.SIGQUIT)
+    others, logger.handlers = logger.handlers, []
+    yield
+    logger.handlers = others
+    signal.signal(signal.SIGQUIT, on_sigquit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp_size": 2}, "is 2 × 1, but there are 4 cpu devices"),
+        ({"tp_size": 4, "dp_size": 2}, "is 4 × 2, but there are 4 cpu devices"),
+        ({"device": "tpu"}, "engine.device is 'tpu', but jax runs on 'cpu'"),
+    ],
+)
+def test_a_mesh_that_is_not_the_machines_is_refused(
+    four_devices: None, options: dict[str, Any], message: str
+) -> None:
+    from kvpipe.engine.devices import check_devices
+
+    with pytest.raises(InputError, match=message):
+        check_devices(engine_config(**options))
+
+
+def test_a_capacity_that_the_engine_cut_down_is_an_error(
+    start_engine: StartEngine, tiny_dir: Path
+) -> None:
+    with pytest.raises(EngineError, match="the engine cut 9000000 tokens down to"):
+        start_engine(tiny_dir, max_total_tokens=9_000_000, mem_fraction_static=0.03)
+
+
+def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(
+    four_devices: None, tiny_dir: Path, alone: None
+) -> None:
+    """The engine sends SIGQUIT to its parent process and never answers the request."""
+    from kvpipe.engine import sglang
+
+    engine = sglang.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)
+
+    def broken(*args: Any) -> Any:
+        raise ZeroDivisionError("the chip caught fire")
+
+    engine.runner.jitted_run_model = broken
+    with pytest.raises(EngineError, match="ZeroDivisionError: the chip caught fire"):
+        engine.generate("Hello", greedy(4))
+    with pytest.raises(EngineError, match="the chip caught fire"):
+        engine.flush()
+
+
+def test_an_engine_that_fails_to_start_raises_its_reason(
+    four_devices: None, tmp_path: Path, alone: None
+) -> None:
+    from kvpipe.engine import sglang
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match="the engine failed"):
+        sglang.start(engine_config(), tmp_path, IDLE_TIMEOUT_S)
+
+
+def test_a_busy_engine_is_waited_for_and_then_named(
+    real_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", 0.2)
+    generating = threading.Thread(target=real_engine.generate, args=("Hello", greedy(200)))
+    generating.start()
+    while real_engine.scheduler.running_batch.is_empty():
+        time.sleep(0.01)
+    with pytest.raises(EngineError, match=r"still busy after 0.2 s.*running 1"):
+        real_engine.flush()
+    monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", IDLE_TIMEOUT_S)
+    generating.join()
+    assert real_engine.flush()["free_tokens"] == 1024

@@ -1,0 +1,176 @@
+"""Weights in a live engine: the right ids, the very arrays, no recompilation, no wrong set."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
+from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.errors import EngineError
+from tests.conftest import StartEngine, greedy
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tiny_float32.json").read_text())
+NEAR_TIE = 0.1
+PROMPTS = [answer["prompt"] for answer in GOLDEN["answers"]]
+
+
+@pytest.fixture
+def compilations() -> Any:
+    """A function that returns the number of compilations since it was called last."""
+    from kvpipe.engine.compile_count import CompileCounter
+
+    counter = CompileCounter()
+    counter.take()
+    return counter.take
+
+
+def test_swapped_weights_give_the_ids_of_an_engine_that_loaded_the_checkpoint_itself(
+    real_engine: Any, start_engine: StartEngine, tiny_dir: Path
+) -> None:
+    loaded = start_engine(tiny_dir, load_format="auto")
+    for prompt in PROMPTS:
+        swapped_ids = real_engine.generate(prompt, greedy(64)).token_ids
+        assert len(swapped_ids) == 64
+        assert swapped_ids == loaded.generate(prompt, greedy(64)).token_ids
+
+
+def test_float32_ids_equal_those_of_hugging_face_transformers(
+    start_engine: StartEngine, model_cache: Path, record_property: Any
+) -> None:
+    from kvpipe.engine import weights
+
+    model_dir = ensure(TinyModel(**GOLDEN["spec"]), model_cache)
+    engine = start_engine(model_dir, dtype="float32")
+    weights.swap(engine, weights.build(engine, Checkpoint.open(model_dir)))
+    for answer in GOLDEN["answers"]:
+        ties = [step for step, gap in enumerate(answer["gaps"]) if gap < NEAR_TIE]
+        compared = ties[0] if ties else len(answer["output_ids"])
+        record_property(f"tokens compared for {answer['prompt']!r}", compared)
+        output = engine.generate(answer["prompt"], greedy(len(answer["output_ids"])))
+        assert output.prompt_tokens == len(answer["prompt_ids"])
+        assert compared >= 32
+        assert list(output.token_ids[:compared]) == answer["output_ids"][:compared]
+
+
+def test_the_mllm_tree_gives_the_same_parameter_set_as_the_files(
+    real_engine: Any, tiny_weights: Checkpoint
+) -> None:
+    from kvpipe.engine import weights
+
+    from_tree = weights.build(real_engine, HfView(tree_from_checkpoint(tiny_weights)))
+    current = weights.parameters(real_engine)
+    assert from_tree.keys() == current.keys()
+    for path, array in from_tree.items():
+        assert np.array_equal(np.asarray(array), np.asarray(current[path])), path
+
+
+def test_a_swap_compiles_nothing_and_changes_the_output_back_and_forth(
+    real_engine: Any, tiny_weights: Checkpoint, compilations: Any
+) -> None:
+    from kvpipe.engine import weights
+
+    real_ids = real_engine.generate("Hello", greedy(8)).token_ids
+    real_engine.flush()
+    real = weights.parameters(real_engine)
+    zeroed = {name: np.zeros_like(value) for name, value in tiny_weights.items()}
+    zeros = weights.build(real_engine, zeroed)
+    compilations()
+    weights.swap(real_engine, zeros)
+    zero_ids = real_engine.generate("Hello", greedy(8)).token_ids
+    real_engine.flush()
+    weights.swap(real_engine, real)
+    assert real_engine.generate("Hello", greedy(8)).token_ids == real_ids != zero_ids
+    assert compilations() == 0
+
+
+def test_after_a_swap_the_engine_computes_with_the_very_arrays_and_frees_the_old_ones(
+    real_engine: Any, tiny_weights: Checkpoint
+) -> None:
+    from kvpipe.engine import memory, weights
+
+    before = sum(memory.bytes_in_use())
+    new = weights.build(real_engine, tiny_weights)
+    set_bytes = sum(memory.bytes_of(new.values()))
+    assert sum(memory.bytes_in_use()) == before + set_bytes
+    weights.swap(real_engine, new)
+    assert sum(memory.bytes_in_use()) == before
+    assert all(new[path] is array for path, array in weights.parameters(real_engine).items())
+
+
+def test_kv_heads_are_replicated_over_the_devices(real_engine: Any) -> None:
+    from kvpipe.engine import weights
+
+    k_proj = np.asarray(
+        weights.parameters(real_engine)["transformer.layers.0.self_attn.k_proj.weight"]
+    )
+    heads = k_proj.reshape(512, 4, 128).swapaxes(0, 1)
+    assert np.array_equal(heads[0], heads[1])
+    assert np.array_equal(heads[2], heads[3])
+    assert not np.array_equal(heads[1], heads[2])
+
+
+def test_weights_that_are_missing_are_refused_by_name(
+    real_engine: Any, tiny_weights: Checkpoint
+) -> None:
+    from kvpipe.engine import weights
+
+    partial = {k: v for k, v in tiny_weights.items() if k != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(EngineError, match=r"1 of 38 weights are missing.*layers\.1\.mlp\.up_proj"):
+        weights.build(real_engine, partial)
+    with pytest.raises(EngineError, match="38 of 38 weights are missing"):
+        weights.build(real_engine, {})
+
+
+def test_a_weight_of_another_shape_is_refused_by_name_and_shape(
+    real_engine: Any, tiny_weights: Checkpoint
+) -> None:
+    from kvpipe.engine import weights
+
+    name = "model.layers.0.mlp.gate_proj.weight"
+    wrong = dict(tiny_weights) | {name: tiny_weights[name][:-1]}
+    with pytest.raises(EngineError, match=r"gate_proj.weight' has shape \(1023, 512\)"):
+        weights.build(real_engine, wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s, path: s.pop(path),
+            "lacks 1 of 38 leaves, the first is 'transformer.norm.scale'",
+        ),
+        (lambda s, path: s.clear(), "lacks 38 of 38 leaves"),
+        (lambda s, path: s.update(extra=s[path]), "the engine has no parameter 'extra'"),
+        (lambda s, path: s.update({path: s[path][:-1]}), "has shape"),
+        (lambda s, path: s.update({path: s[path].astype("float32")}), "has dtype float32"),
+    ],
+)
+def test_a_parameter_set_that_is_not_the_engines_is_refused_and_nothing_is_swapped(
+    real_engine: Any, change: Any, message: str
+) -> None:
+    from kvpipe.engine import weights
+
+    before = weights.parameters(real_engine)
+    wrong = dict(before)
+    change(wrong, "transformer.norm.scale")
+    with pytest.raises(EngineError, match=message):
+        weights.swap(real_engine, wrong)
+    assert all(before[path] is array for path, array in weights.parameters(real_engine).items())
+
+
+def test_a_parameter_in_another_sharding_is_refused(real_engine: Any) -> None:
+    import jax
+
+    from kvpipe.engine import weights
+
+    path = "transformer.norm.scale"
+    wrong = weights.parameters(real_engine)
+    wrong[path] = jax.device_put(wrong[path], jax.devices()[0])
+    with pytest.raises(EngineError, match="has sharding SingleDeviceSharding"):
+        weights.swap(real_engine, wrong)

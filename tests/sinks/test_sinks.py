@@ -1,0 +1,83 @@
+import pytest
+from pipeline_records import failed, passed, phase
+
+from kvpipe.errors import KvpipeError, TrackingError
+from kvpipe.sinks import Sinks
+
+
+class Recorder:
+    def __init__(self, error=None):
+        self.calls = []
+        self.error = error
+
+    def _take(self, *call):
+        self.calls.append(call)
+        if self.error:
+            raise self.error
+
+    def run_started(self, config):
+        self._take("run_started", config)
+
+    def phase_started(self, step, idx, total):
+        self._take("phase_started", step, idx, total)
+
+    def phase_finished(self, record):
+        self._take("phase_finished", record)
+
+    def run_finished(self, record):
+        self._take("run_finished", record)
+
+
+def call_all(sinks):
+    record, last = phase(3), passed()
+    sinks.run_started({"a": 1})
+    sinks.phase_started("jax_ready", 3, 16)
+    sinks.phase_finished(record)
+    sinks.run_finished(last)
+    return [
+        ("run_started", {"a": 1}),
+        ("phase_started", "jax_ready", 3, 16),
+        ("phase_finished", record),
+        ("run_finished", last),
+    ]
+
+
+def test_every_sink_gets_every_call():
+    recorders = [Recorder(), Recorder()]
+    calls = call_all(Sinks(recorders))
+    assert [recorder.calls for recorder in recorders] == [calls, calls]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sinks: sinks.run_started({}),
+        lambda sinks: sinks.phase_started("a", 0, 1),
+        lambda sinks: sinks.phase_finished(phase(0)),
+        lambda sinks: sinks.run_finished(passed()),
+    ],
+)
+def test_a_failing_sink_hinders_no_other_and_every_error_is_told(call):
+    errors = [TrackingError("W&B is gone"), KvpipeError("the disk is full")]
+    last = Recorder()
+    with pytest.raises(TrackingError, match="W&B is gone") as caught:
+        call(Sinks([Recorder(errors[0]), Recorder(errors[1]), last]))
+    assert caught.value.__notes__ == ["another sink failed too: KvpipeError: the disk is full"]
+    assert len(last.calls) == 1
+
+
+def test_the_last_record_says_that_an_earlier_sink_failed():
+    last = Recorder()
+    with pytest.raises(TrackingError):
+        Sinks([Recorder(TrackingError("rows are lost")), last]).run_finished(passed())
+    ((_, record),) = last.calls
+    assert (record.status, record.exit_code, record.error) == ("failed", 4, "rows are lost")
+
+
+def test_a_run_that_had_failed_keeps_its_exit_code_and_its_error():
+    last, given = Recorder(), failed()
+    with pytest.raises(TrackingError):
+        Sinks([Recorder(TrackingError("rows are lost")), last]).run_finished(given)
+    ((_, record),) = last.calls
+    assert record.exit_code == given.exit_code
+    assert record.error == f"{given.error}; then: rows are lost"

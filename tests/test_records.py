@@ -1,0 +1,183 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpipe.records import (
+    RUN_FINISHED,
+    SUMMARY_FIELDS,
+    Check,
+    Memory,
+    PhaseRecord,
+    RunFinished,
+    check_equal,
+    dumps,
+    metrics,
+    phase_from_json,
+)
+
+KNOWN_KEYS = set(PhaseRecord("a", "a", 0, 0.0, 0.0, Memory(1, 1)).to_json())
+
+names = st.text(min_size=1)
+sizes = st.integers(min_value=0, max_value=1 << 50)
+times = st.floats(min_value=0, max_value=1e9)
+pools = st.dictionaries(names, sizes, max_size=4)
+scalars = st.none() | st.booleans() | sizes | st.floats(allow_nan=False) | st.text()
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+checks = st.builds(Check, names, json_values, json_values, st.booleans(), st.text())
+memories = st.builds(
+    Memory,
+    sizes,
+    sizes,
+    st.lists(st.dictionaries(st.sampled_from(SUMMARY_FIELDS) | names, sizes), max_size=4),
+    st.sampled_from(["device", "live_arrays", None]),
+)
+phase_records = st.builds(
+    PhaseRecord,
+    phase=names,
+    use=names,
+    idx=st.integers(0, 99),
+    elapsed_s=times,
+    duration_s=times,
+    memory=memories,
+    ledger=pools,
+    plan_error_bytes=pools,
+    compilations=st.integers(0, 99),
+    checks=st.lists(checks, max_size=3).map(tuple),
+    fields=st.dictionaries(names.filter(lambda n: n not in KNOWN_KEYS), json_values, max_size=4),
+)
+
+
+def a_record(**more):
+    base = {"phase": "p", "use": "u", "idx": 3, "elapsed_s": 2.0, "duration_s": 0.5}
+    return PhaseRecord(**base, memory=more.pop("memory", Memory(10, 20)), **more)
+
+
+@given(phase_records)
+def test_a_record_that_was_written_reads_back_the_same(record):
+    line = dumps(record)
+    assert "\n" not in line
+    assert phase_from_json(json.loads(line)) == record
+
+
+@given(phase_records)
+def test_metrics_are_numbers_or_names_and_leave_texts_out(record):
+    values = metrics(record)
+    assert values["phase/name"] == record.phase
+    assert "text" not in values
+    assert not [v for v in values.values() if isinstance(v, float) and math.isnan(v)]
+
+
+def test_the_json_of_a_phase_has_the_scripts_names():
+    stats = [{"bytes_in_use": 5, "bytes_limit": 9}, {"bytes_in_use": 7, "bytes_limit": 9}]
+    record = a_record(
+        memory=Memory(10, 20, stats, "device"),
+        ledger={"kv": 12},
+        plan_error_bytes={"kv": 0},
+        compilations=2,
+        checks=[check_equal("freed", 1, 2, "why")],
+        fields={"drop_info": {"deleted_buffers": 3}},
+    )
+    assert record.to_json() == {
+        "phase": "p",
+        "use": "u",
+        "idx": 3,
+        "elapsed_s": 2.0,
+        "duration_s": 0.5,
+        "memory": {
+            "process_rss_bytes": 10,
+            "process_peak_rss_bytes": 20,
+            "jax_device_memory_stats": stats,
+            "bytes_in_use_source": "device",
+            "jax_device_memory_summary": {
+                "bytes_in_use_sum": 12,
+                "bytes_in_use_min": 5,
+                "bytes_in_use_max": 7,
+                "bytes_limit_sum": 18,
+                "bytes_limit_min": 9,
+                "bytes_limit_max": 9,
+            },
+        },
+        "ledger": {"kv": 12},
+        "plan_error_bytes": {"kv": 0},
+        "compilations": 2,
+        "checks": [{"name": "freed", "expected": 1, "actual": 2, "passed": False, "detail": "why"}],
+        "drop_info": {"deleted_buffers": 3},
+    }
+
+
+def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
+    record = a_record(
+        memory=Memory(10, 20, [{"bytes_in_use": 5, "num_allocs": 1}], "device"),
+        ledger={"kv": 12, "slot:param_dict": 4},
+        plan_error_bytes={"kv": 0},
+        compilations=2,
+        fields={
+            "drop_info": {"fused_bytes_total": 12, "fused_bytes_per_layer": 6, "note": "x"},
+            "rebuild_info": {"deleted_buffers": 3},
+            "num_params": 434,
+            "same_output": 1,
+            "text": "hello",
+        },
+    )
+    assert metrics(record) == {
+        "phase/idx": 3,
+        "phase/name": "p",
+        "time/elapsed_s": 2.0,
+        "time/duration_s": 0.5,
+        "mem/process/rss_bytes": 10,
+        "mem/process/peak_rss_bytes": 20,
+        "compile/count": 2,
+        "mem/jax/bytes_in_use_sum": 5,
+        "mem/jax/bytes_in_use_min": 5,
+        "mem/jax/bytes_in_use_max": 5,
+        "mem/jax/device0/bytes_in_use": 5,
+        "mem/jax/device0/num_allocs": 1,
+        "ledger/kv_bytes": 12,
+        "ledger/slot:param_dict_bytes": 4,
+        "plan/kv_error_bytes": 0,
+        "kv/fused_bytes_total": 12,
+        "kv/fused_bytes_per_layer": 6,
+        "kv/deleted_buffers": 3,
+        "num_params": 434,
+        "determinism/same_output": 1,
+    }
+
+
+def test_a_field_that_one_device_lacks_is_not_summed():
+    stats = [{"bytes_in_use": 5, "bytes_limit": 9}, {"bytes_in_use": 7}]
+    assert set(Memory(1, 1, stats).jax_device_memory_summary) == {
+        "bytes_in_use_sum",
+        "bytes_in_use_min",
+        "bytes_in_use_max",
+    }
+
+
+def test_without_jax_there_are_no_device_metrics():
+    assert not [key for key in metrics(a_record()) if key.startswith("mem/jax")]
+
+
+@pytest.mark.parametrize(("actual", "passes"), [(1, True), (2, False)])
+def test_a_record_passes_if_all_its_checks_do(actual, passes):
+    record = a_record(checks=[check_equal("a", 1, 1), check_equal("b", 1, actual)])
+    assert record.passed is passes
+
+
+def test_the_last_record_says_how_the_run_ended():
+    record = RunFinished("failed", 1, "/runs/1", 2.0, [check_equal("a", 1, 2)], "no", {"wandb": {}})
+    assert json.loads(dumps(record)) == {
+        "phase": RUN_FINISHED,
+        "status": "failed",
+        "exit_code": 1,
+        "run_dir": "/runs/1",
+        "elapsed_s": 2.0,
+        "checks": [{"name": "a", "expected": 1, "actual": 2, "passed": False, "detail": ""}],
+        "error": "no",
+        "wandb": {},
+    }
