@@ -1,0 +1,335 @@
+"""The whole procedure as a user runs it: the command, its lines, its files, its exit code.
+
+The run comes from a wheel that was built from the repository, in another directory, with tensor
+parallel 4 and the KV heads replicated as on the TPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sinks import wandb_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+FAKE_KEY = "0123456789abcdef" * 2 + "deadbeef"
+STEPS = [
+    "wandb_init",
+    "jax_ready",
+    "engine_ready_dummy",
+    "mllm_params_cpu_ready",
+    "sglang_param_dict_ready",
+    "weights_swapped_from_mllm",
+    "param_sharing_check",
+    "after_cleanup",
+    "generate_result",
+    "flush_cache_before_kv_drop",
+    "kv_cache_dropped",
+    "sglang_param_dict2_ready",
+    "after_drop_mllm_params_cpu",
+    "kv_cache_rebuilt",
+    "generate_result_after_kv_rebuild",
+    "after_drop_param_dict2",
+]
+PARAMS = 17_863_680
+KV = 3 * (2048 + 1) * 2 * 4 * 128 * 2
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    cwd: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+    @property
+    def end(self) -> dict[str, Any]:
+        return self.lines[-1]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.end["run_dir"])
+
+    def phase(self, name: str) -> dict[str, Any]:
+        return next(line for line in self.lines if line["phase"] == name)
+
+
+def kvpipe(cwd: Path, *arguments: str, site: Path | None = None) -> FinishedRun:
+    """Run the command in ``cwd``; ``site`` is a folder whose installation of kvpipe comes first."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpipe", *arguments],
+        cwd=cwd,
+        env=environment(cwd, site),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return FinishedRun(done.returncode, done.stdout, done.stderr, cwd)
+
+
+def environment(cwd: Path, site: Path | None = None) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    extra = {"WANDB_API_KEY": FAKE_KEY, "XDG_CACHE_HOME": str(cwd / "cache")}
+    return clean | extra | ({"PYTHONPATH": str(site)} if site else {})
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel of this repository is installed."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], check=True)
+    return site
+
+
+@pytest.fixture(scope="module")
+def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    return kvpipe(cwd, "+experiment=tiny", "engine.tp_size=4", site=installed)
+
+
+def test_the_wheel_runs_all_phases_in_order_and_passes(run: FinishedRun) -> None:
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert [line["phase"] for line in run.lines] == ["run_planned", *STEPS, "run_finished"] or [
+        line["phase"] for line in run.lines
+    ] == ["wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
+    assert all(check["passed"] for check in run.end["checks"])
+
+
+def test_the_installed_wheel_is_what_ran(installed: Path, tmp_path: Path) -> None:
+    where = "import kvpipe, conf, phases; print(kvpipe.__file__, conf.__file__, phases.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=tmp_path,
+        env=environment(tmp_path, installed),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count(str(installed)) == 3
+
+
+def test_the_records_file_holds_the_very_lines_of_stdout(run: FinishedRun) -> None:
+    assert (run.run_dir / "records.jsonl").read_text() == run.stdout
+    assert run.run_dir.is_relative_to(run.cwd / "outputs" / "tiny")
+
+
+def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: FinishedRun) -> None:
+    drop = run.phase("kv_cache_dropped")["drop_info"]
+    rebuild = run.phase("kv_cache_rebuilt")["rebuild_info"]
+    before, after = run.phase("flush_cache_before_kv_drop"), run.phase("kv_cache_dropped")
+    freed = _in_use(before) - _in_use(after)
+    assert drop == {
+        "fused_bytes_total": KV,
+        "fused_bytes_per_layer": KV // 3,
+        "deleted_buffers": 3,
+        "freed_bytes": freed,
+    }
+    assert freed == before["ledger"]["kv"] == KV
+    assert "kv" not in after["ledger"]
+    assert rebuild["allocated_bytes"] == rebuild["fused_bytes_total"] == KV
+
+
+def test_the_second_parameter_set_has_the_bytes_of_the_first(run: FinishedRun) -> None:
+    first = run.phase("sglang_param_dict_ready")["ledger"]
+    second = run.phase("sglang_param_dict2_ready")["ledger"]
+    assert first["params"] == first["slot:param_dict"] == PARAMS
+    assert second["params"] == second["slot:param_dict2"] == PARAMS
+    assert run.phase("after_drop_param_dict2")["ledger"].keys() == {"params", "kv", "other"}
+
+
+def test_every_leaf_is_shared_and_the_swap_changed_the_output(run: FinishedRun) -> None:
+    sharing = run.phase("param_sharing_check")
+    assert sharing["results"] == {"shared": 38, "apart": []}
+    (changed,) = [c for c in run.end["checks"] if c["name"] == "swap_changed_output"]
+    assert changed["passed"]
+    assert len(changed["actual"]) == 8
+
+
+def test_the_same_text_comes_after_the_rebuild(run: FinishedRun) -> None:
+    first, second = run.phase("generate_result"), run.phase("generate_result_after_kv_rebuild")
+    assert second["same_output"] == 1
+    assert first["token_ids"] == second["token_ids"]
+    assert len(first["token_ids"]) == 64
+    assert len(set(first["token_ids"])) > 20
+    assert first["text"] == second["text"] != ""
+    assert second["text_sha256"] == first["text_sha256"] == second["text_sha256_before"]
+
+
+def test_planned_bytes_are_measured_bytes_in_every_phase(run: FinishedRun) -> None:
+    plan = {phase["name"]: phase["pools"] for phase in run.phase("run_planned")["phases"]}
+    measured = {line["phase"]: line for line in run.lines if line["phase"] in STEPS[2:]}
+    assert len(measured) == 14
+    for step, record in measured.items():
+        owned = {pool: size for pool, size in record["ledger"].items() if pool != "other"}
+        assert owned == plan[step]
+        assert set(record["plan_error_bytes"].values()) == {0}
+    assert run.phase("run_planned")["fit"]["fits"]
+
+
+def test_after_the_first_generate_only_the_rebuild_compiles(run: FinishedRun) -> None:
+    after = STEPS.index("weights_swapped_from_mllm") + 1
+    compiled = {s: run.phase(s)["compilations"] for s in STEPS[after:]}
+    assert {step for step, count in compiled.items() if count} == {"kv_cache_rebuilt"}
+    assert compiled["kv_cache_rebuilt"] == 1
+
+
+def test_every_record_has_the_scripts_memory_fields_and_its_own_duration(
+    run: FinishedRun,
+) -> None:
+    elapsed = 0.0
+    for step in STEPS:
+        record = run.phase(step)
+        assert record["elapsed_s"] >= elapsed
+        assert 0 <= record["duration_s"] <= record["elapsed_s"]
+        elapsed = record["elapsed_s"]
+        memory = record["memory"]
+        assert memory["process_peak_rss_bytes"] >= memory["process_rss_bytes"] * 0.9 > 0
+        if step in STEPS[2:]:
+            assert memory["bytes_in_use_source"] == "live_arrays"
+            per_device = [stats["bytes_in_use"] for stats in memory["jax_device_memory_stats"]]
+            assert len(per_device) == 4
+            assert _in_use(record) == sum(per_device) == sum(record["ledger"].values())
+
+
+def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: FinishedRun) -> None:
+    (path,) = run.run_dir.glob("wandb/*/*.wandb")
+    logged = wandb_file.read(path)
+    rows = {row["phase/name"]: row for row in logged["history"] if "phase/name" in row}
+    assert list(rows) == STEPS
+    dropped = rows["kv_cache_dropped"]
+    assert dropped["kv/fused_bytes_total"] == KV
+    assert dropped["kv/deleted_buffers"] == 3
+    assert dropped["mem/jax/bytes_in_use_sum"] == _in_use(run.phase("kv_cache_dropped"))
+    assert dropped["mem/jax/device3/bytes_in_use"] > 0
+    assert rows["generate_result_after_kv_rebuild"]["determinism/same_output"] == 1
+    summary = logged["summary"]
+    assert summary["sample/output_text"] == run.phase("generate_result")["text"]
+    assert summary["run/status"] == "passed"
+    assert {"sample_prompt", "sample_output_text_1", "sample_output_text_2"} <= {
+        key for row in logged["history"] for key in row
+    }
+    files = [f for f in logged["files"] if f.startswith("wandb_samples/")]
+    assert len(files) == 3
+    assert logged["exit_code"] == 0
+
+
+def test_the_config_that_is_logged_is_the_one_that_ran(run: FinishedRun) -> None:
+    (path,) = run.run_dir.glob("wandb/*/*.wandb")
+    config = wandb_file.read(path)["config"]
+    ready = run.phase("engine_ready_dummy")
+    assert config["engine"]["tp_size"] == ready["tp_size"] == 4
+    assert config["engine"]["mem_fraction_static"] == ready["mem_fraction_static"] == 0.8
+    assert config["pipeline"] == STEPS
+
+
+def test_the_wandb_key_is_nowhere_in_what_the_run_left(run: FinishedRun) -> None:
+    assert FAKE_KEY not in run.stdout + run.stderr
+    for path in run.cwd.rglob("*"):
+        if path.is_file():
+            assert FAKE_KEY.encode() not in path.read_bytes(), path
+
+
+def test_the_engines_log_is_a_file_of_its_own(run: FinishedRun) -> None:
+    assert "KV Cache allocated" in (run.run_dir / "engine.log").read_text()
+
+
+def test_another_output_fails_the_run_and_says_which_token(tmp_path: Path) -> None:
+    run = kvpipe(
+        tmp_path,
+        "tracking.mode=disabled",
+        "phases.generate_result.max_new_tokens=6",
+        "phases.generate_result_after_kv_rebuild.max_new_tokens=5",
+    )
+    assert run.exit_code == run.end["exit_code"] == 1
+    assert run.end["status"] == "failed"
+    failed = [check for check in run.end["checks"] if not check["passed"]]
+    assert [check["name"] for check in failed] == ["same_output"]
+    assert failed[0]["detail"] == "the first 5 tokens agree, then one output ends"
+    assert run.lines[-2]["phase"] == "generate_result_after_kv_rebuild"
+    assert run.lines[-2]["same_output"] == 0
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run under way, its engine just started."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvpipe", "engine.tp_size=1"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _lines_until(process: subprocess.Popen[str], phase: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["phase"] == phase:
+            return
+    raise AssertionError(f"the run ended before {phase}")
+
+
+def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
+    started: subprocess.Popen[str],
+) -> None:
+    import psutil
+
+    _lines_until(started, "engine_ready_dummy")
+    (worker,) = [
+        child
+        for child in psutil.Process(started.pid).children()
+        if "kvpipe.worker" in child.cmdline()
+    ]
+    worker.kill()
+    stdout, stderr = started.communicate(timeout=60)
+    end = json.loads(stdout.splitlines()[-1])
+    assert started.returncode == end["exit_code"] == 3
+    assert end["status"] == "failed"
+    assert "SIGKILL" in end["error"]
+    assert "engine.log" in end["error"]
+    assert "Traceback" not in stderr
+
+
+def test_a_terminated_run_ends_its_worker_and_says_so(started: subprocess.Popen[str]) -> None:
+    import psutil
+
+    _lines_until(started, "engine_ready_dummy")
+    children = psutil.Process(started.pid).children(recursive=True)
+    started.send_signal(signal.SIGTERM)
+    stdout, _ = started.communicate(timeout=60)
+    end = json.loads(stdout.splitlines()[-1])
+    assert started.returncode == end["exit_code"] == 128 + signal.SIGTERM
+    assert end["error"] == "SIGTERM ended the run"
+    time.sleep(0.5)
+    assert not [child for child in children if child.is_running()]
+
+
+def _in_use(record: dict[str, Any]) -> int:
+    return record["memory"]["jax_device_memory_summary"]["bytes_in_use_sum"]
