@@ -27,7 +27,7 @@ from kvpipe.phase import Phase
 from kvpipe.plan import check_order
 from kvpipe.prompt import read_prompt
 from kvpipe.records import RECORDS_FILE
-from kvpipe.schema import Kvpipe, OutputFormat, from_plain, schema, to_plain
+from kvpipe.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, schema, to_plain
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.steps import build_steps
@@ -59,7 +59,7 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     jax_environment(config.engine, os.environ)
     runtime = HydraConfig.get().runtime
     run_dir = Path(runtime.output_dir)
-    tracker = WandbSink(config.tracking, run_dir, wandb_api_key(Path(runtime.cwd), os.environ))
+    tracker = WandbSink(config.tracking, run_dir, _api_key(config, Path(runtime.cwd)))
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
         sinks = Sinks([tracker, JsonLines(records), _screen(config.output)])
@@ -67,6 +67,13 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
         work = supervisor.Run(config, plain, steps, run_dir, sinks, start_tracking, (API_KEY,))
         finished = work.carry_out()
     return finished.exit_code
+
+
+def _api_key(config: Kvpipe, directory: Path) -> str | None:
+    """Return the W&B API key; the ``.env`` of ``directory`` is read only where a key is needed."""
+    if config.tracking.mode is TrackingMode.online:
+        return wandb_api_key(directory, os.environ)
+    return os.environ.get(API_KEY)
 
 
 def _screen(output: OutputFormat) -> Sink:
@@ -170,5 +177,6 @@ def _told(work: Callable[[], int]) -> int:
         told = error
     except COMPOSITION_ERRORS as error:
         told = InputError(one_message(error))
-    print(f"kvpipe: {told}", file=sys.stderr)
+    notes = getattr(told, "__notes__", ())
+    print(f"kvpipe: {told}", *notes, sep="\n  ", file=sys.stderr)
     return told.exit_code

@@ -5,6 +5,9 @@ Anything else that escapes is a defect of kvpipe and keeps its traceback.
 
 from typing import ClassVar
 
+# EX_SOFTWARE of sysexits.h: a defect of kvpipe itself.
+UNEXPECTED_EXIT_CODE = 70
+
 
 class KvpipeError(Exception):
     """Base of every error that is meant for the person at the terminal."""

@@ -18,7 +18,7 @@ from kvpipe.suggest import nearest
 # What composing a config can raise when the config or the command line is wrong.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
-_FILE = re.compile(r"(In '[^']+'): \w+ raised while composing config")
+_FILE = re.compile(r"(In '(.+?)/.+'): \w+ raised while composing config")
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)
 _NOT_CHOSEN = re.compile(
     r"Could not override '(.+)'\. No match in the defaults list\.\s"
@@ -41,8 +41,12 @@ def one_message(error: Exception) -> str:
     # Hydra chains some of its errors to OmegaConf's by "from", others by raising in the handler.
     value_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if isinstance(value_error, OmegaConfBaseException):
-        file = _FILE.match(str(error))
-        return (f"{file[1]}: " if file else "") + _wrong_value(value_error)
+        message = _wrong_value(value_error)
+        if file := _FILE.match(str(error)):
+            message = f"{file[1]}: {message}"
+            if value_error.full_key == file[2] and "DictConfig" in message:
+                message += "; the file has to begin with '# @package _global_'"
+        return message
     return _restated(str(error))
 
 

@@ -62,9 +62,10 @@ def refuse_misfit(planned: RunPlanned) -> None:
     """
     if planned.fit.fits:
         return
+    tokens = planned.fit.max_total_tokens
+    advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
     peak = next(p for p in planned.phases if p.name == planned.fit.peak_phase)
     raise InputError(
         f"the plan does not fit: step {peak.name!r} needs {peak.max_device_bytes} bytes on a "
-        f"device, which has {planned.fit.hbm_bytes}; engine.max_total_tokens="
-        f"{planned.fit.max_total_tokens} would fit (plan.enforce=false runs it all the same)"
+        f"device, which has {planned.fit.hbm_bytes}; {advice} (plan.enforce=false runs it all the same)"
     )

@@ -1,7 +1,8 @@
 """Frozen records of what happened, and the one place that names record fields and metric keys.
 
-A run is a list of records: ``run_planned``, one for each phase, then ``run_finished``. Every sink and every report
-reads these and nothing else. Sizes are bytes, times are seconds.
+A run is a list of records: one for each phase, ``run_planned`` before those of the engine's
+process, and ``run_finished`` at the end. Every sink and every report reads these and nothing else.
+Sizes are bytes, times are seconds.
 """
 
 import json
@@ -85,6 +86,7 @@ class PhaseRecord:
         ledger: measured bytes over all devices, by pool.
         plan_error_bytes: measured minus planned bytes, by pool that the plan holds to the byte.
         compilations: programs that XLA compiled during the phase.
+        compile_s: seconds that XLA compiled, on all threads.
         checks: what was asserted.
         fields: what the phase itself reports; they stand at the top level of the JSON line.
     """
@@ -98,6 +100,7 @@ class PhaseRecord:
     ledger: Mapping[str, int] = field(default_factory=dict)
     plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
     compilations: int = 0
+    compile_s: float = 0.0
     checks: Sequence[Check] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -108,6 +111,8 @@ class PhaseRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record: the script's field names, then kvpipe's own."""
+        if clash := sorted(self.fields.keys() & set(_PHASE_KEYS)):
+            raise ValueError(f"phase {self.phase!r} reports {clash}, names that the record has")
         memory = asdict(self.memory)
         memory["jax_device_memory_summary"] = self.memory.jax_device_memory_summary
         return {
@@ -120,6 +125,7 @@ class PhaseRecord:
             "ledger": dict(self.ledger),
             "plan_error_bytes": dict(self.plan_error_bytes),
             "compilations": self.compilations,
+            "compile_s": self.compile_s,
             "checks": [asdict(check) for check in self.checks],
             **self.fields,
         }
@@ -135,6 +141,7 @@ _PHASE_KEYS = [
     "ledger",
     "plan_error_bytes",
     "compilations",
+    "compile_s",
     "checks",
 ]
 
@@ -175,7 +182,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class RunPlanned:
-    """The first record of a run: what the plan predicts.
+    """What the plan predicts; it stands before the first record of the engine's process.
 
     Attributes:
         target: what the plan is for, e.g. ``cpu`` or ``v4:2x2x1``.
@@ -249,14 +256,16 @@ Record = RunPlanned | PhaseRecord | RunFinished
 
 def dumps(record: Record) -> str:
     """Return the record as one JSON line, without its newline."""
-    return json.dumps(record.to_json(), ensure_ascii=False)
+    # ASCII: U+2028 in a text would break the line for readers that split at it.
+    return json.dumps(record.to_json(), allow_nan=False)
 
 
 def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     """Return the record that :meth:`PhaseRecord.to_json` wrote."""
     memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
     known = {key: data[key] for key in _PHASE_KEYS}
-    known["memory"] = Memory(**memory)
+    stats = tuple(memory.pop("jax_device_memory_stats"))
+    known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
     known["checks"] = tuple(Check(**check) for check in data["checks"])
     known["fields"] = {key: value for key, value in data.items() if key not in known}
     return PhaseRecord(**known)
@@ -276,6 +285,7 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
         "mem/process/rss_bytes": record.memory.process_rss_bytes,
         "mem/process/peak_rss_bytes": record.memory.process_peak_rss_bytes,
         "compile/count": record.compilations,
+        "compile/seconds": record.compile_s,
     }
     values |= dict(_device_metrics(record.memory))
     values |= {f"ledger/{pool}_bytes": size for pool, size in record.ledger.items()}

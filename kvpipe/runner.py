@@ -93,6 +93,7 @@ def _record(
     compiles: CompileCounter,
 ) -> PhaseRecord:
     duration = time.monotonic() - began
+    compiled = compiles.take()
     measured = probe.measure(ctx)
     errors = differences(job.planned, measured.ledger) if measured.ledger else {}
     checks = tuple(result.checks)
@@ -107,7 +108,8 @@ def _record(
         memory=measured.memory,
         ledger=measured.ledger.totals() if measured.ledger else {},
         plan_error_bytes=errors,
-        compilations=compiles.take(),
+        compilations=compiled.count,
+        compile_s=round(compiled.seconds, 6),
         checks=checks,
         fields=result.fields,
     )

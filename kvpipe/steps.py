@@ -117,7 +117,10 @@ def _build_step(name: str, config: Kvpipe) -> Phase:
     options: Mapping[str, Any] = {**cls.defaults(config), **given}
     if missing := sorted(required - set(options)):
         raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
-    return cls(step=name, **options)
+    try:
+        return cls(step=name, **options)
+    except InputError as error:
+        raise InputError(f"phases.{name}: {error}") from None
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

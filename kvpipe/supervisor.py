@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from kvpipe.context import ParentContext
-from kvpipe.errors import EngineError, KvpipeError
+from kvpipe.errors import UNEXPECTED_EXIT_CODE, EngineError, KvpipeError
 from kvpipe.jax_environment import jax_environment
 from kvpipe.phase import ParentPhase, Phase, Result
 from kvpipe.process_memory import process_memory
@@ -84,6 +85,7 @@ class Run:
     began: float = field(default_factory=time.time)
     checks: list[Check] = field(default_factory=list)
     _current: str = ""
+    _tracking: dict[str, Any] | None = None
 
     def carry_out(self) -> RunFinished:
         """Carry the run out and return its last record, which every sink has got."""
@@ -96,6 +98,7 @@ class Run:
             elapsed_s=round(time.time() - self.began, 6),
             checks=tuple(self.checks),
             error=ending.error,
+            fields={"wandb": self._tracking} if self._tracking else {},
         )
         try:
             self.sinks.run_finished(finished)
@@ -118,6 +121,10 @@ class Run:
             )
         except KvpipeError as error:
             return Ending(error.exit_code, str(error))
+        except Exception as error:
+            # A defect of kvpipe: its traceback is for whoever mends it, the record for the user.
+            traceback.print_exc()
+            return Ending(UNEXPECTED_EXIT_CODE, f"{type(error).__name__}: {error}")
 
     def _run_parent_phases(self) -> None:
         for idx, step in enumerate(self.steps):
@@ -126,12 +133,16 @@ class Run:
             self._on_started(step.step, idx)
             began = time.monotonic()
             try:
-                result = step.run(ParentContext(self.config, self.start_tracking))
+                result = step.run(ParentContext(self.config, self._start_tracking))
             except KvpipeError as error:
                 check = Check(step.step, "completed", type(error).__name__, False, str(error))
                 self._on_record(self._parent_record(step, idx, began, Result(checks=(check,))))
                 raise
             self._on_record(self._parent_record(step, idx, began, result))
+
+    def _start_tracking(self) -> dict[str, Any]:
+        self._tracking = self.start_tracking()
+        return self._tracking
 
     def _parent_record(self, step: Phase, idx: int, began: float, result: Result) -> PhaseRecord:
         return PhaseRecord(

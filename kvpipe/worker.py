@@ -17,13 +17,11 @@ from typing import IO, Any
 
 from kvpipe import planner, runner
 from kvpipe.context import WorkerContext
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import UNEXPECTED_EXIT_CODE, KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
-
-UNEXPECTED_EXIT_CODE = 70
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -80,7 +78,7 @@ def main() -> None:
 
 
 def _send(channel: IO[str], message: dict[str, Any]) -> None:
-    channel.write(json.dumps(message, ensure_ascii=False) + "\n")
+    channel.write(json.dumps(message, allow_nan=False) + "\n")
     channel.flush()
 
 

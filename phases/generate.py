@@ -6,11 +6,12 @@ from typing import Any
 
 from kvpipe import facts
 from kvpipe.context import Output, WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, WorkerPhase
 from kvpipe.records import Check
 from kvpipe.schema import Kvpipe, SamplingConfig
 
-ANY = "any"
+REAL, ANY = "real", "any"
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,18 @@ class Generate(WorkerPhase):
     temperature: float
     ignore_eos: bool
     same_output_as: str | None = None
-    weights: str = "real"
+    weights: str = REAL
     log_text: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.sampling  # refuses here what the engine would refuse after ten minutes
+        if self.weights not in (REAL, ANY):
+            raise InputError(f"weights is {self.weights!r}; valid are: {REAL}, {ANY}")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """The sampling parameters of this step."""
+        return SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
 
     @classmethod
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:
@@ -53,14 +64,13 @@ class Generate(WorkerPhase):
         Raises:
             EngineError: the engine failed.
         """
-        sampling = SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
-        output = ctx.engine.generate(ctx.prompt, sampling)
+        output = ctx.engine.generate(ctx.prompt, self.sampling)
         ctx.outputs[self.step] = output
         fields = {
             "prompt": ctx.prompt,
             "prompt_sha256": _sha256(ctx.prompt),
             "prompt_tokens": output.prompt_tokens,
-            "sampling_params": asdict(sampling),
+            "sampling_params": asdict(self.sampling),
             "text": output.text,
             "text_sha256": _sha256(output.text),
             "token_ids": output.token_ids,

@@ -24,7 +24,7 @@ class Release(WorkerPhase):
         held = (*map(facts.slot, self.slots), *map(facts.host, self.host))
         return Effect(
             needs=held,
-            takes=held,
+            takes=(*held, *map(facts.shared, self.slots)),
             pools={ledger.slot_pool(slot): Size.NOTHING for slot in self.slots},
         )
 
@@ -32,7 +32,9 @@ class Release(WorkerPhase):
         """Release them."""
         from kvpipe.engine import memory, weights
 
-        in_use = {id(array) for array in weights.parameters(ctx.engine).values()}
+        engine = ctx.started
+        params = weights.parameters(engine).values() if engine else ()
+        in_use = {id(array) for array in params}
         freed = 0
         for name in self.slots:
             arrays = ctx.slots.pop(name).values()

@@ -4,6 +4,7 @@ The run comes from a wheel that was built from the repository, in another direct
 parallel 4 and the KV heads replicated as on the TPU.
 """
 
+import html
 import json
 import os
 import signal
@@ -111,9 +112,8 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: FinishedRun) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
-    assert [line["phase"] for line in run.lines] == ["run_planned", *STEPS, "run_finished"] or [
-        line["phase"] for line in run.lines
-    ] == ["wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    phases = ["wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    assert [line["phase"] for line in run.lines] == phases
     assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
     assert all(check["passed"] for check in run.end["checks"])
 
@@ -228,9 +228,15 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     summary = logged["summary"]
     assert summary["sample/output_text"] == run.phase("generate_result")["text"]
     assert summary["run/status"] == "passed"
-    assert {"sample_prompt", "sample_output_text_1", "sample_output_text_2"} <= {
-        key for row in logged["history"] for key in row
-    }
+    files_dir = path.parent / "files"
+    text = run.phase("generate_result")["text"]
+    for key, shown in [("prompt", "Hello"), ("output_text_1", text), ("output_text_2", text)]:
+        media = files_dir / summary[f"sample_{key}/path"]
+        assert summary[f"sample_{key}/_type"] == "html-file"
+        assert html.unescape(media.read_text()).endswith(f"<pre>{shown}</pre>")
+    table = json.loads((files_dir / summary["sample_texts/path"]).read_text())
+    assert table["columns"] == ["kind", "sha256", "chars", "truncated", "text"]
+    assert [row[0] for row in table["data"]] == ["prompt", "output_1", "output_2"]
     files = [f for f in logged["files"] if f.startswith("wandb_samples/")]
     assert len(files) == 3
     assert logged["exit_code"] == 0

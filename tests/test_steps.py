@@ -244,3 +244,16 @@ def test_a_list_option_takes_lists_of_texts_only(value):
     else:
         assert valid
         assert step.slots == tuple(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("weights", "reel", "phases.it: weights is 'reel'; valid are: real, any"),
+        ("max_new_tokens", 0, "phases.it: sampling.max_new_tokens is 0"),
+    ],
+)
+def test_a_value_that_a_phase_itself_refuses_is_told_with_the_steps_name(option, value, message):
+    with pytest.raises(InputError) as caught:
+        step_of("generate", {option: value})
+    assert message in str(caught.value)

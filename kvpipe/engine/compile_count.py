@@ -1,9 +1,18 @@
 """Count the programs that XLA compiles, through jax's own monitoring events."""
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Compilations:
+    """What was compiled: how many programs, and for how many seconds on all threads."""
+
+    count: int = 0
+    seconds: float = 0.0
 
 
 class CompileCounter:
@@ -13,19 +22,20 @@ class CompileCounter:
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._taken = Compilations()
         self._listening = False
 
-    def take(self) -> int:
-        """Return the number of compilations since the last call."""
+    def take(self) -> Compilations:
+        """Return the compilations since the last call."""
         if not self._listening and "jax" in sys.modules:
             from jax import monitoring
 
             monitoring.register_event_duration_secs_listener(self._on_event)
             self._listening = True
-        taken, self._count = self._count, 0
+        taken, self._taken = self._taken, Compilations()
         return taken
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == _COMPILED:
-            self._count += 1
+            taken = self._taken
+            self._taken = Compilations(taken.count + 1, taken.seconds + duration_secs)

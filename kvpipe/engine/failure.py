@@ -67,10 +67,14 @@ class FailureWatch(logging.Handler):
         children of this process is not the engine's business.
         """
         self._starting = True
+        on_child_exit = signal.getsignal(signal.SIGCHLD)
         try:
             yield
         finally:
             self._starting = False
+            # The engine's handler would take the exit status of every child, W&B's service among
+            # them, from those who wait for it.
+            signal.signal(signal.SIGCHLD, on_child_exit)
 
     def on_kill(self) -> None:
         """Raise out of the engine's constructor, from its signal handler.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kvpipe.records import PhaseRecord, RunFinished
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
 
 
 class Sink(Protocol):
@@ -12,6 +12,10 @@ class Sink(Protocol):
 
     def run_started(self, config: dict[str, Any]) -> None:
         """Take the resolved config of the run that begins."""
+        ...
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Take the plan; it comes after the phases that run before the engine's process."""
         ...
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
@@ -41,6 +45,10 @@ class Sinks:
     def run_started(self, config: dict[str, Any]) -> None:
         """Hand the config to every sink."""
         self._call(lambda sink: sink.run_started(config))
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Hand the plan to every sink."""
+        self._call(lambda sink: sink.run_planned(record))
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Hand the step that begins to every sink."""

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
-from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished
+from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned
 
 _GIB = 1024**3
 _NAME_WIDTH = 32
@@ -74,6 +74,19 @@ class ConsoleTable:
         self._console.print(title)
         self._print_row("phase", [column.heading for column in _COLUMNS], "bold")
         self._progress.start()
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Print the plan's verdict."""
+        fit = record.fit
+        peak = max(phase.max_device_bytes for phase in record.phases)
+        verdict = "fits" if fit.fits else "does not fit"
+        self._console.print(
+            f"plan: {verdict} {record.target} × {record.devices}, peak {_gib(peak).strip()} of "
+            f"{_gib(fit.hbm_bytes).strip()} GiB a device in {fit.peak_phase}",
+            style="dim" if fit.fits else "red",
+            soft_wrap=True,
+            highlight=False,
+        )
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Show the step in the live line, with a clock of its own."""

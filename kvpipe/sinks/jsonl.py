@@ -3,7 +3,15 @@
 from typing import Any, TextIO
 
 from kvpipe.errors import KvpipeError
-from kvpipe.records import RUN_FINISHED, PhaseRecord, Record, RunFinished, dumps
+from kvpipe.records import (
+    RUN_FINISHED,
+    RUN_PLANNED,
+    PhaseRecord,
+    Record,
+    RunFinished,
+    RunPlanned,
+    dumps,
+)
 
 
 class JsonLines:
@@ -17,6 +25,10 @@ class JsonLines:
 
     def run_started(self, config: dict[str, Any]) -> None:
         """Do nothing: the config is in the run directory and in W&B."""
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Write the plan."""
+        self._write(record, RUN_PLANNED)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Do nothing: a line is written when the phase has finished."""

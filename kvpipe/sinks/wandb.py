@@ -9,6 +9,7 @@ import html
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from urllib.request import getproxies
 
 from kvpipe.credentials import API_KEY, refuse_secrets
 from kvpipe.errors import TrackingError
-from kvpipe.records import PhaseRecord, RunFinished, metrics
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
@@ -79,6 +80,18 @@ class WandbSink:
 
     def run_started(self, config: dict[str, Any]) -> None:
         """Do nothing: the run begins with :meth:`start`."""
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Put the plan's verdict into the summary.
+
+        Raises:
+            TrackingError: W&B did not take it.
+        """
+        if self._run is None:
+            return
+        with self._loud("did not take the plan"):
+            fit = {f"plan/{key}": value for key, value in asdict(record.fit).items()}
+            self._run.summary.update(fit)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Do nothing: a row is logged when the phase has finished."""

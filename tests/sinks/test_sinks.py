@@ -18,6 +18,9 @@ class Recorder:
     def run_started(self, config):
         self._take("run_started", config)
 
+    def run_planned(self, record):
+        self._take("run_planned", record)
+
     def phase_started(self, step, idx, total):
         self._take("phase_started", step, idx, total)
 

@@ -1,0 +1,476 @@
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvpipe import cli, supervisor
+from tests.helpers_config import EXPERIMENTS
+
+STEPS = (
+    "engine_ready_dummy, flush_cache, generate, jax_ready, kv_cache_dropped, kv_cache_rebuilt, "
+    "mllm_params_cpu_ready, param_dict, param_sharing_check, release, wandb_init, "
+    "weights_swapped_from_mllm"
+)
+TOP_KEYS = (
+    "cache_dir, engine, experiment, model, output, phases, pipeline, plan, prompt, runner, "
+    "sampling, tracking"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kvpipe(monkeypatch, tmp_path, capfd):
+    """Call the command line in this process and in an empty directory; a run never begins."""
+
+    def carry_out(self):
+        raise AssertionError("a run was begun")
+
+    monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = cli.main(["kvpipe", *arguments])
+        return Answer(code, *capfd.readouterr())
+
+    yield call
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def files(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def write_experiment(directory, text, group="experiment"):
+    path = directory / group / "mine.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return ["--config-dir", str(directory)]
+
+
+# Command line → the one line that is told.
+REFUSED = {
+    "+experiment=tinny": "there is no experiment 'tinny'; did you mean 'tiny'?",
+    "+experiment=zzz": f"there is no experiment 'zzz'; valid are: {', '.join(EXPERIMENTS)}",
+    "experiment=tiny": "experiment has no default to override; write +experiment=tiny",
+    "engine=gpu": "there is no engine 'gpu'; did you mean 'tpu' or 'cpu'?",
+    "hydra/launcher=joblib": "there is no hydra/launcher 'joblib'; valid are: basic",
+    "engine=3": "Config group override must be a string or a list. Got int",
+    "pipeline=[jax_ready,nosuch]": (
+        "pipeline=[...] chooses files of conf/pipeline, and 'nosuch' is none of them; a value goes "
+        "into an experiment file"
+    ),
+    "pipeline.1=nosuch": (
+        f"pipeline step 'nosuch': there is no phases/nosuch.py; valid are: {STEPS}"
+    ),
+    "pipeline.2=jax_ready": (
+        "pipeline: 'jax_ready' stands in it 2 times; give each its own name and say "
+        "'phases.<name>.use: jax_ready'"
+    ),
+    "phases.generate_result.use=generat": (
+        "pipeline step 'generate_result': there is no phases/generat.py; did you mean 'generate'?"
+    ),
+    "phases.generate_result.max_tokens=4": (
+        "phases.generate_result.max_tokens: generate has no option 'max_tokens'; "
+        "did you mean 'max_new_tokens'?"
+    ),
+    "phases.generate_result.max_new_tokens=five": (
+        "phases.generate_result.max_new_tokens: 'five' is of type str, not int"
+    ),
+    "phases.generate_resul.log_text=false": (
+        "phases.generate_resul: the pipeline has no step 'generate_resul'; "
+        "did you mean 'generate_result' or 'generate_result_after_kv_rebuild'?"
+    ),
+    "phases.generate_result=3": "phases.generate_result: Cannot assign int to Dict[str, Any]",
+    "enigne.tp_size=2": "enigne: there is no such key; did you mean 'engine' or 'runner'?",
+    "+foo=2": f"foo: there is no such key; valid are: {TOP_KEYS}",
+    "engine.tp_sise=2": (
+        "engine.tp_sise: there is no such key; did you mean 'tp_size' or 'dp_size' or 'page_size'?"
+    ),
+    "+engine.tp_sise=2": (
+        "engine.tp_sise: there is no such key; did you mean 'tp_size' or 'dp_size' or 'page_size'?"
+    ),
+    "hydra.run.dri=x": "hydra.run.dri: there is no such key; did you mean 'dir'?",
+    "engine.tp_size=four": (
+        "engine.tp_size: Value 'four' of type 'str' could not be converted to Integer"
+    ),
+    "engine.tp_size=0": "engine.tp_size is 0, it has to be at least 1",
+    "engine.device=gpu": "engine.device is 'gpu'; did you mean 'tpu' or 'cpu'?",
+    "sampling.temperature=hot": (
+        "sampling.temperature: Value 'hot' of type 'str' could not be converted to Float"
+    ),
+    "tracking.mode=onlin": (
+        "tracking.mode: Invalid value 'onlin', expected one of [online, offline, disabled]"
+    ),
+    "tracking.tags=x": (
+        "tracking.tags: Invalid value assigned: str is not a ListConfig, list or tuple."
+    ),
+    "~model": "model.id: it has no value, and there is no default",
+    "prompt.text=${nope}": "prompt.text: Interpolation key 'nope' not found",
+    "prompt.text=Hello, world": (
+        "prompt.text=Hello, world: a comma separates the values of a sweep; add -m to sweep over "
+        "them, write [...] for a list, or quote a text: 'KEY=\"A, B\"'"
+    ),
+    "prompt.text=What's": (
+        'cannot read the argument "prompt.text=What\'s"; put quotes around a value with special '
+        "characters, once for the shell and once for Hydra: 'KEY=\"VALUE\"'"
+    ),
+    "engine.virtual_devices=4 engine.tp_size=2": (
+        "engine.tp_size × engine.dp_size is 2 × 1 = 2, but engine.virtual_devices is 4; "
+        "they have to be equal"
+    ),
+    "model.generate=null model.path=nowhere": "model.path: {cwd}/nowhere is not a directory",
+    "model.generate=null model.path=.": "model.path: {cwd} has no config.json",
+    "model.generate.head_dim=3": "tiny model: head_dim is 3, RoPE needs an even one",
+    "prompt.text=null prompt.file=nowhere.txt": (
+        "prompt.file: cannot read nowhere.txt: No such file or directory"
+    ),
+    "prompt.file=nowhere.txt": "prompt: give one of prompt.text and prompt.file, and not both",
+    "prompt.text=": "prompt: prompt.text is empty",
+    "prompt=sop_code prompt.sha256=abc": (
+        "prompt.sha256: the prompt (pkg://conf/prompt/sop_code.txt, {sop_bytes} bytes) has "
+        "a25011bf8712b7c88b7a65496b98056b95462ed9225228d72c9c1bc17a2362f0, not the expected abc"
+    ),
+    "~phases.generate_result.log_text pipeline.10=flush_cache": (
+        "pipeline: step 'kv_cache_rebuilt' must not meet the KV cache on the devices, which step "
+        "'engine_ready_dummy' left; leave the step out"
+    ),
+}
+
+
+def split(line):
+    """Return the arguments of a command line of :data:`REFUSED`; only `` KEY=`` splits."""
+    first, *rest = line.split(" ")
+    arguments = [first]
+    for word in rest:
+        if "=" in word:
+            arguments.append(word)
+        else:
+            arguments[-1] += f" {word}"
+    return arguments
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_wrong_input_is_told_in_one_line_with_exit_code_2_and_leaves_nothing(
+    kvpipe, tmp_path, line
+):
+    import conf
+
+    sop = Path(conf.__path__[0]) / "prompt/sop_code.txt"
+    expected = REFUSED[line].replace("{cwd}", str(tmp_path))
+    expected = expected.replace("{sop_bytes}", str(sop.stat().st_size))
+    assert kvpipe("check", *split(line)) == Answer(2, "", f"kvpipe: {expected}\n")
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "+experiment=tinny",
+        "engine.tp_size=four",
+        "phases.generate_result.max_tokens=4",
+        "engine.virtual_devices=4 engine.tp_size=2",
+        "model.generate=null model.path=nowhere",
+        "prompt.text=",
+    ],
+)
+def test_a_run_refuses_the_same_before_it_begins_and_leaves_only_hydras_own_files(
+    kvpipe, tmp_path, line
+):
+    checked, run = kvpipe("check", *split(line)), kvpipe(*split(line))
+    assert run == checked
+    assert run.code == 2
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names <= {"config.yaml", "hydra.yaml", "overrides.yaml"}
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(kvpipe, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes(b"zw\xf6lf")
+    answer = kvpipe("check", "prompt.text=null", "prompt.file=latin1.txt")
+    expected = "kvpipe: prompt.file: latin1.txt is not UTF-8, byte 2 is 0xf6\n"
+    assert answer == Answer(2, "", expected)
+
+
+def test_another_platform_in_the_environment_is_refused_by_a_run(kvpipe, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert kvpipe() == Answer(
+        2,
+        "",
+        "kvpipe: engine.device is 'cpu', but the environment has JAX_PLATFORMS=tpu; "
+        "unset it or set it to cpu\n",
+    )
+
+
+def test_a_check_of_a_tpu_experiment_works_where_the_environment_says_cpu(kvpipe, monkeypatch):
+    """It is a laptop on which the plan of a TPU is looked at."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert kvpipe("check", "+experiment=qwen25_3b_bigkv").code == 0
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest(kvpipe):
+    assert kvpipe("chekc") == Answer(
+        2, "", "kvpipe: there is no verb 'chekc'; did you mean 'check'?\n"
+    )
+
+
+def test_a_verb_that_does_not_stand_first_is_told_where_it_has_to_stand(kvpipe):
+    expected = "kvpipe: cannot read the argument 'check': write KEY=VALUE; a verb stands first\n"
+    assert kvpipe("+experiment=tiny", "check") == Answer(2, "", expected)
+
+
+def test_a_run_directory_that_cannot_be_made_is_told_without_a_traceback(kvpipe, tmp_path):
+    (tmp_path / "outputs").touch()
+    answer = kvpipe()
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("kvpipe: [Errno ")
+    assert answer.err.count("\n") == 1
+
+
+def test_a_config_directory_that_is_not_there_is_named(kvpipe, tmp_path):
+    assert kvpipe("check", "--config-dir", "nowhere") == Answer(
+        2, "", f"kvpipe: Additional config directory '{tmp_path}/nowhere' not found\n"
+    )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_passes_the_check_in_one_line(kvpipe, tmp_path, experiment):
+    steps = 10 if experiment == "qwen25_3b_param_swap" else 16
+    out = f"{experiment}: {steps} steps, their order holds\n"
+    assert kvpipe("check", f"+experiment={experiment}") == Answer(0, out, "")
+    assert files(tmp_path) == []
+
+
+def test_an_experiment_of_ones_own_is_found_in_a_directory_of_ones_own(kvpipe, tmp_path):
+    where = write_experiment(tmp_path, "# @package _global_\nexperiment: mine\n")
+    out = "mine: 16 steps, their order holds\n"
+    assert kvpipe("check", *where, "+experiment=mine") == Answer(0, out, "")
+
+
+def test_a_pipeline_of_ones_own_is_found_in_a_directory_of_ones_own(kvpipe, tmp_path):
+    where = write_experiment(
+        tmp_path,
+        "# @package _global_\n"
+        "pipeline: [jax_ready, engine_ready_dummy, it]\n"
+        "phases: {it: {use: generate, weights: any}}\n",
+        group="pipeline",
+    )
+    out = "tiny: 3 steps, their order holds\n"
+    assert kvpipe("check", *where, "pipeline=mine") == Answer(0, out, "")
+
+
+def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
+    where = write_experiment(tmp_path, "# @package _global_\nexperiment: mine\n")
+    answer = kvpipe("check", *where, "+experiment=mime")
+    assert answer.err == "kvpipe: there is no experiment 'mime'; did you mean 'mine'?\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "# @package _global_\nengine: {tp_sise: 2}\n",
+            "In 'experiment/mine': engine.tp_sise: there is no such key; "
+            "did you mean 'tp_size' or 'dp_size' or 'page_size'?",
+        ),
+        (
+            "# @package _global_\nengine: {tp_size: four}\n",
+            "In 'experiment/mine': engine.tp_size: Value 'four' of type 'str' could not be "
+            "converted to Integer",
+        ),
+        (
+            "# @package _global_\npipeline: jax_ready\n",
+            "In 'experiment/mine': pipeline: Invalid value assigned: AnyNode is not a ListConfig, "
+            "list or tuple.",
+        ),
+        (
+            "# @package _global_\npipeline: [[jax_ready]]\n",
+            "pipeline: ['jax_ready'] is of type list, not str",
+        ),
+        (
+            "# @package _global_\ndefaults:\n  - override /engine: tpuu\n",
+            "there is no engine 'tpuu'; did you mean 'tpu' or 'cpu'?",
+        ),
+        (
+            "# @package _global_\ndefaults:\n  - override /engin: tpu\n",
+            "In 'experiment/mine': Could not override 'engin'. No match in the defaults list.",
+        ),
+        (
+            "engine: {tp_size: 2}\n",
+            "In 'experiment/mine': experiment: Cannot convert 'DictConfig' to string: "
+            "'{'engine': {'tp_size': 2}}'; the file has to begin with '# @package _global_'",
+        ),
+        (
+            "# @package _global_\nengine: {a\n b: ]\n",
+            "{file}, line 3: not valid YAML: expected ',' or '}', but got ':'",
+        ),
+    ],
+)
+def test_a_defect_of_an_experiment_file_is_told_in_one_line(kvpipe, tmp_path, text, message):
+    where = write_experiment(tmp_path, text)
+    message = message.replace("{file}", str(tmp_path / "experiment/mine.yaml"))
+    answer = kvpipe("check", *where, "+experiment=mine")
+    assert answer == Answer(2, "", f"kvpipe: {message}\n")
+
+
+def test_a_sweep_checks_each_job_and_leaves_nothing(kvpipe, tmp_path):
+    answer = kvpipe("check", "-m", "engine.max_total_tokens=512,1024")
+    assert (answer.code, answer.out) == (0, "tiny: 16 steps, their order holds\n" * 2)
+    assert files(tmp_path) == []
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
+    answer = kvpipe("check", "-m", "engine.tp_size=0,2")
+    assert (answer.code, answer.out) == (2, "tiny: 16 steps, their order holds\n")
+    assert answer.err.count("kvpipe: engine.tp_size is 0, it has to be at least 1\n") == 1
+    assert "Error executing job" not in answer.err
+
+
+def test_a_signal_ends_a_whole_sweep_and_not_only_its_current_job(kvpipe, monkeypatch):
+    calls = []
+
+    def interrupted(config, plain):
+        calls.append(config.engine.tp_size)
+        return 130
+
+    monkeypatch.setitem(cli.VERBS, "check", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        kvpipe("check", "-m", "engine.tp_size=1,2,4")
+    assert (ended.value.code, calls) == (130, [1])
+
+
+def test_the_exit_code_of_a_sweep_is_the_highest_of_its_jobs(kvpipe, monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "check", lambda config, plain: config.engine.tp_size)
+    assert kvpipe("check", "-m", "engine.tp_size=1,3,2").code == 3
+
+
+def test_an_unexpected_error_keeps_its_traceback(kvpipe, monkeypatch):
+    """What is no person's mistake at the terminal must not look like one."""
+
+    def broken(config, plain):
+        raise ValueError("a defect of kvpipe")
+
+    monkeypatch.setitem(cli.VERBS, "check", broken)
+    with pytest.raises(ValueError, match="a defect of kvpipe"):
+        kvpipe("check")
+
+
+def test_a_terminal_gets_a_table_and_a_pipe_gets_json(monkeypatch):
+    from kvpipe.schema import OutputFormat
+    from kvpipe.sinks.console import ConsoleTable
+    from kvpipe.sinks.jsonl import JsonLines
+
+    for is_a_terminal, kind in ((True, ConsoleTable), (False, JsonLines)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
+        assert isinstance(cli._screen(OutputFormat.auto), kind)
+    assert isinstance(cli._screen(OutputFormat.table), ConsoleTable)
+
+
+def command(*arguments, cwd, **environment):
+    """Run the real command line; return its answer and the seconds of CPU that it took."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "HYDRA_FULL_ERROR")
+    }
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpipe", *arguments],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+    after = os.times()
+    seconds = (after.children_user - before.children_user) + (
+        after.children_system - before.children_system
+    )
+    return Answer(done.returncode, done.stdout, done.stderr), seconds
+
+
+def test_help_names_verbs_experiments_examples_and_flags_on_one_page(tmp_path):
+    answer, seconds = command("--help", cwd=tmp_path)
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    for verb in cli.VERBS:
+        assert any(line.startswith(f"  {verb} ") for line in lines), verb
+    assert f"experiment: {', '.join(EXPERIMENTS)}" in lines
+    assert sum(line.startswith("  python -m kvpipe") for line in lines) >= 2
+    for flag in ("--cfg job", "--config-dir DIR", "--multirun", "--hydra-help"):
+        assert flag in answer.out
+    assert seconds < 1.5
+    assert files(tmp_path) == []
+
+
+def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path):
+    from omegaconf import OmegaConf
+
+    from tests.helpers_config import compose_plain
+
+    answer, seconds = command("--cfg", "job", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
+    assert (answer.code, answer.err) == (0, "")
+    assert OmegaConf.to_container(OmegaConf.create(answer.out)) == compose_plain(
+        "+experiment=qwen25_3b_bigkv"
+    )
+    assert seconds < 1.5
+    assert files(tmp_path) == []
+
+
+def test_check_takes_about_a_second(tmp_path):
+    answer, seconds = command("check", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
+    assert answer == Answer(0, "qwen25_3b_bigkv: 16 steps, their order holds\n", "")
+    assert seconds < 1.5
+
+
+def test_the_examples_in_the_help_pass_the_check(kvpipe, tmp_path):
+    answer, _ = command("--help", cwd=tmp_path)
+    examples = [
+        line.removeprefix("  python -m kvpipe").partition("    ")[0].split()
+        for line in answer.out.splitlines()
+        if line.startswith("  python -m kvpipe")
+    ]
+    assert len(examples) >= 2
+    for example in examples:
+        overrides = example[1:] if example[:1] == ["check"] else example
+        assert kvpipe("check", *overrides).code == 0, example
+
+
+def test_an_unknown_flag_is_refused_by_name_with_exit_code_2(tmp_path):
+    answer, _ = command("check", "--nosuch", cwd=tmp_path)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.splitlines()[-1] == "kvpipe: error: unrecognized arguments: --nosuch"
+
+
+def test_the_real_command_line_tells_an_error_on_stderr_without_a_traceback(tmp_path):
+    answer, _ = command("+experiment=tinny", cwd=tmp_path)
+    expected = "kvpipe: there is no experiment 'tinny'; did you mean 'tiny'?\n"
+    assert answer == Answer(2, "", expected)
+    assert files(tmp_path) == []
+
+
+def test_a_run_that_is_refused_writes_no_records_and_starts_no_engine(tmp_path):
+    answer, _ = command(cwd=tmp_path, JAX_PLATFORMS="tpu")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("kvpipe: engine.device is 'cpu', but the environment has ")
+    (run_dir,) = (tmp_path / "outputs/tiny").iterdir()
+    assert files(run_dir) == [
+        ".hydra",
+        ".hydra/config.yaml",
+        ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
+    ]

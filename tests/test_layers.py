@@ -1,0 +1,72 @@
+"""The parent process has no jax, whatever it imports; import-linter sees static imports only."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import kvpipe
+import phases
+from tests.helpers_config import ROOT
+
+HEAVY = {"flax", "jax", "jaxlib", "sgl_jax", "torch", "transformers", "wandb"}
+# What the worker, or the child that plans, imports beside the engine's own room.
+WORKER_ONLY = {"kvpipe.planner", "kvpipe.probe", "kvpipe.runner", "kvpipe.worker"}
+
+IMPORT_EACH = """
+import importlib, json, sys
+heavy, found = set(sys.argv[1].split(",")), {}
+for name in sys.argv[2:]:
+    before = set(sys.modules)
+    importlib.import_module(name)
+    found[name] = sorted((set(sys.modules) - before) & heavy)
+print(json.dumps(found))
+"""
+
+RUN_CLI = """
+import json, sys
+from kvpipe import cli
+try:
+    code = cli.main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def modules():
+    """Every module of kvpipe and phases but those of the engine's process."""
+    return {
+        module.name
+        for package in (kvpipe, phases)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not module.name.startswith("kvpipe.engine")
+    }
+
+
+def python(code, *arguments, cwd=ROOT):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_every_module_of_the_parent_and_every_phase_leaves_jax_and_wandb_out():
+    parents = modules() - WORKER_ONLY - {"kvpipe.__main__"}
+    assert {"kvpipe.cli", "kvpipe.supervisor", "kvpipe.sinks.wandb"} <= parents
+    assert {"kvpipe.checkpoints.tiny", "phases.generate"} <= parents
+    found = json.loads(python(IMPORT_EACH, ",".join(HEAVY), *sorted(parents)).stdout)
+    assert found == {name: [] for name in parents}
+
+
+def test_the_modules_of_the_worker_that_are_left_out_above_exist():
+    assert modules() >= WORKER_ONLY
+
+
+def test_help_and_cfg_and_check_import_neither_jax_nor_numpy(tmp_path):
+    for arguments in (["--help"], ["--cfg", "job"], ["check"]):
+        done = python(RUN_CLI, "kvpipe", *arguments, cwd=tmp_path)
+        code, imported = json.loads(done.stderr)
+        assert code in (0, None), arguments
+        assert (HEAVY | {"numpy", "ml_dtypes"}) & set(imported) == set(), arguments
