@@ -1,7 +1,7 @@
 """The command line: a verb, then Hydra overrides. The composition root; no phase names here.
 
-Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 the engine failed,
-4 W&B failed, 128 + n ended by signal n.
+Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 the engine, W&B or
+another phase failed, 70 a defect of kvpipe, 128 + n ended by signal n.
 """
 
 import os

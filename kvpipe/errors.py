@@ -21,13 +21,15 @@ class InputError(KvpipeError):
     exit_code: ClassVar[int] = 2
 
 
-class EngineError(KvpipeError):
-    """The engine refused, failed or died."""
+class PhaseError(KvpipeError):
+    """A phase failed, whatever failed it."""
 
     exit_code: ClassVar[int] = 3
 
 
-class TrackingError(KvpipeError):
-    """Weights & Biases could not be reached or refused the run."""
+class EngineError(PhaseError):
+    """The engine refused, failed or died."""
 
-    exit_code: ClassVar[int] = 4
+
+class TrackingError(PhaseError):
+    """Weights & Biases could not be reached or refused the run."""

@@ -74,7 +74,7 @@ def test_the_last_record_says_that_an_earlier_sink_failed():
     with pytest.raises(TrackingError):
         Sinks([Recorder(TrackingError("rows are lost")), last]).run_finished(passed())
     ((_, record),) = last.calls
-    assert (record.status, record.exit_code, record.error) == ("failed", 4, "rows are lost")
+    assert (record.status, record.exit_code, record.error) == ("failed", 3, "rows are lost")
 
 
 def test_a_run_that_had_failed_keeps_its_exit_code_and_its_error():
