@@ -20,6 +20,16 @@ def sgl_jax_version() -> str:
     return importlib.metadata.version("sglang-jax")
 
 
+def shards_explicitly() -> bool:
+    """Return whether the engine's mesh has explicit axes: from bd09a87 on.
+
+    The version does not tell: bd09a87 calls itself 0.0.2 too.
+    """
+    from sgl_jax.srt.utils import mesh_utils
+
+    return hasattr(mesh_utils, "default_mesh_axes")
+
+
 @contextmanager
 def pytree_registered_twice() -> Iterator[None]:
     """Let NativeAttention register itself as a pytree a second time while sgl_jax is imported.
@@ -77,6 +87,45 @@ def config_of_each_engine_is_its_own() -> None:
 
     setattr(get_own_config, "copies", True)  # noqa: B010 (a function has no such attribute)
     model_config.get_config = get_own_config
+
+
+def bit_width_of_dtypes() -> None:
+    """Give ``jax._src.dtypes`` the ``bit_width`` that the attention kernel calls.
+
+    Defect: the kernel of 0.0.2 uses a private function of jax that 0.8.1 renamed, so that it fails
+    on every TPU with jax 0.8.1 and later, which its own requirements allow.
+    For: 0.0.2. Goes when 0.0.2 is no longer supported.
+    """
+    from jax._src import dtypes
+
+    if not hasattr(dtypes, "bit_width"):
+        dtypes.bit_width = dtypes.itemsize_bits  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def kernel_sees(device_kind: str) -> Iterator[None]:
+    """Let the attention kernel take ``device_kind`` for the chip that it runs on.
+
+    Defect: the kernel chooses its block sizes by ``jax.devices()``, also when it is compiled for
+    other devices.
+    For: 0.0.2, bd09a87, HEAD. Goes when the kernel asks the mesh that it is lowered for.
+
+    Args:
+        device_kind: as ``jax.Device.device_kind`` has it, e.g. ``TPU v4`` or ``TPU v5 lite``.
+    """
+    from sgl_jax.srt.layers.attention.flash_attn_kernel import tuned_block_sizes as kernel
+
+    names = ("get_tpu_version", "get_device_name")
+    originals = {name: getattr(kernel, name) for name in names}
+    version = int(device_kind.removesuffix(" lite").removesuffix("p")[-1])
+    name = " ".join(device_kind.split()[:2])
+    kernel.get_tpu_version = lambda: version
+    kernel.get_device_name = lambda num=None: name if num is None else f"{name}-{num}"
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(kernel, name, original)
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:

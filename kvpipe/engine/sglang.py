@@ -128,6 +128,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         from sgl_jax.srt.server_args import ServerArgs
 
         compat.sampler_off_tpu()
+        compat.bit_width_of_dtypes()
         compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
         engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))

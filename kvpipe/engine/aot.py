@@ -1,0 +1,181 @@
+"""Compile the engine's prefill and decode step for a TPU on a machine that has none.
+
+The engine's own worker is built with shapes for weights and KV cache (:mod:`.shapes`), so its limits,
+its paddings, its batches and its jitted step are the real ones. ``jax.experimental.topologies``
+describes the TPU, libtpu compiles for it.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvpipe.engine import compat
+from kvpipe.engine.shapes import abstract_worker, replaced, sharded_leaves
+from kvpipe.errors import KvpipeError
+from kvpipe.schema import EngineConfig
+
+_MEGACORE = ("v4", "v5p")
+
+
+class CompileFinding(KvpipeError):
+    """The engine's step does not compile for the target: a finding, with what would help."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled step.
+
+    Attributes:
+        name: ``prefill`` or ``decode``.
+        requests: padded number of requests in the batch.
+        tokens: padded number of new tokens in the batch.
+        code_bytes: bytes of compiled code on each device; they stay for as long as the program.
+        temp_bytes: bytes of temporaries on each device while the step runs.
+        compile_s: seconds that lowering and compiling took.
+    """
+
+    name: str
+    requests: int
+    tokens: int
+    code_bytes: int
+    temp_bytes: int
+    compile_s: float
+
+
+def compile_steps(
+    config: EngineConfig, model_dir: Path, topology: str, prompt_tokens: int
+) -> tuple[Program, ...]:
+    """Compile the prefill of one prompt and the decode of one request for a TPU topology.
+
+    Args:
+        config: how the engine will be started.
+        model_dir: directory with the model's config.json.
+        topology: chip and shape, e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
+        prompt_tokens: length of the prompt; the engine pads it to one of its paddings.
+
+    Raises:
+        CompileFinding: a step does not compile for the target.
+    """
+    devices = _devices(topology)
+    compat.bit_width_of_dtypes()
+    with compat.kernel_sees(devices[0].device_kind):
+        worker = abstract_worker(config, model_dir, _mesh(config, devices), "tpu")
+        prefill_tokens = _padded(prompt_tokens, worker.precompile_token_paddings)
+        batches = [
+            ("prefill", "EXTEND", worker.precompile_bs_paddings[-1], prefill_tokens),
+            ("decode", "DECODE", worker.precompile_bs_paddings[0], None),
+        ]
+        return tuple(
+            _compile(worker, devices, name, mode, requests, tokens or requests)
+            for name, mode, requests, tokens in batches
+        )
+
+
+def _devices(topology: str) -> list[Any]:
+    chip = topology.partition(":")[0]
+    options = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    return list(described.devices)
+
+
+def _mesh(config: EngineConfig, devices: list[Any]) -> Mesh:
+    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
+
+    tp_size = config.tp_size or len(devices) // config.dp_size
+    return create_device_mesh([-1, tp_size, 1], [1, 1, 1], devices=devices)
+
+
+def _padded(tokens: int, paddings: list[int]) -> int:
+    """Return the padding that the engine takes; a longer prompt is prefilled in chunks of the last."""
+    return next((padding for padding in sorted(paddings) if padding >= tokens), max(paddings))
+
+
+def _compile(
+    worker: Any, devices: list[Any], name: str, mode: str, requests: int, tokens: int
+) -> Program:
+    from flax import nnx
+
+    began = time.monotonic()
+    step = _closure(worker.model_runner.jitted_run_model)
+    mesh = worker.model_runner.mesh
+    forward_batch, metadata = _batch(worker, mode, requests, tokens)
+    state = nnx.split(worker.model_runner.model)[1]
+    try:
+        with jax.set_mesh(mesh):
+            compiled = (
+                step["jitted_run_model"]
+                .lower(
+                    step["model_def"],
+                    step["model_state_def"],
+                    sharded_leaves(state, mesh),
+                    forward_batch,
+                    worker.model_runner.token_to_kv_pool,
+                    metadata,
+                )
+                .compile()
+            )
+    except JaxRuntimeError as error:
+        raise CompileFinding(_finding(name, requests, tokens, devices[0], error)) from error
+    used = compiled.memory_analysis()
+    return Program(
+        name=name,
+        requests=requests,
+        tokens=tokens,
+        code_bytes=used.generated_code_size_in_bytes,
+        temp_bytes=used.temp_size_in_bytes,
+        compile_s=round(time.monotonic() - began, 3),
+    )
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """Return what a function of the engine closes over, by name."""
+    cells = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
+
+
+def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any]:
+    """Return the batch and the logits metadata that the engine would make, as shapes.
+
+    They are made on this machine's CPU devices and then described as if on the target's.
+    """
+    from sgl_jax.srt.layers.logits_processor import LogitsMetadata
+    from sgl_jax.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
+
+    runner, page_size = worker.model_runner, worker.page_size
+    target = runner.mesh
+    here = create_device_mesh([-1, target.shape["tensor"], 1], [1, 1, 1])
+    cache_loc = -(-requests * worker.max_req_len // page_size) * page_size
+    batch = worker.generate_model_worker_batch(requests, tokens, ForwardMode[mode], cache_loc)
+    with replaced(runner, "mesh", here), replaced(runner.attn_backend, "mesh", here):
+        runner.attn_backend.forward_metadata = runner.attn_backend.get_forward_metadata(batch)
+        made = (
+            ForwardBatch.init_new(batch, runner),
+            LogitsMetadata.from_model_worker_batch(batch, here),
+        )
+
+    def described(array: jax.Array) -> jax.ShapeDtypeStruct:
+        spec = getattr(array.sharding, "spec", PartitionSpec())
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(target, spec))
+
+    return jax.tree.map(described, made)
+
+
+def _finding(name: str, requests: int, tokens: int, device: Any, error: Exception) -> str:
+    """Return the finding: what does not compile, the compiler's reason, and what would help."""
+    reason = re.sub(r"\s+", " ", str(error)).strip()[:300]
+    advice = (
+        "a larger engine.page_size, or smaller engine.max_running_requests or "
+        "engine.context_length, makes the page table smaller"
+    )
+    return (
+        f"the {name} step of {requests} requests and {tokens} tokens does not compile for "
+        f"{device.device_kind}: {reason}; {advice}"
+    )
