@@ -15,6 +15,7 @@ from kvpipe.model_dir import find_model
 from kvpipe.schema import Kvpipe
 
 if TYPE_CHECKING:
+    from kvpipe.engine.kv_cache import HostKv
     from kvpipe.engine.sglang import SglangEngine
 
 
@@ -45,6 +46,7 @@ class WorkerContext:
         slots: named parameter sets on the devices: engine path → array.
         host: named parameter trees on the host.
         outputs: outputs by step name.
+        kv: what was offloaded of the KV cache, else None.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
     """
@@ -54,6 +56,7 @@ class WorkerContext:
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
+    kv: "HostKv | None" = None
     jax_ready: bool = False
     started: "SglangEngine | None" = None
 

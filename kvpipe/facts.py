@@ -11,6 +11,7 @@ JAX = "jax"
 ENGINE = "engine"
 KV_LIVE = "kv:live"
 KV_WRITTEN = "kv:written"
+KV_OFFLOADED = "kv:offloaded"
 KV_STALE = "kv:stale"
 WEIGHTS_REAL = "weights:real"
 
@@ -57,6 +58,11 @@ _MEANINGS = {
     KV_LIVE: Meaning("the KV cache on the devices", "put 'kv_cache_rebuilt' between"),
     KV_WRITTEN: Meaning(
         "a prefix cache in use", "put a generate before it", "flush the cache before it"
+    ),
+    KV_OFFLOADED: Meaning(
+        "an offloaded KV cache",
+        "put 'kv_cache_offloaded' before it",
+        "restore it instead, or flush",
     ),
     KV_STALE: Meaning(
         "a prefix cache that other weights have filled",

@@ -13,7 +13,9 @@ class FlushCache(WorkerPhase):
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Take the prefix cache's contents away."""
-        return Effect(needs=(facts.ENGINE,), takes=(facts.KV_WRITTEN, facts.KV_STALE))
+        return Effect(
+            needs=(facts.ENGINE,), takes=(facts.KV_WRITTEN, facts.KV_STALE, facts.KV_OFFLOADED)
+        )
 
     def run(self, ctx: WorkerContext) -> Result:
         """Flush.
@@ -21,4 +23,5 @@ class FlushCache(WorkerPhase):
         Raises:
             EngineError: the engine stayed busy, or tokens are still held afterwards.
         """
+        ctx.kv = None
         return Result({"flush_cache_output": ctx.engine.flush()})

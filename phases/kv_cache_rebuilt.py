@@ -16,7 +16,7 @@ class KvCacheRebuilt(WorkerPhase):
         """Leave the KV cache, empty."""
         return Effect(
             needs=(facts.ENGINE,),
-            forbids=(facts.KV_LIVE,),
+            forbids=(facts.KV_LIVE, facts.KV_OFFLOADED),
             leaves=(facts.KV_LIVE,),
             pools={ledger.KV: Size.KV},
         )

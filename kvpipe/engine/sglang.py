@@ -5,7 +5,8 @@ One engine a process. What kvpipe does to its KV cache and weights is in :mod:`.
 """
 
 import atexit
-from dataclasses import dataclass
+import gc
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class SglangEngine:
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
         failure: knows whether a thread of the engine has failed.
-        unusable: why the engine cannot generate now, e.g. a dropped KV cache; None if it can.
+        away: what the engine cannot generate without and has not got now, each with what to do.
     """
 
     engine: Any
@@ -40,7 +41,7 @@ class SglangEngine:
     on_scheduler: SchedulerThread
     on_caller: CallerThread
     failure: FailureWatch
-    unusable: str | None = None
+    away: dict[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -143,6 +144,9 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         failure=failure,
     )
     _guard_requests(started)
+    # What lives as long as the process need not be looked at in each of the probe's collections.
+    gc.collect()
+    gc.freeze()
     _check_capacity(started, config)
     return started
 
@@ -202,8 +206,8 @@ def _guard_requests(started: SglangEngine) -> None:
     generate_request = manager.generate_request
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if started.unusable:
-            raise EngineError(f"the engine cannot generate: {started.unusable}")
+        if started.away:
+            raise EngineError(f"the engine cannot generate: {'; '.join(started.away.values())}")
         return generate_request(*args, **kwargs)
 
     manager.generate_request = guarded

@@ -1,11 +1,14 @@
 """Drop and rebuild on a live engine: exact bytes, the same ids, no second compilation, no crash."""
 
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvpipe.errors import EngineError
-from tests.conftest import greedy
+from tests.conftest import StartEngine, greedy
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +45,7 @@ def test_a_second_drop_and_a_rebuild_of_what_is_there_are_refused(real_engine: A
     with pytest.raises(EngineError, match="the KV cache is there"):
         kv_cache.rebuild(real_engine)
     kv_cache.drop(real_engine)
-    with pytest.raises(EngineError, match="dropped already"):
+    with pytest.raises(EngineError, match="the KV cache is not there: its KV cache is dropped"):
         kv_cache.drop(real_engine)
 
 
@@ -66,7 +69,7 @@ def test_a_flush_empties_the_prefix_cache_and_without_one_it_is_used(real_engine
     again = real_engine.generate(prompt, greedy(4))
     flushed = real_engine.flush()
     after_flush = real_engine.generate(prompt, greedy(4))
-    cached = [o.raw["meta_info"]["cached_tokens"] for o in (first, again, after_flush)]
+    cached = [_cached(output) for output in (first, again, after_flush)]
     assert cached[0] == 0 < cached[1]
     assert cached[2] == 0
     assert flushed["flushed_tokens"] > 0
@@ -102,3 +105,129 @@ def test_measuring_twice_finds_the_same_bytes(real_engine: Any) -> None:
     from kvpipe.engine import memory
 
     assert memory.bytes_in_use() == memory.bytes_in_use()
+
+
+def test_an_offloaded_cache_comes_back_with_its_prefixes_and_the_same_ids(
+    real_engine: Any, tiny_weights: Any
+) -> None:
+    from kvpipe.engine import kv_cache, memory, weights
+
+    prompt = "The KV cache is dropped and rebuilt."
+    first = real_engine.generate(prompt, greedy(8))
+    without = real_engine.generate(prompt, greedy(8))
+    with_kv = memory.bytes_in_use()
+    dropped, kept = kv_cache.offload(real_engine)
+    assert -dropped.changed_bytes == dropped.fused_bytes_total
+    assert kept.nbytes == dropped.fused_bytes_total * len(kept.rows) // (1024 + 1)
+    second_set = weights.build(real_engine, tiny_weights)
+    for array in second_set.values():
+        array.delete()
+    restored = kv_cache.restore(real_engine, kept)
+    assert restored.changed_bytes == restored.fused_bytes_total
+    assert memory.bytes_in_use() == with_kv
+    after = real_engine.generate(prompt, greedy(8))
+    assert after.token_ids == without.token_ids == first.token_ids
+    assert _cached(after) == _cached(without) > 0 == _cached(first)
+
+
+def test_more_tokens_than_one_chunk_survive_an_offload(
+    real_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.engine import kv_cache
+
+    monkeypatch.setattr(kv_cache, "_CHUNK_ROWS", 7)
+    first = real_engine.generate("one", greedy(20))
+    real_engine.generate("two and", greedy(20))
+    _, kept = kv_cache.offload(real_engine)
+    assert len(kept.rows) > 21
+    kv_cache.restore(real_engine, kept)
+    again = real_engine.generate("one", greedy(20))
+    assert _cached(again) > 0
+    assert again.token_ids == first.token_ids
+
+
+def test_what_is_offloaded_can_be_neither_dropped_nor_rebuilt_nor_restored_after_a_flush(
+    real_engine: Any,
+) -> None:
+    from kvpipe.engine import kv_cache
+
+    real_engine.generate("Hello", greedy(4))
+    _, kept = kv_cache.offload(real_engine)
+    for refused, message in [
+        (kv_cache.drop, "its KV cache is offloaded"),
+        (kv_cache.offload, "its KV cache is offloaded"),
+        (kv_cache.rebuild, "tokens of the offloaded KV cache wait to be restored"),
+    ]:
+        with pytest.raises(EngineError, match=message):
+            refused(real_engine)
+    with pytest.raises(EngineError, match="cannot generate: its KV cache is offloaded"):
+        real_engine.generate("Hello", greedy(4))
+    real_engine.flush()
+    with pytest.raises(EngineError, match="flushed after it was offloaded"):
+        kv_cache.restore(real_engine, kept)
+    kv_cache.rebuild(real_engine)
+
+
+def test_a_drop_without_a_flush_is_refused_and_a_drop_of_a_busy_engine_waits(
+    real_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.engine import kv_cache
+
+    real_engine.generate("Hello", greedy(4))
+    with pytest.raises(EngineError, match="tokens of the KV cache are in use; flush it before"):
+        kv_cache.drop(real_engine)
+    real_engine.flush()
+    generating = threading.Thread(target=real_engine.generate, args=("Hello", greedy(60)))
+    generating.start()
+    while real_engine.scheduler.running_batch.is_empty():
+        time.sleep(0.01)
+    monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", 0.0)
+    with pytest.raises(EngineError, match="the engine was still busy after 0 s"):
+        kv_cache.drop(real_engine)
+    monkeypatch.undo()
+    with pytest.raises(EngineError, match="in use; flush it"):
+        kv_cache.drop(real_engine)
+    generating.join()
+
+
+def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
+    start_engine: StartEngine, tiny_dir: Path
+) -> None:
+    """Without malloc_trim the resident set hardly falls."""
+    from kvpipe.engine import kv_cache, memory
+    from kvpipe.process_memory import process_memory
+
+    engine = start_engine(tiny_dir, max_total_tokens=180_000)
+    pool = sum(memory.bytes_of(kv_cache.buffers(engine)))
+    assert pool > 10**9
+    before = process_memory().process_rss_bytes
+    kv_cache.drop(engine)
+    memory.give_back_host_memory()
+    assert before - process_memory().process_rss_bytes >= 0.95 * pool
+
+
+def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> None:
+    from kvpipe.engine import kv_cache, memory
+    from kvpipe.engine.compile_count import CompileCounter
+    from kvpipe.process_memory import process_memory
+
+    compilations = CompileCounter()
+    seen, in_use, resident = set(), set(), []
+    for cycle in range(100):
+        seen.add(real_engine.generate("Hello", greedy(3)).token_ids)
+        real_engine.flush()
+        kv_cache.drop(real_engine)
+        kv_cache.rebuild(real_engine)
+        if cycle == 0:
+            compilations.take()
+        in_use.add(memory.bytes_in_use())
+        resident.append(process_memory().process_rss_bytes)
+    assert (len(seen), len(in_use)) == (1, 1)
+    assert compilations.take().count == 0
+    drift = resident[-1] - resident[9]
+    print(f"RSS drift over 90 cycles: {drift} bytes")
+    assert drift < 32 * 2**20
+
+
+def _cached(output: Any) -> int:
+    return output.raw["meta_info"]["cached_tokens"]
