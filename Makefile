@@ -9,14 +9,22 @@ ARGS ?=
 BIN := .venv/bin
 MAKEFLAGS += --no-print-directory
 
+EXPERIMENTS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
+empty :=
+comma := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fast lint format lock clean env
+.PHONY: help run plans test test-fast lint format lock clean env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 run: env ## run a pipeline: make run EXPERIMENT=tiny ARGS="key=value ..."
 	@$(BIN)/python -m kvpipe $(if $(EXPERIMENT),+experiment=$(EXPERIMENT)) $(ARGS)
+
+plans: env ## renew the plan that is committed beside each experiment
+	@$(BIN)/python -m kvpipe plan -m +experiment=$(subst $(empty) ,$(comma),$(EXPERIMENTS)) \
+		plan.format=markdown 'plan.file=conf/experiment/$${experiment}.plan.md'
 
 test: env ## run every test, the ones that start an engine included
 	@$(BIN)/python -m pytest $(ARGS)

@@ -4,6 +4,7 @@ Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 t
 another phase failed, 70 a defect of kvpipe, 128 + n ended by signal n.
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,18 +23,30 @@ from kvpipe.credentials import API_KEY, wandb_api_key
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.jax_environment import check_mesh, jax_environment
-from kvpipe.model_dir import check_model
+from kvpipe.model_dir import check_model, check_shape
 from kvpipe.phase import Phase
-from kvpipe.plan import check_order
+from kvpipe.plan import check_order, misfit
+from kvpipe.planning import Planners
 from kvpipe.prompt import read_prompt
 from kvpipe.records import RECORDS_FILE
-from kvpipe.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, schema, to_plain
+from kvpipe.report.plan import as_json, as_markdown
+from kvpipe.schema import (
+    Kvpipe,
+    OutputFormat,
+    PlanFormat,
+    TrackingMode,
+    from_plain,
+    schema,
+    to_plain,
+)
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
+from kvpipe.targets import find_target
 
 _SIGNALLED = 128
+_PLANNERS = Planners(secrets=(API_KEY,))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """
     # Hydra would print its own message and exit 1; its errors are told here, like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    return _told(lambda: _compose_and_act(argv[1:]))
+    with _PLANNERS:
+        return _told(lambda: _compose_and_act(argv[1:]))
 
 
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
@@ -104,8 +118,86 @@ def check(config: Kvpipe, plain: dict[str, Any]) -> int:
     return 0
 
 
+def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
+    """Print or write the bytes after each phase on the target, and whether they fit.
+
+    Raises:
+        KvpipeError: they do not fit.
+    """
+    _checked_steps(config)
+    check_shape(config)
+    record = _PLANNERS.plan(config, plain, find_target(config.plan.target, config.engine))
+    with _opened(config.plan.file) as out:
+        match config.plan.format:
+            case PlanFormat.json:
+                out.write(json.dumps(as_json(record)) + "\n")
+            case PlanFormat.markdown:
+                out.write(as_markdown(config.experiment, record))
+            case PlanFormat.table:
+                from kvpipe.report.plan_table import print_plan
+
+                print_plan(config.experiment, record, out)
+    if why := misfit(record):
+        raise KvpipeError(why)
+    return 0
+
+
+@contextmanager
+def _opened(file: str | None) -> Iterator[TextIO]:
+    """Yield ``file`` to write in, or stdout without one."""
+    if file is None:
+        yield sys.stdout
+        return
+    try:
+        with Path(file).open("w", encoding="utf-8") as opened:
+            yield opened
+    except OSError as error:
+        raise InputError(f"plan.file: cannot write {file}: {error.strerror}") from None
+
+
+def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
+    """Print what a change of files or overrides costs, experiment by experiment.
+
+    Raises:
+        KvpipeError: it costs more than the budget.
+    """
+    from kvpipe import revisions
+    from kvpipe.report import plan_changes
+
+    hydra_config = HydraConfig.get()
+    chosen = hydra_config.runtime.choices.get("experiment")
+    with tempfile.TemporaryDirectory(prefix="kvpipe-compare-") as scratch:
+        before, after = revisions.sides(
+            config.compare,
+            _common_overrides(hydra_config.overrides.task),
+            _config_dir(hydra_config.runtime.config_sources),
+            Path(scratch),
+        )
+        changes = revisions.changes(before, after, [chosen] if chosen else None)
+    print(plan_changes.as_markdown(changes, before.name, after.name), end="")
+    if beyond := [why for c in changes if (why := c.excess(config.compare.budget_bytes))]:
+        raise KvpipeError("; ".join(beyond))
+    return 0
+
+
+def _common_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that both sides of a comparison have."""
+    own = ("compare.", "experiment=")
+    return [text for text in overrides if not text.lstrip("+~").startswith(own)]
+
+
+def _config_dir(sources: Sequence[Any]) -> str | None:
+    """Return the directory of ``--config-dir``."""
+    return next((s.path for s in sources if s.provider == "command-line"), None)
+
+
 Action = Callable[[Kvpipe, dict[str, Any]], int]
-VERBS: dict[str, Action] = {"run": run, "check": check}
+VERBS: dict[str, Action] = {
+    "run": run,
+    "check": check,
+    "plan": plan,
+    "compare-plans": compare_plans,
+}
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -27,12 +27,14 @@ class Output:
         text: the new text, without the prompt.
         token_ids: ids of the new tokens.
         prompt_tokens: length of the prompt in tokens.
+        cached_tokens: how many of those were found in the prefix cache.
         raw: the engine's whole answer, JSON-serialisable.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
+    cached_tokens: int
     raw: Mapping[str, Any]
 
 

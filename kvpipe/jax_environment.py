@@ -50,10 +50,17 @@ def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[st
             f"engine.device is {engine.device!r}, but the environment has {PLATFORMS}="
             f"{inherited}; unset it or set it to {engine.device}"
         )
-    variables = {PLATFORMS: engine.device}
-    if engine.device != "cpu":
-        return variables
-    devices = engine.virtual_devices or (engine.tp_size or 1) * engine.dp_size
+    if engine.device == "cpu":
+        return cpu_environment(cpu_devices(engine), environ)
+    return {PLATFORMS: engine.device}
+
+
+def cpu_devices(engine: EngineConfig) -> int:
+    """Return the number of virtual devices that the engine's mesh takes on the CPU."""
+    return engine.virtual_devices or (engine.tp_size or 1) * engine.dp_size
+
+
+def cpu_environment(devices: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that let jax find ``devices`` virtual CPU devices and nothing else."""
     flags = environ.get("XLA_FLAGS", "")
-    variables["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip()
-    return variables
+    return {PLATFORMS: "cpu", "XLA_FLAGS": f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip()}

@@ -1,12 +1,17 @@
 """Find the directory of the model: given, generated, or from the Hugging Face cache or hub."""
 
+import json
 import os
+import tempfile
 from dataclasses import asdict
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvpipe.errors import InputError
 from kvpipe.schema import Kvpipe, TinyModelConfig
+from kvpipe.suggest import nearest
 
 if TYPE_CHECKING:
     from kvpipe.checkpoints.tiny import TinyModel
@@ -57,6 +62,58 @@ def find_model(config: Kvpipe) -> Path:
 
         return tiny.ensure(_tiny_model(model.generate), cache_dir(config))
     return _from_hub(config)
+
+
+def check_shape(config: Kvpipe) -> None:
+    """Refuse a model whose shape is not known without the hub.
+
+    Raises:
+        InputError: neither ``model.path``, ``model.generate`` nor ``model.config`` gives it, or
+            ``model.config`` names no file that ships.
+    """
+    check_model(config)
+    model = config.model
+    if model.path is not None or model.generate is not None:
+        return
+    if model.config is None:
+        raise InputError(
+            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; name a "
+            f"file of conf/model/configs ({', '.join(_shipped())}) or set model.path"
+        )
+    if model.config not in _shipped():
+        raise InputError(
+            f"model.config: there is no {model.config!r} in conf/model/configs; "
+            f"{nearest(model.config, _shipped())}"
+        )
+
+
+def shape_dir(config: Kvpipe, scratch: Path) -> Path:
+    """Return a directory with the model's config.json, and perhaps no more than that.
+
+    Args:
+        config: as :func:`check_shape` accepts it.
+        scratch: directory to write in, for a model that has no directory.
+    """
+    model = config.model
+    if model.path is not None:
+        return Path(model.path).absolute()
+    if model.generate is not None:
+        from kvpipe.checkpoints import tiny
+
+        text = json.dumps(tiny.config_json(_tiny_model(model.generate)))
+    else:
+        text = (_configs() / str(model.config)).read_text(encoding="utf-8")
+    directory = Path(tempfile.mkdtemp(dir=scratch))
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    return directory
+
+
+def _configs() -> Traversable:
+    return resources.files("conf") / "model" / "configs"
+
+
+def _shipped() -> list[str]:
+    return sorted(file.name for file in _configs().iterdir())
 
 
 def _tiny_model(shape: TinyModelConfig) -> "TinyModel":

@@ -9,7 +9,7 @@ name each other: they meet through facts (:mod:`kvpipe.facts`) and the contexts
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from kvpipe.context import ParentContext, WorkerContext
@@ -61,6 +61,7 @@ class Phase:
     """
 
     step: str
+    # A subclass may refuse a value in __post_init__: an InputError that begins with the option.
 
     runs_in: ClassVar[str] = "worker"
 
@@ -68,6 +69,14 @@ class Phase:
     def defaults(cls, config: "Kvpipe") -> dict[str, Any]:
         """Return the option values that come from elsewhere in the config; a step overrides."""
         return {}
+
+    def in_later_cycle(self, first: str) -> Self:
+        """Return the phase as it is in a later cycle of a repeated stretch.
+
+        Args:
+            first: the step's name in the first cycle.
+        """
+        return self
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Declare what the phase needs and does, given the facts ``before`` it; no jax here."""

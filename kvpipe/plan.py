@@ -6,12 +6,13 @@ Nothing is run and nothing is loaded here. :func:`check_order` needs no sizes an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from kvpipe.errors import InputError
 from kvpipe.facts import meaning
 from kvpipe.ledger import KV, Ledger, PerDevice
 from kvpipe.phase import Effect, Phase, Size
-from kvpipe.records import Fit, PlannedPhase
+from kvpipe.records import Fit, PlannedPhase, RunPlanned
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,42 @@ class KvCapacity:
         device_bytes: bytes that it takes on one device.
         tokens: its capacity, a multiple of the page size.
         page_size: tokens in a page.
+        engine_bytes: bytes of a device that the engine gives to the capacity (it adds a page on
+            top of it); None if it takes any capacity.
     """
 
     device_bytes: int
     tokens: int
     page_size: int
+    engine_bytes: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token on one device; the pool has one page more than its capacity."""
+        return self.device_bytes // (self.tokens + self.page_size)
+
+    @property
+    def engine_tokens(self) -> int | None:
+        """The capacity that the engine's own profile gives; None if it takes any."""
+        if self.engine_bytes is None:
+            return None
+        return _whole_pages(self.engine_bytes // self.token_bytes, self.page_size)
+
+
+def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> int:
+    """Return the bytes of KV cache that the engine's own profile would give.
+
+    The engine (``ModelRunner.profile_max_num_token``) takes what is free once its parameters are
+    loaded, less the share ``1 - mem_fraction_static`` of what was free before, and cuts a larger
+    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan has to know it.
+
+    Args:
+        memory_bytes: what the engine finds free before it loads: the HBM of a device; on the CPU,
+            which it does not divide among the virtual devices, the host's RAM.
+        params_bytes: what its parameters take of it.
+        fraction: ``engine.mem_fraction_static``.
+    """
+    return max(0, int(memory_bytes * Fraction(str(fraction))) - params_bytes)
 
 
 def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
@@ -114,13 +146,14 @@ def judge(
 ) -> Fit:
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
+    It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
+
     The largest capacity that fits is exact: a device's share of the KV cache is proportional to
     tokens + page size, and nothing else in a ledger depends on the tokens. It is 0 if no capacity
     would help.
     """
     fullest = [max(ledger.per_device, default=0) for ledger in ledgers]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
-    per_token = kv.device_bytes // (kv.tokens + kv.page_size)
     loads = [
         (total, held)
         for ledger in ledgers
@@ -128,13 +161,37 @@ def judge(
     ]
     too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
     room = min((hbm_bytes - total + held for total, held in loads if held), default=hbm_bytes)
-    pages = (room // per_token - kv.page_size) // kv.page_size
+    most = _whole_pages(room // kv.token_bytes - kv.page_size, kv.page_size)
+    cut = kv.engine_tokens if any(held for _, held in loads) else None
+    if cut is not None:
+        most = min(most, cut)
     return Fit(
-        fits=fullest[peak] <= hbm_bytes,
+        fits=fullest[peak] <= hbm_bytes and (cut is None or kv.tokens <= cut),
         hbm_bytes=hbm_bytes,
         peak_phase=planned[peak].step.step,
-        max_total_tokens=0 if too_full_without_kv else max(0, pages * kv.page_size),
+        max_total_tokens=0 if too_full_without_kv else most,
     )
+
+
+def misfit(plan: RunPlanned) -> str | None:
+    """Return why a plan does not fit and what would; None if it fits."""
+    fit = plan.fit
+    if fit.fits:
+        return None
+    peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
+    tokens = fit.max_total_tokens
+    advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
+    needs = f"step {peak.name!r} needs {peak.max_device_bytes} bytes on a device"
+    if peak.max_device_bytes > fit.hbm_bytes:
+        return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
+    return (
+        f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "
+        f"KV cache down to what engine.mem_fraction_static leaves; {advice}"
+    )
+
+
+def _whole_pages(tokens: int, page_size: int) -> int:
+    return max(0, tokens // page_size * page_size)
 
 
 def _missing(step: str, fact: str, taken_by: str | None) -> str:

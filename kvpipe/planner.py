@@ -1,19 +1,28 @@
-"""Plan a run with the sizes of the installed engine. It needs jax, so it runs in a child process.
+"""Plan with the sizes of the installed engine. It needs jax, so it runs in a child process.
 
-The fold itself is in :mod:`kvpipe.plan`, which needs no jax.
+The fold itself is in :mod:`kvpipe.plan`, which needs no jax; :mod:`kvpipe.planning` is the parent's
+side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvpipe import plan
+from kvpipe.child import send
 from kvpipe.engine import devices, shapes
-from kvpipe.errors import InputError
+from kvpipe.errors import EngineError, InputError, KvpipeError
 from kvpipe.ledger import Ledger
 from kvpipe.phase import Phase, Size
 from kvpipe.records import RunPlanned
-from kvpipe.schema import EngineConfig
+from kvpipe.schema import EngineConfig, from_plain
+from kvpipe.steps import build_steps
+from kvpipe.targets import CPU, Target
 
 
 @dataclass(frozen=True)
@@ -38,18 +47,41 @@ def plan_here(steps: Sequence[Phase], config: EngineConfig, model_dir: Path) -> 
         model_dir: directory with the model's config.json.
     """
     devices.check_devices(config)
+    count = devices.describe()["device_count"]
+    target = Target(config.device, count, devices.memory_bytes())
+    return plan_for(target, steps, config, model_dir)
+
+
+def plan_for(target: Target, steps: Sequence[Phase], config: EngineConfig, model_dir: Path) -> Plan:
+    """Plan the steps for a target; this process has as many devices, of whatever kind.
+
+    Args:
+        target: the machine that the plan is for.
+        steps: all steps of the pipeline, in order.
+        config: how the engine will be started, with the device that this process has.
+        model_dir: directory with the model's config.json.
+    """
     planned = plan.check_order(steps)
     sizes = shapes.sizes(config, model_dir)
-    count = len(sizes[Size.KV])
-    ledgers = plan.plan_ledgers(planned, sizes, count)
-    tokens = config.max_total_tokens // config.page_size * config.page_size
-    capacity = plan.KvCapacity(sizes[Size.KV][0], tokens, config.page_size)
+    ledgers = plan.plan_ledgers(planned, sizes, target.devices)
+    # On the CPU each virtual device's engine sees the whole host, with all devices' parameters.
+    sees, params = (
+        (target.hbm_bytes * target.devices, sum(sizes[Size.PARAMS]))
+        if target.name == CPU
+        else (target.hbm_bytes, max(sizes[Size.PARAMS]))
+    )
+    capacity = plan.KvCapacity(
+        device_bytes=sizes[Size.KV][0],
+        tokens=config.max_total_tokens // config.page_size * config.page_size,
+        page_size=config.page_size,
+        engine_bytes=plan.engine_kv_bytes(sees, params, config.mem_fraction_static),
+    )
     record = RunPlanned(
-        target=config.device,
-        devices=count,
+        target=target.name,
+        devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=plan.planned_phases(planned, ledgers),
-        fit=plan.judge(planned, ledgers, devices.memory_bytes(), capacity),
+        fit=plan.judge(planned, ledgers, target.hbm_bytes, capacity),
     )
     return Plan(record, ledgers)
 
@@ -60,12 +92,32 @@ def refuse_misfit(planned: RunPlanned) -> None:
     Raises:
         InputError: with the peak, what a device has, and the largest capacity that would fit.
     """
-    if planned.fit.fits:
-        return
-    tokens = planned.fit.max_total_tokens
-    advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    peak = next(p for p in planned.phases if p.name == planned.fit.peak_phase)
-    raise InputError(
-        f"the plan does not fit: step {peak.name!r} needs {peak.max_device_bytes} bytes on a "
-        f"device, which has {planned.fit.hbm_bytes}; {advice} (plan.enforce=false runs it all the same)"
-    )
+    if why := plan.misfit(planned):
+        raise InputError(f"{why} (plan.enforce=false runs it all the same)")
+
+
+def main() -> None:
+    """Entry of ``python -m kvpipe.planner FD``: plan each job on stdin, report on descriptor FD."""
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+        for line in sys.stdin:
+            send(channel, _answer(json.loads(line)))
+
+
+def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan of a job, or the message of what went wrong with its exit code."""
+    config = from_plain(job["config"])
+    engine = replace(config.engine, device=CPU)  # the target's devices are virtual ones here
+    try:
+        steps = build_steps(config)
+        record = plan_for(Target(**job["target"]), steps, engine, Path(job["model_dir"])).record
+    except KvpipeError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+    except Exception as error:
+        traceback.print_exc()
+        told = f"the engine refuses this model or mesh: {type(error).__name__}: {error}"
+        return {"error": told, "exit_code": EngineError.exit_code}
+    return {"plan": record.to_json()}
+
+
+if __name__ == "__main__":
+    main()

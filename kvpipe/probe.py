@@ -3,35 +3,28 @@
 It runs in the worker between phases, with the engine idle and the devices synchronised.
 """
 
-from dataclasses import dataclass
-
 from kvpipe.context import WorkerContext
-from kvpipe.ledger import Ledger
+from kvpipe.measurement import Measurement
 from kvpipe.process_memory import process_memory
 from kvpipe.records import Memory
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What the probe found.
+def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
+    """Measure the devices and this process.
 
-    Attributes:
-        memory: for the record.
-        ledger: bytes per device, by pool; None before jax runs.
+    Args:
+        ctx: the run's engine and slots.
+        settle: wait until the engine is idle; not after a failure, when it may never be.
+
+    Raises:
+        EngineError: the engine failed or stayed busy, if it was to settle.
     """
-
-    memory: Memory
-    ledger: Ledger | None
-
-
-def measure(ctx: WorkerContext) -> Measurement:
-    """Measure the devices and this process."""
     if not ctx.jax_ready:
         return Measurement(process_memory(), None)
     from kvpipe.engine import kv_cache, memory, weights
 
     engine = ctx.started
-    if engine is not None:
+    if engine is not None and settle:
         engine.wait_idle()
     ledger = memory.measure(
         params=weights.parameters(engine).values() if engine else (),

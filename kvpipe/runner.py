@@ -10,6 +10,7 @@ from typing import Any
 
 from kvpipe import probe
 from kvpipe.context import WorkerContext
+from kvpipe.cycles import Cycles
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
@@ -66,53 +67,78 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: floa
         CheckFailed: a check did not hold; its record has been emitted.
         KvpipeError: a phase failed; a record of the failure has been emitted.
     """
-    compiles = CompileCounter()
+    loop = _Loop(ctx, run_began)
     for job in jobs:
         events.started(job.phase.step, job.idx)
-        began = time.monotonic()
-        compiles.take()
+        loop.begin()
         try:
             result = job.phase.run(ctx)
         except Exception as error:
-            failed = Check(job.phase.step, "completed", type(error).__name__, False, str(error))
-            result = Result(checks=(failed,))
-            events.finished(_record(job, ctx, result, began, run_began, compiles))
+            events.finished(loop.failure_record(job, error))
             raise
-        record = _record(job, ctx, result, began, run_began, compiles)
+        record = loop.record(job, result)
         events.finished(record)
         if not record.passed:
             raise CheckFailed(_explain(job.phase.step, record.checks))
 
 
-def _record(
-    job: Job,
-    ctx: WorkerContext,
-    result: Result,
-    began: float,
-    run_began: float,
-    compiles: CompileCounter,
-) -> PhaseRecord:
-    duration = time.monotonic() - began
-    compiled = compiles.take()
-    measured = probe.measure(ctx)
-    errors = differences(job.planned, measured.ledger) if measured.ledger else {}
-    checks = tuple(result.checks)
-    if measured.ledger and ctx.config.plan.enforce:
-        checks += _plan_checks(job.planned, measured.ledger, errors)
-    return PhaseRecord(
-        phase=job.phase.step,
-        use=job.use,
-        idx=job.idx,
-        elapsed_s=round(time.time() - run_began, 6),
-        duration_s=round(duration, 6),
-        memory=measured.memory,
-        ledger=measured.ledger.totals() if measured.ledger else {},
-        plan_error_bytes=errors,
-        compilations=compiled.count,
-        compile_s=round(compiled.seconds, 6),
-        checks=checks,
-        fields=result.fields,
-    )
+class _Loop:
+    """What the loop keeps from step to step: clocks, compilations, the ledgers of past cycles."""
+
+    def __init__(self, ctx: WorkerContext, run_began: float) -> None:
+        self._ctx = ctx
+        self._run_began = run_began
+        self._compiles = CompileCounter()
+        self._cycles = Cycles()
+        self._step_began = 0.0
+
+    def begin(self) -> None:
+        """Start the clock and the count of a step."""
+        self._compiles.take()
+        self._step_began = time.monotonic()
+
+    def record(self, job: Job, result: Result) -> PhaseRecord:
+        """Measure after a step, compare with the plan and with the cycle before."""
+        duration_s = time.monotonic() - self._step_began
+        compiled = self._compiles.take()
+        measured = probe.measure(self._ctx)
+        errors = differences(job.planned, measured.ledger) if measured.ledger else {}
+        cycle = self._cycles.compare(job.phase.step, measured)
+        checks = (*result.checks, *cycle.checks)
+        if measured.ledger and self._ctx.config.plan.enforce:
+            checks += _plan_checks(job.planned, measured.ledger, errors)
+        return PhaseRecord(
+            phase=job.phase.step,
+            use=job.use,
+            idx=job.idx,
+            elapsed_s=self._elapsed_s(),
+            duration_s=round(duration_s, 6),
+            memory=measured.memory,
+            ledger=measured.ledger.totals() if measured.ledger else {},
+            plan_error_bytes=errors,
+            compilations=compiled.count,
+            compile_s=round(compiled.seconds, 6),
+            checks=checks,
+            fields={**result.fields, **cycle.fields},
+        )
+
+    def failure_record(self, job: Job, error: Exception) -> PhaseRecord:
+        """Measure after a step that failed, without waiting for the engine to settle."""
+        duration_s = time.monotonic() - self._step_began
+        measured = probe.measure(self._ctx, settle=False)
+        return PhaseRecord(
+            phase=job.phase.step,
+            use=job.use,
+            idx=job.idx,
+            elapsed_s=self._elapsed_s(),
+            duration_s=round(duration_s, 6),
+            memory=measured.memory,
+            ledger=measured.ledger.totals() if measured.ledger else {},
+            checks=(Check(job.phase.step, "completed", type(error).__name__, False, str(error)),),
+        )
+
+    def _elapsed_s(self) -> float:
+        return round(time.time() - self._run_began, 6)
 
 
 def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -> tuple[Check, ...]:

@@ -209,6 +209,24 @@ class TrackingConfig:
 
 
 @dataclass
+class RepeatConfig:
+    """A stretch of the pipeline that is carried out several times.
+
+    Attributes:
+        first: name of its first step.
+        last: name of its last step.
+        times: how often, the first time included.
+    """
+
+    first: str = MISSING
+    last: str = MISSING
+    times: int = 2
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "repeat.times", self.times)
+
+
+@dataclass
 class RunnerConfig:
     """How the run is carried out.
 
@@ -231,10 +249,37 @@ class PlanConfig:
     Attributes:
         enforce: refuse a run that cannot fit, and fail one whose plan was wrong.
         format: how ``kvpipe plan`` prints.
+        target: what ``kvpipe plan`` plans for: ``cpu`` (this host) or a chip and its topology, e.g.
+            ``v5e:2x2x1``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
+            ``tpu``.
+        file: where ``kvpipe plan`` writes instead of to stdout.
     """
 
     enforce: bool = True
     format: PlanFormat = PlanFormat.table
+    target: str | None = None
+    file: str | None = None
+
+
+@dataclass
+class CompareConfig:
+    """What ``kvpipe compare`` compares the plans of.
+
+    Attributes:
+        base: git revision before the change; None is ``HEAD``, or without ``head`` and with
+            ``overrides`` the files as they are.
+        head: git revision after the change; None is the files as they are.
+        overrides: overrides that only the plan after the change has.
+        budget_bytes: bytes that the peak of a device may grow by.
+    """
+
+    base: str | None = None
+    head: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    budget_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "compare.budget_bytes", self.budget_bytes)
 
 
 @dataclass
@@ -245,6 +290,7 @@ class Kvpipe:
         experiment: name of the experiment, for records and the run directory.
         pipeline: the steps, in order.
         phases: step name → options; ``use`` names the file in ``phases/``.
+        repeat: a stretch of the pipeline to repeat; its steps of cycle k are called ``name#k``.
         output: what stdout shows.
         cache_dir: where generated checkpoints are kept; None is ``$XDG_CACHE_HOME/kvpipe``.
     """
@@ -252,6 +298,7 @@ class Kvpipe:
     experiment: str = "tiny"
     pipeline: list[str] = MISSING
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    repeat: RepeatConfig | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -259,6 +306,7 @@ class Kvpipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from kvpipe.cycles import CYCLE_MARK, base_name, repeated
 from kvpipe.errors import InputError
 from kvpipe.phase import ParentPhase, Phase
 from kvpipe.schema import Kvpipe
@@ -59,7 +60,7 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
             option or value is wrong; also if a parent phase stands after a worker phase.
     """
     _check_names(config)
-    steps = tuple(_build_step(name, config) for name in config.pipeline)
+    steps = tuple(_build_step(name, config) for name in repeated(config.pipeline, config.repeat))
     in_worker = ""
     for step in steps:
         if isinstance(step, ParentPhase) and in_worker:
@@ -78,7 +79,8 @@ def use_of(step: str, config: Kvpipe) -> str:
     Raises:
         InputError: it is not a text.
     """
-    return _typed(config.phases.get(step, {}).get("use", step), str, f"phases.{step}.use")
+    name = base_name(step)
+    return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
 
 
 def _check_names(config: Kvpipe) -> None:
@@ -86,6 +88,11 @@ def _check_names(config: Kvpipe) -> None:
         raise InputError("pipeline: it has no steps")
     for name in config.pipeline:
         _typed(name, str, "pipeline")  # OmegaConf lets a list pass as an item of list[str]
+        if CYCLE_MARK in name:
+            raise InputError(
+                f"pipeline: {name!r} has a {CYCLE_MARK!r}, which marks the cycles of repeated "
+                "steps; choose another name"
+            )
         if config.pipeline.count(name) > 1:
             raise InputError(
                 f"pipeline: {name!r} stands in it {config.pipeline.count(name)} times; "
@@ -99,8 +106,8 @@ def _check_names(config: Kvpipe) -> None:
             )
 
 
-def _build_step(name: str, config: Kvpipe) -> Phase:
-    use = use_of(name, config)
+def _build_step(step: str, config: Kvpipe) -> Phase:
+    use, name = use_of(step, config), base_name(step)
     given = {key: value for key, value in config.phases.get(name, {}).items() if key != "use"}
     try:
         cls = phase_class(use)
@@ -118,9 +125,10 @@ def _build_step(name: str, config: Kvpipe) -> Phase:
     if missing := sorted(required - set(options)):
         raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
     try:
-        return cls(step=name, **options)
+        phase = cls(step=step, **options)
     except InputError as error:
-        raise InputError(f"phases.{name}: {error}") from None
+        raise InputError(f"phases.{name}.{error}") from None
+    return phase if step == name else phase.in_later_cycle(name)
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

@@ -5,20 +5,18 @@ closed sinks and the right exit code.
 """
 
 import importlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
+from kvpipe.child import Child, start_child
 from kvpipe.context import ParentContext
 from kvpipe.errors import UNEXPECTED_EXIT_CODE, EngineError, KvpipeError
 from kvpipe.jax_environment import jax_environment
@@ -37,7 +35,6 @@ from kvpipe.sinks import Sink
 from kvpipe.steps import use_of
 
 ENGINE_LOG = "engine.log"
-_LOG_TAIL_LINES = 8
 
 
 class _Signal(BaseException):
@@ -160,8 +157,9 @@ class Run:
         return self._run_child() if self.config.runner.isolate else self._run_here()
 
     def _run_child(self) -> Ending:
-        log = self.run_dir / ENGINE_LOG
-        with log.open("w") as log_file, _start_worker(self, log_file) as child:
+        with self._start_worker() as child:
+            child.send({"config": self.plain, "run_began": self.began})
+            child.end_jobs()
             for message in child.messages():
                 if "plan" in message:
                     self._on_plan(planned_from_json(message["plan"]))
@@ -171,10 +169,18 @@ class Run:
                     self._on_started(message["started"], message["idx"])
                 else:
                     return Ending(message["exit_code"], message["error"])
-            code = child.process.wait()
-        raise EngineError(
-            f"the engine's process ended by {_how_it_ended(code)} in step {self._current!r}; "
-            f"its log {log} ends with:\n{_tail(log)}"
+            raise EngineError(
+                f"the engine's process ended by {child.how_it_ended()} in step {self._current!r}; "
+                f"its log {child.log} ends with:\n{child.log_tail()}"
+            )
+
+    def _start_worker(self) -> AbstractContextManager[Child]:
+        inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
+        return start_child(
+            "kvpipe.worker",
+            self.run_dir / ENGINE_LOG,
+            inherited | jax_environment(self.config.engine, os.environ),
+            self.config.runner.shutdown_timeout_s,
         )
 
     def _run_here(self) -> Ending:
@@ -198,52 +204,6 @@ class Run:
         self.sinks.phase_finished(record)
 
 
-@dataclass(frozen=True)
-class _Child:
-    """The worker's process and the pipe on which it reports."""
-
-    process: subprocess.Popen[bytes]
-    reports: IO[str]
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield what the worker sends until it closes the pipe; a torn last line is left out."""
-        for line in self.reports:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-@contextmanager
-def _start_worker(run: Run, log: IO[str]) -> Iterator[_Child]:
-    """Start the worker; at the end give it time to leave, then end its whole process group."""
-    read_fd, write_fd = os.pipe()
-    inherited = {k: v for k, v in os.environ.items() if k not in run.secrets}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvpipe.worker", str(write_fd)],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=inherited | jax_environment(run.config.engine, os.environ),
-        pass_fds=(write_fd,),
-        start_new_session=True,
-    )
-    os.close(write_fd)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"config": run.plain, "run_began": run.began}).encode())
-    process.stdin.close()
-    try:
-        with os.fdopen(read_fd, encoding="utf-8") as reports:
-            yield _Child(process, reports)
-            process.wait(run.config.runner.shutdown_timeout_s)
-    finally:
-        _kill_group(process)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @contextmanager
 def _signals_raise() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP end the run in order instead of ending the process."""
@@ -258,15 +218,3 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    hint = " (often the out-of-memory killer)" if -code == signal.SIGKILL else ""
-    return f"{signal.Signals(-code).name}{hint}"
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_TAIL_LINES:])

@@ -1,9 +1,4 @@
-"""The child process: it holds jax and the engine, runs the worker's steps, streams what happens.
-
-Its standard input gives one JSON object, the job. What happens goes out as JSON lines on a pipe of
-its own, so that nothing the engine prints can come between them; stdout and stderr are the
-engine's log.
-"""
+"""The child process: it holds jax and the engine, runs the worker's steps, streams what happens."""
 
 import gc
 import json
@@ -11,19 +6,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
 
 from kvpipe import planner, runner
+from kvpipe.child import send
 from kvpipe.context import WorkerContext
 from kvpipe.errors import UNEXPECTED_EXIT_CODE, KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
-
-Send = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -65,21 +58,16 @@ def main() -> None:
     job = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
         events = runner.Events(
-            planned=lambda plan: _send(channel, {"plan": plan.to_json()}),
-            started=lambda step, idx: _send(channel, {"started": step, "idx": idx}),
-            finished=lambda record: _send(channel, {"record": record.to_json()}),
+            planned=lambda plan: send(channel, {"plan": plan.to_json()}),
+            started=lambda step, idx: send(channel, {"started": step, "idx": idx}),
+            finished=lambda record: send(channel, {"record": record.to_json()}),
         )
         outcome = execute(from_plain(job["config"]), events, job["run_began"])
-        _send(channel, {"exit_code": outcome.exit_code, "error": outcome.error})
+        send(channel, {"exit_code": outcome.exit_code, "error": outcome.error})
     sys.stdout.flush()
     sys.stderr.flush()
     # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
     os._exit(outcome.exit_code)
-
-
-def _send(channel: IO[str], message: dict[str, Any]) -> None:
-    channel.write(json.dumps(message, allow_nan=False) + "\n")
-    channel.flush()
 
 
 def _planned_jobs(

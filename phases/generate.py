@@ -1,14 +1,14 @@
 """Generate text from the prompt and compare it, on token ids, with what an earlier step gave."""
 
 import hashlib
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from kvpipe import facts
 from kvpipe.context import Output, WorkerContext
 from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.records import Check
+from kvpipe.records import Check, check_equal
 from kvpipe.schema import Kvpipe, SamplingConfig
 
 REAL, ANY = "real", "any"
@@ -21,6 +21,10 @@ class Generate(WorkerPhase):
     Attributes:
         max_new_tokens, temperature, ignore_eos: as in ``sampling``, from which they come.
         same_output_as: an earlier step whose token ids these have to equal.
+        aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
+            differ, the engine itself is to blame, and what comes later proves nothing about KV.
+        same_cached_tokens_as: an earlier step that found as many tokens of its prompt in the
+            prefix cache as this one has to.
         weights: ``real`` refuses dummy weights, ``any`` takes what is there.
         log_text: send prompt and text to W&B as media and files.
     """
@@ -29,11 +33,18 @@ class Generate(WorkerPhase):
     temperature: float
     ignore_eos: bool
     same_output_as: str | None = None
+    aa_control: bool = False
+    same_cached_tokens_as: str | None = None
     weights: str = REAL
     log_text: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.sampling  # refuses here what the engine would refuse after ten minutes
+        try:
+            _ = self.sampling  # refuses here what the engine would refuse after ten minutes
+        except InputError as error:
+            raise InputError(str(error).removeprefix("sampling.")) from None
+        if self.aa_control and self.same_output_as is None:
+            raise InputError("aa_control is true, but same_output_as names no step to compare with")
         if self.weights not in (REAL, ANY):
             raise InputError(f"weights is {self.weights!r}; valid are: {REAL}, {ANY}")
 
@@ -47,9 +58,14 @@ class Generate(WorkerPhase):
         """Take the sampling parameters from ``sampling``."""
         return asdict(config.sampling)
 
+    def in_later_cycle(self, first: str) -> Self:
+        """Compare with the first cycle's output, if the step compares with no other."""
+        return replace(self, same_output_as=self.same_output_as or first)
+
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave an output and a prefix cache in use."""
-        compared = (facts.output(self.same_output_as),) if self.same_output_as else ()
+        earlier = (self.same_output_as, self.same_cached_tokens_as)
+        compared = tuple(facts.output(step) for step in earlier if step)
         real = () if self.weights == ANY else (facts.WEIGHTS_REAL,)
         logged = (facts.WANDB,) if self.log_text else ()
         return Effect(
@@ -74,6 +90,7 @@ class Generate(WorkerPhase):
             "text": output.text,
             "text_sha256": _sha256(output.text),
             "token_ids": output.token_ids,
+            "cached_tokens": output.cached_tokens,
             "raw": output.raw,
             "log_text": self.log_text,
         }
@@ -81,9 +98,14 @@ class Generate(WorkerPhase):
         if self.same_output_as is not None:
             earlier = ctx.outputs[self.same_output_as]
             same = same_output(earlier, output)
+            if self.aa_control:
+                same = replace(same, name="aa_control")
             fields["same_output"] = int(same.passed)
             fields["text_sha256_before"] = _sha256(earlier.text)
             checks = (*checks, same)
+        if self.same_cached_tokens_as is not None:
+            expected = ctx.outputs[self.same_cached_tokens_as].cached_tokens
+            checks = (*checks, check_equal("same_cached_tokens", expected, output.cached_tokens))
         return Result(fields, checks)
 
 

@@ -93,7 +93,7 @@ def real_engine(engine: Any, tiny_weights: Checkpoint) -> Any:
     """The shared engine with the checkpoint's weights, an empty prefix cache and a KV cache."""
     from kvpipe.engine import kv_cache, weights
 
-    if engine.away:
+    if kv_cache.KV in engine.away:
         kv_cache.rebuild(engine)
     engine.flush()
     weights.swap(engine, weights.build(engine, tiny_weights))

@@ -149,7 +149,7 @@ def _write_directory(spec: TinyModel, directory: Path) -> None:
         "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8"
     )
     for name, content in (
-        ("config.json", _config(spec)),
+        ("config.json", config_json(spec)),
         ("generation_config.json", {"eos_token_id": spec.vocab_size - 1, "do_sample": False}),
         ("vocab.json", vocabulary),
         ("tokenizer.json", _tokenizer(spec, vocabulary, merges)),
@@ -367,8 +367,8 @@ def _end_of_text() -> dict[str, Any]:
 # --- Model config ---
 
 
-def _config(spec: TinyModel) -> dict[str, Any]:
-    """Return the content of `config.json`."""
+def config_json(spec: TinyModel) -> dict[str, Any]:
+    """Return the content of `config.json`, which is all that a plan needs of the model."""
     config: dict[str, Any] = {
         "architectures": [spec.architecture],
         "model_type": _MODEL_TYPES[spec.architecture],

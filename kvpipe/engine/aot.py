@@ -86,10 +86,7 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _mesh(config: EngineConfig, devices: list[Any]) -> Mesh:
-    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
-
-    tp_size = config.tp_size or len(devices) // config.dp_size
-    return create_device_mesh([-1, tp_size, 1], [1, 1, 1], devices=devices)
+    return compat.device_mesh(config.tp_size or len(devices) // config.dp_size, devices)
 
 
 def _padded(tokens: int, paddings: list[int]) -> int:
@@ -147,11 +144,10 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
     """
     from sgl_jax.srt.layers.logits_processor import LogitsMetadata
     from sgl_jax.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
 
     runner, page_size = worker.model_runner, worker.page_size
     target = runner.mesh
-    here = create_device_mesh([-1, target.shape["tensor"], 1], [1, 1, 1])
+    here = compat.device_mesh(target.shape["tensor"])
     cache_loc = -(-requests * worker.max_req_len // page_size) * page_size
     batch = worker.generate_model_worker_batch(requests, tokens, ForwardMode[mode], cache_loc)
     with replaced(runner, "mesh", here), replaced(runner.attn_backend, "mesh", here):

@@ -6,11 +6,12 @@ changes nothing.
 
 import copy
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 _FIRST_VERSION = "0.0.2"
 
@@ -28,6 +29,19 @@ def shards_explicitly() -> bool:
     from sgl_jax.srt.utils import mesh_utils
 
     return hasattr(mesh_utils, "default_mesh_axes")
+
+
+def device_mesh(tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh that the engine's scheduler makes of ``devices``, or of all that jax has."""
+    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
+
+    experts = [] if shards_explicitly() else [1]  # an axis of 0.0.2 alone
+    return create_device_mesh([-1, tp_size, *experts], [1, 1, *experts], devices=devices)
+
+
+def use_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
+    """Return the context in which the engine makes its model on ``mesh``."""
+    return jax.set_mesh(mesh) if shards_explicitly() else mesh
 
 
 @contextmanager

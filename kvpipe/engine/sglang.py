@@ -75,6 +75,7 @@ class SglangEngine:
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
             prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
+            cached_tokens=int(raw["meta_info"]["cached_tokens"]),
             raw=_plain(raw),
         )
 
@@ -84,9 +85,10 @@ class SglangEngine:
         Raises:
             EngineError: the pools are not whole afterwards.
         """
-        return self.on_scheduler.call(self._flush_now)
+        return self.on_scheduler.call(self.flush_now)
 
-    def _flush_now(self) -> dict[str, int]:
+    def flush_now(self) -> dict[str, int]:
+        """Do what :meth:`flush` does; for functions that run on the scheduler's thread."""
         runner, scheduler = self.runner, self.scheduler
         capacity = scheduler.max_total_num_tokens
         cached = capacity - runner.token_to_kv_pool_allocator.available_size()

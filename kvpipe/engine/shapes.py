@@ -6,6 +6,7 @@ wrong as soon as a version places a leaf differently, as 0.0.2 and bd09a87 do wi
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.engine import compat, memory
+from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.ledger import PerDevice
 from kvpipe.phase import Size
@@ -32,10 +34,8 @@ def sizes(config: EngineConfig, model_dir: Path) -> dict[Size, PerDevice]:
         model_dir: directory with the model's config.json.
     """
     from flax import nnx
-    from sgl_jax.srt.utils.mesh_utils import create_device_mesh
 
-    tp_size = config.tp_size or jax.device_count() // config.dp_size
-    mesh = create_device_mesh(ici_parallelism=[-1, tp_size, 1], dcn_parallelism=[1, 1, 1])
+    mesh = compat.device_mesh(config.tp_size or jax.device_count() // config.dp_size)
     runner = abstract_worker(config, model_dir, mesh, config.device).model_runner
     params = sharded_leaves(nnx.state(runner.model, nnx.Param), mesh)
     return {
@@ -57,7 +57,7 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
         from sgl_jax.srt.managers.tp_worker import ModelWorker
     from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sgl_jax.srt.model_executor.model_runner import ModelRunner
+    from sgl_jax.srt.model_executor import model_runner
     from sgl_jax.srt.server_args import ServerArgs
 
     compat.config_of_each_engine_is_its_own()
@@ -66,26 +66,56 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
     arguments.device = device
     with ExitStack() as stack:
         for owner, name, value in (
-            (ModelRunner, "load_model", _load_abstract_model),
-            (ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
+            (model_runner, "get_model_loader", _AbstractLoader),
+            (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
             (MHATokenToKVPool, "_create_buffers", _abstract(MHATokenToKVPool._create_buffers)),
         ):
             stack.enter_context(replaced(owner, name, value))
         return ModelWorker(arguments, mesh=mesh)
 
 
-def _load_abstract_model(runner: Any) -> None:
-    """Do what the runner's ``load_model`` does, with shapes for weights."""
-    runner.model_config.validate_tensor_parallel_config(runner.tp_size)
-    runner.model_config.configure_for_tensor_parallel(runner.tp_size)
-    runner.model = _abstract_model(runner.model_config, runner.mesh)
-    runner.dtype = runner.model_config.dtype
-    runner.start_layer, runner.end_layer = 0, runner.model_config.num_hidden_layers
-    runner.num_effective_layers = runner.end_layer
+class _AbstractLoader:
+    """Stands in for the engine's model loader: it gives a model with shapes for weights."""
+
+    def __init__(self, *, mesh: Mesh, **others: Any) -> None:
+        self._mesh = mesh
+
+    def load_model(self, *, model_config: Any) -> Any:
+        """Return the model."""
+        from flax import nnx
+        from sgl_jax.srt.model_loader.arch import get_model_architecture
+
+        model_class, _ = get_model_architecture(model_config)
+        options = {"dtype": model_config.dtype, "mesh": self._mesh}
+        if "rngs" in inspect.signature(model_class.__init__).parameters:  # 0.0.2 alone
+            options["rngs"] = nnx.Rngs(0)
+        with compat.use_mesh(self._mesh):
+            model = nnx.eval_shape(lambda: model_class(model_config.hf_config, **options))
+        if compat.shards_explicitly():
+            _place(model, self._mesh)
+        return model
+
+
+def _place(model: Any, mesh: Mesh) -> None:
+    """Shard each parameter as the engine's loader does, which is not always as the model says."""
+    from flax import nnx
+
+    mappings = weight_mappings(model).values()
+    specs = {mapping.target_path: PartitionSpec(*mapping.sharding or ()) for mapping in mappings}
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = specs.get(path_name(path), leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    nnx.update(model, jax.tree_util.tree_map_with_path(placed, nnx.state(model, nnx.Param)))
 
 
 def _abstract(create_buffers: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return ``create_buffers`` of a KV pool that traces the buffers instead of making them."""
+    """Return ``create_buffers`` of a KV pool that gives shapes instead of buffers."""
+    from sgl_jax.srt.mem_cache import memory_pool
+
+    def zeros(shape: Any, dtype: Any, sharding: Any) -> Callable[[], jax.ShapeDtypeStruct]:
+        return lambda: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def create(pool: Any) -> None:
         def traced() -> Any:
@@ -98,7 +128,11 @@ def _abstract(create_buffers: Callable[[Any], None]) -> Callable[[Any], None]:
             for shape in shapes
         ]
 
-    return create
+    def create_of_head(pool: Any) -> None:
+        with replaced(memory_pool, "_get_kv_zero_allocator", zeros):
+            create_buffers(pool)
+
+    return create_of_head if hasattr(memory_pool, "_get_kv_zero_allocator") else create
 
 
 @contextmanager
@@ -112,25 +146,21 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _abstract_model(model_config: Any, mesh: Mesh) -> Any:
-    from flax import nnx
-    from sgl_jax.srt.model_loader.arch import get_model_architecture
-
-    model_class, _ = get_model_architecture(model_config)
-    with mesh:
-        return nnx.eval_shape(
-            lambda: model_class(model_config.hf_config, model_config.dtype, nnx.Rngs(0), mesh)
-        )
-
-
 def sharded_leaves(state: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """Return the leaves of an abstract nnx state with the shardings of its partition specs."""
+    """Return the leaves of an abstract nnx state, each placed on ``mesh`` as the engine places it.
+
+    Where the engine shards explicitly a leaf's type has its partition; before, the parameter says it.
+    """
     from flax import nnx
 
-    specs = jax.tree.leaves(
-        nnx.get_partition_spec(state), is_leaf=lambda node: isinstance(node, PartitionSpec)
-    )
+    leaves = jax.tree.leaves(state)
+    if compat.shards_explicitly():
+        specs = [leaf.sharding.spec for leaf in leaves]
+    else:
+        specs = jax.tree.leaves(
+            nnx.get_partition_spec(state), is_leaf=lambda node: isinstance(node, PartitionSpec)
+        )
     return [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-        for leaf, spec in zip(jax.tree.leaves(state), specs, strict=True)
+        for leaf, spec in zip(leaves, specs, strict=True)
     ]

@@ -1,75 +1,73 @@
-"""Parameter sets for a live engine: build one from host weights, check it, put it in.
+"""Weights in a live engine: another set put in its place, streamed in leaf by leaf, or put aside.
 
 A parameter set maps the path of each of the engine's parameters (``transformer.layers.0...``) to a
 device array of the very shape, dtype and sharding that the engine's own leaf has, so that the
 compiled step takes it without a new compilation.
 """
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from kvpipe.checkpoints import mapped
+from kvpipe.engine import memory, placement
+from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
+from kvpipe.engine.weight_check import check_weights
+from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
 from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
 
-HostArray = np.ndarray[Any, np.dtype[Any]]
+__all__ = [
+    "HostWeights",
+    "WeightChange",
+    "build",
+    "drop",
+    "num_leaves",
+    "offload",
+    "parameters",
+    "restore",
+    "stream",
+    "swap",
+]
+
+WEIGHTS = "weights"
+_BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap others in first"
+# Leaves on their way at once: while the last shard of one is copied, the next one is read.
+_AT_ONCE = 2
+
 HfWeights = Mapping[str, HostArray]
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """Where one of the engine's parameters comes from.
+class WeightChange:
+    """What a change of the engine's weights did.
 
     Attributes:
-        path: its path in the engine's model.
-        source: its Hugging Face name.
-        transpose: whether the engine stores [in, out] where Hugging Face stores [out, in].
-        kv_heads: whether its output features are KV heads, which tensor parallelism replicates.
-        heads: whether its features are attention heads, whose head_dim the engine may pad.
+        num_params: number of parameters.
+        param_bytes: their bytes over all devices, from their shapes and shardings.
+        changed_bytes: change of the bytes in use over all devices, measured around it.
     """
 
-    path: str
-    source: str
-    transpose: bool
-    kv_heads: bool
-    heads: bool
+    num_params: int
+    param_bytes: int
+    changed_bytes: int
 
 
-def parameters(engine: SglangEngine) -> dict[str, jax.Array]:
-    """Return the engine's parameters by path: the arrays that its compiled step takes."""
-    leaves = _step_leaves(engine.runner)
-    return {path: leaves[i] for path, i in _positions(engine).items()}
+@dataclass(frozen=True)
+class HostWeights:
+    """The engine's parameters on the host: of each path, every distinct shard by its index."""
 
+    shards: dict[str, dict[placement.Index, HostArray]]
 
-def num_leaves(engine: SglangEngine) -> int:
-    """Return the number of arrays in the model's state, parameters and others."""
-    return len(_step_leaves(engine.runner))
-
-
-def leaf_sources(engine: SglangEngine) -> dict[str, Leaf]:
-    """Return where each parameter comes from, by path, from the model's own weight mapping.
-
-    Raises:
-        EngineError: the model has a parameter that its mapping does not name.
-    """
-    model = engine.runner.model
-    found = {}
-    for source, mapping in _weight_mappings(model).items():
-        found[mapping.target_path] = Leaf(
-            path=mapping.target_path,
-            source=source,
-            transpose=bool(mapping.transpose) and not source.endswith(".bias"),
-            kv_heads=bool(mapping.kv_head_padding),
-            heads=bool(mapping.head_dim_padding),
-        )
-    paths = _parameter_paths(model)
-    if unnamed := sorted(paths - found.keys()):
-        raise EngineError(f"the weight mapping of {type(model).__name__} does not name {unnamed}")
-    return {path: found[path] for path in sorted(paths)}
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host; what the devices replicate is kept once."""
+        return sum(shard.nbytes for leaf in self.shards.values() for shard in leaf.values())
 
 
 def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
@@ -80,204 +78,171 @@ def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: a weight is missing, or has another shape than the engine's.
+        EngineError: the weights are not complete, not of the engine's shapes or not finite.
     """
-    leaves = leaf_sources(engine)
-    check_sources(engine, leaves, weights)
-    current = parameters(engine)
-    built = {
-        path: _place(_fitted(weights[leaf.source], leaf, engine), current[path])
+    leaves, blueprint = leaf_sources(engine), ParamTable(engine).blueprint
+    check_weights(leaves, blueprint, weights)
+    placing = {
+        path: placement.begin(EngineView(weights[leaf.source], leaf), blueprint[path])
         for path, leaf in leaves.items()
     }
-    return jax.block_until_ready(built)
+    return {path: leaf.wait() for path, leaf in placing.items()}
 
 
-def check_sources(engine: SglangEngine, leaves: Mapping[str, Leaf], weights: HfWeights) -> None:
-    """Refuse host weights that are not complete or not of the engine's shapes, by name.
+def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
+    """Let the engine compute with the arrays of ``new``; its old arrays lose this owner.
 
-    Raises:
-        EngineError: naming the weight, its shape and the shape that is needed.
-    """
-    if missing := sorted(leaf.source for leaf in leaves.values() if leaf.source not in weights):
-        raise EngineError(
-            f"{len(missing)} of {len(leaves)} weights are missing, the first is {missing[0]!r}; "
-            f"{nearest(missing[0], weights)}"
-        )
-    current = parameters(engine)
-    for path, leaf in leaves.items():
-        given = weights[leaf.source]
-        fitted = _fitted_shape(given.shape, leaf, engine)
-        if fitted != current[path].shape:
-            raise EngineError(
-                f"weight {leaf.source!r} has shape {given.shape}, which gives {fitted} for "
-                f"{path!r}, where the engine has {current[path].shape}"
-            )
-
-
-def check_set(engine: SglangEngine, new: Mapping[str, Any]) -> None:
-    """Refuse a parameter set that is not the engine's, by the name of the first wrong leaf.
+    The prefix cache is left as it is: it belongs to the old weights until somebody flushes it.
 
     Raises:
-        EngineError: a leaf is missing, unknown, or of another shape, dtype or sharding.
+        EngineError: the set is not complete or not of the engine's shapes.
     """
-    current = parameters(engine)
-    if missing := sorted(current.keys() - new.keys()):
+    table = ParamTable(engine)
+    _check_set(table.blueprint, new)
+
+    def put() -> None:
+        table.put_in_step(new)
+        table.tell_model()
+        engine.away.pop(WEIGHTS, None)
+
+    engine.on_scheduler.call(put)
+
+
+def stream(engine: SglangEngine, weights: HfWeights) -> WeightChange:
+    """Replace the engine's parameters by ``weights`` leaf by leaf, and flush its prefix cache.
+
+    Each old leaf is freed before its successor is placed, so the devices never hold more than one
+    set; of ``weights``, mapped files are read a few leaves at a time and let go again.
+
+    Args:
+        engine: the engine; its weights may be away.
+        weights: arrays by Hugging Face name, in Hugging Face layout.
+
+    Raises:
+        EngineError: the weights are not complete, not of the engine's shapes or not finite, or the
+            engine stayed busy; it keeps its old weights. If placing itself fails, the engine
+            refuses to generate until another swap.
+    """
+    table, leaves = ParamTable(engine), leaf_sources(engine)
+    check_weights(leaves, table.blueprint, weights)
+
+    def exchange() -> WeightChange:
+        engine.flush_now()
+        hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
+        return _replace(engine, table, hosts, lambda p: mapped.let_go(weights[leaves[p].source]))
+
+    return engine.on_scheduler.call(exchange)
+
+
+def offload(engine: SglangEngine) -> tuple[WeightChange, HostWeights]:
+    """Copy the engine's parameters to the host, leaf by leaf, and free them on the devices.
+
+    Raises:
+        EngineError: they are away already, or the engine stayed busy.
+    """
+    kept = HostWeights({})
+
+    def keep(path: str, leaf: Any) -> None:
+        kept.shards[path] = _to_host(leaf)
+
+    why = "its weights are offloaded; restore them first"
+    return engine.on_scheduler.call(lambda: _take_away(engine, why, keep)), kept
+
+
+def restore(engine: SglangEngine, kept: HostWeights) -> WeightChange:
+    """Bring offloaded parameters back to the devices, leaf by leaf; ``kept`` is empty after it.
+
+    Raises:
+        EngineError: the engine has weights, or stayed busy.
+    """
+
+    def bring() -> WeightChange:
+        if WEIGHTS not in engine.away:
+            raise EngineError("the weights are there: only weights that are away can be restored")
+        return _replace(engine, ParamTable(engine), kept.shards, lambda p: kept.shards.pop(p))
+
+    return engine.on_scheduler.call(bring)
+
+
+def drop(engine: SglangEngine) -> WeightChange:
+    """Free the engine's parameters; every request is refused until a swap brings others.
+
+    Raises:
+        EngineError: they are away already, or the engine stayed busy.
+    """
+    why = "its weights are dropped; swap others in first"
+    return engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
+
+
+def _check_set(blueprint: Mapping[str, Param], new: Mapping[str, Any]) -> None:
+    """Refuse a parameter set that is not the engine's, by the name of the first wrong leaf."""
+    if missing := sorted(blueprint.keys() - new.keys()):
         raise EngineError(
-            f"the parameter set lacks {len(missing)} of {len(current)} leaves, the first is "
+            f"the parameter set lacks {len(missing)} of {len(blueprint)} leaves, the first is "
             f"{missing[0]!r}"
         )
-    if unknown := sorted(new.keys() - current.keys()):
+    if unknown := sorted(new.keys() - blueprint.keys()):
         raise EngineError(
-            f"the engine has no parameter {unknown[0]!r}; {nearest(unknown[0], current)}"
+            f"the engine has no parameter {unknown[0]!r}; {nearest(unknown[0], blueprint)}"
         )
-    for path, leaf in current.items():
+    for path, leaf in blueprint.items():
         for what in ("shape", "dtype", "sharding"):
             has, needs = getattr(new[path], what), getattr(leaf, what)
             if has != needs:
                 raise EngineError(f"parameter {path!r} has {what} {has}, the engine needs {needs}")
 
 
-def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
-    """Let the engine compute with the arrays of ``new``; its old arrays lose this owner.
+def _replace(
+    engine: SglangEngine,
+    table: ParamTable,
+    hosts: Mapping[str, placement.HostLeaf],
+    done: Callable[[str], Any],
+) -> WeightChange:
+    """Exchange every leaf for that of ``hosts``; call ``done`` with its path once it is placed."""
+    before = sum(memory.bytes_in_use())
+    blueprint = table.blueprint
+    engine.away[WEIGHTS] = _BROKEN_OFF
+    table.let_model_go()
+    under_way: deque[tuple[str, placement.Placing]] = deque()
 
-    Raises:
-        EngineError: the set is not complete or not of the engine's shapes.
-    """
-    check_set(engine, new)
-    positions = _positions(engine)
+    def finish() -> None:
+        path, placing = under_way.popleft()
+        table.put_in_step({path: placing.wait()})
+        done(path)
 
-    def put() -> None:
-        leaves = _step_leaves(engine.runner)
-        for path, position in positions.items():
-            leaves[position] = new[path]
-        _update_model(engine.runner.model, leaves)
-
-    engine.on_scheduler.call(put)
-
-
-def _step_leaves(runner: Any) -> list[jax.Array]:
-    """Return the list that the compiled step reads its parameters from.
-
-    In 0.0.2 it lives in the closure of ``jitted_run_model``, later on the runner itself.
-    """
-    if hasattr(runner, "model_state_leaves"):
-        return runner.model_state_leaves
-    function = runner.jitted_run_model
-    names = function.__code__.co_freevars
-    return function.__closure__[names.index("model_state_leaves")].cell_contents
-
-
-def _state(model: Any) -> Any:
-    from flax import nnx
-
-    return nnx.split(model)[1]
+    for path, shape in blueprint.items():
+        if len(under_way) == _AT_ONCE:
+            finish()
+        table.put_in_step({path: shape})  # frees the old leaf
+        under_way.append((path, placement.begin(hosts[path], shape)))
+    while under_way:
+        finish()
+    table.tell_model()
+    del engine.away[WEIGHTS]
+    return _change(blueprint, sum(memory.bytes_in_use()) - before)
 
 
-def _positions(engine: SglangEngine) -> dict[str, int]:
-    """Return the position of each parameter in the step's list, by path."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(_state(engine.runner.model))
-    positions = {_path_name(path): i for i, (path, _) in enumerate(flat)}
-    paths = _parameter_paths(engine.runner.model)
-    return {path: positions[path] for path in sorted(paths)}
+def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> WeightChange:
+    """Free every leaf, after ``keep`` has seen it."""
+    if WEIGHTS in engine.away:
+        raise EngineError(f"the weights are not there: {engine.away[WEIGHTS]}")
+    before = sum(memory.bytes_in_use())
+    table = ParamTable(engine)
+    blueprint = table.blueprint
+    engine.away[WEIGHTS] = _BROKEN_OFF
+    table.let_model_go()
+    for path, shape in blueprint.items():
+        keep(path, table[path])
+        table.put_in_step({path: shape})
+    engine.away[WEIGHTS] = why
+    return _change(blueprint, sum(memory.bytes_in_use()) - before)
 
 
-def _parameter_paths(model: Any) -> set[str]:
-    from flax import nnx
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
-    return {_path_name(path) for path, _ in flat}
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    """Return ``a.0.b`` for a pytree path; the last key of a variable is its value."""
-    keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
-    if keys and keys[-1] == "value":
-        keys.pop()
-    return ".".join(str(key) for key in keys)
+def _to_host(leaf: jax.Array) -> dict[placement.Index, HostArray]:
+    """Return a copy of each distinct shard; a view would keep the CPU's device memory alive."""
+    shards = {shard.index: shard.data for shard in leaf.addressable_shards}
+    return {index: np.array(data, copy=True) for index, data in shards.items()}
 
 
-def _update_model(model: Any, leaves: list[jax.Array]) -> None:
-    """Let the model's own variables refer to ``leaves``, so that the old arrays are freed."""
-    from flax import nnx
-
-    structure = jax.tree_util.tree_structure(_state(model))
-    nnx.update(model, jax.tree_util.tree_unflatten(structure, leaves))
-
-
-def _weight_mappings(model: Any) -> dict[str, Any]:
-    """Return the model's Hugging Face name → WeightMapping; each model names the method itself."""
-    names = [n for n in dir(model) if n.startswith("_create_") and n.endswith("_weight_mappings")]
-    if len(names) != 1:
-        raise EngineError(f"{type(model).__name__} has {len(names)} weight mappings, one is needed")
-    return getattr(model, names[0])()
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """The axis of a leaf that counts heads × head_dim, and how the engine widens it.
-
-    Attributes:
-        axis: position of the axis in the engine's layout.
-        heads, head_dim: in the checkpoint.
-        engine_heads, engine_head_dim: in the engine; KV heads are repeated so that each device
-            has one, and head_dim is padded with zeros where the attention kernel needs it.
-    """
-
-    axis: int
-    heads: int
-    head_dim: int
-    engine_heads: int
-    engine_head_dim: int
-
-
-def _heads(leaf: Leaf, engine: SglangEngine) -> _Heads | None:
-    """Return the head axis of a leaf; None if it has none or the engine changes nothing."""
-    if not leaf.kv_heads and not leaf.heads:
-        return None
-    config, shape = engine.runner.model_config, parameters(engine)[leaf.path].shape
-    axis = 0 if ".o_proj." in leaf.source else len(shape) - 1
-    heads = engine_heads = config.num_attention_heads
-    if leaf.kv_heads:
-        heads = config.get_total_num_kv_heads()
-        engine_heads = config.get_total_num_kv_heads_with_replication(engine.runner.tp_size)
-    return _Heads(axis, heads, config.head_dim, engine_heads, shape[axis] // engine_heads)
-
-
-def _fitted_shape(given: tuple[int, ...], leaf: Leaf, engine: SglangEngine) -> tuple[int, ...]:
-    """Return the shape that a weight of shape ``given`` has in the engine's layout."""
-    shape = list(reversed(given) if leaf.transpose else given)
-    heads = _heads(leaf, engine)
-    if heads and shape[heads.axis] == heads.heads * heads.head_dim:
-        shape[heads.axis] = heads.engine_heads * heads.engine_head_dim
-    return tuple(shape)
-
-
-def _fitted(weight: HostArray, leaf: Leaf, engine: SglangEngine) -> HostArray:
-    """Return a weight in the engine's layout: a view, unless heads are repeated or padded."""
-    array = weight.T if leaf.transpose else weight
-    heads = _heads(leaf, engine)
-    if heads is None or array.shape == parameters(engine)[leaf.path].shape:
-        return array
-    before, after = array.shape[: heads.axis], array.shape[heads.axis + 1 :]
-    split = array.reshape(*before, heads.heads, heads.head_dim, *after)
-    repeats = heads.engine_heads // heads.heads
-    widened = np.repeat(split, repeats, axis=heads.axis)
-    padding = [(0, 0)] * widened.ndim
-    padding[heads.axis + 1] = (0, heads.engine_head_dim - heads.head_dim)
-    return np.pad(widened, padding).reshape(parameters(engine)[leaf.path].shape)
-
-
-def _place(host: HostArray, like: jax.Array) -> jax.Array:
-    """Return ``host`` on the devices with the dtype and sharding of ``like``, shard by shard.
-
-    Never an alias of the host memory: that would be a mapped file, and no device bytes.
-    """
-    shards = [
-        jax.device_put(
-            np.ascontiguousarray(host[index]).astype(like.dtype, copy=False),
-            device,
-            may_alias=False,
-        )
-        for device, index in like.sharding.addressable_devices_indices_map(like.shape).items()
-    ]
-    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, shards)
+def _change(blueprint: Mapping[str, Param], changed_bytes: int) -> WeightChange:
+    return WeightChange(len(blueprint), sum(memory.bytes_of(blueprint.values())), changed_bytes)

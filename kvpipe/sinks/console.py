@@ -15,8 +15,8 @@ from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned
+from kvpipe.units import gib
 
-_GIB = 1024**3
 _NAME_WIDTH = 32
 _NONE = "–"
 _MOST_CHARS = 300
@@ -81,8 +81,8 @@ class ConsoleTable:
         peak = max(phase.max_device_bytes for phase in record.phases)
         verdict = "fits" if fit.fits else "does not fit"
         self._console.print(
-            f"plan: {verdict} {record.target} × {record.devices}, peak {_gib(peak).strip()} of "
-            f"{_gib(fit.hbm_bytes).strip()} GiB a device in {fit.peak_phase}",
+            f"plan: {verdict} {record.target} × {record.devices}, peak {gib(peak)} of "
+            f"{gib(fit.hbm_bytes)} GiB a device in {fit.peak_phase}",
             style="dim" if fit.fits else "red",
             soft_wrap=True,
             highlight=False,
@@ -150,12 +150,7 @@ def _cells(record: PhaseRecord) -> list[str]:
 
 
 def _gib(size: int | None) -> str:
-    """Return bytes as GiB in five characters, for anything below 100 TiB."""
-    if size is None:
-        return _NONE
-    gib = size / _GIB
-    digits = 3 if gib < 9.9995 else 2 if gib < 99.995 else 1 if gib < 999.95 else 0
-    return f"{gib:.{digits}f}"
+    return _NONE if size is None else gib(size)
 
 
 def _summary(record: RunFinished, phases: int) -> Iterator[Text]:

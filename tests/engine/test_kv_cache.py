@@ -69,7 +69,7 @@ def test_a_flush_empties_the_prefix_cache_and_without_one_it_is_used(real_engine
     again = real_engine.generate(prompt, greedy(4))
     flushed = real_engine.flush()
     after_flush = real_engine.generate(prompt, greedy(4))
-    cached = [_cached(output) for output in (first, again, after_flush)]
+    cached = [output.cached_tokens for output in (first, again, after_flush)]
     assert cached[0] == 0 < cached[1]
     assert cached[2] == 0
     assert flushed["flushed_tokens"] > 0
@@ -127,7 +127,7 @@ def test_an_offloaded_cache_comes_back_with_its_prefixes_and_the_same_ids(
     assert memory.bytes_in_use() == with_kv
     after = real_engine.generate(prompt, greedy(8))
     assert after.token_ids == without.token_ids == first.token_ids
-    assert _cached(after) == _cached(without) > 0 == _cached(first)
+    assert after.cached_tokens == without.cached_tokens > 0 == first.cached_tokens
 
 
 def test_more_tokens_than_one_chunk_survive_an_offload(
@@ -142,7 +142,7 @@ def test_more_tokens_than_one_chunk_survive_an_offload(
     assert len(kept.rows) > 21
     kv_cache.restore(real_engine, kept)
     again = real_engine.generate("one", greedy(20))
-    assert _cached(again) > 0
+    assert again.cached_tokens > 0
     assert again.token_ids == first.token_ids
 
 
@@ -227,7 +227,3 @@ def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> Non
     drift = resident[-1] - resident[9]
     print(f"RSS drift over 90 cycles: {drift} bytes")
     assert drift < 32 * 2**20
-
-
-def _cached(output: Any) -> int:
-    return output.raw["meta_info"]["cached_tokens"]

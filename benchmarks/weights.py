@@ -1,0 +1,165 @@
+"""How fast weights get into a live engine, beside the best that the machine can do.
+
+All ways start from the same files in the page cache and are measured in turns. Memory is measured
+in a turn of its own, since sampling it costs time.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.sampling import Peak, device_bytes, rss_bytes
+from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
+from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.engine import compat, memory, sglang, weights
+from kvpipe.engine.params import ParamTable
+from kvpipe.engine.weight_map import EngineView, leaf_sources
+from kvpipe.schema import EngineConfig
+
+MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
+    hidden_size=2048,
+    num_hidden_layers=5,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    intermediate_size=11008,
+    vocab_size=4096,
+)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvpipe"
+TURNS = 5
+WHOLE = (slice(None), slice(None))
+
+Run = Callable[[], Any]
+
+
+def measure() -> dict[str, float]:
+    """Measure all ways, print a table, and return the ratios by key."""
+    directory = ensure(MODEL, CACHE)
+    engine = sglang.start(_config(), directory, idle_timeout_s=60.0)
+    ways = _ways(engine, directory)
+    seconds = {name: [] for name in ways}
+    for turn in range(TURNS + 1):
+        for name, run in ways.items():
+            memory.give_back_host_memory()
+            began = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    set_bytes = sum(memory.bytes_of(weights.parameters(engine).values()))
+    peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
+    engine.shut_down()
+    host_bytes = Checkpoint.open(directory).nbytes
+    _print_table(medians, peaks, host_bytes, set_bytes)
+    return {
+        f"{way}.{key}": value
+        for way in ("swap", "sop_path")
+        for key, value in {
+            "seconds": medians[way],
+            "over_placement": medians[way] / medians["placement"],
+            "over_copy": medians[way] / medians["copy"],
+            "over_engine_loader": medians[way] / medians["engine_loader"],
+            "device_peak_over_set": peaks[way][0] / set_bytes,
+            "rss_rise_over_checkpoint": peaks[way][1] / host_bytes,
+        }.items()
+    } | {"swap.over_sop_path": medians["swap"] / medians["sop_path"]}
+
+
+def _config() -> EngineConfig:
+    return EngineConfig(
+        device="cpu",
+        max_total_tokens=1024,
+        context_length=256,
+        max_running_requests=2,
+        max_prefill_tokens=128,
+        log_level="error",
+    )
+
+
+def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
+    leaves, blueprint = leaf_sources(engine), ParamTable(engine).blueprint
+    placed: dict[str, jax.Array | None] = dict.fromkeys(leaves)
+    buffer = np.empty(max(array.size for array in Checkpoint.open(directory).values()), np.uint16)
+
+    def swap() -> None:
+        weights.stream(engine, Checkpoint.open(directory))
+
+    def engine_loader() -> None:
+        model = _abstract_model(engine)
+        model.load_weights(engine.runner.model_config, jax.random.key(0))
+        jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+    def placement() -> None:
+        checkpoint = Checkpoint.open(directory)
+        for path, leaf in leaves.items():
+            placed[path] = None
+            view = EngineView(checkpoint[leaf.source], leaf)[WHOLE[: len(blueprint[path].shape)]]
+            placed[path] = jax.device_put(view, blueprint[path].sharding, may_alias=False)
+        jax.block_until_ready(list(placed.values()))
+
+    def copy() -> None:
+        for array in Checkpoint.open(directory).values():
+            np.copyto(buffer[: array.size], array.view(np.uint16).ravel())
+
+    def sop_path() -> None:
+        tree = _materialised(tree_from_checkpoint(Checkpoint.open(directory)))
+        weights.swap(engine, weights.build(engine, HfView(tree)))
+
+    return {
+        "swap": swap,
+        "engine_loader": engine_loader,
+        "placement": placement,
+        "copy": copy,
+        "sop_path": sop_path,
+    }
+
+
+def _abstract_model(engine: sglang.SglangEngine) -> Any:
+    """Return what the engine's own loader gives ``load_weights`` to fill."""
+    runner = engine.runner
+    options = {"dtype": runner.dtype, "mesh": runner.mesh}
+    if not compat.shards_explicitly():
+        options["rngs"] = nnx.Rngs(0)
+    with compat.use_mesh(runner.mesh):
+        make = type(runner.model)
+        return nnx.eval_shape(lambda: make(runner.model_config.hf_config, **options))
+
+
+def _materialised(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree in memory of its own, kernels as [in, out], as the script's loader left it."""
+    return {
+        name: _materialised(node) if isinstance(node, dict) else node.copy()
+        for name, node in tree.items()
+    }
+
+
+def _peaks(run: Run, set_bytes: int) -> tuple[int, int]:
+    """Return the peak bytes of parameters on the devices, and how far RSS rises, while it runs."""
+    memory.give_back_host_memory()
+    others, rss = device_bytes() - set_bytes, rss_bytes()
+    with Peak(device_bytes) as on_devices, Peak(rss_bytes) as resident:
+        run()
+    return on_devices.value - others, resident.value - rss
+
+
+def _print_table(
+    seconds: dict[str, float],
+    peaks: dict[str, tuple[int, int]],
+    host_bytes: int,
+    set_bytes: int,
+) -> None:
+    print(f"checkpoint {host_bytes:,} bytes, on the devices {set_bytes:,}; {TURNS} turns, medians")
+    print(f"{'way':14} {'seconds':>8} {'GB/s':>6} {'device peak':>12} {'RSS rise':>9}")
+    for name, value in seconds.items():
+        device, rss = peaks[name]
+        print(
+            f"{name:14} {value:8.3f} {host_bytes / value / 1e9:6.2f} "
+            f"{device / set_bytes:11.3f}x {rss / host_bytes:8.3f}x"
+        )

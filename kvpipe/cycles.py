@@ -1,0 +1,83 @@
+"""Repeated steps: their names, and what must not drift from cycle to cycle.
+
+A pipeline may repeat a stretch of its steps (``repeat`` in the config). The steps of cycle k ≥ 2 are
+called ``name#k``. From the third cycle on every byte has to be where it was in the cycle before; the
+second may differ from the first, which compiles.
+"""
+
+from collections.abc import Sequence
+
+from kvpipe.errors import InputError
+from kvpipe.ledger import Ledger
+from kvpipe.measurement import Measurement
+from kvpipe.phase import Result
+from kvpipe.records import check_equal
+from kvpipe.schema import RepeatConfig
+from kvpipe.suggest import nearest
+
+CYCLE_MARK = "#"
+_FIRST_SETTLED_CYCLE = 2
+
+
+def base_name(step: str) -> str:
+    """Return the name of a step without its cycle."""
+    return step.partition(CYCLE_MARK)[0]
+
+
+def cycle_of(step: str) -> int:
+    """Return the cycle of a step, 1 for the first and for steps that are not repeated."""
+    return int(step.partition(CYCLE_MARK)[2] or 1)
+
+
+def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
+    """Return the names of all steps, those of each further cycle after the first.
+
+    Raises:
+        InputError: a step of ``repeat`` is not in the pipeline, or the last comes before the first.
+    """
+    if repeat is None:
+        return list(pipeline)
+    for key, step in (("first", repeat.first), ("last", repeat.last)):
+        if step not in pipeline:
+            raise InputError(
+                f"repeat.{key}: the pipeline has no step {step!r}; {nearest(step, pipeline)}"
+            )
+    start, end = pipeline.index(repeat.first), pipeline.index(repeat.last) + 1
+    if start >= end:
+        raise InputError(
+            f"repeat: {repeat.last!r} comes before {repeat.first!r} in the pipeline; "
+            "'first' and 'last' are the ends of the stretch, in its order"
+        )
+    cycles = [
+        f"{name}{CYCLE_MARK}{cycle}"
+        for cycle in range(2, repeat.times + 1)
+        for name in pipeline[start:end]
+    ]
+    return [*pipeline[:end], *cycles, *pipeline[end:]]
+
+
+class Cycles:
+    """Compares each repeated step with the same step of the cycle before."""
+
+    def __init__(self) -> None:
+        self._settled_rss: dict[str, int] = {}
+        self._before: dict[str, Ledger] = {}
+
+    def compare(self, step: str, measured: Measurement) -> Result:
+        """Return the drift since the cycle before, for a step of the third cycle or later."""
+        if measured.ledger is None:
+            return Result()
+        base, cycle = base_name(step), cycle_of(step)
+        rss = measured.memory.process_rss_bytes
+        before = self._before.get(base)
+        self._before[base] = measured.ledger
+        if cycle < _FIRST_SETTLED_CYCLE or before is None:
+            return Result()
+        first_rss = self._settled_rss.setdefault(base, rss)
+        fields = {"cycle": cycle, "rss_drift_bytes": rss - first_rss}
+        if cycle == _FIRST_SETTLED_CYCLE:
+            return Result(fields)
+        drift = check_equal(
+            "cycle_ledger", before.totals(), measured.ledger.totals(), "the cycle before"
+        )
+        return Result(fields, (drift,))

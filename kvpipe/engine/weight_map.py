@@ -1,0 +1,144 @@
+"""Where each of the engine's parameters comes from, and how it lies in the engine's layout.
+
+Both are read off the engine: its model's own ``_create_*_weight_mappings()`` names the Hugging Face
+tensor of every parameter and whether it is transposed, and the parameter's own shape tells how far
+its heads are repeated and padded. There is no table of models here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvpipe.engine.mappings import weight_mappings
+from kvpipe.engine.params import ParamTable
+from kvpipe.engine.sglang import SglangEngine
+from kvpipe.errors import EngineError
+
+HostArray = np.ndarray[Any, np.dtype[Any]]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The axis of a parameter that counts heads × head_dim, and how the engine widens it.
+
+    Attributes:
+        axis: position of the axis in the engine's layout.
+        heads, head_dim: in the checkpoint.
+        engine_heads, engine_head_dim: in the engine; KV heads are repeated so that each device
+            has one, and head_dim is padded with zeros where the attention kernel needs it.
+    """
+
+    axis: int
+    heads: int
+    head_dim: int
+    engine_heads: int
+    engine_head_dim: int
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where one of the engine's parameters comes from.
+
+    Attributes:
+        path: its path in the engine's model.
+        source: its Hugging Face name.
+        transpose: whether the engine stores [in, out] where Hugging Face stores [out, in].
+        heads: how its heads are widened; None where they are not.
+    """
+
+    path: str
+    source: str
+    transpose: bool
+    heads: Heads | None
+
+    def fitted_shape(self, given: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a weight of shape ``given`` has in the engine's layout."""
+        shape = list(reversed(given) if self.transpose else given)
+        heads = self.heads
+        if heads and shape[heads.axis : heads.axis + 1] == [heads.heads * heads.head_dim]:
+            shape[heads.axis] = heads.engine_heads * heads.engine_head_dim
+        return tuple(shape)
+
+
+class EngineView:
+    """A host weight in the engine's layout, read shard by shard.
+
+    A shard is a view of the weight, unless heads are repeated within it or padded; so nothing is
+    transposed or widened before the copy to the device does it.
+    """
+
+    def __init__(self, weight: HostArray, leaf: Leaf) -> None:
+        """Look at ``weight``, in Hugging Face layout, as ``leaf`` has it in the engine."""
+        self.shape = leaf.fitted_shape(weight.shape)
+        self._array = weight.T if leaf.transpose else weight
+        self._heads = leaf.heads
+
+    def __getitem__(self, index: Index) -> HostArray:
+        heads = self._heads
+        if heads is None:
+            return self._array[index]
+        axis = heads.axis
+        start, stop, _ = index[axis].indices(self.shape[axis])
+        if start % heads.engine_head_dim or stop % heads.engine_head_dim:
+            raise EngineError(f"a shard [{start}:{stop}] of axis {axis} parts a head")
+        first, last = start // heads.engine_head_dim, stop // heads.engine_head_dim
+        repeats = heads.engine_heads // heads.heads
+        shard = self._array[(*index[:axis], slice(None), *index[axis + 1 :])]
+        before, after = shard.shape[:axis], shard.shape[axis + 1 :]
+        split = shard.reshape(*before, heads.heads, heads.head_dim, *after)
+        needed = slice(first // repeats, -(-last // repeats))
+        part = split[(*(slice(None),) * axis, needed)]
+        if part.shape[axis] != last - first:
+            part = np.repeat(part, repeats, axis=axis)
+            skipped = first % repeats
+            part = part[(*(slice(None),) * axis, slice(skipped, skipped + last - first))]
+        if heads.engine_head_dim != heads.head_dim:
+            padding = [(0, 0)] * part.ndim
+            padding[axis + 1] = (0, heads.engine_head_dim - heads.head_dim)
+            part = np.pad(part, padding)
+        return part.reshape(*before, stop - start, *after)
+
+
+def leaf_sources(engine: SglangEngine) -> dict[str, Leaf]:
+    """Return where each parameter comes from, by path, from the model's own weight mapping.
+
+    Raises:
+        EngineError: the model has a parameter that its mapping does not name.
+    """
+    model = engine.runner.model
+    mappings = {
+        mapping.target_path: (source, mapping)
+        for source, mapping in weight_mappings(model).items()
+        if isinstance(mapping.target_path, str)
+    }
+    shapes = {path: leaf.shape for path, leaf in ParamTable(engine).blueprint.items()}
+    if unnamed := sorted(shapes.keys() - mappings.keys()):
+        raise EngineError(
+            f"the weight mapping of {type(model).__name__} gives no tensor of their own to "
+            f"{unnamed}"
+        )
+    return {path: _leaf(path, *mappings[path], shape, engine) for path, shape in shapes.items()}
+
+
+def _leaf(
+    path: str, source: str, mapping: Any, shape: tuple[int, ...], engine: SglangEngine
+) -> Leaf:
+    transpose = bool(mapping.transpose) and not source.endswith(".bias")
+    return Leaf(path, source, transpose, _heads(source, mapping, shape, engine))
+
+
+def _heads(source: str, mapping: Any, shape: tuple[int, ...], engine: SglangEngine) -> Heads | None:
+    """Return how the heads of a parameter are widened; None if they are as in the checkpoint."""
+    if not mapping.kv_head_padding and not mapping.head_dim_padding:
+        return None
+    config = engine.runner.model_config
+    axis = 0 if ".o_proj." in source else len(shape) - 1
+    heads = engine_heads = config.num_attention_heads
+    if mapping.kv_head_padding:
+        heads = config.get_total_num_kv_heads()
+        engine_heads = config.get_total_num_kv_heads_with_replication(engine.runner.tp_size)
+    widened = Heads(axis, heads, config.head_dim, engine_heads, shape[axis] // engine_heads)
+    same = heads == engine_heads and widened.head_dim == widened.engine_head_dim
+    return None if same else widened

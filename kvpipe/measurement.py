@@ -1,0 +1,19 @@
+"""What the probe measures after a phase."""
+
+from dataclasses import dataclass
+
+from kvpipe.ledger import Ledger
+from kvpipe.records import Memory
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The memory after a phase.
+
+    Attributes:
+        memory: for the record.
+        ledger: bytes per device, by pool; None before jax runs.
+    """
+
+    memory: Memory
+    ledger: Ledger | None

@@ -1,0 +1,83 @@
+"""The parent's side of planning without a run: a child evaluates the engine's shapes.
+
+A child is kept for the next job of a sweep: nearly all of its time goes into its imports.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from kvpipe.child import Child, start_child
+from kvpipe.errors import EngineError, InputError, KvpipeError
+from kvpipe.jax_environment import cpu_environment
+from kvpipe.model_dir import shape_dir
+from kvpipe.records import RunPlanned, planned_from_json
+from kvpipe.schema import Kvpipe
+from kvpipe.targets import Target
+
+_SHUTDOWN_TIMEOUT_S = 10.0
+_ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError)}
+
+
+class Planners:
+    """The children that plan, one for each number of devices, started when they are needed.
+
+    Args:
+        secrets: environment variables that no child must see.
+    """
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        self._secrets = secrets
+        self._stack = ExitStack()
+        self._children: dict[int, Child] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the children."""
+        self._children.clear()
+        self._stack.close()
+        self.__dict__.pop("_scratch", None)
+
+    def plan(self, config: Kvpipe, plain: dict[str, Any], target: Target) -> RunPlanned:
+        """Return the plan of a config for a target.
+
+        Args:
+            config: the typed config, every check of which has passed.
+            plain: the same as plain values.
+            target: the machine to plan for.
+
+        Raises:
+            EngineError: the engine refuses the model or the mesh, or the child died.
+        """
+        child = self._child(target.devices)
+        model_dir = str(shape_dir(config, self._scratch))
+        child.send({"config": plain, "target": asdict(target), "model_dir": model_dir})
+        answer = next(child.messages(), None)
+        if answer is None:
+            raise EngineError(
+                f"the planning process ended by {child.how_it_ended()}; its log ended with:\n"
+                f"{child.log_tail()}"
+            )
+        if "error" in answer:
+            raise _ERRORS[answer["exit_code"]](answer["error"])
+        return planned_from_json(answer["plan"])
+
+    @cached_property
+    def _scratch(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvpipe-plan-")))
+
+    def _child(self, devices: int) -> Child:
+        if devices not in self._children:
+            inherited = {k: v for k, v in os.environ.items() if k not in self._secrets}
+            environ = inherited | cpu_environment(devices, os.environ) | {"HF_HUB_OFFLINE": "1"}
+            log = self._scratch / f"planner-{devices}.log"
+            started = start_child("kvpipe.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
+            self._children[devices] = self._stack.enter_context(started)
+        return self._children[devices]

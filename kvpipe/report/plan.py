@@ -1,0 +1,85 @@
+"""A plan as JSON and as Markdown.
+
+Both are exact and the same on every machine, so that a committed plan goes stale only when the plan
+changes: no times, no dates, and of a plan for this host not the host's own memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvpipe.records import PlannedPhase, RunPlanned
+from kvpipe.targets import CPU
+
+
+def as_json(plan: RunPlanned) -> dict[str, Any]:
+    """Return the plan as ``plan.format=json`` prints it."""
+    known = plan.to_json()
+    return {key: known[key] for key in ("target", "devices", "sglang_jax", "phases", "fit")}
+
+
+def as_markdown(experiment: str, plan: RunPlanned) -> str:
+    """Return the plan as a small Markdown document; sizes are bytes."""
+    pools = _pools_of(plan)
+    heading = ["phase", *pools, "total", "fullest device"]
+    rows = [
+        [
+            f"`{phase.name}`",
+            *(f"{phase.pools[pool]:,}" if pool in phase.pools else "" for pool in pools),
+            f"{phase.total_bytes:,}",
+            f"{phase.max_device_bytes:,}",
+        ]
+        for phase in plan.phases
+    ]
+    return "\n".join(
+        [
+            f"# Plan of `{experiment}`",
+            "",
+            f"{plan.target}, {plan.devices} devices, sglang-jax {plan.sglang_jax}. Bytes over all "
+            "devices after each phase; the last column is of one device.",
+            "",
+            f"{verdict(plan)}.",
+            "",
+            *markdown_table(heading, rows),
+            "",
+        ]
+    )
+
+
+def verdict(plan: RunPlanned) -> str:
+    """Return in one phrase whether the plan fits, its peak, and the largest KV cache that fits."""
+    fit, peak = plan.fit, peak_of(plan)
+    fits = "fits" if fit.fits else "does not fit"
+    if plan.target == CPU:
+        return (
+            f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes a device after "
+            f"`{peak.name}`"
+        )
+    return (
+        f"It {fits}: the peak is {peak.max_device_bytes:,} of a device's {fit.hbm_bytes:,} bytes "
+        f"after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
+        f"{fit.max_total_tokens}"
+    )
+
+
+def peak_of(plan: RunPlanned) -> PlannedPhase:
+    """Return the phase with the fullest device."""
+    return next(phase for phase in plan.phases if phase.name == plan.fit.peak_phase)
+
+
+def _pools_of(plan: RunPlanned) -> list[str]:
+    """Return every pool of the plan, in the order in which they are first filled."""
+    return list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
+
+
+def markdown_table(
+    heading: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1
+) -> list[str]:
+    """Return the lines of a Markdown table.
+
+    Args:
+        heading: the columns' names.
+        rows: the cells.
+        texts: how many columns, from the left, hold text; the others are aligned as numbers.
+    """
+    rule = ["---" if column < texts else "---:" for column in range(len(heading))]
+    return [f"| {' | '.join(cells)} |" for cells in (heading, rule, *rows)]

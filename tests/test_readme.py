@@ -1,0 +1,323 @@
+"""Every command in README.md is run, and what README.md says of names and codes is so.
+
+The commands are taken from its ```bash blocks and its files from its ```yaml blocks. A block is run
+as it stands, in one directory, after these changes and no others: a command that needs a TPU is
+checked instead of run, make only prints what it would run, and the installation is replaced by the
+wheel that it would build.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from kvpipe import cli, errors
+from kvpipe.credentials import wandb_api_key
+from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
+from tests.test_run import environment
+
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ON_TPU = [
+    name
+    for name in EXPERIMENTS
+    if compose_plain(f"+experiment={name}")["engine"]["device"] == "tpu"
+]
+NO_RUN = "|".join(["--help", "--cfg", *(verb for verb in cli.VERBS if verb != "run")])
+WHEEL = f"'{sys.executable}' -m hatchling build -t wheel -d '{{cwd}}/dist' >&2"
+
+
+def named_files(text, language):
+    """Return file name → content of the blocks of ``language`` that the text before them names."""
+    found = re.findall(rf"`([\w/]+\.\w+)`:\n\n```{language}\n(.*?)^```", text, re.S | re.M)
+    return dict(found)
+
+
+def checked_on_cpu(line):
+    """Return the kvpipe command of a line with the verb check if it needs a TPU."""
+    needs_tpu = any(f"+experiment={name}" in line.split() for name in ON_TPU)
+    runs = not re.search(rf"kvpipe ({NO_RUN})\b", line)
+    return line.replace("kvpipe", "kvpipe check", 1) if needs_tpu and runs else line
+
+
+def printed_by_make(line):
+    """Return the one command that the make target would run, after its set-up."""
+    arguments = line.split()[1:]
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    set_up, command = done.stdout.splitlines()
+    assert set_up == ".ci/env.sh"
+    return command.strip()
+
+
+def as_run_here(line, cwd):
+    """Return the line as this machine can run it; see the module's docstring."""
+    if line.startswith("make "):
+        command = printed_by_make(line)
+        assert re.match(r"\.venv/bin/python -m (kvpipe|pytest)\b", command)
+        checked = checked_on_cpu(command)
+        return checked.removeprefix(".venv/bin/") if checked != command else ":"
+    if line == "source .venv/bin/activate":
+        return f"test -f '{ROOT}/.venv/bin/activate'"
+    if line == "uv tool install .":
+        return f"(cd '{ROOT}' && {WHEEL.format(cwd=cwd)})"
+    return checked_on_cpu(line)
+
+
+def starts_an_engine(block):
+    return any(
+        re.match(rf"(python -m )?kvpipe(?! ({NO_RUN})\b)", line) and checked_on_cpu(line) == line
+        for line in block.splitlines()
+    )
+
+
+def parameter(block):
+    marks = [pytest.mark.slow] if starts_an_engine(block) else []
+    return pytest.param(block, marks=marks, id=block.splitlines()[-1])
+
+
+def run_block(block, cwd):
+    script = "\n".join(as_run_here(line, cwd) for line in block.splitlines())
+    with_tools = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-eu", "-c", script],
+        cwd=cwd,
+        env=environment(cwd) | with_tools,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The reader's directory, with the files that README.md shows."""
+    cwd = tmp_path_factory.mktemp("readme")
+    for name, content in named_files(README, "yaml").items():
+        path = cwd / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return cwd
+
+
+def test_the_blocks_are_found_and_all_verbs_and_files_are_among_them():
+    assert len(BLOCKS) == README.count("```bash") == 8
+    assert sum(map(starts_an_engine, BLOCKS)) == 2
+    assert list(named_files(README, "yaml")) == [
+        "mine/experiment/kv_only.yaml",
+        "mine/pipeline/kv_only.yaml",
+    ]
+    assert README.count("```") == 2 * (len(BLOCKS) + 2)
+
+
+@pytest.mark.parametrize("block", [parameter(block) for block in BLOCKS])
+def test_every_command_in_the_readme_works(block, workplace):
+    before = set(workplace.rglob("records.jsonl"))
+    done = run_block(block, workplace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = set(workplace.rglob("records.jsonl")) - before
+    assert bool(runs) == starts_an_engine(block)
+    for records in runs:
+        assert json.loads(records.read_text().splitlines()[-1])["status"] == "passed"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if "make " in b], ids=["local", "TPU"])
+def test_make_runs_the_default_pipeline_and_the_tests(block):
+    commands = [printed_by_make(line) for line in block.splitlines()]
+    assert commands in (
+        [".venv/bin/python -m kvpipe", ".venv/bin/python -m pytest"],
+        [".venv/bin/python -m kvpipe +experiment=qwen25_3b_bigkv"],
+    )
+
+
+def test_the_env_file_that_the_readme_makes_is_one_that_is_accepted(tmp_path):
+    (block,) = (b for b in BLOCKS if ".env" in b)
+    assert run_block(block, tmp_path).returncode == 0
+    path = tmp_path / ".env"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_text("WANDB_API_KEY=abc\n")
+    assert wandb_api_key(tmp_path, {}) == "abc"
+
+
+def test_the_wheel_that_is_installed_has_the_command(tmp_path):
+    (block,) = (b for b in BLOCKS if "install" in b)
+    assert run_block(block, tmp_path).returncode == 0
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        (points,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
+        assert b"kvpipe = kvpipe.__main__:main" in files.read(points)
+
+
+@pytest.fixture(scope="module")
+def records(workplace):
+    """The lines that the README's command gives in a pipe."""
+    path = workplace / "run.jsonl"
+    if not path.exists():
+        (block,) = (b for b in BLOCKS if "tee run.jsonl" in b)
+        assert run_block(block, workplace).returncode == 0
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_run_are_those_that_the_readme_explains(records):
+    checks = records[-1]["checks"]
+    names = {re.sub(r"^plan/.*_bytes$", "plan/<pool>_bytes", check["name"]) for check in checks}
+    assert set(first_column("check")) == names
+
+
+def first_column(heading):
+    """Return the first cells of the table with this heading, without their backquotes."""
+    table = README.split(f"| {heading} |", 1)[1].split("\n\n", 1)[0]
+    return [line.split("|")[1].strip().strip("`") for line in table.splitlines()[2:]]
+
+
+def test_the_readme_lists_the_phases_of_the_default_pipeline_in_their_order():
+    assert first_column("phase") == default_names()
+
+
+def test_the_readme_lists_every_experiment_with_its_model_and_capacity():
+    assert sorted(first_column("experiment")) == EXPERIMENTS
+    for name in EXPERIMENTS:
+        config = compose_plain(f"+experiment={name}")
+        (row,) = re.findall(rf"^\| `{name}` .*$", README, re.MULTILINE)
+        assert f"| {config['engine']['max_total_tokens']:,} |" in row
+        if name in ON_TPU:
+            assert f"| {config['model']['id'].partition('/')[2]} |" in row
+
+
+def test_the_readme_lists_every_exit_code():
+    def codes(cls):
+        return {cls.exit_code}.union(*map(codes, cls.__subclasses__()))
+
+    used = {0, errors.UNEXPECTED_EXIT_CODE} | codes(errors.KvpipeError)
+    assert first_column("exit code") == [*map(str, sorted(used)), "128 + n"]
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_file_that_is_linked_or_named_is_there(text):
+    linked = re.findall(r"\]\((?!https:)([^)]+)\)", text)
+    named = re.findall(r"`((?:kvpipe|phases|conf|tests|docs)/[\w/]*[\w.]*)`", text)
+    shown = {"conf/model/NAME.yaml", *named_files(text, "python")}
+    assert [name for name in {*linked, *named} - shown if not (ROOT / name).exists()] == []
+
+
+def test_every_key_that_the_readme_sets_is_a_key():
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(compose_plain())
+    for key in re.findall(r"`([a-z_]+\.[a-z_.]+)=", README):
+        parent, _, name = key.rpartition(".")
+        assert name in OmegaConf.select(config, parent), key
+
+
+def load_make_picture():
+    spec = importlib.util.spec_from_file_location("make_picture", ROOT / "docs/make_picture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_of(svg):
+    """Return the lines of text of a picture: its pieces by height, then from left to right."""
+    rows = {}
+    for piece in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):
+        rows.setdefault(float(piece.get("y")), []).append((float(piece.get("x")), piece.text))
+    return [
+        "".join(text for _, text in sorted(rows[y])).replace("\xa0", " ").split()
+        for y in sorted(rows)
+    ]
+
+
+@pytest.mark.slow
+def test_the_picture_in_the_readme_shows_what_a_terminal_shows_today(records):
+    """Its numbers are those of one run; all else that stands in the table is as it is now."""
+    now = lines_of(load_make_picture().svg(records, "tiny"))
+    shown = lines_of((ROOT / "docs/run.svg").read_text())
+    assert [line[0] for line in now if line[:1] == ["passed"]] == ["passed"]
+    for lines in (now, shown):
+        del lines[[line[:1] for line in lines].index(["passed"]) + 1 :]
+    assert now[:2] == shown[:2]
+    assert [line[:1] for line in now] == [line[:1] for line in shown]
+    assert [len(line) for line in now] == [len(line) for line in shown]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the sources with the phase, and its line of YAML, of CONTRIBUTING.md."""
+    copy = tmp_path_factory.mktemp("tree")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for package in ("kvpipe", "phases", "conf"):
+        shutil.copytree(ROOT / package, copy / package, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    ((name, source),) = named_files(CONTRIBUTING, "python").items()
+    (copy / name).write_text(source)
+    (lines,) = re.findall(r"^```yaml\n(.*?)^```", CONTRIBUTING, re.S | re.M)
+    before, _ = lines.splitlines(keepends=True)
+    pipeline = copy / "conf/pipeline/drop_rebuild.yaml"
+    assert pipeline.read_text().count(before) == 1
+    pipeline.write_text(pipeline.read_text().replace(before, lines))
+    (copy / "conf/model/own.yaml").write_text("id: Qwen/Qwen2.5-1.5B-Instruct\nconfig: own.json\n")
+    return copy
+
+
+def kvpipe_of(tree, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvpipe", *arguments],
+        cwd=tree,
+        env=environment(tree, site=tree),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make (\S+)$", CONTRIBUTING, re.MULTILINE))
+def test_the_targets_in_contributing_are_there(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+
+
+def test_the_phase_in_contributing_passes_the_check_and_the_linter(tree):
+    done = kvpipe_of(tree, "check")
+    assert (done.stdout, done.stderr) == ("tiny: 17 steps, their order holds\n", "")
+    ruff = [sys.executable, "-m", "ruff"]
+    for command in (["check"], ["format", "--check"]):
+        linted = subprocess.run([*ruff, *command, "phases"], cwd=tree, capture_output=True)
+        assert linted.returncode == 0, linted.stdout
+
+
+def test_the_order_of_the_phase_in_contributing_is_checked(tree):
+    done = kvpipe_of(tree, "check", "pipeline.13=kv_cache_is_zero", "pipeline.14=kv_cache_rebuilt")
+    assert done.returncode == 2
+    assert "'kv_cache_is_zero' needs the KV cache on the devices" in done.stderr
+
+
+def test_a_model_takes_one_file_of_yaml(tree):
+    assert kvpipe_of(tree, "check", "model=own").returncode == 0
+
+
+@pytest.mark.slow
+def test_the_phase_in_contributing_runs_on_the_engine(tree):
+    own = tree / "mine/pipeline/short.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(
+        "# @package _global_\n"
+        "pipeline: [jax_ready, engine_ready_dummy, kv_cache_dropped, kv_cache_rebuilt, "
+        "kv_cache_is_zero]\n"
+    )
+    done = kvpipe_of(tree, "--config-dir", "mine", "pipeline=short")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (check,) = (
+        check
+        for check in json.loads(done.stdout.splitlines()[-1])["checks"]
+        if check["name"] == "kv_values_not_zero"
+    )
+    assert (check["actual"], check["passed"]) == (0, True)
