@@ -84,7 +84,8 @@ def _config() -> EngineConfig:
 
 
 def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
-    leaves, blueprint = leaf_sources(engine), ParamTable(engine).blueprint
+    table = ParamTable(engine)
+    leaves, blueprint = leaf_sources(engine, table), table.blueprint
     placed: dict[str, jax.Array | None] = dict.fromkeys(leaves)
     buffer = np.empty(max(array.size for array in Checkpoint.open(directory).values()), np.uint16)
 

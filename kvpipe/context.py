@@ -17,6 +17,7 @@ from kvpipe.schema import Kvpipe
 if TYPE_CHECKING:
     from kvpipe.engine.kv_cache import HostKv
     from kvpipe.engine.sglang import SglangEngine
+    from kvpipe.engine.weights import HostWeights
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class WorkerContext:
         host: named parameter trees on the host.
         outputs: outputs by step name.
         kv: what was offloaded of the KV cache, else None.
+        weights: the engine's offloaded weights, else None.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
     """
@@ -59,6 +61,7 @@ class WorkerContext:
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
     kv: "HostKv | None" = None
+    weights: "HostWeights | None" = None
     jax_ready: bool = False
     started: "SglangEngine | None" = None
 

@@ -13,6 +13,8 @@ KV_LIVE = "kv:live"
 KV_WRITTEN = "kv:written"
 KV_OFFLOADED = "kv:offloaded"
 KV_STALE = "kv:stale"
+WEIGHTS_LIVE = "weights:live"
+WEIGHTS_OFFLOADED = "weights:offloaded"
 WEIGHTS_REAL = "weights:real"
 
 
@@ -29,6 +31,12 @@ def host(name: str) -> str:
 def shared(name: str) -> str:
     """Fact: the engine computes with the very arrays of slot ``name``."""
     return f"shared:{name}"
+
+
+def shared_slots(facts: frozenset[str]) -> list[str]:
+    """Return the slots whose arrays the engine computes with."""
+    prefix = shared("")
+    return sorted(fact.removeprefix(prefix) for fact in facts if fact.startswith(prefix))
 
 
 def output(step: str) -> str:
@@ -69,6 +77,11 @@ _MEANINGS = {
         "",
         "flush the cache between the swap and the generate, or the ids are silently wrong",
     ),
+    WEIGHTS_LIVE: Meaning(
+        "the engine's weights on the devices",
+        "put 'weights_restored' or a swap between",
+    ),
+    WEIGHTS_OFFLOADED: Meaning("offloaded weights", "put 'weights_offloaded' before it"),
     WEIGHTS_REAL: Meaning(
         "real weights in the engine",
         "put 'weights_swapped_from_mllm' before it, or set weights=any for this step",
@@ -92,5 +105,6 @@ def meaning(fact: str) -> Meaning:
     if kind == "output":
         return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
     if kind == "shared":
-        return Meaning(f"an engine on the arrays of slot {name!r}", f"swap slot {name!r} in")
+        what = f"an engine on the arrays of slot {name!r}"
+        return Meaning(what, f"swap slot {name!r} in", f"release slot {name!r} before it")
     return _MEANINGS[fact]

@@ -53,18 +53,18 @@ class Side:
         """
         if not experiments:
             return {}
+        # Flags first: argparse takes none between overrides.
         chosen = f"+experiment={','.join(experiments)}"
-        lines = self._kvpipe("plan", "-m", chosen, *self.arguments, "plan.format=json").splitlines()
-        plans = [planned_from_json(json.loads(line)) for line in lines]
+        shown = self._kvpipe("plan", "-m", *self.arguments, chosen, "plan.format=json")
+        plans = [planned_from_json(json.loads(line)) for line in shown.splitlines()]
         return {
             name: Planned(self._config(name), plan)
             for name, plan in zip(experiments, plans, strict=True)
         }
 
     def _config(self, experiment: str) -> Mapping[str, object]:
-        shown = self._kvpipe(
-            "--cfg", "job", "--resolve", f"+experiment={experiment}", *self.arguments
-        )
+        chosen = f"+experiment={experiment}"
+        shown = self._kvpipe("--cfg", "job", "--resolve", *self.arguments, chosen)
         return yaml.safe_load(shown)
 
     def _kvpipe(self, *arguments: str) -> str:

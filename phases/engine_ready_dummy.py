@@ -29,7 +29,7 @@ class EngineReadyDummy(WorkerPhase):
         return Effect(
             needs=(facts.JAX,),
             forbids=(facts.ENGINE,),
-            leaves=(facts.ENGINE, facts.KV_LIVE, *real),
+            leaves=(facts.ENGINE, facts.KV_LIVE, facts.WEIGHTS_LIVE, *real),
             pools={ledger.PARAMS: Size.PARAMS, ledger.KV: Size.KV},
         )
 

@@ -69,7 +69,7 @@ class Generate(WorkerPhase):
         real = () if self.weights == ANY else (facts.WEIGHTS_REAL,)
         logged = (facts.WANDB,) if self.log_text else ()
         return Effect(
-            needs=(facts.ENGINE, facts.KV_LIVE, *real, *logged, *compared),
+            needs=(facts.ENGINE, facts.KV_LIVE, facts.WEIGHTS_LIVE, *real, *logged, *compared),
             forbids=(facts.KV_STALE,),
             leaves=(facts.KV_WRITTEN, facts.output(self.step)),
         )

@@ -1,11 +1,11 @@
 """Let the engine compute with the parameter set of a slot, and show that its output changed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kvpipe import facts, ledger
-from kvpipe.context import Output, WorkerContext
+from kvpipe.context import WorkerContext
 from kvpipe.phase import Effect, Result, Size, WorkerPhase
-from kvpipe.records import Check
+from kvpipe.swap_probe import SwapProbe
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class WeightsSwappedFromMllm(WorkerPhase):
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave real weights, and a stale prefix cache if it was in use."""
-        others = [name for name in _shared_slots(before) if name != self.slot]
+        others = [name for name in facts.shared_slots(before) if name != self.slot]
         unshared = {ledger.slot_pool(n): Size.PARAMS for n in others if facts.slot(n) in before}
         stale = (facts.KV_STALE,) if facts.KV_WRITTEN in before else ()
-        probe_needs = (facts.KV_LIVE,) if self.probe_tokens else ()
+        probe_needs = (facts.KV_LIVE, facts.WEIGHTS_LIVE) if self.probe_tokens else ()
         return Effect(
             needs=(facts.ENGINE, facts.slot(self.slot), *probe_needs),
             forbids=(facts.KV_WRITTEN,) if self.probe_tokens else (),
-            leaves=(facts.WEIGHTS_REAL, facts.shared(self.slot), *stale),
-            takes=tuple(facts.shared(name) for name in others),
+            leaves=(facts.WEIGHTS_LIVE, facts.WEIGHTS_REAL, facts.shared(self.slot), *stale),
+            takes=(facts.WEIGHTS_OFFLOADED, *map(facts.shared, others)),
             pools={
                 **unshared,
                 ledger.slot_pool(self.slot): Size.NOTHING,
@@ -50,39 +50,14 @@ class WeightsSwappedFromMllm(WorkerPhase):
 
         from kvpipe.engine import weights
 
-        before = self._probe(ctx)
+        probe = SwapProbe(ctx, self.probe_tokens)
         began = time.monotonic()
         weights.swap(ctx.engine, ctx.slots[self.slot])
         swap_s = time.monotonic() - began
-        after = self._probe(ctx)
+        ctx.weights = None
         fields = {
             "num_model_state_leaves": weights.num_leaves(ctx.engine),
             "num_params": len(ctx.slots[self.slot]),
             "swap_s": round(swap_s, 6),
         }
-        if before is None or after is None:
-            return Result(fields)
-        return Result(fields, (_changed(before, after),))
-
-    def _probe(self, ctx: WorkerContext) -> Output | None:
-        if not self.probe_tokens:
-            return None
-        greedy = replace(ctx.config.sampling, max_new_tokens=self.probe_tokens, temperature=0.0)
-        output = ctx.engine.generate(ctx.prompt, replace(greedy, ignore_eos=True))
-        ctx.engine.flush()
-        return output
-
-
-def _changed(before: Output, after: Output) -> Check:
-    return Check(
-        "swap_changed_output",
-        f"other token ids than {list(before.token_ids)}",
-        list(after.token_ids),
-        before.token_ids != after.token_ids,
-        "the same prompt, greedy, under the old and under the new weights",
-    )
-
-
-def _shared_slots(before: frozenset[str]) -> list[str]:
-    prefix = facts.shared("")
-    return sorted(fact.removeprefix(prefix) for fact in before if fact.startswith(prefix))
+        return Result(fields, probe.checks())

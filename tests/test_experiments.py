@@ -179,6 +179,7 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "tiny_cycles",
         "tiny_drop_rebuild_aa",
         "tiny_offload_restore",
+        "tiny_stream",
     ]
 
 

@@ -66,7 +66,17 @@ def test_the_lock_matches_pyproject():
 @pytest.mark.parametrize("arguments", [[], ["help"]], ids=["make", "make help"])
 def test_make_help_is_the_default_and_lists_every_target(arguments):
     listed = re.findall(r"^  make (\S+)", make(*arguments).stdout, flags=re.MULTILINE)
-    assert listed == ["help", "run", "test", "test-fast", "lint", "format", "lock", "clean"]
+    assert listed == [
+        "help",
+        "run",
+        "plans",
+        "test",
+        "test-fast",
+        "lint",
+        "format",
+        "lock",
+        "clean",
+    ]
 
 
 def test_make_run_passes_the_experiment_and_the_overrides_on():

@@ -39,7 +39,7 @@ def kvpipe(*arguments, cwd):
 
 
 def plan(*overrides, cwd):
-    return kvpipe("plan", "plan.format=json", *overrides, cwd=cwd)
+    return kvpipe("plan", *overrides, "plan.format=json", cwd=cwd)
 
 
 def test_the_sops_bytes_are_planned_exactly_and_quickly_without_weights(tmp_path):
@@ -80,7 +80,7 @@ def test_what_does_not_fit_a_v5e_is_refused_with_peak_and_capacity_and_that_capa
     most = fit["max_total_tokens"]
     assert f"engine.max_total_tokens={most} would fit" in too_big.err
     assert "step 'sglang_param_dict_ready' needs " in too_big.err
-    both = plan(*on_v5e, "-m", f"engine.max_total_tokens={most},{most + 16}", cwd=tmp_path)
+    both = plan("-m", *on_v5e, f"engine.max_total_tokens={most},{most + 16}", cwd=tmp_path)
     assert both.code == 1
     assert [line["fit"]["fits"] for line in both.lines] == [True, False]
     assert {line["fit"]["max_total_tokens"] for line in both.lines} == {most}
@@ -175,7 +175,6 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
     pipeline.parent.mkdir()
     pipeline.write_text(SHAPES_PIPELINE)
     overrides = [f"{key}={value}" for key, value in shape.items()]
-    os.environ.pop("JAX_PLATFORMS", None)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "kvpipe", "--config-dir", str(tmp_path), "pipeline=shapes"),
@@ -183,6 +182,7 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
             *overrides,
         ],
         cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -190,7 +190,7 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, lines[-1]["error"]
     planned = {phase["name"]: phase["pools"] for phase in lines[0]["phases"]}
-    phases = [line for line in lines[1:-1]]
+    phases = lines[1:-1]
     assert [line["phase"] for line in phases] == list(planned)
     for line in phases:
         owned = {pool: size for pool, size in line["ledger"].items() if pool != "other"}

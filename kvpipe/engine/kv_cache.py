@@ -7,7 +7,7 @@ scheduler's thread when the engine is idle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
 
 KV = "kv"
-# Rows that are copied at once. Fixed, so that copying any number of rows compiles one program.
-_CHUNK_ROWS = 1024
+# Rows that are copied at once: whole blocks that hold a used row, so that copying any number of them
+# compiles one program and each copy is one run of memory.
+_BLOCK_ROWS = 1024
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
 HostRows = list[np.ndarray[Any, np.dtype[Any]]]
@@ -49,16 +50,18 @@ class HostKv:
 
     Attributes:
         rows: positions of the used tokens in each layer's buffer, int32 [used].
-        layers: the rows of each layer, [used, ...] in the buffer's own dtype.
+        starts: where each kept block begins in a layer's buffer.
+        blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int32]]
-    layers: HostRows
+    starts: list[int]
+    blocks: list[HostRows]
 
     @property
     def nbytes(self) -> int:
         """Bytes on the host."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for block in self.blocks for layer in block)
 
 
 def buffers(engine: SglangEngine) -> list[jax.Array]:
@@ -91,7 +94,7 @@ def offload(engine: SglangEngine) -> tuple[KvChange, HostKv]:
     Raises:
         EngineError: the cache is away already, or the engine stayed busy.
     """
-    return engine.on_scheduler.call(lambda: _offload_now(engine))
+    return engine.on_scheduler.call(lambda: offload_now(engine))
 
 
 def restore(engine: SglangEngine, kept: HostKv) -> KvChange:
@@ -104,7 +107,7 @@ def restore(engine: SglangEngine, kept: HostKv) -> KvChange:
     Raises:
         EngineError: the cache is there, or was flushed meanwhile.
     """
-    return engine.on_scheduler.call(lambda: _restore_now(engine, kept))
+    return engine.on_scheduler.call(lambda: restore_now(engine, kept))
 
 
 def used_rows(engine: SglangEngine) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -129,10 +132,13 @@ def _drop_unused(engine: SglangEngine) -> KvChange:
     return _delete(engine, "its KV cache is dropped; rebuild it first")
 
 
-def _offload_now(engine: SglangEngine) -> tuple[KvChange, HostKv]:
+def offload_now(engine: SglangEngine) -> tuple[KvChange, HostKv]:
+    """Offload at once; for the scheduler's own thread, when the engine is idle."""
     _needs_kv(engine)
     rows = used_rows(engine)
-    kept = HostKv(rows, _gather(engine.runner.token_to_kv_pool.kv_buffer, rows))
+    layers = engine.runner.token_to_kv_pool.kv_buffer
+    starts = _block_starts(rows, layers[0].shape[0])
+    kept = HostKv(rows, starts, _copy_out(layers, starts))
     return _delete(engine, "its KV cache is offloaded; restore it first"), kept
 
 
@@ -144,12 +150,13 @@ def _rebuild_dropped(engine: SglangEngine) -> KvChange:
     return _allocate(engine)
 
 
-def _restore_now(engine: SglangEngine, kept: HostKv) -> KvChange:
+def restore_now(engine: SglangEngine, kept: HostKv) -> KvChange:
+    """Restore at once; for the scheduler's own thread, when the engine is idle."""
     if not np.array_equal(used_rows(engine), kept.rows):
         raise EngineError("the cache was flushed after it was offloaded; rebuild it instead")
     change = _allocate(engine)
     pool = engine.runner.token_to_kv_pool
-    pool.kv_buffer[:] = _scatter(pool.kv_buffer, kept)
+    pool.kv_buffer[:] = _copy_in(pool.kv_buffer, kept)
     return change
 
 
@@ -196,51 +203,70 @@ def _allocator(blueprint: Blueprint) -> Any:
     return jax.jit(zeros, out_shardings=[layer.sharding for layer in blueprint])
 
 
-@jax.jit
-def _take(layers: Sequence[jax.Array], rows: jax.Array) -> list[jax.Array]:
-    return [layer.at[rows].get(mode="clip") for layer in layers]
+def _bits(array: jax.Array) -> jax.Array:
+    """Return ``array`` as unsigned integers of its width.
+
+    XLA's CPU compiler converts a bfloat16 buffer to float32 and back around an update of a part of
+    it: a pass over the whole pool for each block. Integers it updates in place.
+    """
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(layers: Sequence[jax.Array], start: jax.Array, rows: int) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice_in_dim(_bits(layer), start, rows, 0) for layer in layers]
 
 
 @lru_cache(maxsize=4)
 def _putter(shardings: tuple[Any, ...]) -> Any:
-    """Return the function that writes rows into the layers in place; padding rows are dropped."""
+    """Return the function that writes a block of rows into the layers in place."""
 
     def put(
-        layers: Sequence[jax.Array], rows: jax.Array, values: Sequence[jax.Array]
+        layers: Sequence[jax.Array], start: jax.Array, blocks: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        pairs = zip(layers, values, strict=True)
-        return [layer.at[rows].set(value, mode="drop") for layer, value in pairs]
+        updated = [
+            jax.lax.dynamic_update_slice_in_dim(_bits(layer), block, start, 0)
+            for layer, block in zip(layers, blocks, strict=True)
+        ]
+        return [
+            jax.lax.bitcast_convert_type(bits, layer.dtype)
+            for bits, layer in zip(updated, layers, strict=True)
+        ]
 
     return jax.jit(put, donate_argnums=0, out_shardings=list(shardings))
 
 
-def _gather(layers: Sequence[jax.Array], rows: np.ndarray[Any, Any]) -> HostRows:
-    """Return ``rows`` of each layer on the host, copied in chunks of one size."""
-    out = [np.empty((len(rows), *layer.shape[1:]), layer.dtype) for layer in layers]
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = rows[start : start + _CHUNK_ROWS]
-        taken = _take(list(layers), _padded(chunk, fill=0))
-        for host, device in zip(out, taken, strict=True):
-            host[start : start + len(chunk)] = np.asarray(device)[: len(chunk)]
-    return out
+def _block_starts(rows: np.ndarray[Any, Any], total: int) -> list[int]:
+    """Return where the blocks begin that hold all ``rows`` of a buffer of ``total`` rows."""
+    last = max(total - _block_rows(total), 0)
+    blocks = np.unique(rows // _BLOCK_ROWS) * _BLOCK_ROWS
+    return np.unique(np.minimum(blocks, last)).tolist()
 
 
-def _scatter(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
-    """Return the layers with the kept rows written into them; the old buffers are reused."""
+def _block_rows(total: int) -> int:
+    return min(_BLOCK_ROWS, total)
+
+
+def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRows]:
+    """Return the blocks at ``starts`` of each layer, on the host."""
+    rows = _block_rows(layers[0].shape[0])
+    return [
+        [np.array(block) for block in _take(list(layers), np.int32(start), rows)]
+        for start in starts
+    ]
+
+
+def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
+    """Return the layers with the kept blocks written into them; the buffers are reused."""
     put = _putter(tuple(layer.sharding for layer in layers))
     current = list(layers)
-    for start in range(0, len(kept.rows), _CHUNK_ROWS):
-        chunk = kept.rows[start : start + _CHUNK_ROWS]
-        rows = _padded(chunk, fill=current[0].shape[0])
-        values = [_padded(host[start : start + len(chunk)], fill=0) for host in kept.layers]
-        current = put(current, rows, values)
+    for start, blocks in zip(kept.starts, kept.blocks, strict=True):
+        placed = [
+            jax.device_put(block, layer.sharding)
+            for block, layer in zip(blocks, current, strict=True)
+        ]
+        current = put(current, np.int32(start), placed)
     return jax.block_until_ready(current)
-
-
-def _padded(chunk: np.ndarray[Any, Any], fill: int) -> np.ndarray[Any, Any]:
-    """Return ``chunk`` with its first axis filled up to the size of a chunk."""
-    padding = [(0, _CHUNK_ROWS - len(chunk)), *[(0, 0)] * (chunk.ndim - 1)]
-    return np.pad(chunk, padding, constant_values=fill)
 
 
 def _change(blueprint: Blueprint, changed_bytes: int) -> KvChange:

@@ -85,10 +85,15 @@ def bytes_of(arrays: Iterable[Any]) -> PerDevice:
 
 
 def give_back_host_memory() -> None:
-    """Collect garbage and let glibc return freed pages, which it otherwise keeps in this process.
+    """Collect garbage and give freed pages back to the system.
 
     On the CPU the "device" buffers are host memory too: without this RSS hardly falls after a drop.
     """
     gc.collect()
+    give_back_free_pages()
+
+
+def give_back_free_pages() -> None:
+    """Let glibc return freed pages to the system, which it otherwise keeps in this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

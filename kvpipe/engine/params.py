@@ -12,7 +12,8 @@ import jax
 from kvpipe.engine.mappings import path_name
 from kvpipe.engine.sglang import SglangEngine
 
-Param = jax.Array | jax.ShapeDtypeStruct
+Param = Any
+"""A ``jax.Array``, or the ``jax.ShapeDtypeStruct`` of one that is away: shape, dtype, sharding."""
 
 
 class ParamTable:

@@ -47,19 +47,28 @@ def begin(host: HostLeaf, like: Param) -> Placing:
     """
     devices = like.sharding.addressable_devices_indices_map(like.shape)
     shards = tuple(
-        in_background(_put, host, index, like.dtype, device) for device, index in devices.items()
+        in_lane(lane, _put, host, index, like.dtype, device)
+        for lane, (device, index) in enumerate(devices.items())
     )
     return Placing(like, shards)
 
 
-def in_background[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Run ``function`` on one of a few threads; copies and reductions release Python's lock."""
-    return _threads().submit(function, *args, **kwargs)
+def in_lane[**P, T](
+    lane: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> Future[T]:
+    """Run ``function`` on the thread of ``lane``; copies and reductions release Python's lock.
+
+    There are a few threads, and a lane is always on the same: glibc keeps what a thread frees for
+    that thread, so the shards of a device take over their forerunners' memory.
+    """
+    threads = _threads()
+    return threads[lane % len(threads)].submit(function, *args, **kwargs)
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "kvpipe::placement")
+def _threads() -> tuple[ThreadPoolExecutor, ...]:
+    count = min(os.cpu_count() or 1, 8)
+    return tuple(ThreadPoolExecutor(1, f"kvpipe::lane{lane}") for lane in range(count))
 
 
 def _put(host: HostLeaf, index: Index, dtype: Any, device: Any) -> jax.Array:

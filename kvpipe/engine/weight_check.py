@@ -15,7 +15,7 @@ import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.engine.params import Param
-from kvpipe.engine.placement import in_background
+from kvpipe.engine.placement import in_lane
 from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
@@ -52,8 +52,8 @@ def check_weights(
         ("of another shape or type", [text for text in misshapen if text]),
     )
     checks = [
-        (leaf.source, in_background(_is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
-        for leaf in leaves.values()
+        (leaf.source, in_lane(i, _is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
+        for i, leaf in enumerate(leaves.values())
     ]
     infinite = [repr(name) for name, finite in checks if not finite.result()]
     _refuse(("with values that are not finite", infinite))

@@ -101,7 +101,7 @@ class EngineView:
         return part.reshape(*before, stop - start, *after)
 
 
-def leaf_sources(engine: SglangEngine) -> dict[str, Leaf]:
+def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
     """Return where each parameter comes from, by path, from the model's own weight mapping.
 
     Raises:
@@ -113,7 +113,7 @@ def leaf_sources(engine: SglangEngine) -> dict[str, Leaf]:
         for source, mapping in weight_mappings(model).items()
         if isinstance(mapping.target_path, str)
     }
-    shapes = {path: leaf.shape for path, leaf in ParamTable(engine).blueprint.items()}
+    shapes = {path: leaf.shape for path, leaf in table.params.items()}
     if unnamed := sorted(shapes.keys() - mappings.keys()):
         raise EngineError(
             f"the weight mapping of {type(model).__name__} gives no tensor of their own to "

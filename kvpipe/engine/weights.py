@@ -27,6 +27,7 @@ __all__ = [
     "WeightChange",
     "build",
     "drop",
+    "live_bytes",
     "num_leaves",
     "offload",
     "parameters",
@@ -39,6 +40,9 @@ WEIGHTS = "weights"
 _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap others in first"
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
+# Where the devices' memory is the host's, its allocator keeps some of the old leaves for each thread;
+# it gives them back after as many of the largest leaves.
+_LEAVES_UNTRIMMED = 3
 
 HfWeights = Mapping[str, HostArray]
 
@@ -70,6 +74,12 @@ class HostWeights:
         return sum(shard.nbytes for leaf in self.shards.values() for shard in leaf.values())
 
 
+def live_bytes(engine: SglangEngine) -> int:
+    """Return the bytes of the parameters that are on the devices now, over all devices."""
+    here = [p for p in parameters(engine).values() if isinstance(p, jax.Array)]
+    return sum(memory.bytes_of(here))
+
+
 def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
     """Place ``weights`` on the devices as a new parameter set; the engine keeps its own.
 
@@ -80,13 +90,15 @@ def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
     Raises:
         EngineError: the weights are not complete, not of the engine's shapes or not finite.
     """
-    leaves, blueprint = leaf_sources(engine), ParamTable(engine).blueprint
+    table = ParamTable(engine)
+    leaves, blueprint = leaf_sources(engine, table), table.blueprint
     check_weights(leaves, blueprint, weights)
-    placing = {
-        path: placement.begin(EngineView(weights[leaf.source], leaf), blueprint[path])
-        for path, leaf in leaves.items()
-    }
-    return {path: leaf.wait() for path, leaf in placing.items()}
+    built = {}
+    for path, leaf in leaves.items():
+        source = weights[leaf.source]
+        built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
+        mapped.let_go(source)
+    return built
 
 
 def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
@@ -123,7 +135,8 @@ def stream(engine: SglangEngine, weights: HfWeights) -> WeightChange:
             engine stayed busy; it keeps its old weights. If placing itself fails, the engine
             refuses to generate until another swap.
     """
-    table, leaves = ParamTable(engine), leaf_sources(engine)
+    table = ParamTable(engine)
+    leaves = leaf_sources(engine, table)
     check_weights(leaves, table.blueprint, weights)
 
     def exchange() -> WeightChange:
@@ -204,13 +217,20 @@ def _replace(
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
     under_way: deque[tuple[str, placement.Placing]] = deque()
+    sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
+    placed_bytes = 0
 
     def finish() -> None:
+        nonlocal placed_bytes
         path, placing = under_way.popleft()
         table.put_in_step({path: placing.wait()})
         done(path)
+        placed_bytes += sizes[path]
+        if placed_bytes > _LEAVES_UNTRIMMED * max(sizes.values()):
+            memory.give_back_free_pages()
+            placed_bytes = 0
 
-    for path, shape in blueprint.items():
+    for path, shape in sorted(blueprint.items(), key=_by_shape):
         if len(under_way) == _AT_ONCE:
             finish()
         table.put_in_step({path: shape})  # frees the old leaf
@@ -220,6 +240,15 @@ def _replace(
     table.tell_model()
     del engine.away[WEIGHTS]
     return _change(blueprint, sum(memory.bytes_in_use()) - before)
+
+
+def _by_shape(item: tuple[str, Param]) -> Any:
+    """Sort leaves of one shape next to each other, so that each takes over its forerunner's memory.
+
+    In any other order, what an allocator keeps of the old leaves can add up to a second set.
+    """
+    path, leaf = item
+    return leaf.shape, path
 
 
 def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> WeightChange:

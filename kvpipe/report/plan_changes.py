@@ -54,7 +54,7 @@ class Change:
             )
         fitted = self.before is None or self.before.plan.fit.fits
         if fitted and self.after is not None and not self.after.plan.fit.fits:
-            return f"{self.experiment}: it does not fit any more"
+            return f"{self.experiment}: it does not fit"
         return None
 
 
@@ -146,7 +146,7 @@ def _phase_table(before: RunPlanned, after: RunPlanned) -> list[str]:
         return ["No phase changed its bytes."]
     heading = ["phase, bytes of the fullest device", "before", "after", "change"]
     table = markdown_table(heading, rows)
-    return [*table, "", f"{same} phases keep their bytes."] if same else table
+    return [*table, "", f"Phases that keep their bytes: {same}."] if same else table
 
 
 def _bytes(size: int | None) -> str:

@@ -118,7 +118,7 @@ def test_an_offloaded_cache_comes_back_with_its_prefixes_and_the_same_ids(
     with_kv = memory.bytes_in_use()
     dropped, kept = kv_cache.offload(real_engine)
     assert -dropped.changed_bytes == dropped.fused_bytes_total
-    assert kept.nbytes == dropped.fused_bytes_total * len(kept.rows) // (1024 + 1)
+    assert 0 < kept.nbytes <= dropped.fused_bytes_total
     second_set = weights.build(real_engine, tiny_weights)
     for array in second_set.values():
         array.delete()
@@ -130,16 +130,17 @@ def test_an_offloaded_cache_comes_back_with_its_prefixes_and_the_same_ids(
     assert after.cached_tokens == without.cached_tokens > 0 == first.cached_tokens
 
 
-def test_more_tokens_than_one_chunk_survive_an_offload(
+def test_more_tokens_than_one_block_survive_an_offload(
     real_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvpipe.engine import kv_cache
 
-    monkeypatch.setattr(kv_cache, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(kv_cache, "_BLOCK_ROWS", 7)
     first = real_engine.generate("one", greedy(20))
     real_engine.generate("two and", greedy(20))
-    _, kept = kv_cache.offload(real_engine)
-    assert len(kept.rows) > 21
+    dropped, kept = kv_cache.offload(real_engine)
+    assert len(kept.starts) >= 3
+    assert kept.nbytes == dropped.fused_bytes_total * 7 * len(kept.starts) // 1025
     kv_cache.restore(real_engine, kept)
     again = real_engine.generate("one", greedy(20))
     assert again.cached_tokens > 0
@@ -227,3 +228,21 @@ def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> Non
     drift = resident[-1] - resident[9]
     print(f"RSS drift over 90 cycles: {drift} bytes")
     assert drift < 32 * 2**20
+
+
+def test_blocks_hold_every_used_row_and_stay_inside_the_buffer(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    from kvpipe.engine import kv_cache
+
+    monkeypatch.setattr(kv_cache, "_BLOCK_ROWS", 4)
+    for total in range(1, 12):
+        for first in range(total):
+            rows = np.arange(first, total, 2, dtype=np.int32)
+            starts = kv_cache._block_starts(rows, total)
+            size = kv_cache._block_rows(total)
+            assert all(0 <= start <= total - size for start in starts)
+            held = {row for start in starts for row in range(start, start + size)}
+            assert set(rows.tolist()) <= held

@@ -1,0 +1,100 @@
+import io
+import json
+from dataclasses import replace
+
+from kvpipe.records import Fit, PlannedPhase, RunPlanned, planned_from_json
+from kvpipe.report.plan import as_json, as_markdown
+from kvpipe.report.plan_table import print_plan
+
+PLAN = RunPlanned(
+    target="v4:2x2x1",
+    devices=4,
+    sglang_jax="0.0.2",
+    phases=(
+        PlannedPhase("jax_ready", {}, 0, 0),
+        PlannedPhase("engine_ready_dummy", {"params": 4_000, "kv": 8_000}, 12_000, 3_000),
+        PlannedPhase("second", {"params": 4_000, "slot:second": 4_000}, 8_000, 2_000),
+    ),
+    fit=Fit(True, 34_359_738_368, "engine_ready_dummy", 131_072),
+    elapsed_s=12.5,
+)
+MARKDOWN = """\
+# Plan of `mine`
+
+v4:2x2x1, 4 devices, sglang-jax 0.0.2. Bytes over all devices after each phase; the last column is \
+of one device.
+
+It fits: the peak is 3,000 of a device's 34,359,738,368 bytes after `engine_ready_dummy`; the \
+largest `engine.max_total_tokens` that fits is 131072.
+
+| phase | params | kv | slot:second | total | fullest device |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| `jax_ready` |  |  |  | 0 | 0 |
+| `engine_ready_dummy` | 4,000 | 8,000 |  | 12,000 | 3,000 |
+| `second` | 4,000 |  | 4,000 | 8,000 | 2,000 |
+"""
+
+
+def test_the_json_has_exactly_the_keys_of_the_issue():
+    assert as_json(PLAN) == {
+        "target": "v4:2x2x1",
+        "devices": 4,
+        "sglang_jax": "0.0.2",
+        "phases": [
+            {"name": "jax_ready", "pools": {}, "total_bytes": 0, "max_device_bytes": 0},
+            {
+                "name": "engine_ready_dummy",
+                "pools": {"params": 4_000, "kv": 8_000},
+                "total_bytes": 12_000,
+                "max_device_bytes": 3_000,
+            },
+            {
+                "name": "second",
+                "pools": {"params": 4_000, "slot:second": 4_000},
+                "total_bytes": 8_000,
+                "max_device_bytes": 2_000,
+            },
+        ],
+        "fit": {
+            "fits": True,
+            "hbm_bytes": 34_359_738_368,
+            "peak_phase": "engine_ready_dummy",
+            "max_total_tokens": 131_072,
+        },
+    }
+
+
+def test_the_json_can_be_read_back_as_a_plan():
+    assert planned_from_json(json.loads(json.dumps(as_json(PLAN)))) == replace(PLAN, elapsed_s=0.0)
+
+
+def test_the_markdown_is_exact_and_has_no_times():
+    assert as_markdown("mine", PLAN) == MARKDOWN
+    assert as_markdown("mine", replace(PLAN, elapsed_s=99.0)) == MARKDOWN
+
+
+def test_the_markdown_of_a_plan_for_this_host_does_not_depend_on_its_memory():
+    small = replace(PLAN, target="cpu", fit=replace(PLAN.fit, hbm_bytes=10**10))
+    large = replace(small, fit=replace(PLAN.fit, hbm_bytes=10**12, max_total_tokens=10**9))
+    assert as_markdown("mine", small) == as_markdown("mine", large)
+    assert "It fits this host: the peak is 3,000 bytes a device" in as_markdown("mine", small)
+
+
+def test_a_plan_that_does_not_fit_says_so():
+    assert "It does not fit: the peak is 3,000 of a device's 2,000 bytes" in as_markdown(
+        "mine", replace(PLAN, fit=Fit(False, 2_000, "engine_ready_dummy", 64))
+    )
+
+
+def test_the_table_for_a_terminal_sums_the_slots_and_names_every_phase_in_80_columns():
+    wide = {"params": 8 * 2**30, "slot:a": 2**30, "slot:b": 2**30}
+    name = "generate_result_after_kv_rebuild"
+    phases = (*PLAN.phases, PlannedPhase(name, wide, 10 * 2**30, 5 * 2**29))
+    out = io.StringIO()
+    print_plan("mine", replace(PLAN, phases=phases), out)
+    lines = out.getvalue().splitlines()
+    assert lines[0].strip() == "mine on v4:2x2x1: GiB over 4 devices after each phase"
+    row = next(line for line in lines if name in line)
+    assert row.split() == [name, "8.000", "–", "2.000", "10.00", "2.500"]
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert lines[-1].startswith("It fits: the peak is 3,000 of a device's 34,359,738,368 bytes")

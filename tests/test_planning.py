@@ -1,0 +1,144 @@
+"""The plan verb up to its child: what it refuses before one is started, and what it then shows."""
+
+import json
+import sys
+
+import pytest
+
+from kvpipe import cli
+from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.errors import EngineError, InputError
+from kvpipe.jax_environment import cpu_environment
+from kvpipe.model_dir import check_shape, shape_dir
+from kvpipe.planning import Planners
+from kvpipe.schema import Kvpipe, ModelConfig, TinyModelConfig
+from kvpipe.targets import Target
+from tests.helpers_config import compose_plain, config_of
+from tests.report.test_plan import MARKDOWN, PLAN
+
+
+@pytest.fixture
+def kvpipe(monkeypatch, tmp_path, capfd):
+    """Call the command line in an empty directory; every plan is :data:`PLAN`."""
+    planned = []
+
+    def plan(self, config, plain, target):
+        planned.append(target)
+        return PLAN
+
+    monkeypatch.setattr(Planners, "plan", plan)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capfd.readouterr()
+        planned.clear()
+        code = cli.main(["kvpipe", "plan", *arguments])
+        return (code, *capfd.readouterr(), list(planned))
+
+    return call
+
+
+REFUSED = {
+    "plan.target=v5x:2x2": "plan.target is 'v5x:2x2'; did you mean ",
+    "plan.target=v4:2x2x1": "engine.tp_size × engine.dp_size is 2 × 1, but v4:2x2x1 has 4 devices",
+    "plan.format=yaml": "plan.format: Invalid value 'yaml', expected one of [table, markdown, json]",
+    "model.generate=null": "model.config: a plan needs the shape of 'kvpipe/tiny-qwen2' and never",
+    "model.generate=null model.config=qwen2.5-3b.json": (
+        "model.config: there is no 'qwen2.5-3b.json' in conf/model/configs; did you mean "
+        "'qwen3-4b.json' or 'qwen2.5-3b-instruct.json'?"
+    ),
+    "model.generate.head_dim=3": "tiny model: head_dim is 3, RoPE needs an even one",
+    "pipeline.10=flush_cache": "pipeline: ",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_wrong_input_is_told_in_one_line_with_exit_code_2_before_a_child_is_started(kvpipe, line):
+    code, out, err, planned = kvpipe(*line.split())
+    assert (code, out, planned) == (2, "", [])
+    assert err.startswith(f"kvpipe: {REFUSED[line]}")
+    assert err.count("\n") == 1
+
+
+def test_each_format_goes_to_stdout(kvpipe):
+    assert kvpipe("plan.format=markdown")[1] == MARKDOWN.replace("mine", "tiny")
+    assert json.loads(kvpipe("plan.format=json")[1])["target"] == "v4:2x2x1"
+    assert "engine_ready_dummy" in kvpipe()[1]
+
+
+def test_a_file_gets_the_plan_instead_and_its_name_may_have_the_experiments(kvpipe, tmp_path):
+    code, out, err, _ = kvpipe("plan.format=markdown", "plan.file=${experiment}.md")
+    assert (code, out, err) == (0, "", "")
+    assert (tmp_path / "tiny.md").read_text() == MARKDOWN.replace("mine", "tiny")
+
+
+def test_a_file_that_cannot_be_written_is_told(kvpipe):
+    code, _, err, _ = kvpipe("plan.file=nowhere/plan.md")
+    assert (code, err) == (
+        2,
+        "kvpipe: plan.file: cannot write nowhere/plan.md: No such file or directory\n",
+    )
+
+
+def test_the_target_follows_the_engines_device_and_is_overridden_by_name(kvpipe):
+    tpu = "+experiment=qwen25_3b_bigkv"
+    (of_cpu,), (of_tpu,), (named,) = (
+        kvpipe()[3],
+        kvpipe(tpu)[3],
+        kvpipe(tpu, "plan.target=v6e:1x1x1")[3],
+    )
+    assert (of_cpu.name, of_cpu.devices) == ("cpu", 2)
+    assert (of_tpu.name, of_tpu.devices) == ("v4:2x2x1", 4)
+    assert (named.name, named.devices) == ("v6e:1x1x1", 1)
+
+
+def test_the_shape_of_a_generated_model_is_its_checkpoints_config_without_the_weights(tmp_path):
+    config = Kvpipe(model=ModelConfig(id="x", generate=TinyModelConfig(num_hidden_layers=2)))
+    check_shape(config)
+    directory = shape_dir(config, tmp_path)
+    whole = ensure(TinyModel(num_hidden_layers=2), tmp_path / "cache")
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+    assert json.loads((directory / "config.json").read_text()) == json.loads(
+        (whole / "config.json").read_text()
+    )
+
+
+def test_a_model_directory_wins_over_the_config_that_ships(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = Kvpipe(model=ModelConfig(id="x", path=str(tmp_path), config="nosuch.json"))
+    check_shape(config)
+    assert shape_dir(config, tmp_path) == tmp_path
+
+
+def test_a_config_that_ships_is_found(tmp_path):
+    config = Kvpipe(model=ModelConfig(id="x", config="qwen2.5-3b-instruct.json"))
+    check_shape(config)
+    shape = json.loads((shape_dir(config, tmp_path) / "config.json").read_text())
+    assert shape["num_hidden_layers"] == 36
+
+
+def test_a_name_that_leaves_the_folder_of_configs_is_refused():
+    with pytest.raises(InputError, match=r"there is no '\.\./qwen25_3b\.yaml'"):
+        check_shape(Kvpipe(model=ModelConfig(id="x", config="../qwen25_3b.yaml")))
+
+
+def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():
+    inherited = {"JAX_PLATFORMS": "tpu", "XLA_FLAGS": "--xla_a=b"}
+    assert cpu_environment(8, inherited) == {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=8",
+    }
+
+
+def test_a_planning_process_that_dies_is_told_with_the_end_of_its_log(monkeypatch, tmp_path):
+    plain = compose_plain()
+    broken = tmp_path / "kvpipe"
+    broken.mkdir()
+    (broken / "__init__.py").touch()
+    (broken / "planner.py").write_text("raise SystemExit('no engine here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    died = pytest.raises(EngineError, match=r"ended by exit code 1; .*\nno engine here")
+    with died, Planners() as planners:
+        planners.plan(config_of(plain), plain, Target("cpu", 2, 10**9))
