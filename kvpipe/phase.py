@@ -23,6 +23,7 @@ class Size(StrEnum):
     NOTHING = "nothing"
     PARAMS = "params"
     KV = "kv"
+    PROGRAM = "program"
 
 
 @dataclass(frozen=True)

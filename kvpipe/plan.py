@@ -181,8 +181,10 @@ def misfit(plan: RunPlanned) -> str | None:
     peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    needs = f"step {peak.name!r} needs {peak.max_device_bytes} bytes on a device"
-    if peak.max_device_bytes > fit.hbm_bytes:
+    temporaries = max((program.temp_bytes for program in plan.programs), default=0)
+    needed = peak.max_device_bytes + temporaries
+    needs = f"step {peak.name!r} needs {needed} bytes on a device"
+    if needed > fit.hbm_bytes:
         return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
     return (
         f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "

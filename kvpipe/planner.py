@@ -18,9 +18,10 @@ from kvpipe.child import send
 from kvpipe.engine import devices, shapes
 from kvpipe.errors import EngineError, InputError, KvpipeError
 from kvpipe.ledger import Ledger
+from kvpipe.model_dir import cache_dir
 from kvpipe.phase import Phase, Size
-from kvpipe.records import RunPlanned
-from kvpipe.schema import EngineConfig, from_plain
+from kvpipe.records import Program, RunPlanned
+from kvpipe.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.steps import build_steps
 from kvpipe.targets import CPU, Target
 
@@ -52,7 +53,13 @@ def plan_here(steps: Sequence[Phase], config: EngineConfig, model_dir: Path) -> 
     return plan_for(target, steps, config, model_dir)
 
 
-def plan_for(target: Target, steps: Sequence[Phase], config: EngineConfig, model_dir: Path) -> Plan:
+def plan_for(
+    target: Target,
+    steps: Sequence[Phase],
+    config: EngineConfig,
+    model_dir: Path,
+    programs: Sequence[Program] = (),
+) -> Plan:
     """Plan the steps for a target; this process has as many devices, of whatever kind.
 
     Args:
@@ -60,9 +67,15 @@ def plan_for(target: Target, steps: Sequence[Phase], config: EngineConfig, model
         steps: all steps of the pipeline, in order.
         config: how the engine will be started, with the device that this process has.
         model_dir: directory with the model's config.json.
+        programs: the engine's steps, compiled for the target; without them the pool ``program`` is
+            not planned.
     """
     planned = plan.check_order(steps)
     sizes = shapes.sizes(config, model_dir)
+    code = sum(program.code_bytes for program in programs)
+    sizes[Size.PROGRAM] = (code,) * target.devices
+    # While a step runs its temporaries are there too; between the phases they are not.
+    room = target.hbm_bytes - max((program.temp_bytes for program in programs), default=0)
     ledgers = plan.plan_ledgers(planned, sizes, target.devices)
     # On the CPU each virtual device's engine sees the whole host, with all devices' parameters.
     sees, params = (
@@ -81,7 +94,11 @@ def plan_for(target: Target, steps: Sequence[Phase], config: EngineConfig, model
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=plan.planned_phases(planned, ledgers),
-        fit=plan.judge(planned, ledgers, target.hbm_bytes, capacity),
+        fit=replace(
+            plan.judge(planned, ledgers, room, capacity),
+            hbm_bytes=target.hbm_bytes,
+        ),
+        programs=programs,
     )
     return Plan(record, ledgers)
 
@@ -103,13 +120,30 @@ def main() -> None:
             send(channel, _answer(json.loads(line)))
 
 
+def _programs(job: Mapping[str, Any], config: Kvpipe, target: Target) -> tuple[Program, ...]:
+    """Return the engine's compiled steps if the job asks for them.
+
+    Raises:
+        CompileFinding: a step does not compile for the target.
+    """
+    if not config.plan.compile:
+        return ()
+    from kvpipe import program_cache
+
+    engine = replace(config.engine, device=CPU)
+    return program_cache.compiled(
+        engine, Path(job["model_dir"]), target.name, job["prompt_tokens"], cache_dir(config)
+    )
+
+
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan of a job, or the message of what went wrong with its exit code."""
     config = from_plain(job["config"])
     engine = replace(config.engine, device=CPU)  # the target's devices are virtual ones here
     try:
         steps = build_steps(config)
-        record = plan_for(Target(**job["target"]), steps, engine, Path(job["model_dir"])).record
+        target, model_dir = Target(**job["target"]), Path(job["model_dir"])
+        record = plan_for(target, steps, engine, model_dir, _programs(job, config, target)).record
     except KvpipeError as error:
         return {"error": str(error), "exit_code": error.exit_code}
     except Exception as error:

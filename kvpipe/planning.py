@@ -16,11 +16,13 @@ from kvpipe.child import Child, start_child
 from kvpipe.errors import EngineError, InputError, KvpipeError
 from kvpipe.jax_environment import cpu_environment
 from kvpipe.model_dir import shape_dir
+from kvpipe.prompt import read_prompt
 from kvpipe.records import RunPlanned, planned_from_json
 from kvpipe.schema import Kvpipe
 from kvpipe.targets import Target
 
 _SHUTDOWN_TIMEOUT_S = 10.0
+_BYTES_PER_TOKEN = 3
 _ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError)}
 
 
@@ -58,7 +60,8 @@ class Planners:
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
-        child.send({"config": plain, "target": asdict(target), "model_dir": model_dir})
+        job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
+        child.send(job | {"prompt_tokens": _prompt_tokens(config)})
         answer = next(child.messages(), None)
         if answer is None:
             raise EngineError(
@@ -81,3 +84,14 @@ class Planners:
             started = start_child("kvpipe.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
             self._children[devices] = self._stack.enter_context(started)
         return self._children[devices]
+
+
+def _prompt_tokens(config: Kvpipe) -> int:
+    """Return the length of the prompt in tokens, or an estimate of it.
+
+    No tokenizer is at hand for a model that is only named. English text and code have three to
+    four bytes a token, and the engine pads the length to a power of two.
+    """
+    if config.plan.prompt_tokens is not None:
+        return config.plan.prompt_tokens
+    return max(1, len(read_prompt(config.prompt).encode()) // _BYTES_PER_TOKEN)

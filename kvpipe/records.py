@@ -181,6 +181,27 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A step of the engine, compiled ahead of time for a target.
+
+    Attributes:
+        name: ``prefill`` or ``decode``.
+        requests: padded number of requests in the batch.
+        tokens: padded number of new tokens in the batch.
+        code_bytes: bytes of compiled code on each device; they stay for as long as the program.
+        temp_bytes: bytes of temporaries on each device while the step runs.
+        compile_s: seconds that lowering and compiling took.
+    """
+
+    name: str
+    requests: int
+    tokens: int
+    code_bytes: int
+    temp_bytes: int
+    compile_s: float
+
+
+@dataclass(frozen=True)
 class RunPlanned:
     """What the plan predicts; it stands before the first record of the engine's process.
 
@@ -190,6 +211,7 @@ class RunPlanned:
         sglang_jax: version of the engine whose model gave the sizes.
         phases: the prediction after each phase.
         fit: whether it fits.
+        programs: what the engine's steps take once compiled for the target; empty if they were not.
         elapsed_s: seconds since the run began.
     """
 
@@ -198,12 +220,14 @@ class RunPlanned:
     sglang_jax: str
     phases: Sequence[PlannedPhase]
     fit: Fit
+    programs: Sequence[Program] = ()
     elapsed_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record."""
         plan = asdict(self)
         plan["phases"] = [asdict(phase) for phase in self.phases]
+        plan["programs"] = [asdict(program) for program in self.programs]
         return {"phase": RUN_PLANNED, **plan}
 
 
@@ -212,6 +236,7 @@ def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
     known = {key: value for key, value in data.items() if key != "phase"}
     known["phases"] = tuple(PlannedPhase(**phase) for phase in data["phases"])
     known["fit"] = Fit(**data["fit"])
+    known["programs"] = tuple(Program(**program) for program in data.get("programs", ()))
     return RunPlanned(**known)
 
 

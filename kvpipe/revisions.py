@@ -100,10 +100,11 @@ def sides(
     base = config.base
     if base is None and config.head is None and not config.overrides:
         base = "HEAD"
-    return (
-        _side(base, common, scratch),
-        _side(config.head, [*common, *config.overrides], scratch),
-    )
+    before, after = _side(base, common, scratch), _side(config.head, common, scratch)
+    if config.overrides:
+        name = f"{after.name} with {', '.join(f'`{text}`' for text in config.overrides)}"
+        after = Side(name, after.root, [*common, *config.overrides])
+    return before, after
 
 
 def changes(before: Side, after: Side, experiments: Sequence[str] | None) -> list[Change]:

@@ -253,12 +253,18 @@ class PlanConfig:
             ``v5e:2x2x1``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
             ``tpu``.
         file: where ``kvpipe plan`` writes instead of to stdout.
+        compile: compile the engine's prefill and decode step for the TPU that is planned for, and
+            add their code and temporaries; takes about half a minute the first time.
+        prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
+            prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
     """
 
     enforce: bool = True
     format: PlanFormat = PlanFormat.table
     target: str | None = None
     file: str | None = None
+    compile: bool = False
+    prompt_tokens: int | None = None
 
 
 @dataclass
@@ -269,7 +275,8 @@ class CompareConfig:
         base: git revision before the change; None is ``HEAD``, or without ``head`` and with
             ``overrides`` the files as they are.
         head: git revision after the change; None is the files as they are.
-        overrides: overrides that only the plan after the change has.
+        overrides: overrides that only the plan after the change has, each in quotes:
+            ``'compare.overrides=["engine.page_size=64"]'``.
         budget_bytes: bytes that the peak of a device may grow by.
     """
 

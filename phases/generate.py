@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from kvpipe import facts
+from kvpipe import facts, ledger
 from kvpipe.context import Output, WorkerContext
 from kvpipe.errors import InputError
-from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.phase import Effect, Result, Size, WorkerPhase
 from kvpipe.records import Check, check_equal
 from kvpipe.schema import Kvpipe, SamplingConfig
 
@@ -72,6 +72,7 @@ class Generate(WorkerPhase):
             needs=(facts.ENGINE, facts.KV_LIVE, facts.WEIGHTS_LIVE, *real, *logged, *compared),
             forbids=(facts.KV_STALE,),
             leaves=(facts.KV_WRITTEN, facts.output(self.step)),
+            pools={ledger.PROGRAM: Size.PROGRAM},
         )
 
     def run(self, ctx: WorkerContext) -> Result:

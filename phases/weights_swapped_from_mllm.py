@@ -37,6 +37,7 @@ class WeightsSwappedFromMllm(WorkerPhase):
                 **unshared,
                 ledger.slot_pool(self.slot): Size.NOTHING,
                 ledger.PARAMS: Size.PARAMS,
+                **({ledger.PROGRAM: Size.PROGRAM} if self.probe_tokens else {}),
             },
         )
 

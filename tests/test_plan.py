@@ -157,6 +157,81 @@ def test_a_swap_without_a_probe_while_the_kv_cache_is_dropped_is_accepted():
     assert accepted(names, weights_swapped_from_mllm={"probe_tokens": 0})
 
 
+STREAMED = [*READY, "weights_streamed"]
+
+
+def test_a_generate_a_streamed_swap_and_a_generate_need_no_flush():
+    names = [*STREAMED, "first", "streamed", "again"]
+    options = {"first": {"use": "generate"}, "again": {"use": "generate"}}
+    assert accepted(names, streamed={"use": "weights_streamed", "probe_tokens": 0}, **options)
+
+
+def test_the_probe_of_a_streamed_swap_refuses_a_prefix_cache_in_use_no_more_than_the_swap_itself():
+    names = [*STREAMED, "first", "streamed"]
+    assert accepted(names, streamed={"use": "weights_streamed"}, first={"use": "generate"})
+
+
+@pytest.mark.parametrize("away", ["weights_offloaded", "weights_dropped"])
+def test_a_generate_while_the_weights_are_away_is_refused_with_the_step_that_took_them(away):
+    assert refusal([*STREAMED, away, "again"], again={"use": "generate"}) == (
+        "pipeline: step 'again' needs the engine's weights on the devices, but step "
+        f"'{away}' took it away; put 'weights_restored' or a swap between"
+    )
+
+
+@pytest.mark.parametrize("away", ["weights_offloaded", "weights_dropped"])
+def test_weights_that_are_away_cannot_be_taken_away_again(away):
+    message = refusal([*STREAMED, away, "more"], more={"use": "weights_dropped"})
+    assert f"'more' needs the engine's weights on the devices, but step '{away}'" in message
+
+
+def test_offloaded_weights_are_real_again_after_a_restore():
+    names = [*STREAMED, "weights_offloaded", "weights_restored", "again"]
+    assert accepted(names, again={"use": "generate"})
+
+
+def test_weights_cannot_be_restored_twice_nor_after_a_drop_or_a_swap():
+    swap = {"use": "weights_streamed", "probe_tokens": 0}
+    needs = "needs offloaded weights, but"
+    assert needs in refusal([*STREAMED, "weights_restored"])
+    assert needs in refusal([*STREAMED, "weights_dropped", "weights_restored"])
+    names = [*STREAMED, "weights_offloaded", "swap", "weights_restored"]
+    assert needs in refusal(names, swap=swap)
+
+
+def test_after_a_drop_of_the_weights_either_swap_makes_a_generate_legal():
+    swap = {"use": "weights_streamed", "probe_tokens": 0}
+    names = [*STREAMED, "weights_dropped", "swap", "again"]
+    assert accepted(names, swap=swap, again={"use": "generate"})
+    names = [
+        *STREAMED,
+        "weights_dropped",
+        "mllm_params_cpu_ready",
+        "sglang_param_dict_ready",
+        "weights_swapped_from_mllm",
+        "again",
+    ]
+    probe = {"weights_swapped_from_mllm": {"probe_tokens": 0}}
+    assert accepted(names, again={"use": "generate"}, **probe)
+
+
+@pytest.mark.parametrize("use", ["weights_streamed", "weights_offloaded", "weights_dropped"])
+def test_a_slot_that_shares_the_weights_has_to_be_released_before_they_are_freed(use):
+    assert refusal([*SWAPPED, "it"], it={"use": use}) == (
+        "pipeline: step 'it' must not meet an engine on the arrays of slot 'param_dict', which "
+        "step 'weights_swapped_from_mllm' left; release slot 'param_dict' before it"
+    )
+    assert accepted([*SWAPPED, "after_cleanup", "it"], it={"use": use})
+
+
+def test_the_ledger_follows_the_weights_off_the_devices_and_back():
+    names = [*STREAMED, "weights_offloaded", "weights_restored", "weights_dropped", "swap"]
+    planned = check_order(build(names, swap={"use": "weights_streamed", "probe_tokens": 0}))
+    ledgers = plan_ledgers(planned, SIZES, devices=2)
+    held = [ledger.pools.get(PARAMS) for ledger in ledgers]
+    assert held == [None, P, P, None, P, None, P]
+
+
 def test_a_slot_used_after_its_release_is_refused_with_the_step_that_released_it():
     names = [*SWAPPED, "after_cleanup", "param_sharing_check"]
     assert refusal(names) == (

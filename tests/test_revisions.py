@@ -55,6 +55,10 @@ def test_without_a_revision_the_files_here_are_compared_with_head(repository, si
 def test_overrides_alone_are_compared_with_the_files_here_without_them(sides):
     before, after = sides(["+experiment=tiny"], overrides=["engine.page_size=16"])
     assert before.root == after.root == ROOT
+    assert (before.name, after.name) == (
+        "the files here",
+        "the files here with `engine.page_size=16`",
+    )
     assert list(before.arguments) == ["+experiment=tiny"]
     assert list(after.arguments) == ["+experiment=tiny", "engine.page_size=16"]
 

@@ -5,9 +5,9 @@ its paddings, its batches and its jitted step are the real ones. ``jax.experimen
 describes the TPU, libtpu compiles for it.
 """
 
+import os
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvpipe.engine import compat
 from kvpipe.engine.shapes import abstract_worker, replaced, sharded_leaves
 from kvpipe.errors import KvpipeError
+from kvpipe.records import Program
 from kvpipe.schema import EngineConfig
 
 _MEGACORE = ("v4", "v5p")
+# So that libtpu describes a topology without asking for the machine that it is not on.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    # Nothing is run on a TPU, so its lock is not taken from whoever does run on one.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 class CompileFinding(KvpipeError):
     """The engine's step does not compile for the target: a finding, with what would help."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """A compiled step.
-
-    Attributes:
-        name: ``prefill`` or ``decode``.
-        requests: padded number of requests in the batch.
-        tokens: padded number of new tokens in the batch.
-        code_bytes: bytes of compiled code on each device; they stay for as long as the program.
-        temp_bytes: bytes of temporaries on each device while the step runs.
-        compile_s: seconds that lowering and compiling took.
-    """
-
-    name: str
-    requests: int
-    tokens: int
-    code_bytes: int
-    temp_bytes: int
-    compile_s: float
 
 
 def compile_steps(
@@ -65,20 +54,20 @@ def compile_steps(
     """
     devices = _devices(topology)
     compat.bit_width_of_dtypes()
-    with compat.kernel_sees(devices[0].device_kind):
-        worker = abstract_worker(config, model_dir, _mesh(config, devices), "tpu")
-        prefill_tokens = _padded(prompt_tokens, worker.precompile_token_paddings)
-        batches = [
-            ("prefill", "EXTEND", worker.precompile_bs_paddings[-1], prefill_tokens),
-            ("decode", "DECODE", worker.precompile_bs_paddings[0], None),
-        ]
-        return tuple(
-            _compile(worker, devices, name, mode, requests, tokens or requests)
-            for name, mode, requests, tokens in batches
-        )
+    worker = abstract_worker(config, model_dir, _mesh(config, devices), "tpu")
+    prefill_tokens = _padded(prompt_tokens, worker.precompile_token_paddings)
+    batches = [
+        ("prefill", "EXTEND", worker.precompile_bs_paddings[-1], prefill_tokens),
+        ("decode", "DECODE", worker.precompile_bs_paddings[0], None),
+    ]
+    return tuple(
+        _compile(worker, devices, name, mode, requests, tokens or requests)
+        for name, mode, requests, tokens in batches
+    )
 
 
 def _devices(topology: str) -> list[Any]:
+    os.environ.update(_NO_TPU_HERE)
     chip = topology.partition(":")[0]
     options = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
@@ -105,7 +94,7 @@ def _compile(
     forward_batch, metadata = _batch(worker, mode, requests, tokens)
     state = nnx.split(worker.model_runner.model)[1]
     try:
-        with jax.set_mesh(mesh):
+        with compat.kernel_sees(devices), jax.set_mesh(mesh):
             compiled = (
                 step["jitted_run_model"]
                 .lower(

@@ -117,29 +117,22 @@ def bit_width_of_dtypes() -> None:
 
 
 @contextmanager
-def kernel_sees(device_kind: str) -> Iterator[None]:
-    """Let the attention kernel take ``device_kind`` for the chip that it runs on.
+def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
+    """Let what the engine traces take ``devices`` for those of this machine.
 
-    Defect: the kernel chooses its block sizes by ``jax.devices()``, also when it is compiled for
-    other devices.
-    For: 0.0.2, bd09a87, HEAD. Goes when the kernel asks the mesh that it is lowered for.
+    Defect: the attention kernel chooses its block sizes, and the engine its paths, by
+    ``jax.devices()``, also when it is lowered for other devices.
+    For: 0.0.2, bd09a87, HEAD. Goes when they ask the mesh that they are lowered for.
 
     Args:
-        device_kind: as ``jax.Device.device_kind`` has it, e.g. ``TPU v4`` or ``TPU v5 lite``.
+        devices: the target's devices, as a topology describes them.
     """
-    from sgl_jax.srt.layers.attention.flash_attn_kernel import tuned_block_sizes as kernel
-
-    names = ("get_tpu_version", "get_device_name")
-    originals = {name: getattr(kernel, name) for name in names}
-    version = int(device_kind.removesuffix(" lite").removesuffix("p")[-1])
-    name = " ".join(device_kind.split()[:2])
-    kernel.get_tpu_version = lambda: version
-    kernel.get_device_name = lambda num=None: name if num is None else f"{name}-{num}"
+    original = jax.devices
+    jax.devices = lambda *args, **kwargs: list(devices)
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(kernel, name, original)
+        jax.devices = original
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:

@@ -101,7 +101,9 @@ def _place(model: Any, mesh: Mesh) -> None:
     from flax import nnx
 
     mappings = weight_mappings(model).values()
-    specs = {mapping.target_path: PartitionSpec(*mapping.sharding or ()) for mapping in mappings}
+    specs: dict[str, Any] = {
+        mapping.target_path: PartitionSpec(*mapping.sharding or ()) for mapping in mappings
+    }
 
     def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         spec = specs.get(path_name(path), leaf.sharding.spec)

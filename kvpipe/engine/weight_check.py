@@ -21,7 +21,7 @@ from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
 
 _FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
-_CHUNK_BYTES = 1 << 18  # stays in a core's cache between the two reductions
+_CHUNK_BYTES = 1 << 20  # stays in a core's cache between the two reductions
 _NAMED = 8  # as many names of each kind stand in the message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old checkpoints hold and every model computes itself.
@@ -52,7 +52,7 @@ def check_weights(
         ("of another shape or type", [text for text in misshapen if text]),
     )
     checks = [
-        (leaf.source, in_lane(i, _is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
+        (leaf.source, in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
         for i, leaf in enumerate(leaves.values())
     ]
     infinite = [repr(name) for name, finite in checks if not finite.result()]
@@ -101,7 +101,7 @@ def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, HostArray]) -> s
     )
 
 
-def _is_finite(weight: HostArray, dtype: Any) -> bool:
+def is_finite(weight: HostArray, dtype: Any) -> bool:
     """Whether every value is finite once it is cast to ``dtype``.
 
     An IEEE float is too large exactly if its bits, without the sign, are at least those of the

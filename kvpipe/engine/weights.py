@@ -3,6 +3,9 @@
 A parameter set maps the path of each of the engine's parameters (``transformer.layers.0...``) to a
 device array of the very shape, dtype and sharding that the engine's own leaf has, so that the
 compiled step takes it without a new compilation.
+
+Everything runs on the scheduler's thread, reading and checking too: its loop never sleeps, and two
+threads that copy would wait for Python's lock most of the time.
 """
 
 from collections import deque
@@ -88,17 +91,10 @@ def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: the weights are not complete, not of the engine's shapes or not finite.
+        EngineError: the weights are not complete, not of the engine's shapes or not finite, or the
+            engine stayed busy.
     """
-    table = ParamTable(engine)
-    leaves, blueprint = leaf_sources(engine, table), table.blueprint
-    check_weights(leaves, blueprint, weights)
-    built = {}
-    for path, leaf in leaves.items():
-        source = weights[leaf.source]
-        built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
-        mapped.let_go(source)
-    return built
+    return engine.on_scheduler.call(lambda: _build_now(engine, weights))
 
 
 def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
@@ -135,16 +131,7 @@ def stream(engine: SglangEngine, weights: HfWeights) -> WeightChange:
             engine stayed busy; it keeps its old weights. If placing itself fails, the engine
             refuses to generate until another swap.
     """
-    table = ParamTable(engine)
-    leaves = leaf_sources(engine, table)
-    check_weights(leaves, table.blueprint, weights)
-
-    def exchange() -> WeightChange:
-        engine.flush_now()
-        hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
-        return _replace(engine, table, hosts, lambda p: mapped.let_go(weights[leaves[p].source]))
-
-    return engine.on_scheduler.call(exchange)
+    return engine.on_scheduler.call(lambda: _stream_now(engine, weights))
 
 
 def offload(engine: SglangEngine) -> tuple[WeightChange, HostWeights]:
@@ -203,6 +190,27 @@ def _check_set(blueprint: Mapping[str, Param], new: Mapping[str, Any]) -> None:
             has, needs = getattr(new[path], what), getattr(leaf, what)
             if has != needs:
                 raise EngineError(f"parameter {path!r} has {what} {has}, the engine needs {needs}")
+
+
+def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
+    table = ParamTable(engine)
+    leaves, blueprint = leaf_sources(engine, table), table.blueprint
+    check_weights(leaves, blueprint, weights)
+    built = {}
+    for path, leaf in leaves.items():
+        source = weights[leaf.source]
+        built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
+        mapped.let_go(source)
+    return built
+
+
+def _stream_now(engine: SglangEngine, weights: HfWeights) -> WeightChange:
+    table = ParamTable(engine)
+    leaves = leaf_sources(engine, table)
+    check_weights(leaves, table.blueprint, weights)
+    engine.flush_now()
+    hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
+    return _replace(engine, table, hosts, lambda p: mapped.let_go(weights[leaves[p].source]))
 
 
 def _replace(

@@ -39,10 +39,21 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
             "",
             f"{verdict(plan)}.",
             "",
+            *(f"- {line}" for line in compiled(plan)),
+            *([""] if plan.programs else []),
             *markdown_table(heading, rows),
             "",
         ]
     )
+
+
+def compiled(plan: RunPlanned) -> list[str]:
+    """Return one line for each of the engine's steps that was compiled for the target."""
+    return [
+        f"`{program.name}` of {program.requests} requests and {program.tokens} tokens compiles: "
+        f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries a device"
+        for program in plan.programs
+    ]
 
 
 def verdict(plan: RunPlanned) -> str:

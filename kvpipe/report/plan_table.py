@@ -5,9 +5,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from kvpipe.ledger import KV, PARAMS, slot_pool
+from kvpipe.ledger import KV, PARAMS, PROGRAM, slot_pool
 from kvpipe.records import PlannedPhase, RunPlanned
-from kvpipe.report.plan import verdict
+from kvpipe.report.plan import compiled, verdict
 from kvpipe.units import gib
 
 _NONE = "–"
@@ -28,12 +28,14 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         box=None,
     )
     table.add_column("phase", no_wrap=True)
-    for name in ("params", "kv", "slots", "total", "fullest device"):
+    for name in ("params", "kv", "slots", "program", "total", "fullest device"):
         table.add_column(name, justify="right", no_wrap=name != "fullest device")
     for phase in plan.phases:
         style = "bold" if phase.name == plan.fit.peak_phase else ""
         table.add_row(phase.name, *_cells(phase), style=style)
     console.print(table)
+    for line in compiled(plan):
+        console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
     # The terminal wraps, not rich: people copy names and numbers.
     told = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
     console.print(told, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
@@ -41,6 +43,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
 
 def _cells(phase: PlannedPhase) -> list[str]:
     slots = sum(size for pool, size in phase.pools.items() if pool.startswith(slot_pool("")))
-    sizes = (phase.pools.get(PARAMS), phase.pools.get(KV), slots or None)
+    pools = phase.pools
+    sizes = (pools.get(PARAMS), pools.get(KV), slots or None, pools.get(PROGRAM))
     shown = [_NONE if size is None else gib(size) for size in sizes]
     return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]

@@ -1,4 +1,4 @@
-"""Make tests/golden/tiny_float32.json: what Hugging Face transformers says the tiny model answers.
+"""Make tests/golden/*.json: what Hugging Face transformers says that tiny models answer.
 
 Run it by hand when kvpipe.checkpoints.tiny gives other bytes (its FORMAT_VERSION went up), under a
 Python that has torch, which kvpipe itself never installs:
@@ -22,16 +22,39 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvpipe.checkpoints import tiny
 
-OUTPUT = Path(__file__).with_name("tiny_float32.json")
+SPECS = {
+    "tiny_float32": {},
+    "qwen2_untied_float32": {"num_key_value_heads": 1, "tie_word_embeddings": False},
+    "qwen3_float32": {"architecture": "Qwen3ForCausalLM"},
+    "llama_float32": {
+        "architecture": "LlamaForCausalLM",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
 PROMPTS = ("Hello", "The KV cache is dropped and rebuilt.")
 NEW_TOKENS = 64
 
 
 def main() -> None:
-    spec = tiny.TinyModel(torch_dtype="float32")
+    for name, options in SPECS.items():
+        golden = _golden(tiny.TinyModel(torch_dtype="float32", **options))
+        text = json.dumps(golden, indent=1, ensure_ascii=False) + "\n"
+        Path(__file__).with_name(f"{name}.json").write_text(text, encoding="utf-8")
+        for answer in golden["answers"]:
+            ids, gaps = answer["output_ids"], answer["gaps"]
+            print(
+                f"{name} {answer['prompt']!r}: {len(set(ids))} distinct ids of {len(ids)}, "
+                f"smallest gap {min(gaps)} at step {gaps.index(min(gaps))}, "
+                f"same in bfloat16 for {answer['same_in_bfloat16']} steps; text {answer['text']!r}"
+            )
+
+
+def _golden(spec: tiny.TinyModel) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         directory = tiny.ensure(spec, Path(cache))
-        golden = {
+        return {
             "spec": asdict(spec),
             "format_version": tiny.FORMAT_VERSION,
             "checkpoint_sha256": _sha256(directory / "model.safetensors"),
@@ -42,14 +65,6 @@ def main() -> None:
             "new_tokens": NEW_TOKENS,
             "answers": _answers(directory),
         }
-    OUTPUT.write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for answer in golden["answers"]:
-        ids, gaps = answer["output_ids"], answer["gaps"]
-        print(
-            f"{answer['prompt']!r}: {len(set(ids))} distinct ids of {len(ids)}, "
-            f"smallest gap {min(gaps)} at step {gaps.index(min(gaps))}, "
-            f"same in bfloat16 for {answer['same_in_bfloat16']} steps; text {answer['text']!r}"
-        )
 
 
 def _answers(directory: Path) -> list[dict]:
