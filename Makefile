@@ -14,7 +14,7 @@ empty :=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run plans test test-fast lint format lock clean env
+.PHONY: help run plans test test-fast bench lint format lock clean env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: env ## run every test, the ones that start an engine included
 
 test-fast: env ## run the tests that start no engine
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: env ## measure KV cache and weights; the last line is JSON: make bench ARGS=weights
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: env ## check style, types and the layer rules
 	@$(BIN)/ruff check .

@@ -4,7 +4,6 @@ All ways start from the same files in the page cache and are measured in turns. 
 in a turn of its own, since sampling it costs time.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.devices import DEVICES
 from benchmarks.sampling import Peak, device_bytes, rss_bytes
 from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
 from kvpipe.checkpoints.safetensors import Checkpoint
@@ -22,7 +22,8 @@ from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.engine import compat, memory, sglang, weights
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.weight_map import EngineView, leaf_sources
-from kvpipe.schema import EngineConfig
+from kvpipe.model_dir import cache_dir
+from kvpipe.schema import EngineConfig, Kvpipe
 
 MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
     hidden_size=2048,
@@ -32,7 +33,7 @@ MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat
     intermediate_size=11008,
     vocab_size=4096,
 )
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kvpipe"
+CACHE = cache_dir(Kvpipe())
 TURNS = 5
 WHOLE = (slice(None), slice(None))
 
@@ -53,7 +54,7 @@ def measure() -> dict[str, float]:
             if turn:  # the first turn warms up
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    set_bytes = sum(memory.bytes_of(weights.parameters(engine).values()))
+    set_bytes = weights.live_bytes(engine)
     peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
     engine.shut_down()
     host_bytes = Checkpoint.open(directory).nbytes
@@ -75,6 +76,7 @@ def measure() -> dict[str, float]:
 def _config() -> EngineConfig:
     return EngineConfig(
         device="cpu",
+        tp_size=DEVICES,
         max_total_tokens=1024,
         context_length=256,
         max_running_requests=2,
@@ -92,6 +94,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
     def swap() -> None:
         weights.stream(engine, Checkpoint.open(directory))
 
+    # The others run on the scheduler's thread too: its loop never sleeps, and would take its share.
     def engine_loader() -> None:
         model = _abstract_model(engine)
         model.load_weights(engine.runner.model_config, jax.random.key(0))
@@ -115,9 +118,9 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
 
     return {
         "swap": swap,
-        "engine_loader": engine_loader,
-        "placement": placement,
-        "copy": copy,
+        "engine_loader": lambda: engine.on_scheduler.call(engine_loader),
+        "placement": lambda: engine.on_scheduler.call(placement),
+        "copy": lambda: engine.on_scheduler.call(copy),
         "sop_path": sop_path,
     }
 

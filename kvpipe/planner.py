@@ -128,7 +128,7 @@ def _programs(job: Mapping[str, Any], config: Kvpipe, target: Target) -> tuple[P
     """
     if not config.plan.compile:
         return ()
-    from kvpipe import program_cache
+    from kvpipe.engine import program_cache
 
     engine = replace(config.engine, device=CPU)
     return program_cache.compiled(

@@ -39,7 +39,10 @@ class WeightsStreamed(WorkerPhase):
                 facts.KV_OFFLOADED,
                 facts.WEIGHTS_OFFLOADED,
             ),
-            pools={ledger.PARAMS: Size.PARAMS},
+            pools={
+                ledger.PARAMS: Size.PARAMS,
+                **({ledger.PROGRAM: Size.PROGRAM} if self.probe_tokens else {}),
+            },
         )
 
     def run(self, ctx: WorkerContext) -> Result:

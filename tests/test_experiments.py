@@ -49,7 +49,14 @@ PHASES = {
 }
 RUNNER = {"isolate": True, "idle_timeout_s": 60.0, "shutdown_timeout_s": 60.0}
 
-PLAN = {"enforce": True, "format": "table", "target": None, "file": None}
+PLAN = {
+    "enforce": True,
+    "format": "table",
+    "target": None,
+    "file": None,
+    "compile": False,
+    "prompt_tokens": None,
+}
 COMPARE = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
 TINY = {
     "experiment": "tiny",

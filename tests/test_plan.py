@@ -11,7 +11,7 @@ from tests.helpers_config import build, default_names
 
 # Bytes per device of a parameter set and of the KV cache; no sum of some equals one of another.
 P, K = (1_000, 1_001), (30_000, 30_000)
-SIZES = {Size.PARAMS: P, Size.KV: K}
+SIZES = {Size.PARAMS: P, Size.KV: K, Size.PROGRAM: (0, 0)}
 DICT, DICT2 = slot_pool("param_dict"), slot_pool("param_dict2")
 
 READY = ["jax_ready", "engine_ready_dummy"]

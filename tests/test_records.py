@@ -24,7 +24,9 @@ names = st.text(min_size=1)
 sizes = st.integers(min_value=0, max_value=1 << 50)
 times = st.floats(min_value=0, max_value=1e9)
 pools = st.dictionaries(names, sizes, max_size=4)
-scalars = st.none() | st.booleans() | sizes | st.floats(allow_nan=False) | st.text()
+scalars = (
+    st.none() | st.booleans() | sizes | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)
 json_values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -35,7 +37,9 @@ memories = st.builds(
     Memory,
     sizes,
     sizes,
-    st.lists(st.dictionaries(st.sampled_from(SUMMARY_FIELDS) | names, sizes), max_size=4),
+    st.lists(st.dictionaries(st.sampled_from(SUMMARY_FIELDS) | names, sizes), max_size=4).map(
+        tuple
+    ),
     st.sampled_from(["device", "live_arrays", None]),
 )
 phase_records = st.builds(
@@ -49,6 +53,7 @@ phase_records = st.builds(
     ledger=pools,
     plan_error_bytes=pools,
     compilations=st.integers(0, 99),
+    compile_s=times,
     checks=st.lists(checks, max_size=3).map(tuple),
     fields=st.dictionaries(names.filter(lambda n: n not in KNOWN_KEYS), json_values, max_size=4),
 )
@@ -107,6 +112,7 @@ def test_the_json_of_a_phase_has_the_scripts_names():
         "ledger": {"kv": 12},
         "plan_error_bytes": {"kv": 0},
         "compilations": 2,
+        "compile_s": 0.0,
         "checks": [{"name": "freed", "expected": 1, "actual": 2, "passed": False, "detail": "why"}],
         "drop_info": {"deleted_buffers": 3},
     }
@@ -134,6 +140,7 @@ def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
         "mem/process/rss_bytes": 10,
         "mem/process/peak_rss_bytes": 20,
         "compile/count": 2,
+        "compile/seconds": 0.0,
         "mem/jax/bytes_in_use_sum": 5,
         "mem/jax/bytes_in_use_min": 5,
         "mem/jax/bytes_in_use_max": 5,
@@ -181,3 +188,14 @@ def test_the_last_record_says_how_the_run_ended():
         "error": "no",
         "wandb": {},
     }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_json_does_not_have_is_refused_and_not_written(value):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        dumps(a_record(fields={"it": value}))
+
+
+def test_a_phase_must_not_report_under_a_name_that_the_record_has():
+    with pytest.raises(ValueError, match=r"phase 'p' reports \['ledger'\]"):
+        a_record(fields={"ledger": {}}).to_json()

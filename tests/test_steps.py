@@ -52,7 +52,8 @@ def test_the_steps_stand_in_the_order_of_the_pipeline_under_their_own_names():
 def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
     options = {step.step: (type(step).__name__, asdict(step)) for step in build(default_names())}
     sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False}
-    generate = sampling | {"weights": "real", "log_text": True}
+    control = {"aa_control": False, "same_cached_tokens_as": None}
+    generate = sampling | control | {"weights": "real", "log_text": True}
     nothing = {"slots": (), "host": ()}
     expected = {
         "wandb_init": ("WandbInit", {}),
@@ -164,7 +165,8 @@ def test_options_for_a_step_that_is_not_in_the_pipeline_are_refused_with_the_nea
 
 def test_an_unknown_option_is_refused_with_the_nearest():
     assert refusal(["it"], {"it": {"use": "generate", "max_tokens": 4}}) == (
-        "phases.it.max_tokens: generate has no option 'max_tokens'; did you mean 'max_new_tokens'?"
+        "phases.it.max_tokens: generate has no option 'max_tokens'; "
+        "did you mean 'max_new_tokens' or 'same_cached_tokens_as'?"
     )
 
 

@@ -69,7 +69,7 @@ def fit(hbm_bytes, params, token_bytes, page_size, tokens, fraction):
     """Return the fit of the default pipeline on one device."""
     kv_bytes = token_bytes * (tokens + page_size)
     planned = check_order(build(default_names()))
-    sizes = {Size.PARAMS: (params,), Size.KV: (kv_bytes,)}
+    sizes = {Size.PARAMS: (params,), Size.KV: (kv_bytes,), Size.PROGRAM: (0,)}
     ledgers = plan_ledgers(planned, sizes, devices=1)
     engine_bytes = engine_kv_bytes(hbm_bytes, params, fraction)
     return judge(planned, ledgers, hbm_bytes, KvCapacity(kv_bytes, tokens, page_size, engine_bytes))
@@ -117,6 +117,8 @@ def test_the_engine_plans_with_its_share_of_the_memory_less_its_parameters():
 
 def test_a_pipeline_without_an_engine_is_never_cut():
     planned = check_order(build(["jax_ready"]))
-    ledgers = plan_ledgers(planned, {Size.PARAMS: (1,), Size.KV: (1,)}, devices=1)
+    ledgers = plan_ledgers(
+        planned, {Size.PARAMS: (1,), Size.KV: (1,), Size.PROGRAM: (1,)}, devices=1
+    )
     assert ledgers[0].of(PARAMS) == ledgers[0].of(KV) == (0,)
     assert judge(planned, ledgers, 10, KvCapacity(100, 99, 1, engine_bytes=0)).fits

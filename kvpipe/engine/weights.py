@@ -44,8 +44,8 @@ _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap othe
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
 # Where the devices' memory is the host's, its allocator keeps some of the old leaves for each thread;
-# it gives them back after as many of the largest leaves.
-_LEAVES_UNTRIMMED = 3
+# it has to give them back after as many of the largest leaves.
+_LEAVES_UNTRIMMED = 1
 
 HfWeights = Mapping[str, HostArray]
 

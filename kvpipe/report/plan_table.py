@@ -28,11 +28,12 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         box=None,
     )
     table.add_column("phase", no_wrap=True)
-    for name in ("params", "kv", "slots", "program", "total", "fullest device"):
+    columns = ["params", "kv", "slots", *(["program"] if plan.programs else [])]
+    for name in (*columns, "total", "fullest device"):
         table.add_column(name, justify="right", no_wrap=name != "fullest device")
     for phase in plan.phases:
         style = "bold" if phase.name == plan.fit.peak_phase else ""
-        table.add_row(phase.name, *_cells(phase), style=style)
+        table.add_row(phase.name, *_cells(phase, bool(plan.programs)), style=style)
     console.print(table)
     for line in compiled(plan):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
@@ -41,9 +42,11 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     console.print(told, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
 
 
-def _cells(phase: PlannedPhase) -> list[str]:
+def _cells(phase: PlannedPhase, with_program: bool) -> list[str]:
     slots = sum(size for pool, size in phase.pools.items() if pool.startswith(slot_pool("")))
     pools = phase.pools
-    sizes = (pools.get(PARAMS), pools.get(KV), slots or None, pools.get(PROGRAM))
+    sizes = [pools.get(PARAMS), pools.get(KV), slots or None]
+    if with_program:
+        sizes.append(pools.get(PROGRAM))
     shown = [_NONE if size is None else gib(size) for size in sizes]
     return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]
