@@ -1,6 +1,9 @@
 """Load the checkpoint as an MLLM-JAX parameter tree on the host."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from kvpipe import facts
 from kvpipe.context import WorkerContext
@@ -9,15 +12,17 @@ from kvpipe.phase import Effect, Result, WorkerPhase
 
 @dataclass(frozen=True)
 class MllmParamsCpuReady(WorkerPhase):
-    """Load the tree; its leaves are views of the mapped files.
+    """Load the tree; its leaves are views of the mapped files, or what orbax read.
 
     Attributes:
         name: what later steps call the tree.
         dtype: cast to this dtype while loading; None keeps the checkpoint's.
+        orbax: directory of a tree that orbax has saved, instead of the model's own files.
     """
 
     name: str = "mllm"
     dtype: str | None = None
+    orbax: str | None = None
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave the host tree."""
@@ -31,8 +36,16 @@ class MllmParamsCpuReady(WorkerPhase):
             InputError: the checkpoint is not there or damaged.
         """
         from kvpipe.checkpoints import mllm
-        from kvpipe.checkpoints.safetensors import Checkpoint
 
-        tree = mllm.tree_from_checkpoint(Checkpoint.open(ctx.model_dir), self.dtype)
+        tree = mllm.tree_from_checkpoint(self._weights(ctx), self.dtype)
         ctx.host[self.name] = tree
         return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})
+
+    def _weights(self, ctx: WorkerContext) -> Mapping[str, Any]:
+        from kvpipe.checkpoints.mllm import HfView
+        from kvpipe.checkpoints.orbax_tree import read_tree
+        from kvpipe.checkpoints.safetensors import Checkpoint
+
+        if self.orbax is None:
+            return Checkpoint.open(ctx.model_dir)
+        return HfView(read_tree(Path(self.orbax).expanduser()))

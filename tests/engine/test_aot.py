@@ -1,0 +1,103 @@
+"""Compiling for a TPU on a machine that has none: real libtpu, real kernel, the tiny model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import engine_config
+
+pytestmark = pytest.mark.slow
+
+TARGET = "v4:2x2x1"
+
+
+@pytest.fixture(scope="module")
+def compiled(four_devices: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model's steps, compiled for a v4-8, and the cache that they were put into."""
+    from kvpipe.engine import program_cache
+
+    cache = tmp_path_factory.mktemp("cache")
+    programs = program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, cache)
+    return programs, cache
+
+
+def test_prefill_and_decode_compile_with_the_engines_own_paddings(compiled: Any) -> None:
+    prefill, decode = compiled[0]
+    assert (prefill.name, prefill.requests, prefill.tokens) == ("prefill", 2, 128)
+    assert (decode.name, decode.requests, decode.tokens) == ("decode", 1, 1)
+    assert prefill.code_bytes > 100_000
+    assert decode.code_bytes > 100_000
+
+
+def test_the_same_steps_come_from_the_cache_without_a_compilation(
+    compiled: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.engine import aot, program_cache
+
+    monkeypatch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
+    programs, cache = compiled
+    assert program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, cache) == programs
+
+
+def test_another_capacity_or_prompt_is_another_program(compiled: Any, tiny_dir: Path) -> None:
+    from kvpipe.engine import aot, program_cache
+
+    asked: list[Any] = []
+    _, cache = compiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "compile_steps", lambda *args: asked.append(args) or ())
+        config = replace(engine_config(), max_total_tokens=512)
+        program_cache.compiled(config, tiny_dir, TARGET, 100, cache)
+        program_cache.compiled(engine_config(), tiny_dir, TARGET, 20, cache)
+        program_cache.compiled(engine_config(), tiny_dir, "v5e:2x2x1", 100, cache)
+    assert len(asked) == 3
+
+
+def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
+    four_devices: None, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own limit keeps from it; without that limit the compiler says no."""
+    from kvpipe.engine import aot, compat
+
+    with compat.pytree_registered_twice():
+        from sgl_jax.srt.layers.attention.flashattention_backend import FlashAttention
+
+    many = staticmethod(lambda context_len, page_size: 512)
+    monkeypatch.setattr(FlashAttention, "get_max_running_reqests", many)
+    config = replace(
+        engine_config(),
+        context_length=2048,
+        max_running_requests=512,
+        max_prefill_tokens=1024,
+        max_total_tokens=4096,
+    )
+    with pytest.raises(aot.CompileFinding) as caught:
+        aot.compile_steps(config, tiny_dir, TARGET, 100)
+    assert "the prefill step of 512 requests" in str(caught.value)
+    assert "does not compile for TPU v4: RESOURCE_EXHAUSTED" in str(caught.value)
+    assert "a larger engine.page_size" in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
+    tmp_path: Path,
+) -> None:
+    from tests.test_run import kvpipe
+
+    plan = kvpipe(
+        tmp_path,
+        "plan",
+        "engine.tp_size=4",
+        f"plan.target={TARGET}",
+        "plan.compile=true",
+        "plan.format=json",
+    )
+    assert plan.exit_code == 0, plan.stderr
+    phases = {phase["name"]: phase["pools"] for phase in json.loads(plan.stdout)["phases"]}
+    assert "program" not in phases["sglang_param_dict_ready"]
+    code = phases["weights_swapped_from_mllm"]["program"]
+    assert code > 400_000
+    assert phases["after_drop_param_dict2"]["program"] == code
