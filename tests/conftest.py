@@ -51,9 +51,9 @@ def tiny_weights(tiny_dir: Path) -> Checkpoint:
     return Checkpoint.open(tiny_dir)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def start_engine(four_devices: None) -> Iterator[StartEngine]:
-    """Start an engine with options over small defaults; all are shut down at the end."""
+    """Start engines of a test's own, with options over small defaults; they end with the test."""
     from kvpipe.engine import sglang
 
     started: list[sglang.SglangEngine] = []
@@ -83,9 +83,13 @@ def engine_config(**options: Any) -> EngineConfig:
 
 
 @pytest.fixture(scope="session")
-def engine(start_engine: StartEngine, tiny_dir: Path) -> Any:
+def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
     """A shared bfloat16 engine that was started with dummy weights."""
-    return start_engine(tiny_dir)
+    from kvpipe.engine import sglang
+
+    shared = sglang.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)
+    yield shared
+    shared.shut_down()
 
 
 @pytest.fixture

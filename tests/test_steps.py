@@ -59,7 +59,10 @@ def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
         "wandb_init": ("WandbInit", {}),
         "jax_ready": ("JaxReady", {}),
         "engine_ready_dummy": ("EngineReadyDummy", {"load_format": "dummy"}),
-        "mllm_params_cpu_ready": ("MllmParamsCpuReady", {"name": "mllm", "dtype": None}),
+        "mllm_params_cpu_ready": (
+            "MllmParamsCpuReady",
+            {"name": "mllm", "dtype": None, "orbax": None},
+        ),
         "sglang_param_dict_ready": ("ParamDict", {"slot": "param_dict", "source": "mllm"}),
         "weights_swapped_from_mllm": (
             "WeightsSwappedFromMllm",

@@ -16,6 +16,7 @@ from kvpipe.engine.failure import FailureWatch
 from kvpipe.errors import EngineError
 
 _POLL_S = 0.05
+_IDLE_SLEEP_S = 0.001
 
 
 class SchedulerThread:
@@ -65,6 +66,10 @@ class SchedulerThread:
 
     def _process_requests_then_ours(self, requests: list[Any]) -> None:
         self._process_requests(requests)
+        if not requests and self._queue.empty() and self._is_idle():
+            # The engine's loop spins while it is idle: it would take a core, and Python's lock,
+            # from the phase that is running.
+            time.sleep(_IDLE_SLEEP_S)
         while not self._queue.empty() and self._is_idle():
             function, future = self._queue.get()
             if not future.set_running_or_notify_cancel():
