@@ -16,6 +16,7 @@ from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
 from kvpipe.phase import Result, WorkerPhase
 from kvpipe.records import Check, PhaseRecord, RunPlanned
+from kvpipe.schema import PlanConfig
 
 
 class CheckFailed(KvpipeError):
@@ -102,11 +103,15 @@ class _Loop:
         duration_s = time.monotonic() - self._step_began
         compiled = self._compiles.take()
         measured = probe.measure(self._ctx)
-        errors = differences(job.planned, measured.ledger) if measured.ledger else {}
         cycle = self._cycles.compare(job.phase.step, measured)
         checks = (*result.checks, *cycle.checks)
-        if measured.ledger and self._ctx.config.plan.enforce:
-            checks += _plan_checks(job.planned, measured.ledger, errors)
+        errors: dict[str, int] = {}
+        if measured.ledger:
+            errors = differences(job.planned, measured.ledger)
+            if self._ctx.config.plan.enforce:
+                checks += _plan_checks(job.planned, measured.ledger, errors)
+                checks += (_total_check(job.planned, measured.ledger, self._ctx.config.plan),)
+            errors["total"] = measured.ledger.total_bytes - job.planned.total_bytes
         return PhaseRecord(
             phase=job.phase.step,
             use=job.use,
@@ -148,6 +153,18 @@ def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -
         if not off or planned.sum_of(pool) != measured.sum_of(pool)
         else Check(f"plan/{pool}_bytes", planned.of(pool), measured.of(pool), False, "per device")
         for pool, off in errors.items()
+    )
+
+
+def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check:
+    """Return the check that the total is the planned one, but for the stated allowance."""
+    off = measured.total_bytes - planned.total_bytes
+    return Check(
+        "plan/total_bytes",
+        planned.total_bytes,
+        measured.total_bytes,
+        abs(off) <= config.allowance_bytes,
+        f"{off:+} bytes, plan.allowance_bytes is {config.allowance_bytes}",
     )
 
 

@@ -248,6 +248,9 @@ class PlanConfig:
 
     Attributes:
         enforce: refuse a run that cannot fit, and fail one whose plan was wrong.
+        allowance_bytes: bytes over all devices by which the total after a phase may differ from the
+            planned one. It is for what a run does not plan: compiled programs, the sampler's and
+            the runtime's small buffers. Parameters, KV cache and slots have none.
         format: how ``kvpipe plan`` prints.
         target: what ``kvpipe plan`` plans for: ``cpu`` (this host) or a chip and its topology, e.g.
             ``v5e:2x2x1``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
@@ -260,6 +263,7 @@ class PlanConfig:
     """
 
     enforce: bool = True
+    allowance_bytes: int = 512 * 1024**2
     format: PlanFormat = PlanFormat.table
     target: str | None = None
     file: str | None = None

@@ -51,6 +51,7 @@ RUNNER = {"isolate": True, "idle_timeout_s": 60.0, "shutdown_timeout_s": 60.0}
 
 PLAN = {
     "enforce": True,
+    "allowance_bytes": 512 * 1024**2,
     "format": "table",
     "target": None,
     "file": None,
