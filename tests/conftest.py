@@ -4,6 +4,7 @@ The test process has four virtual CPU devices, so every engine here has tensor p
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ def four_devices() -> None:
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    import absl.logging
     import jax
 
+    # absl, which the engine imports, closes the stream of its log handler when another test sets
+    # logging up anew; that stream would be the one with which pytest captures output.
+    absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     assert jax.device_count() == DEVICES, "another test imported jax before this fixture"
     os.environ.clear()
     os.environ.update(before)
