@@ -72,6 +72,7 @@ def test_make_help_is_the_default_and_lists_every_target(arguments):
         "plans",
         "test",
         "test-fast",
+        "bench",
         "lint",
         "format",
         "lock",
