@@ -14,6 +14,7 @@ from kvpipe.cycles import Cycles
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
+from kvpipe.measurement import Measurement
 from kvpipe.phase import Result, WorkerPhase
 from kvpipe.records import Check, PhaseRecord, RunPlanned
 from kvpipe.schema import PlanConfig
@@ -100,8 +101,7 @@ class _Loop:
 
     def record(self, job: Job, result: Result) -> PhaseRecord:
         """Measure after a step, compare with the plan and with the cycle before."""
-        duration_s = time.monotonic() - self._step_began
-        compiled = self._compiles.take()
+        timed = self._timed(job)
         measured = probe.measure(self._ctx)
         cycle = self._cycles.compare(job.phase.step, measured)
         checks = (*result.checks, *cycle.checks)
@@ -113,37 +113,43 @@ class _Loop:
                 checks += (_total_check(job.planned, measured.ledger, self._ctx.config.plan),)
             errors["total"] = measured.ledger.total_bytes - job.planned.total_bytes
         return PhaseRecord(
-            phase=job.phase.step,
-            use=job.use,
-            idx=job.idx,
-            elapsed_s=self._elapsed_s(),
-            duration_s=round(duration_s, 6),
-            memory=measured.memory,
-            ledger=measured.ledger.totals() if measured.ledger else {},
+            **timed,
+            **self._placed(measured),
             plan_error_bytes=errors,
-            compilations=compiled.count,
-            compile_s=round(compiled.seconds, 6),
             checks=checks,
             fields={**result.fields, **cycle.fields},
         )
 
     def failure_record(self, job: Job, error: Exception) -> PhaseRecord:
         """Measure after a step that failed, without waiting for the engine to settle."""
-        duration_s = time.monotonic() - self._step_began
+        timed = self._timed(job)
         measured = probe.measure(self._ctx, settle=False)
         return PhaseRecord(
-            phase=job.phase.step,
-            use=job.use,
-            idx=job.idx,
-            elapsed_s=self._elapsed_s(),
-            duration_s=round(duration_s, 6),
-            memory=measured.memory,
-            ledger=measured.ledger.totals() if measured.ledger else {},
+            **timed,
+            **self._placed(measured),
             checks=(Check(job.phase.step, "completed", type(error).__name__, False, str(error)),),
         )
 
-    def _elapsed_s(self) -> float:
-        return round(time.time() - self._run_began, 6)
+    def _timed(self, job: Job) -> dict[str, Any]:
+        """Stop the clock and the count of a step; return what they say, by the record's names."""
+        duration_s = time.monotonic() - self._step_began
+        compiled = self._compiles.take()
+        return {
+            "phase": job.phase.step,
+            "use": job.use,
+            "idx": job.idx,
+            "duration_s": round(duration_s, 6),
+            "compilations": compiled.count,
+            "compile_s": round(compiled.seconds, 6),
+        }
+
+    def _placed(self, measured: Measurement) -> dict[str, Any]:
+        """Return a measurement and the time of it, by the record's names."""
+        return {
+            "elapsed_s": round(time.time() - self._run_began, 6),
+            "memory": measured.memory,
+            "ledger": measured.ledger.totals() if measured.ledger else {},
+        }
 
 
 def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -> tuple[Check, ...]:

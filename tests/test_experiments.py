@@ -11,28 +11,11 @@ from kvpipe.plan import check_order
 from kvpipe.prompt import read_prompt
 from kvpipe.steps import build_steps
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, config_of
+from tests.sop import STEPS
 
 # The SOP's script gives the prompt as base64; this is the SHA-256 of what that decodes to.
 SOP_SHA256 = "a25011bf8712b7c88b7a65496b98056b95462ed9225228d72c9c1bc17a2362f0"
 
-PIPELINE = [
-    "wandb_init",
-    "jax_ready",
-    "engine_ready_dummy",
-    "mllm_params_cpu_ready",
-    "sglang_param_dict_ready",
-    "weights_swapped_from_mllm",
-    "param_sharing_check",
-    "after_cleanup",
-    "generate_result",
-    "flush_cache_before_kv_drop",
-    "kv_cache_dropped",
-    "sglang_param_dict2_ready",
-    "after_drop_mllm_params_cpu",
-    "kv_cache_rebuilt",
-    "generate_result_after_kv_rebuild",
-    "after_drop_param_dict2",
-]
 PHASES = {
     "sglang_param_dict_ready": {"use": "param_dict", "slot": "param_dict"},
     "after_cleanup": {"use": "release", "slots": ["param_dict"]},
@@ -61,7 +44,7 @@ PLAN = {
 COMPARE = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
 TINY = {
     "experiment": "tiny",
-    "pipeline": PIPELINE,
+    "pipeline": STEPS,
     "phases": PHASES,
     "repeat": None,
     "model": {
@@ -126,7 +109,7 @@ TINY = {
 
 BIGKV = {
     "experiment": "qwen25_3b_bigkv",
-    "pipeline": PIPELINE,
+    "pipeline": STEPS,
     "phases": PHASES,
     "repeat": None,
     "model": {
@@ -224,7 +207,7 @@ def test_the_param_swap_keeps_the_dict_through_the_generate_and_drops_it_then():
     assert compose_plain("+experiment=qwen25_3b_param_swap") == BIGKV | {
         "experiment": "qwen25_3b_param_swap",
         "pipeline": [
-            *PIPELINE[:7],
+            *STEPS[:7],
             "before_generate_param_dict_kept",
             "generate_result",
             "after_drop_param_dict",

@@ -19,29 +19,12 @@ from typing import Any
 import pytest
 
 from tests.sinks import wandb_file
+from tests.sop import STEPS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FAKE_KEY = "0123456789abcdef" * 2 + "deadbeef"
-STEPS = [
-    "wandb_init",
-    "jax_ready",
-    "engine_ready_dummy",
-    "mllm_params_cpu_ready",
-    "sglang_param_dict_ready",
-    "weights_swapped_from_mllm",
-    "param_sharing_check",
-    "after_cleanup",
-    "generate_result",
-    "flush_cache_before_kv_drop",
-    "kv_cache_dropped",
-    "sglang_param_dict2_ready",
-    "after_drop_mllm_params_cpu",
-    "kv_cache_rebuilt",
-    "generate_result_after_kv_rebuild",
-    "after_drop_param_dict2",
-]
 PARAMS = 17_863_680
 KV = 3 * (2048 + 1) * 2 * 4 * 128 * 2
 

@@ -3,25 +3,8 @@
 import hashlib
 
 from kvpipe.records import Check, Memory, PhaseRecord, RunFinished, check_equal
+from tests.sop import STEPS
 
-STEPS = [
-    "wandb_init",
-    "jax_ready",
-    "engine_ready_dummy",
-    "mllm_params_cpu_ready",
-    "sglang_param_dict_ready",
-    "weights_swapped_from_mllm",
-    "param_sharing_check",
-    "after_cleanup",
-    "generate_result",
-    "flush_cache_before_kv_drop",
-    "kv_cache_dropped",
-    "sglang_param_dict2_ready",
-    "after_drop_mllm_params_cpu",
-    "kv_cache_rebuilt",
-    "generate_result_after_kv_rebuild",
-    "after_drop_param_dict2",
-]
 PROMPT = 'Say "<b>hi</b>" & 你好\r\nthen stop.'
 OUTPUT = "<script>1 && 2</script>\u2028" + "tokens " * 30
 KV_BYTES, PARAM_BYTES = 9_663_750_144, 6_248_972_288
