@@ -33,6 +33,17 @@ def shared(name: str) -> str:
     return f"shared:{name}"
 
 
+def kv_tokens(tokens: int) -> str:
+    """Fact: the KV cache has a capacity of ``tokens``, which is not ``engine.max_total_tokens``."""
+    return f"kv_tokens:{tokens}"
+
+
+def own_kv_tokens(facts: frozenset[str]) -> int | None:
+    """Return the capacity of a KV cache that was rebuilt to one of its own, else None."""
+    prefix = kv_tokens(0).removesuffix("0")
+    return next((int(f.removeprefix(prefix)) for f in facts if f.startswith(prefix)), None)
+
+
 def shared_slots(facts: frozenset[str]) -> list[str]:
     """Return the slots whose arrays the engine computes with."""
     prefix = shared("")

@@ -27,6 +27,20 @@ class Size(StrEnum):
 
 
 @dataclass(frozen=True)
+class KvTokens:
+    """The size of a KV cache of another capacity than ``engine.max_total_tokens``.
+
+    Attributes:
+        tokens: its capacity; the engine gives whole pages of it.
+    """
+
+    tokens: int
+
+
+PoolSize = Size | KvTokens
+
+
+@dataclass(frozen=True)
 class Effect:
     """What a phase does to the state: declared, so that it can be folded without running it.
 
@@ -42,7 +56,7 @@ class Effect:
     forbids: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
-    pools: Mapping[str, Size] = field(default_factory=dict)
+    pools: Mapping[str, PoolSize] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

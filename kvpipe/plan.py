@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvpipe.errors import InputError
-from kvpipe.facts import meaning
+from kvpipe.facts import meaning, own_kv_tokens
 from kvpipe.ledger import KV, Ledger, PerDevice
-from kvpipe.phase import Effect, Phase, Size
+from kvpipe.phase import Effect, KvTokens, Phase, PoolSize, Size
 from kvpipe.records import Fit, PlannedPhase, RunPlanned
 
 
@@ -102,8 +102,14 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
     return tuple(planned)
 
 
+def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
+    """Return the capacities in tokens that steps rebuild the KV cache to by themselves."""
+    held = (size for item in planned for size in item.effect.pools.values())
+    return frozenset(size.tokens for size in held if isinstance(size, KvTokens))
+
+
 def plan_ledgers(
-    planned: Sequence[PlannedStep], sizes: Mapping[Size, PerDevice], devices: int
+    planned: Sequence[PlannedStep], sizes: Mapping[PoolSize, PerDevice], devices: int
 ) -> tuple[Ledger, ...]:
     """Return the ledger after each step, from the size of a parameter set and of the KV cache.
 
@@ -148,15 +154,16 @@ def judge(
 
     It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
 
-    The largest capacity that fits is exact: a device's share of the KV cache is proportional to
-    tokens + page size, and nothing else in a ledger depends on the tokens. It is 0 if no capacity
+    The largest ``engine.max_total_tokens`` that fits is exact: a device's share of the KV cache is
+    proportional to tokens + page size, and nothing else in a ledger depends on the tokens. A cache
+    that a step rebuilds to a capacity of its own does not depend on them. It is 0 if no capacity
     would help.
     """
     fullest = [max(ledger.per_device, default=0) for ledger in ledgers]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     loads = [
-        (total, held)
-        for ledger in ledgers
+        (total, held if own_kv_tokens(item.facts) is None else 0)
+        for item, ledger in zip(planned, ledgers, strict=True)
         for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
     ]
     too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)

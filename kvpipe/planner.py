@@ -71,7 +71,7 @@ def plan_for(
             not planned.
     """
     planned = plan.check_order(steps)
-    sizes = shapes.sizes(config, model_dir)
+    sizes = shapes.sizes(config, model_dir, plan.kv_capacities(planned))
     code = sum(program.code_bytes for program in programs)
     sizes[Size.PROGRAM] = (code,) * target.devices
     # While a step runs its temporaries are there too; between the phases they are not.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
 from kvpipe.errors import PhaseError
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.phase import Effect, KvTokens, Result, Size, WorkerPhase
 from kvpipe.records import check_equal
 
 
@@ -15,11 +15,12 @@ class KvCacheRestored(WorkerPhase):
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave the KV cache as it was when it was offloaded."""
+        tokens = facts.own_kv_tokens(before)
         return Effect(
             needs=(facts.ENGINE, facts.KV_OFFLOADED),
             leaves=(facts.KV_LIVE,),
             takes=(facts.KV_OFFLOADED,),
-            pools={ledger.KV: Size.KV},
+            pools={ledger.KV: KvTokens(tokens) if tokens else Size.KV},
         )
 
     def run(self, ctx: WorkerContext) -> Result:

@@ -5,8 +5,15 @@ from hypothesis import strategies as st
 from kvpipe import facts
 from kvpipe.errors import InputError
 from kvpipe.ledger import KV, PARAMS, Ledger, slot_pool
-from kvpipe.phase import Size
-from kvpipe.plan import KvCapacity, check_order, judge, plan_ledgers, planned_phases
+from kvpipe.phase import KvTokens, Size
+from kvpipe.plan import (
+    KvCapacity,
+    check_order,
+    judge,
+    kv_capacities,
+    plan_ledgers,
+    planned_phases,
+)
 from tests.helpers_config import build, default_names
 
 # Bytes per device of a parameter set and of the KV cache; no sum of some equals one of another.
@@ -81,6 +88,42 @@ def test_a_rebuild_of_what_is_there_is_refused_with_the_step_that_made_it():
     assert refusal([*READY, "kv_cache_rebuilt"]) == (
         "pipeline: step 'kv_cache_rebuilt' must not meet the KV cache on the devices, which step "
         "'engine_ready_dummy' left; leave the step out"
+    )
+
+
+RESIZED = [*READY, "kv_cache_dropped", "smaller", "away", "back", "away_again", "kv_cache_rebuilt"]
+RESIZING = {
+    "smaller": {"use": "kv_cache_rebuilt", "max_total_tokens": 99},
+    "away": {"use": "kv_cache_offloaded"},
+    "back": {"use": "kv_cache_restored"},
+    "away_again": {"use": "kv_cache_dropped"},
+}
+
+
+def test_a_cache_rebuilt_to_another_capacity_has_it_until_a_rebuild_without_one():
+    planned = check_order(build(RESIZED, **RESIZING))
+    assert kv_capacities(planned) == {99}
+    sizes = SIZES | {KvTokens(99): (10_000, 10_000)}
+    held = [ledger.of(KV)[0] for ledger in plan_ledgers(planned, sizes, devices=2)]
+    assert held == [0, 30_000, 0, 10_000, 0, 10_000, 0, 30_000]
+
+
+def test_a_capacity_of_a_steps_own_counts_as_it_is_and_does_not_follow_max_total_tokens():
+    names = [*READY, "kv_cache_dropped", "larger"]
+    larger = {"larger": {"use": "kv_cache_rebuilt", "max_total_tokens": 499}}
+    planned = check_order(build(names, **larger))
+    ledgers = plan_ledgers(planned, SIZES | {KvTokens(499): (50_000, 50_000)}, devices=2)
+    kv = KvCapacity(device_bytes=30_000, tokens=299, page_size=1)
+    assert judge(planned, ledgers, 51_001, kv).max_total_tokens == 499
+    too_full = judge(planned, ledgers, 51_000, kv)
+    assert (too_full.fits, too_full.peak_phase, too_full.max_total_tokens) == (False, "larger", 0)
+
+
+def test_a_capacity_of_no_tokens_is_refused():
+    with pytest.raises(InputError) as caught:
+        build(["kv_cache_rebuilt"], kv_cache_rebuilt={"max_total_tokens": 0})
+    assert str(caught.value) == (
+        "phases.kv_cache_rebuilt.max_total_tokens: 0 tokens are no capacity of a KV cache"
     )
 
 

@@ -127,7 +127,12 @@ pipeline:
   - second
   - kv_cache_rebuilt
   - after
+  - dropped_again
+  - rebuilt_again
 phases:
+  kv_cache_rebuilt: {max_total_tokens: 400}
+  dropped_again: {use: kv_cache_dropped}
+  rebuilt_again: {use: kv_cache_rebuilt}
   first: {use: param_dict, slot: param_dict}
   weights_swapped_from_mllm: {probe_tokens: 0}
   second: {use: param_dict, slot: second}
@@ -198,3 +203,5 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
         errors = {k: v for k, v in line["plan_error_bytes"].items() if k != "total"}
         assert set(errors.values()) <= {0}, line["phase"]
     assert {"params", "kv", "slot:param_dict"} <= set(phases[3]["ledger"])
+    kv = {line["phase"]: line["ledger"].get("kv", 0) for line in phases}
+    assert 0 < kv["kv_cache_rebuilt"] < kv["rebuilt_again"] == kv["engine_ready_dummy"]

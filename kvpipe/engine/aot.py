@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.engine import compat
-from kvpipe.engine.shapes import abstract_worker, replaced, sharded_leaves
+from kvpipe.engine.shapes import abstract_worker, sharded_leaves
 from kvpipe.errors import KvpipeError
 from kvpipe.records import Program
 from kvpipe.schema import EngineConfig
@@ -139,7 +139,7 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
     here = compat.device_mesh(target.shape["tensor"])
     cache_loc = -(-requests * worker.max_req_len // page_size) * page_size
     batch = worker.generate_model_worker_batch(requests, tokens, ForwardMode[mode], cache_loc)
-    with replaced(runner, "mesh", here), replaced(runner.attn_backend, "mesh", here):
+    with compat.replaced(runner, "mesh", here), compat.replaced(runner.attn_backend, "mesh", here):
         runner.attn_backend.forward_metadata = runner.attn_backend.get_forward_metadata(batch)
         made = (
             ForwardBatch.init_new(batch, runner),

@@ -45,6 +45,17 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let the attribute ``name`` of ``owner`` be ``value`` for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
 def pytree_registered_twice() -> Iterator[None]:
     """Let NativeAttention register itself as a pytree a second time while sgl_jax is imported.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.engine import memory
+from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
 
@@ -22,6 +23,8 @@ KV = "kv"
 # Rows that are copied at once: whole blocks that hold a used row, so that copying any number of them
 # compiles one program and each copy is one run of memory.
 _BLOCK_ROWS = 1024
+# At HEAD a buffer is [page, token in page, heads, keys and values, head_dim], before [token, ...].
+_NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
 HostRows = list[np.ndarray[Any, np.dtype[Any]]]
@@ -49,7 +52,7 @@ class HostKv:
     """The used part of a KV cache, on the host.
 
     Attributes:
-        rows: positions of the used tokens in each layer's buffer, int32 [used].
+        rows: positions of the used tokens in the cache, int32 [used].
         starts: where each kept block begins in a layer's buffer.
         blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
     """
@@ -79,13 +82,20 @@ def drop(engine: SglangEngine) -> KvChange:
     return engine.on_scheduler.call(lambda: _drop_unused(engine))
 
 
-def rebuild(engine: SglangEngine) -> KvChange:
+def rebuild(engine: SglangEngine, max_total_tokens: int | None = None) -> KvChange:
     """Make zeroed KV buffers in the places of the deleted ones and return when they exist.
 
+    Args:
+        engine: the engine whose KV cache is dropped.
+        max_total_tokens: the cache's capacity from now on; None is the one that it had. Another one
+            lets XLA compile the engine's steps again, since the cache is one of their arguments.
+
     Raises:
-        EngineError: the cache is there, or its contents wait to be restored.
+        EngineError: the cache is there, its contents wait to be restored, or the capacity is too
+            small for a request.
+        InputError: the capacity is less than a page.
     """
-    return engine.on_scheduler.call(lambda: _rebuild_dropped(engine))
+    return engine.on_scheduler.call(lambda: _rebuild_dropped(engine, max_total_tokens))
 
 
 def offload(engine: SglangEngine) -> tuple[KvChange, HostKv]:
@@ -118,9 +128,11 @@ def used_rows(engine: SglangEngine) -> np.ndarray[Any, np.dtype[np.int32]]:
     allocator = engine.runner.token_to_kv_pool_allocator
     page_size = allocator.page_size
     if hasattr(allocator, "free_slots"):
-        free = allocator.free_slots
+        free = [allocator.free_slots]
     else:
-        free = np.concatenate((allocator.free_pages, allocator.release_pages))
+        free = [allocator.free_pages, allocator.release_pages]
+    # HEAD keeps a list for each data-parallel rank, the others one array.
+    free = np.concatenate([np.concatenate(np.atleast_2d(pages)) for pages in free])
     pages = np.setdiff1d(np.arange(1, allocator.size // page_size + 1), free)
     return (pages[:, None] * page_size + np.arange(page_size)).ravel().astype(np.int32)
 
@@ -137,16 +149,19 @@ def offload_now(engine: SglangEngine) -> tuple[KvChange, HostKv]:
     _needs_kv(engine)
     rows = used_rows(engine)
     layers = engine.runner.token_to_kv_pool.kv_buffer
-    starts = _block_starts(rows, layers[0].shape[0])
+    starts = _block_starts(rows // _tokens_per_row(layers[0]), layers[0].shape[0])
     kept = HostKv(rows, starts, _copy_out(layers, starts))
     return _delete(engine, "its KV cache is offloaded; restore it first"), kept
 
 
-def _rebuild_dropped(engine: SglangEngine) -> KvChange:
+def _rebuild_dropped(engine: SglangEngine, max_total_tokens: int | None) -> KvChange:
+    _needs_kv_away(engine)
     if used := len(used_rows(engine)):
         raise EngineError(
             f"{used} tokens of the offloaded KV cache wait to be restored; restore them, or flush"
         )
+    if max_total_tokens not in (None, engine.max_total_tokens):
+        resize(engine, max_total_tokens)
     return _allocate(engine)
 
 
@@ -154,6 +169,7 @@ def restore_now(engine: SglangEngine, kept: HostKv) -> KvChange:
     """Restore at once; for the scheduler's own thread, when the engine is idle."""
     if not np.array_equal(used_rows(engine), kept.rows):
         raise EngineError("the cache was flushed after it was offloaded; rebuild it instead")
+    _needs_kv_away(engine)
     change = _allocate(engine)
     pool = engine.runner.token_to_kv_pool
     pool.kv_buffer[:] = _copy_in(pool.kv_buffer, kept)
@@ -179,9 +195,12 @@ def _delete(engine: SglangEngine, why: str) -> KvChange:
     return _change(blueprint, sum(memory.bytes_in_use()) - before)
 
 
-def _allocate(engine: SglangEngine) -> KvChange:
+def _needs_kv_away(engine: SglangEngine) -> None:
     if KV not in engine.away:
         raise EngineError("the KV cache is there: only one that is away can be made again")
+
+
+def _allocate(engine: SglangEngine) -> KvChange:
     pool = engine.runner.token_to_kv_pool
     before = sum(memory.bytes_in_use())
     blueprint = tuple(pool.kv_buffer)
@@ -234,6 +253,11 @@ def _putter(shardings: tuple[Any, ...]) -> Any:
         ]
 
     return jax.jit(put, donate_argnums=0, out_shardings=list(shardings))
+
+
+def _tokens_per_row(layer: jax.Array) -> int:
+    """Return how many tokens an index of the first axis stands for: a page of them at HEAD."""
+    return layer.shape[1] if layer.ndim == _NDIM_OF_HEAD else 1
 
 
 def _block_starts(rows: np.ndarray[Any, Any], total: int) -> list[int]:

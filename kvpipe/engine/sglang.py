@@ -32,6 +32,7 @@ class SglangEngine:
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
         failure: knows whether a thread of the engine has failed.
+        longest_request: tokens of the longest request that its tables were made for.
         away: what the engine cannot generate without and has not got now, each with what to do.
     """
 
@@ -41,12 +42,18 @@ class SglangEngine:
     on_scheduler: SchedulerThread
     on_caller: CallerThread
     failure: FailureWatch
+    longest_request: int
     away: dict[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
         """Version of sglang-jax."""
         return compat.sgl_jax_version()
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Capacity of the KV cache in tokens; while it is away, the one that it had."""
+        return self.scheduler.max_total_num_tokens
 
     def wait_idle(self) -> None:
         """Return once the engine is idle and no step holds its buffers.
@@ -89,8 +96,7 @@ class SglangEngine:
 
     def flush_now(self) -> dict[str, int]:
         """Do what :meth:`flush` does; for functions that run on the scheduler's thread."""
-        runner, scheduler = self.runner, self.scheduler
-        capacity = scheduler.max_total_num_tokens
+        runner, scheduler, capacity = self.runner, self.scheduler, self.max_total_tokens
         cached = capacity - runner.token_to_kv_pool_allocator.available_size()
         scheduler.tree_cache.reset()
         runner.req_to_token_pool.clear()
@@ -144,6 +150,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
         on_caller=CallerThread(failure),
         failure=failure,
+        longest_request=scheduler.max_req_len,
     )
     _guard_requests(started)
     # What lives as long as the process need not be looked at in each of the probe's collections.
@@ -191,7 +198,7 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
 
 def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
     pages = config.max_total_tokens // config.page_size
-    asked, given = pages * config.page_size, engine.scheduler.max_total_num_tokens
+    asked, given = pages * config.page_size, engine.max_total_tokens
     if given != asked:
         raise EngineError(
             f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}; it is what "

@@ -7,8 +7,8 @@ wrong as soon as a version places a leaf differently, as 0.0.2 and bd09a87 do wi
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,45 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.engine import compat, memory
+from kvpipe.engine.kv_capacity import abstract, in_whole_pages
 from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.ledger import PerDevice
-from kvpipe.phase import Size
+from kvpipe.phase import KvTokens, PoolSize, Size
 from kvpipe.schema import EngineConfig
 
 # More than any device has, so that the engine's own profiling never cuts the KV cache down here.
 _BOUNDLESS = 1 << 60
 
 
-def sizes(config: EngineConfig, model_dir: Path) -> dict[Size, PerDevice]:
+def sizes(
+    config: EngineConfig, model_dir: Path, capacities: Collection[int] = ()
+) -> dict[PoolSize, PerDevice]:
     """Return the bytes on each device of a parameter set and of the KV cache.
 
     Args:
         config: how the engine will be started, on the devices that jax has now.
         model_dir: directory with the model's config.json.
+        capacities: further capacities of the KV cache, in tokens, to give the bytes of.
+
+    Raises:
+        InputError: the engine cannot have such a capacity.
     """
     from flax import nnx
 
     mesh = compat.device_mesh(config.tp_size or jax.device_count() // config.dp_size)
     runner = abstract_worker(config, model_dir, mesh, config.device).model_runner
     params = sharded_leaves(nnx.state(runner.model, nnx.Param), mesh)
-    return {
+    pool = runner.token_to_kv_pool
+    found: dict[PoolSize, PerDevice] = {
         Size.PARAMS: memory.bytes_of(params),
-        Size.KV: memory.bytes_of(runner.token_to_kv_pool.kv_buffer),
+        Size.KV: memory.bytes_of(pool.kv_buffer),
     }
+    for tokens in capacities:
+        pool.size = in_whole_pages(tokens, runner.token_to_kv_pool_allocator)
+        abstract(type(pool)._create_buffers)(pool)
+        found[KvTokens(tokens)] = memory.bytes_of(pool.kv_buffer)
+    return found
 
 
 def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
@@ -68,9 +81,9 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         for owner, name, value in (
             (model_runner, "get_model_loader", _AbstractLoader),
             (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
-            (MHATokenToKVPool, "_create_buffers", _abstract(MHATokenToKVPool._create_buffers)),
+            (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
         ):
-            stack.enter_context(replaced(owner, name, value))
+            stack.enter_context(compat.replaced(owner, name, value))
         return ModelWorker(arguments, mesh=mesh)
 
 
@@ -110,42 +123,6 @@ def _place(model: Any, mesh: Mesh) -> None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     nnx.update(model, jax.tree_util.tree_map_with_path(placed, nnx.state(model, nnx.Param)))
-
-
-def _abstract(create_buffers: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return ``create_buffers`` of a KV pool that gives shapes instead of buffers."""
-    from sgl_jax.srt.mem_cache import memory_pool
-
-    def zeros(shape: Any, dtype: Any, sharding: Any) -> Callable[[], jax.ShapeDtypeStruct]:
-        return lambda: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def create(pool: Any) -> None:
-        def traced() -> Any:
-            create_buffers(pool)
-            return pool.kv_buffer
-
-        shapes = jax.eval_shape(traced)
-        pool.kv_buffer = [
-            jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool.kv_sharding)
-            for shape in shapes
-        ]
-
-    def create_of_head(pool: Any) -> None:
-        with replaced(memory_pool, "_get_kv_zero_allocator", zeros):
-            create_buffers(pool)
-
-    return create_of_head if hasattr(memory_pool, "_get_kv_zero_allocator") else create
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let the attribute ``name`` of ``owner`` be ``value`` for a while."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def sharded_leaves(state: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:

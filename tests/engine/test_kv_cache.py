@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvpipe.errors import EngineError
+from kvpipe.errors import EngineError, InputError
 from tests.conftest import StartEngine, greedy
 
 pytestmark = pytest.mark.slow
@@ -47,6 +47,47 @@ def test_a_second_drop_and_a_rebuild_of_what_is_there_are_refused(real_engine: A
     kv_cache.drop(real_engine)
     with pytest.raises(EngineError, match="the KV cache is not there: its KV cache is dropped"):
         kv_cache.drop(real_engine)
+
+
+def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(real_engine: Any) -> None:
+    from kvpipe.engine import kv_cache, memory
+    from kvpipe.engine.compile_count import CompileCounter
+
+    first = real_engine.generate("Hello", greedy(16))
+    compilations = CompileCounter()
+    for tokens in (300, 3000, 1024):
+        real_engine.flush()
+        kv_cache.drop(real_engine)
+        rebuilt = kv_cache.rebuild(real_engine, tokens)
+        compilations.take()
+        assert (
+            rebuilt.changed_bytes == rebuilt.fused_bytes_total == 3 * (tokens + 1) * 2 * 4 * 128 * 2
+        )
+        assert sum(memory.bytes_of(kv_cache.buffers(real_engine))) == rebuilt.fused_bytes_total
+        assert real_engine.max_total_tokens == tokens
+        assert real_engine.generate("Hello", greedy(16)).token_ids == first.token_ids
+        assert real_engine.flush()["free_tokens"] == tokens
+    assert compilations.take().count == 0  # the first capacity's programs are still there
+
+
+def test_what_is_longer_than_a_smaller_cache_is_refused_by_the_engine_and_not_waited_for(
+    real_engine: Any,
+) -> None:
+    from kvpipe.engine import kv_cache
+
+    kv_cache.drop(real_engine)
+    kv_cache.rebuild(real_engine, 40)
+    assert len(real_engine.generate("Hello", greedy(100)).token_ids) < 40
+    real_engine.flush()
+    kv_cache.drop(real_engine)
+    for tokens, error, message in [
+        (6, EngineError, "6 tokens hold no request; the least is 7"),
+        (0, InputError, "max_total_tokens is 0, a page has 1 tokens"),
+    ]:
+        with pytest.raises(error, match=message):
+            kv_cache.rebuild(real_engine, tokens)
+    kv_cache.rebuild(real_engine, 1024)
+    assert len(real_engine.generate("Hello", greedy(100)).token_ids) == 100
 
 
 def test_a_generate_while_the_cache_is_dropped_raises_and_the_engine_lives_on(
@@ -201,6 +242,7 @@ def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
     engine = start_engine(tiny_dir, max_total_tokens=180_000)
     pool = sum(memory.bytes_of(kv_cache.buffers(engine)))
     assert pool > 10**9
+    memory.bytes_in_use()  # waits until the engine's own zeros are written
     before = process_memory().process_rss_bytes
     kv_cache.drop(engine)
     memory.give_back_host_memory()

@@ -1,0 +1,94 @@
+"""The capacity of the KV cache: everything in the engine that counts its tokens, and its layout.
+
+What a request may be at most stays within what the engine was started with: its page tables and the
+padded sizes of its batches were made for that.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kvpipe.engine import compat
+from kvpipe.engine.sglang import SglangEngine
+from kvpipe.errors import EngineError, InputError
+
+
+def in_whole_pages(tokens: int, allocator: Any) -> int:
+    """Return the capacity that the engine gives for ``max_total_tokens=tokens``.
+
+    Raises:
+        InputError: that is less than a page.
+    """
+    unit = allocator.page_size * getattr(allocator, "dp_size", 1)
+    if tokens < unit:
+        raise InputError(f"max_total_tokens is {tokens}, a page has {unit} tokens")
+    return tokens // unit * unit
+
+
+def resize(engine: SglangEngine, tokens: int) -> None:
+    """Give the empty KV cache, while it is away, another capacity; its buffers become shapes of it.
+
+    Args:
+        engine: the engine; on its scheduler's thread, with no token in use.
+        tokens: the new capacity; whole pages of it are given.
+
+    Raises:
+        EngineError: no request fits in so few tokens.
+        InputError: they are less than a page.
+    """
+    scheduler, runner = engine.scheduler, engine.runner
+    pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+    tokens = in_whole_pages(tokens, allocator)
+    # One token of a request is the engine's own, and so are a few more of its prompt.
+    margin = scheduler.max_req_len - scheduler.max_req_input_len
+    longest = min(engine.longest_request, tokens - 1)
+    if longest <= margin:
+        raise EngineError(
+            f"max_total_tokens: {tokens} tokens hold no request; the least is {margin + 2}"
+        )
+    pool.size = tokens
+    _put(allocator, size=tokens, num_pages=tokens // allocator.page_size)
+    _put(allocator, size_per_rank=tokens // getattr(allocator, "dp_size", 1))
+    allocator.clear()
+    workers = (scheduler.tp_worker, scheduler.tp_worker.worker)
+    for owner in (runner, scheduler, *workers, engine.engine.tokenizer_manager):
+        _put(
+            owner,
+            max_total_num_tokens=tokens,
+            max_req_len=longest,
+            max_req_input_len=longest - margin,
+        )
+    abstract(type(pool)._create_buffers)(pool)
+
+
+def _put(owner: Any, **values: int) -> None:
+    """Set those of the attributes that this version of ``owner`` has."""
+    for name, value in values.items():
+        if hasattr(owner, name):
+            setattr(owner, name, value)
+
+
+def abstract(create_buffers: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return ``create_buffers`` of a KV pool that gives shapes instead of buffers."""
+    from sgl_jax.srt.mem_cache import memory_pool
+
+    def zeros(shape: Any, dtype: Any, sharding: Any) -> Callable[[], jax.ShapeDtypeStruct]:
+        return lambda: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def create(pool: Any) -> None:
+        def traced() -> Any:
+            create_buffers(pool)
+            return pool.kv_buffer
+
+        shapes = jax.eval_shape(traced)
+        pool.kv_buffer = [
+            jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=pool.kv_sharding)
+            for shape in shapes
+        ]
+
+    def create_of_head(pool: Any) -> None:
+        with compat.replaced(memory_pool, "_get_kv_zero_allocator", zeros):
+            create_buffers(pool)
+
+    return create_of_head if hasattr(memory_pool, "_get_kv_zero_allocator") else create
