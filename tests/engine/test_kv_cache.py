@@ -288,3 +288,24 @@ def test_blocks_hold_every_used_row_and_stay_inside_the_buffer(
             assert all(0 <= start <= total - size for start in starts)
             held = {row for start in starts for row in range(start, start + size)}
             assert set(rows.tolist()) <= held
+
+
+def test_whole_pages_are_offloaded_and_rebuilt(start_engine: StartEngine, tiny_dir: Path) -> None:
+    from kvpipe.engine import kv_cache
+
+    engine = start_engine(tiny_dir, page_size=16)
+    prompt = "The KV cache is dropped and rebuilt, page by page."
+    first = engine.generate(prompt, greedy(8))
+    without = engine.generate(prompt, greedy(8))
+    dropped, kept = kv_cache.offload(engine)
+    assert len(kept.rows) % 16 == 0 < len(kept.rows)
+    assert kept.nbytes <= dropped.fused_bytes_total
+    kv_cache.restore(engine, kept)
+    again = engine.generate(prompt, greedy(8))
+    assert again.token_ids == without.token_ids
+    assert again.cached_tokens == without.cached_tokens >= 16
+    engine.flush()
+    kv_cache.drop(engine)
+    assert kv_cache.rebuild(engine, 500).changed_bytes == 3 * (496 + 16) * 2 * 4 * 128 * 2
+    assert engine.generate(prompt, greedy(8)).token_ids == first.token_ids
+    assert engine.flush()["free_tokens"] == 496
