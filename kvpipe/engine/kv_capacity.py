@@ -47,10 +47,13 @@ def resize(engine: SglangEngine, tokens: int) -> None:
         raise EngineError(
             f"max_total_tokens: {tokens} tokens hold no request; the least is {margin + 2}"
         )
-    pool.size = tokens
-    _put(allocator, size=tokens, num_pages=tokens // allocator.page_size)
-    _put(allocator, size_per_rank=tokens // getattr(allocator, "dp_size", 1))
+    pool.size = allocator.size = tokens
+    ranks = getattr(allocator, "dp_size", 1)
+    pages = tokens // allocator.page_size
+    _put(allocator, num_pages=pages, pages_per_rank=pages // ranks, size_per_rank=tokens // ranks)
     allocator.clear()
+    if (free := allocator.available_size()) != tokens // ranks:
+        raise EngineError(f"the engine's allocator gives {free} tokens, not {tokens // ranks}")
     workers = (scheduler.tp_worker, scheduler.tp_worker.worker)
     for owner in (runner, scheduler, *workers, engine.engine.tokenizer_manager):
         _put(
