@@ -1,7 +1,9 @@
 """How fast weights get into a live engine, beside the best that the machine can do.
 
 All ways start from the same files in the page cache and are measured in turns. Memory is measured
-in a turn of its own, since sampling it costs time.
+in a turn of its own, since sampling it costs time. ``sop_path`` is kvpipe's own phases with two sets
+alive, bfloat16 all the way; ``script_path`` goes through float16 in between, as the script does that
+kvpipe replaces.
 """
 
 import statistics
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -61,7 +64,7 @@ def measure() -> dict[str, float]:
     _print_table(medians, peaks, host_bytes, set_bytes)
     return {
         f"{way}.{key}": value
-        for way in ("swap", "sop_path")
+        for way in ("swap", "sop_path", "script_path")
         for key, value in {
             "seconds": medians[way],
             "over_placement": medians[way] / medians["placement"],
@@ -70,7 +73,7 @@ def measure() -> dict[str, float]:
             "device_peak_over_set": peaks[way][0] / set_bytes,
             "rss_rise_over_checkpoint": peaks[way][1] / host_bytes,
         }.items()
-    } | {"swap.over_sop_path": medians["swap"] / medians["sop_path"]}
+    } | {f"swap.over_{way}": medians["swap"] / medians[way] for way in ("sop_path", "script_path")}
 
 
 def _config() -> EngineConfig:
@@ -116,12 +119,19 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
         tree = _materialised(tree_from_checkpoint(Checkpoint.open(directory)))
         weights.swap(engine, weights.build(engine, HfView(tree)))
 
+    def script_path() -> None:
+        halves = {name: np.asarray(w, np.float16) for name, w in Checkpoint.open(directory).items()}
+        tree = _materialised(_in_bfloat16(tree_from_checkpoint(halves)))
+        del halves
+        weights.swap(engine, weights.build(engine, HfView(tree)))
+
     return {
         "swap": swap,
         "engine_loader": lambda: engine.on_scheduler.call(engine_loader),
         "placement": lambda: engine.on_scheduler.call(placement),
         "copy": lambda: engine.on_scheduler.call(copy),
         "sop_path": sop_path,
+        "script_path": script_path,
     }
 
 
@@ -140,6 +150,14 @@ def _materialised(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree in memory of its own, kernels as [in, out], as the script's loader left it."""
     return {
         name: _materialised(node) if isinstance(node, dict) else node.copy()
+        for name, node in tree.items()
+    }
+
+
+def _in_bfloat16(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree in bfloat16, which the script's loader casts its float16 weights to."""
+    return {
+        name: _in_bfloat16(node) if isinstance(node, dict) else node.astype(ml_dtypes.bfloat16)
         for name, node in tree.items()
     }
 
