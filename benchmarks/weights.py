@@ -9,6 +9,7 @@ kvpipe replaces.
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.devices import DEVICES
-from benchmarks.sampling import Peak, device_bytes, rss_bytes
 from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.engine import compat, memory, sglang, weights
 from kvpipe.engine.params import ParamTable
+from kvpipe.engine.peaks import PeakSampler
 from kvpipe.engine.weight_map import EngineView, leaf_sources
 from kvpipe.model_dir import cache_dir
+from kvpipe.process_memory import process_memory
+from kvpipe.records import Memory
 from kvpipe.schema import EngineConfig, Kvpipe
 
 MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
@@ -38,6 +41,7 @@ MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat
 )
 CACHE = cache_dir(Kvpipe())
 TURNS = 5
+_SHARE = 0.5  # of the time is for sampling: what is sampled is not timed
 WHOLE = (slice(None), slice(None))
 
 Run = Callable[[], Any]
@@ -165,10 +169,21 @@ def _in_bfloat16(tree: dict[str, Any]) -> dict[str, Any]:
 def _peaks(run: Run, set_bytes: int) -> tuple[int, int]:
     """Return the peak bytes of parameters on the devices, and how far RSS rises, while it runs."""
     memory.give_back_host_memory()
-    others, rss = device_bytes() - set_bytes, rss_bytes()
-    with Peak(device_bytes) as on_devices, Peak(rss_bytes) as resident:
+    before = _memory()
+    with PeakSampler(lambda: True, _SHARE) as sampler:
+        sampler.begin(before)
         run()
-    return on_devices.value - others, resident.value - rss
+        peak = sampler.take(_memory())
+    if peak.error:
+        raise RuntimeError(f"the peak is not known: {peak.error}")
+    others = sum(stats["bytes_in_use"] for stats in before.jax_device_memory_stats) - set_bytes
+    return peak.bytes_in_use_total - others, peak.process_rss_bytes - before.process_rss_bytes
+
+
+def _memory() -> Memory:
+    """Return what the devices and this process hold now."""
+    stats = [{"bytes_in_use": used} for used in memory.bytes_in_use()]
+    return replace(process_memory(), jax_device_memory_stats=stats)
 
 
 def _print_table(

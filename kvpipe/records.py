@@ -73,6 +73,27 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The largest use of memory inside a phase, its two ends included.
+
+    Attributes:
+        bytes_in_use: the largest bytes in use on each device, each at its own moment.
+        bytes_in_use_total: the largest sum over the devices that was seen at one moment.
+        process_rss_bytes: the largest resident set.
+        samples: how often was looked inside the phase.
+        source: as ``bytes_in_use_source`` of :class:`Memory`; None without jax.
+        error: why a look failed, so that the peak may be too small; None if none did.
+    """
+
+    bytes_in_use: tuple[int, ...]
+    bytes_in_use_total: int
+    process_rss_bytes: int
+    samples: int
+    source: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class PhaseRecord:
     """What one phase did and what the memory was after it.
 
@@ -83,6 +104,7 @@ class PhaseRecord:
         elapsed_s: seconds since the run began.
         duration_s: seconds of the phase itself, with the devices synchronised.
         memory: the probe's measurement.
+        peak: the largest use inside the phase; None if nothing looked.
         ledger: measured bytes over all devices, by pool.
         plan_error_bytes: measured minus planned bytes, by pool that the plan holds to the byte.
         compilations: programs that XLA compiled during the phase.
@@ -97,6 +119,7 @@ class PhaseRecord:
     elapsed_s: float
     duration_s: float
     memory: Memory
+    peak: Peak | None = None
     ledger: Mapping[str, int] = field(default_factory=dict)
     plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
     compilations: int = 0
@@ -122,6 +145,7 @@ class PhaseRecord:
             "elapsed_s": self.elapsed_s,
             "duration_s": self.duration_s,
             "memory": memory,
+            "peak": asdict(self.peak) if self.peak else None,
             "ledger": dict(self.ledger),
             "plan_error_bytes": dict(self.plan_error_bytes),
             "compilations": self.compilations,
@@ -138,6 +162,7 @@ _PHASE_KEYS = [
     "elapsed_s",
     "duration_s",
     "memory",
+    "peak",
     "ledger",
     "plan_error_bytes",
     "compilations",
@@ -289,6 +314,8 @@ def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     """Return the record that :meth:`PhaseRecord.to_json` wrote."""
     memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
     known = {key: data[key] for key in _PHASE_KEYS}
+    if (peak := data["peak"]) is not None:
+        known["peak"] = Peak(**peak | {"bytes_in_use": tuple(peak["bytes_in_use"])})
     stats = tuple(memory.pop("jax_device_memory_stats"))
     known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
     known["checks"] = tuple(Check(**check) for check in data["checks"])
@@ -300,7 +327,8 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
     """Return the numbers of a phase under the metric keys that dashboards know.
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
-    ``plan/<pool>_error_bytes``, ``compile/count`` and ``mem/process/peak_rss_bytes`` are kvpipe's.
+    ``plan/<pool>_error_bytes``, ``compile/count``, ``mem/process/peak_rss_bytes`` and ``mem/peak/...``
+    (inside the phase) are kvpipe's.
     """
     values: dict[str, int | float | str] = {
         "phase/idx": record.idx,
@@ -313,6 +341,7 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
         "compile/seconds": record.compile_s,
     }
     values |= dict(_device_metrics(record.memory))
+    values |= dict(_peak_metrics(record.peak))
     values |= {f"ledger/{pool}_bytes": size for pool, size in record.ledger.items()}
     values |= {f"plan/{pool}_error_bytes": n for pool, n in record.plan_error_bytes.items()}
     values |= dict(_field_metrics(record.fields))
@@ -325,6 +354,17 @@ def _device_metrics(memory: Memory) -> Iterator[tuple[str, int]]:
     for device, stats in enumerate(memory.jax_device_memory_stats):
         for name, value in stats.items():
             yield f"mem/jax/device{device}/{name}", value
+
+
+def _peak_metrics(peak: Peak | None) -> Iterator[tuple[str, int]]:
+    if peak is None:
+        return
+    yield "mem/peak/process_rss_bytes", peak.process_rss_bytes
+    yield "mem/peak/samples", peak.samples
+    if peak.bytes_in_use:
+        yield "mem/peak/bytes_in_use_total", peak.bytes_in_use_total
+    for device, size in enumerate(peak.bytes_in_use):
+        yield f"mem/peak/device{device}/bytes_in_use", size
 
 
 def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float | str]]:

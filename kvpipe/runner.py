@@ -5,6 +5,7 @@ A record is emitted for the step that fails too: out of memory is exactly when m
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from kvpipe import probe
 from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycles
 from kvpipe.engine.compile_count import CompileCounter
+from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
 from kvpipe.measurement import Measurement
 from kvpipe.phase import Result, WorkerPhase
-from kvpipe.records import Check, PhaseRecord, RunPlanned
+from kvpipe.records import Check, Memory, PhaseRecord, RunPlanned
 from kvpipe.schema import PlanConfig
 
 
@@ -69,33 +71,40 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: floa
         CheckFailed: a check did not hold; its record has been emitted.
         KvpipeError: a phase failed; a record of the failure has been emitted.
     """
-    loop = _Loop(ctx, run_began)
-    for job in jobs:
-        events.started(job.phase.step, job.idx)
-        loop.begin()
-        try:
-            result = job.phase.run(ctx)
-        except Exception as error:
-            events.finished(loop.failure_record(job, error))
-            raise
-        record = loop.record(job, result)
-        events.finished(record)
-        if not record.passed:
-            raise CheckFailed(_explain(job.phase.step, record.checks))
+    with ExitStack() as threads:
+        loop = _Loop(ctx, run_began, threads)
+        for job in jobs:
+            events.started(job.phase.step, job.idx)
+            loop.begin()
+            try:
+                result = job.phase.run(ctx)
+            except Exception as error:
+                events.finished(loop.failure_record(job, error))
+                raise
+            record = loop.record(job, result)
+            events.finished(record)
+            if not record.passed:
+                raise CheckFailed(_explain(job.phase.step, record.checks))
 
 
 class _Loop:
-    """What the loop keeps from step to step: clocks, compilations, the ledgers of past cycles."""
+    """What the loop keeps from step to step: clocks, counts, the last measurement, past cycles."""
 
-    def __init__(self, ctx: WorkerContext, run_began: float) -> None:
+    def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
         self._ctx = ctx
         self._run_began = run_began
         self._compiles = CompileCounter()
         self._cycles = Cycles()
         self._step_began = 0.0
+        self._memory: Memory | None = None
+        self._sampler: PeakSampler | None = None
+        if ctx.config.runner.sample_peaks:
+            self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
 
     def begin(self) -> None:
-        """Start the clock and the count of a step."""
+        """Start the clock and the counts of a step."""
+        if self._sampler:
+            self._sampler.begin(self._memory)
         self._compiles.take()
         self._step_began = time.monotonic()
 
@@ -144,10 +153,12 @@ class _Loop:
         }
 
     def _placed(self, measured: Measurement) -> dict[str, Any]:
-        """Return a measurement and the time of it, by the record's names."""
+        """Return a measurement, the time of it and the peak up to it, by the record's names."""
+        self._memory = measured.memory
         return {
             "elapsed_s": round(time.time() - self._run_began, 6),
             "memory": measured.memory,
+            "peak": self._sampler.take(measured.memory) if self._sampler else None,
             "ledger": measured.ledger.totals() if measured.ledger else {},
         }
 

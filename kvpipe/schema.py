@@ -235,11 +235,19 @@ class RunnerConfig:
         idle_timeout_s: seconds to wait for the engine to become idle before flush, drop, rebuild
             and probe.
         shutdown_timeout_s: seconds that the worker may take to end after its last record.
+        sample_peaks: look at the memory inside phases too, for at most 1 % of a core.
+        heartbeat_s: seconds from one line on stderr to the next while a phase runs, where no
+            terminal shows the run; None writes none.
     """
 
     isolate: bool = True
     idle_timeout_s: float = 60.0
     shutdown_timeout_s: float = 60.0
+    sample_peaks: bool = True
+    heartbeat_s: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "runner.heartbeat_s", self.heartbeat_s)
 
 
 @dataclass

@@ -30,7 +30,13 @@ PHASES = {
     },
     "after_drop_param_dict2": {"use": "release", "slots": ["param_dict2"]},
 }
-RUNNER = {"isolate": True, "idle_timeout_s": 60.0, "shutdown_timeout_s": 60.0}
+RUNNER = {
+    "isolate": True,
+    "idle_timeout_s": 60.0,
+    "shutdown_timeout_s": 60.0,
+    "sample_peaks": True,
+    "heartbeat_s": 30.0,
+}
 
 PLAN = {
     "enforce": True,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory
+from kvpipe.engine import memory, peaks
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -274,10 +274,15 @@ def _block_rows(total: int) -> int:
 def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRows]:
     """Return the blocks at ``starts`` of each layer, on the host."""
     rows = _block_rows(layers[0].shape[0])
-    return [
-        [np.array(block) for block in _take(list(layers), np.int32(start), rows)]
-        for start in starts
-    ]
+    copied: list[HostRows] = []
+    for start in starts:
+        blocks = _take(list(layers), np.int32(start), rows)
+        if not copied:
+            peaks.mark()  # the buffers and a block of each; the blocks are of one size
+        with memory.uncounted():  # a block that is read keeps each of its shards as an array too
+            copied.append([np.array(block) for block in blocks])
+            del blocks
+    return copied
 
 
 def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
@@ -289,6 +294,8 @@ def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
             jax.device_put(block, layer.sharding)
             for block, layer in zip(blocks, current, strict=True)
         ]
+        if start == kept.starts[0]:
+            peaks.mark()
         current = put(current, np.int32(start), placed)
     return jax.block_until_ready(current)
 

@@ -8,12 +8,18 @@ import ctypes
 import gc
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
+
+# Who lists the live arrays keeps them alive meanwhile. A list that is used and gone within this lock
+# cannot keep an array alive that another count finds.
+_counting = threading.Lock()
 
 
 def shard_bytes(array: Any) -> int:
@@ -35,7 +41,8 @@ def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
 def live_arrays() -> list[jax.Array]:
     """Return every array that is alive, each one ready, after a garbage collection."""
     gc.collect()
-    alive = [array for array in jax.live_arrays() if not array.is_deleted()]
+    with _counting:
+        alive = [array for array in jax.live_arrays() if not array.is_deleted()]
     return jax.block_until_ready(alive)
 
 
@@ -77,6 +84,24 @@ def bytes_in_use() -> PerDevice:
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
     return per_device(alive, jax.devices())
+
+
+def used_now() -> PerDevice:
+    """Return the bytes in use on each device at this moment, from any thread.
+
+    Unlike :func:`bytes_in_use` it waits for no array and collects no garbage.
+    """
+    if (stats := device_stats()) is not None:
+        return tuple(device["bytes_in_use"] for device in stats)
+    with _counting:
+        return per_device(jax.live_arrays(), jax.devices())
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Let nobody count the live arrays: in here two of them are the same bytes."""
+    with _counting:
+        yield
 
 
 def bytes_of(arrays: Iterable[Any]) -> PerDevice:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from kvpipe.engine import memory
 from kvpipe.engine.params import Param
 
 Index = tuple[slice, ...]
@@ -27,7 +28,7 @@ class HostLeaf(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Placing:
     """A parameter on its way to the devices."""
 
@@ -35,9 +36,14 @@ class Placing:
     shards: tuple[Future[jax.Array], ...]
 
     def wait(self) -> jax.Array:
-        """Return the parameter once all of it is on the devices."""
+        """Return the parameter once all of it is on the devices; once only."""
         shards = jax.block_until_ready([shard.result() for shard in self.shards])
-        return jax.make_array_from_single_device_arrays(self.like.shape, self.like.sharding, shards)
+        like = self.like
+        with memory.uncounted():
+            whole = jax.make_array_from_single_device_arrays(like.shape, like.sharding, shards)
+            self.shards = ()
+            del shards
+        return whole
 
 
 def begin(host: HostLeaf, like: Param) -> Placing:

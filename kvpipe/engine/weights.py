@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import memory, placement
+from kvpipe.engine import memory, peaks, placement
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
@@ -201,6 +201,7 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
         source = weights[leaf.source]
         built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
         mapped.let_go(source)
+    peaks.mark()
     return built
 
 
@@ -226,15 +227,18 @@ def _replace(
     table.let_model_go()
     under_way: deque[tuple[str, placement.Placing]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
+    largest = max(sizes, key=lambda path: sizes[path])
     placed_bytes = 0
 
     def finish() -> None:
         nonlocal placed_bytes
         path, placing = under_way.popleft()
         table.put_in_step({path: placing.wait()})
+        if path == largest:
+            peaks.mark()
         done(path)
         placed_bytes += sizes[path]
-        if placed_bytes > _LEAVES_UNTRIMMED * max(sizes.values()):
+        if placed_bytes > _LEAVES_UNTRIMMED * sizes[largest]:
             memory.give_back_free_pages()
             placed_bytes = 0
 
@@ -269,8 +273,9 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
     for path, shape in blueprint.items():
-        keep(path, table[path])
-        table.put_in_step({path: shape})
+        with memory.uncounted():  # a leaf keeps each of its shards as an array too
+            keep(path, table[path])
+            table.put_in_step({path: shape})
     engine.away[WEIGHTS] = why
     return _change(blueprint, sum(memory.bytes_in_use()) - before)
 

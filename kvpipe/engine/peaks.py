@@ -1,0 +1,173 @@
+"""The largest use of memory inside a phase, which a look after the phase cannot see.
+
+A thread samples while the phase runs; code that knows its moment of highest use calls :func:`mark`,
+so that the peak does not depend on luck. A sample takes no memory on the devices and waits for
+nothing there. It never raises into the phase: what went wrong stands in the peak.
+"""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import psutil
+
+from kvpipe.records import Memory, Peak
+from kvpipe.ticker import Ticker
+
+# No oftener: each wake-up takes Python's lock from the phase. No rarer: a peak may be short.
+_LEAST_S, _MOST_S = 0.01, 2.0
+_OWN_PEAK = "peak_bytes_in_use"
+
+_sampler: "PeakSampler | None" = None
+
+
+def mark() -> None:
+    """Sample now: the caller knows that this moment may be the peak.
+
+    Not to be called within :func:`kvpipe.engine.memory.uncounted`.
+    """
+    if _sampler is not None:
+        _sampler.sample()
+
+
+class PeakSampler:
+    """Samples while its context is entered; one at a time in a process.
+
+    Args:
+        has_devices: whether jax has its devices; before that only RSS is sampled.
+        share: share of the time that sampling may take of one core.
+    """
+
+    def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:
+        self._has_devices = has_devices
+        self._share = share
+        self._process = psutil.Process()
+        self._ticker = Ticker("peaks", self._tick)
+        # Held for a whole sample, so that a sample belongs to one phase.
+        self._lock = threading.Lock()
+        self._reset(None)
+        self.spent_s = 0.0
+
+    def __enter__(self) -> "PeakSampler":
+        global _sampler
+        _sampler = self
+        self._ticker.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        global _sampler
+        _sampler = None
+        self._ticker.__exit__()
+
+    def begin(self, before: Memory | None) -> None:
+        """Forget what was sampled: a phase begins.
+
+        Args:
+            before: the measurement before it; None if there is none.
+        """
+        with self._lock:
+            self._reset(before)
+
+    def take(self, after: Memory) -> Peak:
+        """Return the peak since :meth:`begin`.
+
+        Args:
+            after: the measurement after the phase.
+        """
+        with self._lock:
+            return _peak(self._before, self._seen, after, self._samples, self._error)
+
+    def sample(self) -> None:
+        """Take one sample."""
+        with self._lock:
+            try:
+                self._take_one()
+            except Exception as error:
+                traceback.print_exc()
+                self._error = f"{type(error).__name__}: {error}"
+
+    def _tick(self) -> float:
+        # Time of this thread: what it waits for, the phase computes with.
+        began = time.thread_time()
+        self.sample()
+        spent = time.thread_time() - began
+        self.spent_s += spent
+        return min(max(spent / self._share, _LEAST_S), _MOST_S)
+
+    def _take_one(self) -> None:
+        rss = self._process.memory_info().rss
+        used: tuple[int, ...] = ()
+        if self._has_devices():
+            from kvpipe.engine import memory
+
+            used = memory.used_now()
+        self._seen.add(used, rss)
+        self._samples += 1
+
+    def _reset(self, before: Memory | None) -> None:
+        self._before = before
+        self._seen = _Largest()
+        self._samples = 0
+        self._error: str | None = None
+
+
+class _Largest:
+    """The largest of several readings: on each device, over all at one moment, and of RSS."""
+
+    def __init__(self) -> None:
+        self.devices: tuple[int, ...] = ()
+        self.total = 0
+        self.rss = 0
+
+    def add(self, devices: Sequence[int], rss: int) -> None:
+        """Take a reading in."""
+        self.devices = _larger(self.devices, devices)
+        self.total = max(self.total, sum(devices))
+        self.rss = max(self.rss, rss)
+
+
+def _larger(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """Return the larger of each two; the devices may be known to one reading only."""
+    if not a or not b:
+        return tuple(a or b)
+    return tuple(max(pair) for pair in zip(a, b, strict=True))
+
+
+def _peak(
+    before: Memory | None, seen: _Largest, after: Memory, samples: int, error: str | None
+) -> Peak:
+    """Return the peak of a phase, its two ends included."""
+    for end in (before, after):
+        if end is not None:
+            seen.add(
+                [d["bytes_in_use"] for d in end.jax_device_memory_stats], end.process_rss_bytes
+            )
+    devices = _larger(seen.devices, _risen(before, after))
+    rss = after.process_peak_rss_bytes
+    rss_risen = rss if before and rss > before.process_peak_rss_bytes else 0
+    return Peak(
+        bytes_in_use=devices,
+        bytes_in_use_total=max(seen.total, *devices, 0),
+        process_rss_bytes=max(seen.rss, rss_risen),
+        samples=samples,
+        source=after.bytes_in_use_source,
+        error=error,
+    )
+
+
+def _risen(before: Memory | None, after: Memory) -> list[int]:
+    """Return the backend's own peak of each device where it rose in the phase, else 0.
+
+    It is a peak since the process began: where it did not rise, it is of an earlier phase.
+    """
+    now = [stats.get(_OWN_PEAK, 0) for stats in after.jax_device_memory_stats]
+    then = [stats.get(_OWN_PEAK, 0) for stats in before.jax_device_memory_stats] if before else []
+    earlier = then or [0] * len(now)
+    return [peak if peak > old else 0 for peak, old in zip(now, earlier, strict=True)]
