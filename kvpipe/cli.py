@@ -40,6 +40,7 @@ from kvpipe.schema import (
     to_plain,
 )
 from kvpipe.sinks import Sink, Sinks
+from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
@@ -76,7 +77,7 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     tracker = WandbSink(config.tracking, run_dir, _api_key(config, Path(runtime.cwd)))
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
-        sinks = Sinks([tracker, JsonLines(records), _screen(config.output)])
+        sinks = Sinks([tracker, JsonLines(records), _screen(config.output), *_heartbeat(config)])
         start_tracking = partial(tracker.start, plain)
         work = supervisor.Run(config, plain, steps, run_dir, sinks, start_tracking, (API_KEY,))
         finished = work.carry_out()
@@ -99,6 +100,14 @@ def _screen(output: OutputFormat) -> Sink:
     from kvpipe.sinks.console import ConsoleTable
 
     return ConsoleTable()
+
+
+def _heartbeat(config: Kvpipe) -> list[Sink]:
+    """Return what writes a line to stderr now and then, unless a terminal shows the run live."""
+    live = config.output is not OutputFormat.json and sys.stdout.isatty()
+    if live or config.runner.heartbeat_s is None:
+        return []
+    return [Heartbeat(sys.stderr, config.runner.heartbeat_s)]
 
 
 def _checked_steps(config: Kvpipe) -> tuple[Phase, ...]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from kvpipe import probe
+from kvpipe import probe, progress
 from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycles
 from kvpipe.engine.compile_count import CompileCounter
@@ -18,8 +18,12 @@ from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger, differences
 from kvpipe.measurement import Measurement
 from kvpipe.phase import Result, WorkerPhase
+from kvpipe.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records import Check, Memory, PhaseRecord, RunPlanned
 from kvpipe.schema import PlanConfig
+from kvpipe.ticker import Ticker
+
+_TELL_EVERY_S = 0.25
 
 
 class CheckFailed(KvpipeError):
@@ -50,11 +54,13 @@ class Events:
     Attributes:
         planned: called with the plan, before anything is started.
         started: called with a step's name and position as it begins.
+        progressed: called while it runs, a few times a second, from another thread.
         finished: called with its record.
     """
 
     planned: Callable[[RunPlanned], None]
     started: Callable[[str, int], None]
+    progressed: Callable[[Progress], None]
     finished: Callable[[PhaseRecord], None]
 
 
@@ -73,9 +79,10 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: floa
     """
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
+        threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
         for job in jobs:
             events.started(job.phase.step, job.idx)
-            loop.begin()
+            loop.begin(job.phase.step)
             try:
                 result = job.phase.run(ctx)
             except Exception as error:
@@ -96,17 +103,29 @@ class _Loop:
         self._compiles = CompileCounter()
         self._cycles = Cycles()
         self._step_began = 0.0
+        self._step = ""
         self._memory: Memory | None = None
         self._sampler: PeakSampler | None = None
         if ctx.config.runner.sample_peaks:
             self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
 
-    def begin(self) -> None:
+    def begin(self, step: str) -> None:
         """Start the clock and the counts of a step."""
+        self._step = step
         if self._sampler:
             self._sampler.begin(self._memory)
         self._compiles.take()
         self._step_began = time.monotonic()
+
+    def tell(self, progressed: Callable[[Progress], None]) -> float:
+        """Tell how far the step is, if it says so; return the seconds until the next time."""
+        step, activity, compiled = self._step, progress.now(), self._compiles.so_far
+        if (compiling_s := self._compiles.compiling_s) is not None:
+            seconds = round(compiled.seconds + compiling_s, 3)
+            progressed(Progress(step, COMPILING, seconds, {PROGRAMS: compiled.count}))
+        elif activity is not None:
+            progressed(activity.progress(step))
+        return _TELL_EVERY_S
 
     def record(self, job: Job, result: Result) -> PhaseRecord:
         """Measure after a step, compare with the plan and with the cycle before."""

@@ -22,6 +22,7 @@ from kvpipe.errors import UNEXPECTED_EXIT_CODE, EngineError, KvpipeError
 from kvpipe.jax_environment import jax_environment
 from kvpipe.phase import ParentPhase, Phase, Result
 from kvpipe.process_memory import process_memory
+from kvpipe.progress import Progress
 from kvpipe.records import (
     Check,
     PhaseRecord,
@@ -167,6 +168,8 @@ class Run:
                     self._on_record(phase_from_json(message["record"]))
                 elif "started" in message:
                     self._on_started(message["started"], message["idx"])
+                elif "progress" in message:
+                    self.sinks.phase_progressed(Progress(**message["progress"]))
                 else:
                     return Ending(message["exit_code"], message["error"])
             raise EngineError(
@@ -187,7 +190,9 @@ class Run:
         # A dynamic import: only here, for a debugger, does the parent load jax.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker")
-        events = worker.runner.Events(self._on_plan, self._on_started, self._on_record)
+        events = worker.runner.Events(
+            self._on_plan, self._on_started, self.sinks.phase_progressed, self._on_record
+        )
         outcome = worker.execute(self.config, events, self.began)
         return Ending(outcome.exit_code, outcome.error)
 

@@ -4,10 +4,12 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kvpipe import planner, runner
 from kvpipe.child import send
@@ -57,10 +59,17 @@ def main() -> None:
     """Entry of ``python -m kvpipe.worker FD``: run the job on stdin, report on descriptor FD."""
     job = json.load(sys.stdin)
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+        whole_lines = threading.Lock()  # progress is told from a thread of its own
+
+        def tell(message: Mapping[str, Any]) -> None:
+            with whole_lines:
+                send(channel, message)
+
         events = runner.Events(
-            planned=lambda plan: send(channel, {"plan": plan.to_json()}),
-            started=lambda step, idx: send(channel, {"started": step, "idx": idx}),
-            finished=lambda record: send(channel, {"record": record.to_json()}),
+            planned=lambda plan: tell({"plan": plan.to_json()}),
+            started=lambda step, idx: tell({"started": step, "idx": idx}),
+            progressed=lambda progress: tell({"progress": progress.to_json()}),
+            finished=lambda record: tell({"record": record.to_json()}),
         )
         outcome = execute(from_plain(job["config"]), events, job["run_began"])
         send(channel, {"exit_code": outcome.exit_code, "error": outcome.error})

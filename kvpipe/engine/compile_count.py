@@ -1,10 +1,12 @@
 """Count the programs that XLA compiles, through jax's own monitoring events."""
 
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+# jax reports the begin of a compilation as a scalar and its end as a duration.
+_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,36 @@ class CompileCounter:
     def __init__(self) -> None:
         self._taken = Compilations()
         self._listening = False
+        self._began: float | None = None
+
+    @property
+    def so_far(self) -> Compilations:
+        """The compilations since the last :meth:`take`; from any thread."""
+        return self._taken
+
+    @property
+    def compiling_s(self) -> float | None:
+        """Seconds that the compilation has taken which is under way; None if none is."""
+        began = self._began
+        return None if began is None else time.monotonic() - began
 
     def take(self) -> Compilations:
         """Return the compilations since the last call."""
         if not self._listening and "jax" in sys.modules:
             from jax import monitoring
 
-            monitoring.register_event_duration_secs_listener(self._on_event)
+            monitoring.register_event_duration_secs_listener(self._on_end)
+            monitoring.register_scalar_listener(self._on_begin)
             self._listening = True
         taken, self._taken = self._taken, Compilations()
         return taken
 
-    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event == _COMPILED:
+    def _on_begin(self, event: str, value: float, **kwargs: Any) -> None:
+        if event == _COMPILE:
+            self._began = time.monotonic()
+
+    def _on_end(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == _COMPILE:
+            self._began = None
             taken = self._taken
             self._taken = Compilations(taken.count + 1, taken.seconds + duration_secs)

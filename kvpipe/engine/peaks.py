@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import psutil
 
@@ -53,18 +52,13 @@ class PeakSampler:
     def __enter__(self) -> "PeakSampler":
         global _sampler
         _sampler = self
-        self._ticker.__enter__()
+        self._ticker.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _sampler
         _sampler = None
-        self._ticker.__exit__()
+        self._ticker.stop()
 
     def begin(self, before: Memory | None) -> None:
         """Forget what was sampled: a phase begins.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from kvpipe import progress
 from kvpipe.context import Output
 from kvpipe.engine import compat
 from kvpipe.engine.devices import check_devices
@@ -74,10 +75,13 @@ class SglangEngine:
             "max_new_tokens": sampling.max_new_tokens,
             "ignore_eos": sampling.ignore_eos,
         }
-        raw = self.on_caller.call(
-            lambda: self.engine.generate(prompt=prompt, sampling_params=params)
-        )
-        self.wait_idle()
+        with progress.under_way(
+            progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
+        ):
+            raw = self.on_caller.call(
+                lambda: self.engine.generate(prompt=prompt, sampling_params=params)
+            )
+            self.wait_idle()
         return Output(
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
@@ -85,6 +89,13 @@ class SglangEngine:
             cached_tokens=int(raw["meta_info"]["cached_tokens"]),
             raw=_plain(raw),
         )
+
+    def _tokens_so_far(self) -> dict[str, int]:
+        """Return how many tokens the requests under way have; any thread may look."""
+        names = ("running_batch", "cur_batch", "last_batch")
+        batches = [getattr(self.scheduler, name, None) for name in names]
+        requests = {id(r): r for batch in batches if batch is not None for r in _requests(batch)}
+        return {progress.TOKENS: sum(len(request.output_ids) for request in requests.values())}
 
     def flush(self) -> dict[str, int]:
         """Empty the prefix cache and both pools; return how many tokens were cached before.
@@ -220,6 +231,12 @@ def _guard_requests(started: SglangEngine) -> None:
         return generate_request(*args, **kwargs)
 
     manager.generate_request = guarded
+
+
+def _requests(batch: Any) -> list[Any]:
+    """Return the requests of a batch; later versions have a part of them for each data rank."""
+    parts = getattr(batch, "reqs_info", None) or (batch,)
+    return [request for part in parts for request in part.reqs or ()]
 
 
 def _plain(value: Any) -> Any:

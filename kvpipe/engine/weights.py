@@ -9,13 +9,15 @@ threads that copy would wait for Python's lock most of the time.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from kvpipe import progress
 from kvpipe.checkpoints import mapped
 from kvpipe.engine import memory, peaks, placement
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
@@ -196,11 +198,12 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
     table = ParamTable(engine)
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
     check_weights(leaves, blueprint, weights)
-    built = {}
-    for path, leaf in leaves.items():
-        source = weights[leaf.source]
-        built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
-        mapped.let_go(source)
+    built: dict[str, jax.Array] = {}
+    with _loading(blueprint, built):
+        for path, leaf in leaves.items():
+            source = weights[leaf.source]
+            built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
+            mapped.let_go(source)
     peaks.mark()
     return built
 
@@ -229,6 +232,7 @@ def _replace(
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
     placed_bytes = 0
+    placed: list[str] = []
 
     def finish() -> None:
         nonlocal placed_bytes
@@ -237,21 +241,37 @@ def _replace(
         if path == largest:
             peaks.mark()
         done(path)
+        placed.append(path)
         placed_bytes += sizes[path]
         if placed_bytes > _LEAVES_UNTRIMMED * sizes[largest]:
             memory.give_back_free_pages()
             placed_bytes = 0
 
-    for path, shape in sorted(blueprint.items(), key=_by_shape):
-        if len(under_way) == _AT_ONCE:
+    with _loading(blueprint, placed):
+        for path, shape in sorted(blueprint.items(), key=_by_shape):
+            if len(under_way) == _AT_ONCE:
+                finish()
+            table.put_in_step({path: shape})  # frees the old leaf
+            under_way.append((path, placement.begin(hosts[path], shape)))
+        while under_way:
             finish()
-        table.put_in_step({path: shape})  # frees the old leaf
-        under_way.append((path, placement.begin(hosts[path], shape)))
-    while under_way:
-        finish()
     table.tell_model()
     del engine.away[WEIGHTS]
     return _change(blueprint, sum(memory.bytes_in_use()) - before)
+
+
+def _loading(
+    blueprint: Mapping[str, Param], placed: Collection[str]
+) -> AbstractContextManager[None]:
+    """Tell the progress of a placement: of the leaves of ``blueprint`` those in ``placed``."""
+    sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
+
+    def so_far() -> dict[str, int]:
+        paths = list(placed)
+        return {progress.LEAVES: len(paths), progress.BYTES: sum(map(sizes.__getitem__, paths))}
+
+    total = {progress.LEAVES: len(sizes), progress.BYTES: sum(sizes.values())}
+    return progress.under_way(progress.LOADING, total, so_far)
 
 
 def _by_shape(item: tuple[str, Param]) -> Any:

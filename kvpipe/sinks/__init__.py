@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from kvpipe.progress import Progress
 from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
 
 
@@ -20,6 +21,10 @@ class Sink(Protocol):
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Take the name of the step that begins, its position from 0 and the number of steps."""
+        ...
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Take how far the phase is that runs; without ``runner.isolate`` from another thread."""
         ...
 
     def phase_finished(self, record: PhaseRecord) -> None:
@@ -53,6 +58,10 @@ class Sinks:
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Hand the step that begins to every sink."""
         self._call(lambda sink: sink.phase_started(step, idx, total))
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Hand how far the phase is to every sink."""
+        self._call(lambda sink: sink.phase_progressed(progress))
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Hand the record of a phase to every sink."""

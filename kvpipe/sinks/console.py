@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as LiveLine
 from rich.table import Column, Table
 from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
+from kvpipe.progress import Progress
 from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned
 from kvpipe.units import gib
 
@@ -38,6 +40,7 @@ _COLUMNS = (
     _Column("slots", 5),
     _Column("other", 5),
     _Column("total", 5),
+    _Column("peak", 5, optional=True),
     _Column("RSS", 5, optional=True),
     _Column("compiled", 8, optional=True),
     _Column("checks", 6),
@@ -53,17 +56,24 @@ class ConsoleTable:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._progress = Progress(
+        self._live = LiveLine(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=8),
             TimeElapsedColumn(),
+            TextColumn(
+                "{task.fields[doing]}",
+                style="dim",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
         self._name_width = _NAME_WIDTH
         self._phases = 0
+        self._step = ""
 
     def run_started(self, config: dict[str, Any]) -> None:
         """Print the headings of the table and start the live line."""
@@ -73,7 +83,7 @@ class ConsoleTable:
         )
         self._console.print(title)
         self._print_row("phase", [column.heading for column in _COLUMNS], "bold")
-        self._progress.start()
+        self._live.start()
 
     def run_planned(self, record: RunPlanned) -> None:
         """Print the plan's verdict."""
@@ -91,25 +101,34 @@ class ConsoleTable:
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Show the step in the live line, with a clock of its own."""
         self._clear()
-        self._progress.add_task(f"{idx + 1}/{total} {step}", total=total, completed=idx)
+        self._step = step
+        self._live.add_task(f"{idx + 1}/{total} {step}", total=total, completed=idx, doing="")
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Show in the live line how far the step is, if it is still the one that runs."""
+        if progress.step == self._step:
+            for task in self._live.task_ids:
+                self._live.update(task, doing=str(progress))
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Print the row of the phase."""
         self._clear()
         self._phases += 1
         self._print_row(record.phase, _cells(record), "" if record.passed else "red")
+        if record.peak and record.peak.error:
+            self._console.print(Text(f"  its peak is not known: {record.peak.error}", "red"))
 
     def run_finished(self, record: RunFinished) -> None:
         """Stop the live line and print the verdict, the failed checks and where everything is."""
         self._clear()
-        self._progress.stop()
+        self._live.stop()
         for line in _summary(record, self._phases):
             # The terminal wraps, not rich: people copy paths and commands.
             self._console.print(line, soft_wrap=True)
 
     def _clear(self) -> None:
-        for task in self._progress.task_ids:
-            self._progress.remove_task(task)
+        for task in self._live.task_ids:
+            self._live.remove_task(task)
 
     def _print_row(self, name: str, cells: Sequence[str], style: str) -> None:
         columns = list(zip(_COLUMNS, cells, strict=True))
@@ -143,6 +162,7 @@ def _cells(record: PhaseRecord) -> list[str]:
         _gib(sum(slots) if slots else None),
         _gib(sum(rest) if rest else None),
         _gib(sum(ledger.values()) if ledger else None),
+        _gib(record.peak.bytes_in_use_total if record.peak and record.peak.bytes_in_use else None),
         _gib(record.memory.process_rss_bytes),
         str(record.compilations or _NONE),
         f"{passed}/{len(record.checks)}" if record.checks else _NONE,

@@ -3,6 +3,7 @@
 from typing import Any, TextIO
 
 from kvpipe.errors import KvpipeError
+from kvpipe.progress import Progress
 from kvpipe.records import (
     RUN_FINISHED,
     RUN_PLANNED,
@@ -32,6 +33,9 @@ class JsonLines:
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Do nothing: a line is written when the phase has finished."""
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Write the record."""

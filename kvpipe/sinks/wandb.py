@@ -17,6 +17,7 @@ from urllib.request import getproxies
 
 from kvpipe.credentials import API_KEY, refuse_secrets
 from kvpipe.errors import TrackingError
+from kvpipe.progress import Progress
 from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
@@ -95,6 +96,9 @@ class WandbSink:
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Do nothing: a row is logged when the phase has finished."""
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Log the metrics of the phase, and its texts if it has any to log.

@@ -1,0 +1,82 @@
+"""A line on stderr now and then while a phase runs, for those who watch a pipe or a log.
+
+The lines come from the parent, so they come even while the engine's process is stuck.
+"""
+
+import time
+from typing import Any, TextIO
+
+from kvpipe.progress import Progress
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.ticker import Ticker
+
+# The engine's process tells its progress several times a second; what is older is said to be old.
+_OLD_S = 5.0
+
+
+class Heartbeat:
+    """Writes how long the phase has run, and how far it is.
+
+    Args:
+        stream: where to; never the stream of the records.
+        every_s: seconds from one line to the next, and from a phase's begin to its first line.
+    """
+
+    def __init__(self, stream: TextIO, every_s: float) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._beating: _Beating | None = None
+
+    def run_started(self, config: dict[str, Any]) -> None:
+        """Do nothing: no phase runs yet."""
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Do nothing: the plan is no phase."""
+
+    def phase_started(self, step: str, idx: int, total: int) -> None:
+        """Begin to write about the step."""
+        self._stop()
+        self._beating = _Beating(self._stream, self._every_s, step, f"{idx + 1}/{total}")
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Keep how far the step is, for the next line."""
+        if self._beating and progress.step == self._beating.step:
+            self._beating.told = (time.monotonic(), progress)
+
+    def phase_finished(self, record: PhaseRecord) -> None:
+        """Stop writing about the step."""
+        self._stop()
+
+    def run_finished(self, record: RunFinished) -> None:
+        """Stop writing about a step that has no record."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._beating:
+            self._beating.ticker.stop()
+            self._beating = None
+
+
+class _Beating:
+    """The lines about one step."""
+
+    def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
+        self.step = step
+        self.told: tuple[float, Progress] | None = None
+        self.ticker = Ticker("heartbeat", self._beat, every_s)
+        self._stream = stream
+        self._every_s = every_s
+        self._position = position
+        self._began = time.monotonic()
+        self.ticker.start()
+
+    def _beat(self) -> float:
+        now = time.monotonic()
+        line = f"kvpipe: {self._position} {self.step} has run for {now - self._began:.0f} s"
+        if self.told:
+            at, progress = self.told
+            old = f", told {now - at:.0f} s ago" if now - at > _OLD_S else ""
+            line += f": {progress}{old}"
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
+        return self._every_s
