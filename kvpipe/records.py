@@ -313,9 +313,9 @@ def dumps(record: Record) -> str:
 def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     """Return the record that :meth:`PhaseRecord.to_json` wrote."""
     memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
-    known = {key: data[key] for key in _PHASE_KEYS}
-    if (peak := data["peak"]) is not None:
-        known["peak"] = Peak(**peak | {"bytes_in_use": tuple(peak["bytes_in_use"])})
+    known = {key: data[key] for key in _PHASE_KEYS if key != "peak"}
+    peak = data.get("peak")  # records of a run before there were peaks have none
+    known["peak"] = Peak(**{**peak, "bytes_in_use": tuple(peak["bytes_in_use"])}) if peak else None
     stats = tuple(memory.pop("jax_device_memory_stats"))
     known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
     known["checks"] = tuple(Check(**check) for check in data["checks"])

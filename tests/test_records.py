@@ -10,6 +10,7 @@ from kvpipe.records import (
     SUMMARY_FIELDS,
     Check,
     Memory,
+    Peak,
     PhaseRecord,
     RunFinished,
     check_equal,
@@ -42,6 +43,15 @@ memories = st.builds(
     ),
     st.sampled_from(["device", "live_arrays", None]),
 )
+peaks = st.builds(
+    Peak,
+    st.lists(sizes, max_size=4).map(tuple),
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from(["device", "live_arrays", None]),
+    st.none() | st.text(),
+)
 phase_records = st.builds(
     PhaseRecord,
     phase=names,
@@ -50,6 +60,7 @@ phase_records = st.builds(
     elapsed_s=times,
     duration_s=times,
     memory=memories,
+    peak=st.none() | peaks,
     ledger=pools,
     plan_error_bytes=pools,
     compilations=st.integers(0, 99),
@@ -83,6 +94,7 @@ def test_the_json_of_a_phase_has_the_scripts_names():
     stats = [{"bytes_in_use": 5, "bytes_limit": 9}, {"bytes_in_use": 7, "bytes_limit": 9}]
     record = a_record(
         memory=Memory(10, 20, stats, "device"),
+        peak=Peak((6, 8), 13, 21, 3, "device"),
         ledger={"kv": 12},
         plan_error_bytes={"kv": 0},
         compilations=2,
@@ -109,6 +121,14 @@ def test_the_json_of_a_phase_has_the_scripts_names():
                 "bytes_limit_max": 9,
             },
         },
+        "peak": {
+            "bytes_in_use": (6, 8),
+            "bytes_in_use_total": 13,
+            "process_rss_bytes": 21,
+            "samples": 3,
+            "source": "device",
+            "error": None,
+        },
         "ledger": {"kv": 12},
         "plan_error_bytes": {"kv": 0},
         "compilations": 2,
@@ -121,6 +141,7 @@ def test_the_json_of_a_phase_has_the_scripts_names():
 def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
     record = a_record(
         memory=Memory(10, 20, [{"bytes_in_use": 5, "num_allocs": 1}], "device"),
+        peak=Peak((6,), 6, 21, 3, "device"),
         ledger={"kv": 12, "slot:param_dict": 4},
         plan_error_bytes={"kv": 0},
         compilations=2,
@@ -146,6 +167,10 @@ def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
         "mem/jax/bytes_in_use_max": 5,
         "mem/jax/device0/bytes_in_use": 5,
         "mem/jax/device0/num_allocs": 1,
+        "mem/peak/bytes_in_use_total": 6,
+        "mem/peak/device0/bytes_in_use": 6,
+        "mem/peak/process_rss_bytes": 21,
+        "mem/peak/samples": 3,
         "ledger/kv_bytes": 12,
         "ledger/slot:param_dict_bytes": 4,
         "plan/kv_error_bytes": 0,
@@ -154,6 +179,20 @@ def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
         "kv/deleted_buffers": 3,
         "num_params": 434,
         "determinism/same_output": 1,
+    }
+
+
+def test_a_record_from_before_there_were_peaks_reads_without_one():
+    written = a_record().to_json()
+    del written["peak"]
+    assert phase_from_json(written) == a_record()
+
+
+def test_without_jax_a_peak_has_no_device_metrics():
+    values = metrics(a_record(peak=Peak((), 0, 21, 3)))
+    assert {key for key in values if key.startswith("mem/peak/")} == {
+        "mem/peak/process_rss_bytes",
+        "mem/peak/samples",
     }
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as LiveLine
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -20,6 +20,7 @@ from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPla
 from kvpipe.units import gib
 
 _NAME_WIDTH = 32
+_CLOCK_WIDTH = len("⠋ ") + len(" 0:00:00 ")
 _NONE = "–"
 _MOST_CHARS = 300
 
@@ -59,14 +60,8 @@ class ConsoleTable:
         self._live = LiveLine(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=8),
             TimeElapsedColumn(),
-            TextColumn(
-                "{task.fields[doing]}",
-                style="dim",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-            ),
+            TextColumn("{task.fields[doing]}", style="dim", markup=False),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -106,9 +101,15 @@ class ConsoleTable:
 
     def phase_progressed(self, progress: Progress) -> None:
         """Show in the live line how far the step is, if it is still the one that runs."""
-        if progress.step == self._step:
-            for task in self._live.task_ids:
-                self._live.update(task, doing=str(progress))
+        if progress.step != self._step:
+            return
+        for task in self._live.tasks:
+            doing = Text(str(progress))
+            doing.truncate(
+                max(self._console.width - len(task.description) - _CLOCK_WIDTH, 0),
+                overflow="ellipsis",
+            )
+            self._live.update(task.id, doing=doing.plain)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Print the row of the phase."""

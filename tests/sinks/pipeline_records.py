@@ -2,7 +2,7 @@
 
 import hashlib
 
-from kvpipe.records import Check, Memory, PhaseRecord, RunFinished, check_equal
+from kvpipe.records import Check, Memory, Peak, PhaseRecord, RunFinished, check_equal
 from tests.sop import STEPS
 
 PROMPT = 'Say "<b>hi</b>" & 你好\r\nthen stop.'
@@ -55,6 +55,14 @@ def memory(idx, devices=4):
     return Memory((3 << 30) + idx, 4 << 30, stats, "device")
 
 
+def peak(idx):
+    """Return a peak one GiB a device above what the devices hold after the phase."""
+    if idx == 0:
+        return None
+    share = sum(ledger(idx).values()) // 4 + (1 << 30)
+    return Peak((share,) * 4, 4 * share, 5 << 30, 10, "device")
+
+
 def ledger(idx):
     pools = {"other": 157_696}
     if idx >= STEPS.index("engine_ready_dummy"):
@@ -76,6 +84,7 @@ def phase(idx, name=None, **more):
         "elapsed_s": 1.5 * idx,
         "duration_s": 1.25,
         "memory": memory(idx),
+        "peak": peak(idx),
         "ledger": ledger(idx),
         "plan_error_bytes": {"kv": 0, "params": 0} if idx else {},
         "compilations": 2 if "generate" in step else 0,

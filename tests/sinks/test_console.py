@@ -1,6 +1,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from pipeline_records import STEPS, failed, passed, phase, pipeline
 from rich.console import Console
 
+from kvpipe.progress import GENERATING, Progress
 from kvpipe.sinks.console import ConsoleTable
 
 CONFIG = {"experiment": "tiny", "pipeline": STEPS}
@@ -45,9 +47,9 @@ def test_each_phase_has_a_row():
 
 def test_a_row_has_the_sizes_in_gib_by_pool():
     heading, *rows = shown(passed())[1:18]
-    names = "phase seconds params kv slots other total RSS compiled checks"
+    names = "phase seconds params kv slots other total peak RSS compiled checks"
     assert heading.split() == names.split()
-    cells = "1.25 5.820 9.000 5.820 0.000 20.64 3.000 2 –"
+    cells = "1.25 5.820 9.000 5.820 0.000 20.64 24.64 3.000 2 –"
     assert row_of(rows, "generate_result_after") == [STEPS[14], *cells.split()]
     assert row_of(rows, "kv_cache_dropped")[3] == "–"
     assert row_of(rows, "kv_cache_dropped")[-1] == "1/1"
@@ -70,6 +72,12 @@ def test_a_huge_size_does_not_break_the_columns():
     huge = phase(2, ledger={"params": 50 << 40, "kv": 123 << 30})
     line = row_of(shown(passed(), records=[huge]), "engine_ready_dummy")
     assert line[2:4] == ["51200", "123.0"]
+
+
+def test_a_peak_that_is_not_known_is_said_below_its_row():
+    unknown = replace(phase(5).peak, error="OSError: no such process")
+    lines = shown(passed(), records=[phase(5, peak=unknown)])
+    assert lines[3].strip() == "its peak is not known: OSError: no such process"
 
 
 def test_a_run_that_passed_ends_with_its_verdict_and_its_places():
@@ -120,6 +128,32 @@ def test_a_terminal_sees_the_phase_that_runs_and_keeps_only_the_rows():
     assert any("3/16 engine_ready_dummy" in line for line in lines)
     # The last thing that is done to a live line is that it is erased.
     assert lines[-1].startswith("run")
+
+
+@pytest.mark.parametrize(("width", "doing"), [(100, "generating 12/64 tokens, 3.2 s"), (60, "…")])
+def test_the_live_line_says_how_far_the_phase_is_and_stays_one_line(width, doing):
+    out = io.StringIO()
+    sink = ConsoleTable(Console(file=out, width=width, force_terminal=True, color_system=None))
+    sink.run_started(CONFIG)
+    sink.phase_started(STEPS[14], 14, 16)
+    for step in (STEPS[14], STEPS[13]):  # what is told of a step that is over is too late
+        sink.phase_progressed(progress_of(step))
+    sink._live.refresh()
+    sink._live.stop()
+    live = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if STEPS[14] in line]
+    assert live[-1].endswith(doing)
+    assert len(live[-1]) <= width
+    assert STEPS[13] not in plain(out.getvalue())[-width:]
+
+
+def progress_of(step):
+    elapsed_s = 3.21 if step == STEPS[14] else 99.0
+    return Progress(step, GENERATING, elapsed_s, {"tokens": 12}, {"tokens": 64})
+
+
+def plain(text):
+    """Return what a terminal got without its control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
 def test_a_real_terminal_has_its_cursor_back_at_the_end():

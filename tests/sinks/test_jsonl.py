@@ -7,6 +7,7 @@ import pytest
 from pipeline_records import OUTPUT, passed, phase, pipeline
 
 from kvpipe.errors import KvpipeError
+from kvpipe.progress import GENERATING, Progress
 from kvpipe.records import dumps
 from kvpipe.sinks.jsonl import JsonLines
 
@@ -15,6 +16,7 @@ def write_run(sink):
     sink.run_started({})
     for record in pipeline():
         sink.phase_started(record.phase, record.idx, 16)
+        sink.phase_progressed(Progress(record.phase, GENERATING, 1.0))
         sink.phase_finished(record)
     sink.run_finished(passed())
 

@@ -2,7 +2,10 @@ import pytest
 from pipeline_records import failed, passed, phase
 
 from kvpipe.errors import KvpipeError, TrackingError
+from kvpipe.progress import GENERATING, Progress
 from kvpipe.sinks import Sinks
+
+PROGRESS = Progress("jax_ready", GENERATING, 1.0, {"tokens": 1}, {"tokens": 2})
 
 
 class Recorder:
@@ -24,6 +27,9 @@ class Recorder:
     def phase_started(self, step, idx, total):
         self._take("phase_started", step, idx, total)
 
+    def phase_progressed(self, progress):
+        self._take("phase_progressed", progress)
+
     def phase_finished(self, record):
         self._take("phase_finished", record)
 
@@ -35,11 +41,13 @@ def call_all(sinks):
     record, last = phase(3), passed()
     sinks.run_started({"a": 1})
     sinks.phase_started("jax_ready", 3, 16)
+    sinks.phase_progressed(PROGRESS)
     sinks.phase_finished(record)
     sinks.run_finished(last)
     return [
         ("run_started", {"a": 1}),
         ("phase_started", "jax_ready", 3, 16),
+        ("phase_progressed", PROGRESS),
         ("phase_finished", record),
         ("run_finished", last),
     ]
@@ -56,6 +64,7 @@ def test_every_sink_gets_every_call():
     [
         lambda sinks: sinks.run_started({}),
         lambda sinks: sinks.phase_started("a", 0, 1),
+        lambda sinks: sinks.phase_progressed(PROGRESS),
         lambda sinks: sinks.phase_finished(phase(0)),
         lambda sinks: sinks.run_finished(passed()),
     ],

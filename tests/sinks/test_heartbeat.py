@@ -1,0 +1,61 @@
+import io
+import time
+
+from pipeline_records import passed, phase
+
+from kvpipe.progress import GENERATING, Progress
+from kvpipe.sinks import heartbeat
+from kvpipe.sinks.heartbeat import Heartbeat
+
+PROGRESS = Progress("generate_result", GENERATING, 1.5, {"tokens": 3}, {"tokens": 64})
+HEAD = "kvpipe: 9/16 generate_result has run for 0 s"
+
+
+def wait_for_lines(out, count):
+    deadline = time.monotonic() + 10
+    while out.getvalue().count("\n") < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return out.getvalue().splitlines()[:count]
+
+
+def test_while_a_phase_runs_a_line_comes_now_and_then_and_none_after_it():
+    out = io.StringIO()
+    sink = Heartbeat(out, 0.01)
+    sink.run_started({})
+    sink.phase_started("generate_result", 8, 16)
+    assert wait_for_lines(out, 2) == [HEAD] * 2
+    sink.phase_finished(phase(8))
+    written = out.getvalue()
+    time.sleep(0.05)
+    assert out.getvalue() == written
+
+
+def test_a_line_says_how_far_the_phase_is_and_not_how_far_another_was():
+    out = io.StringIO()
+    sink = Heartbeat(out, 0.01)
+    sink.phase_started("generate_result", 8, 16)
+    sink.phase_progressed(PROGRESS)
+    sink.phase_progressed(Progress("jax_ready", GENERATING, 9.9))
+    lines = wait_for_lines(out, 2)
+    sink.phase_finished(phase(8))
+    assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s"
+
+
+def test_what_was_told_long_ago_is_said_to_be_old(monkeypatch):
+    monkeypatch.setattr(heartbeat, "_OLD_S", -1.0)
+    out = io.StringIO()
+    sink = Heartbeat(out, 0.01)
+    sink.phase_started("generate_result", 8, 16)
+    sink.phase_progressed(PROGRESS)
+    lines = wait_for_lines(out, 2)
+    sink.run_finished(passed())
+    assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s, told 0 s ago"
+
+
+def test_a_phase_that_is_over_before_the_first_line_is_due_writes_nothing():
+    out = io.StringIO()
+    sink = Heartbeat(out, 60.0)
+    for idx in range(3):
+        sink.phase_started(f"step{idx}", idx, 3)
+    sink.run_finished(passed())
+    assert out.getvalue() == ""
