@@ -131,6 +131,7 @@ REFUSED = {
         "engine.tp_size × engine.dp_size is 2 × 1 = 2, but engine.virtual_devices is 4; "
         "they have to be equal"
     ),
+    "runner.heartbeat_s=0": "runner.heartbeat_s is 0.0, it has to be at least 1",
     "model.generate=null model.path=nowhere": "model.path: {cwd}/nowhere is not a directory",
     "model.generate=null model.path=.": "model.path: {cwd} has no config.json",
     "model.generate.head_dim=3": "tiny model: head_dim is 3, RoPE needs an even one",
@@ -384,6 +385,23 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_json(monkeypatch):
         monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
         assert isinstance(cli._screen(OutputFormat.auto), kind)
     assert isinstance(cli._screen(OutputFormat.table), ConsoleTable)
+
+
+def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(monkeypatch):
+    from kvpipe.schema import OutputFormat
+
+    for is_a_terminal, output, beats in (
+        (False, OutputFormat.auto, 1),
+        (False, OutputFormat.table, 1),
+        (True, OutputFormat.json, 1),
+        (True, OutputFormat.auto, 0),
+        (True, OutputFormat.table, 0),
+    ):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
+        config = Kvpipe(output=output)
+        assert len(cli._heartbeat(config)) == beats
+        config.runner.heartbeat_s = None
+        assert cli._heartbeat(config) == []
 
 
 def command(*arguments, cwd, **environment):

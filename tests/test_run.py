@@ -7,6 +7,7 @@ parallel 4 and the KV heads replicated as on the TPU.
 import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,10 +248,13 @@ def test_the_engines_log_is_a_file_of_its_own(run: FinishedRun) -> None:
     assert "KV Cache allocated" in (run.run_dir / "engine.log").read_text()
 
 
-def test_another_output_fails_the_run_and_says_which_token(tmp_path: Path) -> None:
+def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhile(
+    tmp_path: Path,
+) -> None:
     run = kvpipe(
         tmp_path,
         "tracking.mode=disabled",
+        "runner.heartbeat_s=1",
         "phases.generate_result.max_new_tokens=6",
         "phases.generate_result_after_kv_rebuild.max_new_tokens=5",
     )
@@ -261,6 +265,12 @@ def test_another_output_fails_the_run_and_says_which_token(tmp_path: Path) -> No
     assert failed[0]["detail"] == "the first 5 tokens agree, then one output ends"
     assert run.lines[-2]["phase"] == "generate_result_after_kv_rebuild"
     assert run.lines[-2]["same_output"] == 0
+    beats = run.stderr.splitlines()
+    assert beats
+    heartbeat = r"kvpipe: \d+/16 \w+ has run for \d+ s(: (compiling|loading|generating) .+)?"
+    assert [line for line in beats if not re.fullmatch(heartbeat, line)] == []
+    assert any(": compiling program " in line for line in beats)
+    assert (run.run_dir / "records.jsonl").read_text() == run.stdout
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""The loop of the worker, with steps that need no engine."""
+
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from kvpipe import progress, runner
+from kvpipe.context import WorkerContext
+from kvpipe.errors import KvpipeError
+from kvpipe.ledger import Ledger
+from kvpipe.phase import Result, WorkerPhase
+from kvpipe.progress import COMPILING, GENERATING, Progress
+from kvpipe.schema import Kvpipe, RunnerConfig
+
+
+@dataclass(frozen=True)
+class Waits(WorkerPhase):
+    """Says that it generates, for ``seconds``."""
+
+    seconds: float = 0.0
+
+    def run(self, ctx):
+        with progress.under_way(GENERATING, {"tokens": 4}, lambda: {"tokens": 1}):
+            time.sleep(self.seconds)
+        return Result()
+
+
+@dataclass(frozen=True)
+class Fails(WorkerPhase):
+    def run(self, ctx):
+        raise KvpipeError("it cannot be done")
+
+
+def run(*phases, **options):
+    """Run the phases; return the records and what was told of their progress."""
+    ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
+    records, told = [], []
+    events = runner.Events(
+        planned=lambda plan: None,
+        started=lambda step, idx: None,
+        progressed=told.append,
+        finished=records.append,
+    )
+    jobs = [runner.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
+    try:
+        runner.run(jobs, ctx, events, time.time())
+    except KvpipeError as error:
+        records.append(error)
+    return records, told
+
+
+def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second():
+    _, told = run(Waits("quick"), Waits("slow", 1.1))
+    assert {p.step for p in told[1:]} == {"slow"}
+    assert 2 <= len(told) <= 6
+    last = told[-1]
+    assert last == Progress("slow", GENERATING, last.elapsed_s, {"tokens": 1}, {"tokens": 4})
+
+
+def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
+    class Compiling:
+        so_far = SimpleNamespace(count=2, seconds=1.5)
+        compiling_s = 0.25
+
+        def take(self):
+            return self.so_far
+
+    monkeypatch.setattr(runner, "CompileCounter", Compiling)
+    (record,), told = run(Waits("first", 0.4))
+    assert Progress("first", COMPILING, 1.75, {"programs": 2}) in told
+    assert (record.compilations, record.compile_s) == (2, 1.5)
+
+
+def test_every_record_has_a_peak_that_of_a_failed_phase_too():
+    (first, failed, error), _ = run(Waits("first", 0.1), Fails("second"))
+    assert str(error) == "it cannot be done"
+    for record in (first, failed):
+        assert record.peak.process_rss_bytes >= record.memory.process_rss_bytes
+        assert record.peak.error is None
+    assert first.peak.samples >= 1
+    assert failed.peak.samples <= first.peak.samples
+
+
+def test_without_sampling_there_are_no_peaks():
+    (record,), _ = run(Waits("first"), sample_peaks=False)
+    assert record.peak is None
