@@ -42,11 +42,13 @@ from kvpipe.schema import (
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonLines
-from kvpipe.steps import build_steps
+from kvpipe.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
 from kvpipe.targets import find_target
 
 _SIGNALLED = 128
+# Where a shell puts the line that is to be completed.
+_COMP_LINE = "COMP_LINE"
 _PLANNERS = Planners(secrets=(API_KEY,))
 
 
@@ -200,13 +202,35 @@ def _config_dir(sources: Sequence[Any]) -> str | None:
     return next((s.path for s in sources if s.provider == "command-line"), None)
 
 
+def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
+    """Print what each phase, or the one that is asked for, does, takes and needs."""
+    from kvpipe.phase_docs import describe
+    from kvpipe.report import phases as report
+
+    asked = config.describe.phase
+    found = [describe(name, config) for name in ([asked] if asked else phase_names())]
+    match config.describe.format:
+        case PlanFormat.json:
+            print(json.dumps(report.as_json(found)))
+        case PlanFormat.markdown:
+            print(report.as_markdown(found), end="")
+        case PlanFormat.table:
+            from kvpipe.report.phases_table import print_phases
+
+            print_phases(found, sys.stdout)
+    return 0
+
+
 Action = Callable[[Kvpipe, dict[str, Any]], int]
 VERBS: dict[str, Action] = {
     "run": run,
     "check": check,
     "plan": plan,
     "compare-plans": compare_plans,
+    "phases": phases,
 }
+# What a word after the verb is short for.
+_WORD_AFTER = {"phases": "describe.phase"}
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -215,17 +239,33 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         InputError: there is no such verb.
     """
-    if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
+    if not arguments or not _is_word(arguments[0]):
         return "run", list(arguments)
     verb, *rest = arguments
     if verb not in VERBS:
         raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
+    if verb in _WORD_AFTER and rest and _is_word(rest[0]):
+        rest[0] = f'{_WORD_AFTER[verb]}="{rest[0]}"'
     return verb, rest
+
+
+def _without_verb(line: str) -> str:
+    """Return a command line that is being typed as Hydra's completion can read it."""
+    program, _, typed = line.partition(" ")
+    verb, space, rest = typed.lstrip().partition(" ")
+    return f"{program} {rest}" if space and verb in VERBS else line
+
+
+def _is_word(argument: str) -> bool:
+    """Return whether an argument is neither a flag nor an override."""
+    return not argument.startswith(("-", "+", "~")) and "=" not in argument
 
 
 def _compose_and_act(arguments: Sequence[str]) -> int:
     """Let Hydra compose each config and act on it; return the highest exit code of the jobs."""
     verb, overrides = _split_verb(arguments)
+    if _COMP_LINE in os.environ:
+        os.environ[_COMP_LINE] = _without_verb(os.environ[_COMP_LINE])
     codes: list[int] = []
 
     def job(composed: DictConfig) -> None:

@@ -31,7 +31,7 @@ class OutputFormat(Enum):
 
 
 class PlanFormat(Enum):
-    """How ``kvpipe plan`` prints."""
+    """How ``kvpipe plan`` and ``kvpipe phases`` print."""
 
     table = "table"
     markdown = "markdown"
@@ -302,6 +302,19 @@ class CompareConfig:
 
 
 @dataclass
+class DescribeConfig:
+    """What ``kvpipe phases`` prints.
+
+    Attributes:
+        phase: name of the one phase to print; None prints all. ``kvpipe phases NAME`` sets it.
+        format: how.
+    """
+
+    phase: str | None = None
+    format: PlanFormat = PlanFormat.table
+
+
+@dataclass
 class Kvpipe:
     """The whole configuration.
 
@@ -326,6 +339,7 @@ class Kvpipe:
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
 

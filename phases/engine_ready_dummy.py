@@ -13,7 +13,7 @@ class EngineReadyDummy(WorkerPhase):
     """Start the engine.
 
     Attributes:
-        load_format: ``dummy`` or ``auto``; follows ``engine.load_format``.
+        load_format: ``dummy`` for random weights, ``auto`` for the checkpoint's; follows ``engine.load_format``.
     """
 
     load_format: str

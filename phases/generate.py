@@ -19,11 +19,14 @@ class Generate(WorkerPhase):
     """Generate.
 
     Attributes:
-        max_new_tokens, temperature, ignore_eos: as in ``sampling``, from which they come.
-        same_output_as: an earlier step whose token ids these have to equal.
+        max_new_tokens: tokens to generate at most; follows ``sampling.max_new_tokens``.
+        temperature: divides the logits, without a unit; 0.0 is greedy. Follows
+            ``sampling.temperature``.
+        ignore_eos: go on after an end-of-sequence token; follows ``sampling.ignore_eos``.
+        same_output_as: name of an earlier step whose token ids these have to equal.
         aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
             differ, the engine itself is to blame, and what comes later proves nothing about KV.
-        same_cached_tokens_as: an earlier step that found as many tokens of its prompt in the
+        same_cached_tokens_as: name of an earlier step that found as many tokens of its prompt in the
             prefix cache as this one has to.
         weights: ``real`` refuses dummy weights, ``any`` takes what is there.
         log_text: send prompt and text to W&B as media and files.

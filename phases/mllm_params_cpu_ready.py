@@ -16,7 +16,7 @@ class MllmParamsCpuReady(WorkerPhase):
 
     Attributes:
         name: what later steps call the tree.
-        dtype: cast to this dtype while loading; None keeps the checkpoint's.
+        dtype: cast to this dtype, e.g. ``float32``, while loading; None keeps the checkpoint's.
         orbax: directory of a tree that orbax has saved, instead of the model's own files.
     """
 

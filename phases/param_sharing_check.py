@@ -13,7 +13,7 @@ class ParamSharingCheck(WorkerPhase):
     """Compare the engine's parameters with the slot's by identity.
 
     Attributes:
-        slot: the slot that was swapped in.
+        slot: name of the slot that was swapped in.
     """
 
     slot: str = "param_dict"

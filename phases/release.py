@@ -12,8 +12,8 @@ class Release(WorkerPhase):
     """Release slots and host trees, and give freed pages back to the system.
 
     Attributes:
-        slots: slots to release. Arrays that the engine computes with stay alive in the engine.
-        host: host trees to release.
+        slots: names of the slots to release. Arrays that the engine computes with stay alive in the engine.
+        host: names of the host trees to release.
     """
 
     slots: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ class WeightsSwappedFromMllm(WorkerPhase):
     """Swap the set in; the engine's old parameters are freed.
 
     Attributes:
-        slot: the slot whose set is swapped in. It shares its arrays with the engine from then on,
+        slot: name of the slot whose set is swapped in. It shares its arrays with the engine from then on,
             and so holds no bytes of its own.
         probe_tokens: greedy tokens to generate before and after the swap, which have to differ;
             both are flushed. 0 skips it, for engines that have these weights already.

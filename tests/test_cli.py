@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -472,6 +473,44 @@ def test_the_examples_in_the_help_pass_the_check(kvpipe, tmp_path):
     for example in examples:
         overrides = example[1:] if example[:1] and example[0] in cli.VERBS else example
         assert kvpipe("check", *overrides).code == 0, example
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("kvpipe +experiment=tiny_s", ["+experiment=tiny_stream"]),
+        ("kvpipe check +experiment=tiny_s", ["+experiment=tiny_stream"]),
+        ("kvpipe plan  engine.max_to", ["engine.max_total_tokens="]),
+        ("kvpipe tracking=o", ["tracking=offline", "tracking=online"]),
+        ("kvpipe check", []),
+    ],
+)
+def test_hydras_completion_completes_what_stands_after_a_verb_too(tmp_path, line, found):
+    answer, _ = command("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line)
+    assert (answer.code, answer.err, answer.out.split()) == (0, "", found)
+    assert files(tmp_path) == []
+
+
+def test_bash_completes_the_command_as_the_help_says(tmp_path):
+    answer, _ = command("--help", cwd=tmp_path)
+    (install,) = re.findall(r'eval "\$\(kvpipe -sc install=bash\)"', answer.out)
+    typed = "kvpipe check +experiment=tiny_s"
+    script = f"""
+{install}
+COMP_LINE='{typed}' COMP_POINT={len(typed)} COMP_CWORD=2
+hydra_bash_completion
+echo "${{COMPREPLY[@]}}"
+"""
+    (tmp_path / "kvpipe").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m kvpipe \"$@\"\n")
+    (tmp_path / "kvpipe").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.split(), done.stderr) == (["+experiment=tiny_stream"], "")
 
 
 def test_an_unknown_flag_is_refused_by_name_with_exit_code_2(tmp_path):

@@ -48,6 +48,7 @@ PLAN = {
     "prompt_tokens": None,
 }
 COMPARE = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
+DESCRIBE = {"phase": None, "format": "table"}
 TINY = {
     "experiment": "tiny",
     "pipeline": STEPS,
@@ -109,6 +110,7 @@ TINY = {
     "runner": RUNNER,
     "plan": PLAN,
     "compare": COMPARE,
+    "describe": DESCRIBE,
     "output": "auto",
     "cache_dir": None,
 }
@@ -161,6 +163,7 @@ BIGKV = {
     "runner": RUNNER,
     "plan": PLAN,
     "compare": COMPARE,
+    "describe": DESCRIBE,
     "output": "auto",
     "cache_dir": None,
 }

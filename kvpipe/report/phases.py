@@ -1,0 +1,114 @@
+"""The phases as JSON and as Markdown, and the words that the table shares with them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from kvpipe import facts
+from kvpipe.phase import Effect, Size
+from kvpipe.phase_docs import Option, PhaseDoc
+from kvpipe.report.plan import markdown_table
+
+_SIZES = {
+    Size.NOTHING: "nothing",
+    Size.PARAMS: "a set of parameters",
+    Size.KV: "the KV cache",
+    Size.PROGRAM: "compiled programs",
+}
+_FACTS = ("needs", "forbids", "leaves", "takes")
+_HEADINGS = {
+    "needs": "needs",
+    "forbids": "must not meet",
+    "leaves": "leaves",
+    "takes": "takes away",
+    "pools": "pools",
+}
+_NO_LONGER = {
+    "needs": "does not need",
+    "forbids": "may meet",
+    "leaves": "does not leave",
+    "takes": "does not take away",
+    "pools": "does not change",
+}
+
+
+def as_json(phases: Sequence[PhaseDoc]) -> list[dict[str, Any]]:
+    """Return the phases as ``describe.format=json`` prints them; facts have their words beside."""
+    return [
+        {
+            **asdict(phase),
+            "effect": _effect_json(phase.effect),
+            "variants": [
+                {
+                    "option": variant.option,
+                    "value": variant.value,
+                    "more": _effect_json(variant.more),
+                    "less": _effect_json(variant.less),
+                }
+                for variant in phase.variants
+            ],
+        }
+        for phase in phases
+    ]
+
+
+def as_markdown(phases: Sequence[PhaseDoc]) -> str:
+    """Return the phases as a Markdown document."""
+    return "\n".join(line for phase in phases for line in _markdown(phase))
+
+
+def effect_rows(phase: PhaseDoc) -> dict[str, str]:
+    """Return what a phase needs and does, and what its options change in it, in words by heading."""
+    rows = {_HEADINGS[part]: words for part, words in _words(phase.effect).items()}
+    for variant in phase.variants:
+        changes = [
+            f"{said[part]}: {words}"
+            for effect, said in ((variant.more, _HEADINGS), (variant.less, _NO_LONGER))
+            for part, words in _words(effect).items()
+        ]
+        rows[f"{variant.option}={shown(variant.value)}"] = "; ".join(changes)
+    return rows
+
+
+def shown(value: Any) -> str:
+    """Return a value of an option as YAML has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def default_of(option: Option) -> str:
+    """Return what is used if a step does not give the option."""
+    return "required" if option.required else shown(option.default)
+
+
+def _words(effect: Effect) -> dict[str, str]:
+    """Return the parts of an effect that are not empty, in words."""
+    words = {
+        name: "; ".join(facts.meaning(fact).what for fact in getattr(effect, name))
+        for name in _FACTS
+    }
+    words["pools"] = "; ".join(f"{pool} has {_SIZES[size]}" for pool, size in effect.pools.items())
+    return {name: text for name, text in words.items() if text}
+
+
+def _effect_json(effect: Effect) -> dict[str, Mapping[str, str]]:
+    named = {
+        name: {fact: facts.meaning(fact).what for fact in getattr(effect, name)} for name in _FACTS
+    }
+    return {**named, "pools": {pool: str(size) for pool, size in effect.pools.items()}}
+
+
+def _markdown(phase: PhaseDoc) -> Iterator[str]:
+    yield from (f"## `{phase.name}`", "", phase.summary, "")
+    if phase.options:
+        rows = [
+            [f"`{o.name}`", o.type, f"`{default_of(o)}`", o.meaning.replace("``", "`")]
+            for o in phase.options
+        ]
+        yield from markdown_table(["option", "type", "default", "meaning"], rows, texts=4)
+        yield ""
+    yield from (f"- {heading}: {words}" for heading, words in effect_rows(phase).items())
+    yield f"- runs in: the {phase.runs_in}"
+    yield ""
