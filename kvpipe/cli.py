@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kvpipe.credentials import API_KEY, wandb_api_key
@@ -44,6 +45,7 @@ from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
+from kvpipe.sweeps import grouped
 from kvpipe.targets import find_target
 
 _SIGNALLED = 128
@@ -74,7 +76,11 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
 
     steps = _checked_steps(config)
     jax_environment(config.engine, os.environ)
-    runtime = HydraConfig.get().runtime
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        plain = grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
+        config = from_plain(plain)
+    runtime = hydra_config.runtime
     run_dir = Path(runtime.output_dir)
     tracker = WandbSink(config.tracking, run_dir, _api_key(config, Path(runtime.cwd)))
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:

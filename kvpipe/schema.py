@@ -190,7 +190,8 @@ class TrackingConfig:
         project: W&B project.
         name: name of the run.
         entity: W&B team or user; None takes the account's default.
-        tags: tags of the run.
+        group: what runs belong together; None is none, or for a job of a sweep the sweep's name.
+        tags: tags of the run; a job of a sweep has its overrides besides.
         fallback_offline: go on offline, and say so, when online cannot be had.
         init_timeout_s: seconds that the first contact with the server may take.
         finish_timeout_s: seconds that the upload at the end may take.
@@ -201,6 +202,7 @@ class TrackingConfig:
     project: str = "kvpipe"
     name: str | None = None
     entity: str | None = None
+    group: str | None = None
     tags: list[str] = field(default_factory=list)
     fallback_offline: bool = False
     init_timeout_s: float = 30.0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvpipe import cli, supervisor
 from kvpipe.schema import Kvpipe
 from kvpipe.steps import phase_names
 from kvpipe.suggest import nearest
+from kvpipe.sweeps import grouped
 from tests.helpers_config import EXPERIMENTS
 
 STEPS = ", ".join(phase_names())
@@ -473,6 +475,35 @@ def test_the_examples_in_the_help_pass_the_check(kvpipe, tmp_path):
     for example in examples:
         overrides = example[1:] if example[:1] and example[0] in cli.VERBS else example
         assert kvpipe("check", *overrides).code == 0, example
+
+
+def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpipe, monkeypatch):
+    begun = []
+
+    def carry_out(self):
+        assert self.plain["tracking"]["group"] == self.config.tracking.group
+        begun.append(self.config.tracking)
+        return SimpleNamespace(exit_code=0)
+
+    monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
+    sizes = "engine.max_total_tokens=512,1024"
+    for arguments in ([], ["tracking.group=mine", "tracking.tags=[a]"]):
+        assert kvpipe("-m", "+experiment=tiny,tiny_stream", sizes, *arguments).code == 0
+    groups = [tracking.group for tracking in begun]
+    assert len(set(groups[:4])) == 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", groups[0])
+    assert set(groups[4:]) == {"mine"}
+    assert begun[0].tags == ["+experiment=tiny", "engine.max_total_tokens=512"]
+    assert begun[-1].tags[0] == "a"
+    begun.clear()
+    assert kvpipe("engine.max_total_tokens=512").code == 0
+    assert (begun[0].group, begun[0].tags) == (None, [])
+
+
+def test_an_override_that_is_too_long_for_a_tag_is_left_out():
+    plain = {"tracking": {"group": None, "tags": []}}
+    tracking = grouped(plain, "multirun/x", ["a=1", "b=" + 63 * "x"])["tracking"]
+    assert tracking == {"group": "x", "tags": ["a=1"]}
 
 
 @pytest.mark.parametrize(

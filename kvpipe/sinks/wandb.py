@@ -7,7 +7,9 @@ than a second. Nothing that wandb fails at is swallowed: it ends in a :class:`Tr
 
 import html
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +24,7 @@ from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
+from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
 
 if TYPE_CHECKING:
     import wandb
@@ -50,6 +53,9 @@ class WandbSink:
         self._samples: list[Sample] = []
         self._prompt_file: str | None = None
         self._rows = 0
+        self._next_step = 0
+        self._experiment = ""
+        self._phases: list[list[Any]] = []
 
     def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Begin the run with the resolved config; return the fields of the record of its phase.
@@ -65,6 +71,7 @@ class WandbSink:
             return _started(self._tracking, None, None)
         refuse_secrets(config, self._api_key)
         self._prompt_file = config["prompt"]["file"]
+        self._experiment = config["experiment"]
         reason = None
         try:
             self._run = self._begin(self._tracking.mode, config)
@@ -77,13 +84,15 @@ class WandbSink:
         fields = _started(self._tracking, self._run, reason)
         with self._loud("did not take the summary"):
             self._run.summary.update({"wandb/url": fields["url"], "wandb/id": fields["id"]})
+            # Charts over W&B's own step would count what is logged, not the phases.
+            self._run.define_metric("*", step_metric="phase/idx")
         return fields
 
     def run_started(self, config: dict[str, Any]) -> None:
         """Do nothing: the run begins with :meth:`start`."""
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Put the plan's verdict into the summary.
+        """Put the plan's verdict into the summary, and log the plan as a table.
 
         Raises:
             TrackingError: W&B did not take it.
@@ -93,6 +102,9 @@ class WandbSink:
         with self._loud("did not take the plan"):
             fit = {f"plan/{key}": value for key, value in asdict(record.fit).items()}
             self._run.summary.update(fit)
+            # It goes into the row of the phase that follows.
+            table = self._new_table(*plan_table(record))
+            self._run.log({"plan/phases": table}, step=self._next_step, commit=False)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Do nothing: a row is logged when the phase has finished."""
@@ -111,6 +123,8 @@ class WandbSink:
         samples = new_samples(record, self._samples)
         self._samples += samples
         self._rows += 1
+        self._next_step = record.idx + 1
+        self._phases.append(phase_row(record))
         with self._loud(f"did not take the row of {record.phase!r}"):
             # Without commit a row waits for the next one, and is lost if none comes.
             self._run.log(
@@ -123,13 +137,14 @@ class WandbSink:
             self._run.summary.update(self._summary(record, samples))
 
     def run_finished(self, record: RunFinished) -> None:
-        """Log how the run ended and upload what is left.
+        """Log the phases side by side and how the run ended, alert if it failed, upload the rest.
 
         Raises:
             TrackingError: that failed, or did not end in ``tracking.finish_timeout_s``.
         """
         if self._run is None:
             return
+        not_taken = self._log_end(self._run, record)
         try:
             with self._loud("did not finish the run"):
                 end = {"run/status": record.status, "run/exit_code": record.exit_code}
@@ -142,6 +157,23 @@ class WandbSink:
             raise
         finally:
             self._run = None
+        if not_taken:
+            raise not_taken
+
+    def _log_end(self, run: "wandb.Run", record: RunFinished) -> TrackingError | None:
+        """Log the phases side by side, and alert if the run failed; the run has still to finish."""
+        try:
+            with self._loud("did not take the tables of the phases"):
+                if alert := alert_of(self._experiment, record):
+                    run.alert(*alert, level="ERROR")
+                # A table asks the server first, and with one that is lost that may never end.
+                _within(
+                    self._tracking.finish_timeout_s,
+                    lambda: run.log(self._by_phase(), step=self._next_step, commit=True),
+                )
+        except TrackingError as error:
+            return error
+        return None
 
     def _begin(self, mode: TrackingMode, config: dict[str, Any]) -> "wandb.Run":
         if mode is TrackingMode.online and not self._api_key:
@@ -159,6 +191,7 @@ class WandbSink:
                 project=self._tracking.project,
                 name=self._tracking.name,
                 entity=self._tracking.entity,
+                group=self._tracking.group,
                 tags=self._tracking.tags,
                 config=config,
                 # A run that an earlier job of this process left unfinished is not this one.
@@ -219,12 +252,24 @@ class WandbSink:
 
     def _table(self) -> "wandb.Table":
         """Return the table of all texts so far."""
+        limit = self._tracking.text_max_chars
+        return self._new_table(TABLE_COLUMNS, [sample.row(limit) for sample in self._samples])
+
+    def _by_phase(self) -> dict[str, Any]:
+        """Return the table of all phases, and bar charts of it with their names on the axis."""
         import wandb
 
-        table = wandb.Table(columns=list(TABLE_COLUMNS))
-        for sample in self._samples:
-            table.add_data(*sample.row(self._tracking.text_max_chars))
-        return table
+        logged: dict[str, Any] = {"phases": self._new_table(PHASES_COLUMNS, self._phases)}
+        for column in CHARTS:
+            # Each chart has a table of its own: W&B logs a table once only.
+            table = self._new_table(PHASES_COLUMNS, self._phases)
+            logged[f"by_phase/{column}"] = wandb.plot.bar(table, "phase", column, title=column)
+        return logged
+
+    def _new_table(self, columns: Sequence[str], rows: Sequence[list[Any]]) -> "wandb.Table":
+        import wandb
+
+        return wandb.Table(columns=list(columns), data=list(rows))
 
     def _upload(self, run: "wandb.Run", samples: Sequence[Sample]) -> None:
         """Write each text whole to its file, and hand the file to W&B."""
@@ -273,6 +318,24 @@ def _started(
         "fallback": reason is not None,
         "fallback_reason": reason,
     }
+
+
+def _within(timeout_s: float, work: Callable[[], None]) -> None:
+    """Do ``work``, and raise TimeoutError if it has not ended in ``timeout_s``."""
+    done: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+
+    # A daemon, because what hangs must not keep this process from ending.
+    threading.Thread(target=do, name="kvpipe::wandb", daemon=True).start()
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {timeout_s:g} s") from None
 
 
 def _sync_dir(run: "wandb.Run") -> Path:

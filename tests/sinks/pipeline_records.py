@@ -2,7 +2,17 @@
 
 import hashlib
 
-from kvpipe.records import Check, Memory, Peak, PhaseRecord, RunFinished, check_equal
+from kvpipe.records import (
+    Check,
+    Fit,
+    Memory,
+    Peak,
+    PhaseRecord,
+    PlannedPhase,
+    RunFinished,
+    RunPlanned,
+    check_equal,
+)
 from tests.sop import STEPS
 
 PROMPT = 'Say "<b>hi</b>" & 你好\r\nthen stop.'
@@ -92,6 +102,16 @@ def phase(idx, name=None, **more):
         "fields": FIELDS.get(step, {}),
     }
     return PhaseRecord(**given | more)
+
+
+def plan():
+    both = {"params": PARAM_BYTES, "kv": KV_BYTES}
+    phases = (
+        PlannedPhase("wandb_init", {}, 0, 0),
+        PlannedPhase("engine_ready_dummy", both, PARAM_BYTES + KV_BYTES, 4 << 30),
+    )
+    fit = Fit(True, 32 << 30, "engine_ready_dummy", 1 << 20)
+    return RunPlanned("v4:2x2x1", 4, "0.0.2", phases, fit)
 
 
 def pipeline():

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,18 @@ import psutil
 import pytest
 import wandb_file
 import wandb_server
-from pipeline_records import OUTPUT, PROMPT, STEPS, failed, passed, phase, pipeline, sha256
+from pipeline_records import (
+    KV_BYTES,
+    OUTPUT,
+    PARAM_BYTES,
+    PROMPT,
+    STEPS,
+    failed,
+    passed,
+    phase,
+    pipeline,
+    sha256,
+)
 
 from kvpipe.errors import InputError, TrackingError
 from kvpipe.records import metrics
@@ -64,17 +76,19 @@ DEVICE_FIELDS = ["bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_fr
 OFFLINE_RUN = """
 import json, sys
 from pathlib import Path
-from pipeline_records import passed, pipeline
+from pipeline_records import passed, pipeline, plan
 from kvpipe.schema import TrackingConfig
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-tracking = TrackingConfig(project="kv", name="run 1", tags=["a"], text_max_chars=int(sys.argv[4]))
+tracking = TrackingConfig(project="kv", name="run 1", group="g", tags=["a"], text_max_chars=int(sys.argv[4]))
 sink = WandbSink(tracking, run_dir, key)
 sink.run_started(config)
 (run_dir / "started.json").write_text(json.dumps(sink.start(config)))
 for record in pipeline():
     sink.phase_started(record.phase, record.idx, 16)
     sink.phase_finished(record)
+    if record.idx == 0:
+        sink.run_planned(plan())
 sink.run_finished(passed(run_dir))
 """
 
@@ -148,13 +162,20 @@ def online(run_dir, api_key=KEY, **more):
     return WandbSink(TrackingConfig(mode=TrackingMode.online, **given), run_dir, api_key)
 
 
+def phase_rows(file):
+    """Return the rows of the history but the last one, which has the phases side by side."""
+    *rows, last = file["history"]
+    assert "phase/name" not in last
+    return rows
+
+
 def files_with(secret, *folders):
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return [path for path in files if secret in path.read_bytes()]
 
 
 def test_each_phase_is_a_row_with_its_metrics(offline):
-    rows = offline.file["history"]
+    rows = phase_rows(offline.file)
     assert [row["_step"] for row in rows] == list(range(16))
     for row, record in zip(rows, pipeline(), strict=True):
         logged = metrics(record)
@@ -215,6 +236,86 @@ def test_the_table_has_a_row_for_each_text(offline):
     }
 
 
+def table_of(offline, key):
+    return json.loads(offline.uploaded(offline.file["summary"][f"{key}/path"]))
+
+
+def test_the_plan_is_a_table_in_the_row_of_the_phase_after_it(offline):
+    assert table_of(offline, "plan/phases") == {
+        "columns": ["phase", "params_bytes", "kv_bytes", "total_bytes", "max_device_bytes"],
+        "data": [
+            ["wandb_init", 0, 0, 0, 0],
+            ["engine_ready_dummy", PARAM_BYTES, KV_BYTES, PARAM_BYTES + KV_BYTES, 4 << 30],
+        ],
+    }
+    assert [row["_step"] for row in phase_rows(offline.file) if "plan/phases/path" in row] == [1]
+
+
+def test_the_phases_stand_side_by_side_in_a_table_and_in_charts_by_their_names(offline):
+    table = table_of(offline, "phases")
+    records = pipeline()
+    assert [row[0] for row in table["data"]] == STEPS
+    column = {name: [row[i] for row in table["data"]] for i, name in enumerate(table["columns"])}
+    assert column["total_bytes"] == [sum(record.ledger.values()) for record in records]
+    assert column["peak_bytes"] == [r.peak and r.peak.bytes_in_use_total for r in records]
+    charts = offline.file["config"]
+    for name in ("duration_s", "total_bytes", "peak_bytes"):
+        fields = charts[f"_wandb/visualize/by_phase/{name}"]["panel_config"]["fieldSettings"]
+        assert fields == {"label": "phase", "value": name}
+
+
+def test_charts_have_the_phases_and_not_wandbs_own_steps_as_their_x_axis(offline):
+    assert offline.file["step_metrics"]["*"] == "phase/idx"
+
+
+def test_the_run_has_its_group_and_tags(offline):
+    assert (offline.file["group"], offline.file["tags"]) == ("g", ["a"])
+
+
+def test_a_run_that_passed_alerts_nobody(offline):
+    assert offline.file["alerts"] == []
+
+
+def test_a_failed_run_alerts_once_with_its_failed_checks_offline_too(tmp_path, wandb_process):
+    sink = WandbSink(TrackingConfig(), tmp_path, None)
+    started = sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    sink.run_finished(failed())
+    file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
+    ((title, text),) = file["alerts"]
+    assert title == "kvpipe tiny failed"
+    assert text.splitlines() == [
+        "generate_result_after_kv_rebuild: the check 'same output' failed",
+        "same output: first differing token at index 2",
+    ]
+
+
+def test_an_alert_reaches_the_server(tmp_path, server):
+    sink = online(tmp_path)
+    sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    sink.run_finished(failed())
+    alerts = [body for _, body in server.requests if b"mutation NotifyScriptableRunAlert" in body]
+    assert len(alerts) == 1
+    assert json.loads(alerts[0])["variables"]["title"] == "kvpipe tiny failed"
+
+
+def test_tables_that_the_server_never_takes_hold_the_end_up_for_its_timeout_and_are_told(
+    tmp_path, wandb_process, monkeypatch
+):
+    sink = WandbSink(TrackingConfig(finish_timeout_s=0.2), tmp_path, None)
+    started = sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    hang = threading.Event()
+    monkeypatch.setattr(sink, "_by_phase", hang.wait)
+    with pytest.raises(TrackingError, match=r"tables of the phases: no answer in 0.2 s") as caught:
+        sink.run_finished(passed())
+    hang.set()
+    assert started["dir"] in str(caught.value)
+    file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
+    assert file["exit_code"] == 0
+
+
 def test_the_text_files_hold_the_whole_texts_to_the_byte(offline):
     folder = f"wandb_samples/{offline.started['id']}"
     texts = {"prompt": PROMPT, "output_1": OUTPUT, "output_2": OUTPUT}
@@ -224,7 +325,9 @@ def test_the_text_files_hold_the_whole_texts_to_the_byte(offline):
 
 
 def test_the_logged_config_is_the_one_that_was_given(offline):
-    logged = {key: value for key, value in offline.file["config"].items() if key != "_wandb"}
+    logged = {
+        key: value for key, value in offline.file["config"].items() if not key.startswith("_wandb")
+    }
     assert logged == CONFIG
 
 
@@ -297,7 +400,7 @@ def test_online_without_a_key_goes_offline_if_the_config_says_so(tmp_path, wandb
     assert (started["mode"], started["fallback"]) == ("offline", True)
     assert "WANDB_API_KEY" in started["fallback_reason"]
     file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
-    assert (len(file["history"]), file["exit_code"]) == (1, 1)
+    assert (len(phase_rows(file)), file["exit_code"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +457,7 @@ def test_online_everything_reaches_the_server_and_the_key_no_file(tmp_path, serv
         for stream in streams
         for line in stream.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
     ]
-    assert [row["phase/name"] for row in rows] == STEPS
+    assert [row["phase/name"] for row in rows if "phase/name" in row] == STEPS
     uploads = dict(server.requests)
     folder = f"/upload/wandb_samples/{started['id']}"
     for kind, text in {"prompt": PROMPT, "output_1": OUTPUT, "output_2": OUTPUT}.items():
@@ -420,7 +523,8 @@ def test_a_killed_service_is_loud_and_the_next_run_of_the_process_works(tmp_path
         else:
             sink.run_finished(passed())
         file = wandb_file.read(next(Path(started["dir"]).glob("*.wandb")))
-        assert [row["phase/name"] for row in file["history"]] == ["wandb_init"]
+        named = [row["phase/name"] for row in file["history"] if "phase/name" in row]
+        assert named == ["wandb_init"]
 
 
 def kill_wandb_service():

@@ -40,8 +40,22 @@ def values(items):
 
 
 def read(path):
-    """Return what the file says: rows of the history, summary, files, config and exit code."""
-    found = {"history": [], "summary": {}, "files": [], "config": {}, "exit_code": None}
+    """Return what the file says.
+
+    They are the rows of the history, summary, files, config, exit code, the run's group and tags,
+    alerts as title and text, and step metrics by the metric's pattern.
+    """
+    found = {
+        "history": [],
+        "summary": {},
+        "files": [],
+        "config": {},
+        "exit_code": None,
+        "group": "",
+        "tags": [],
+        "alerts": [],
+        "step_metrics": {},
+    }
     for record in records(path):
         match record.WhichOneof("record_type"):
             case "history":
@@ -52,6 +66,12 @@ def read(path):
                 found["files"] += [file.path for file in record.files.files]
             case "run":
                 found["config"] |= values(record.run.config.update)
+                found["group"], found["tags"] = record.run.run_group, list(record.run.tags)
+            case "alert":
+                found["alerts"].append((record.alert.title, record.alert.text))
+            case "metric":
+                name = record.metric.name or record.metric.glob_name
+                found["step_metrics"][name] = record.metric.step_metric
             case "config":
                 found["config"] |= values(record.config.update)
             case "exit":

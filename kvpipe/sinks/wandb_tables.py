@@ -1,0 +1,77 @@
+"""The plan and the phases of a run as rows of W&B tables, and what an alert says.
+
+What W&B itself needs to log them is in :mod:`kvpipe.sinks.wandb`.
+"""
+
+from typing import Any
+
+from kvpipe.ledger import KV, PARAMS, slot_pool
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
+
+PHASES_COLUMNS = (
+    "phase",
+    "duration_s",
+    "params_bytes",
+    "kv_bytes",
+    "slots_bytes",
+    "total_bytes",
+    "peak_bytes",
+    "rss_bytes",
+    "compilations",
+    "checks_failed",
+)
+CHARTS = ("duration_s", "total_bytes", "peak_bytes")
+"""The columns that are drawn with the phases' names on the axis."""
+
+_MOST_CHARS = 1000
+_TITLE_CHARS = 63  # W&B takes no more
+
+
+def phase_row(record: PhaseRecord) -> list[Any]:
+    """Return the row of a phase, in the order of :data:`PHASES_COLUMNS`."""
+    ledger, peak = record.ledger, record.peak
+    slots = [size for pool, size in ledger.items() if pool.startswith(slot_pool(""))]
+    return [
+        record.phase,
+        record.duration_s,
+        ledger.get(PARAMS, 0),
+        ledger.get(KV, 0),
+        sum(slots),
+        sum(ledger.values()),
+        peak.bytes_in_use_total if peak else None,
+        record.memory.process_rss_bytes,
+        record.compilations,
+        sum(not check.passed for check in record.checks),
+    ]
+
+
+def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of the plan: the bytes of each pool after each phase."""
+    pools = list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
+    columns = ["phase", *(f"{pool}_bytes" for pool in pools), "total_bytes", "max_device_bytes"]
+    rows = [
+        [
+            phase.name,
+            *(phase.pools.get(pool, 0) for pool in pools),
+            phase.total_bytes,
+            phase.max_device_bytes,
+        ]
+        for phase in plan.phases
+    ]
+    return columns, rows
+
+
+def alert_of(experiment: str, record: RunFinished) -> tuple[str, str] | None:
+    """Return the title and the text of the alert that a run calls for.
+
+    None if it passed, and if a signal ended it: somebody wanted that.
+    """
+    if not 0 < record.exit_code < 128:
+        return None
+    failed = [
+        f"{check.name}: {check.detail or 'not as expected'}"
+        for check in record.checks
+        if not check.passed
+    ]
+    told = "\n".join([record.error or "the run failed", *failed])
+    return f"kvpipe {experiment} failed"[:_TITLE_CHARS], told[:_MOST_CHARS]
