@@ -115,6 +115,9 @@ def meaning(fact: str) -> Meaning:
         return Meaning(what, f"load {name!r} before it", "give them another name")
     if kind == "output":
         return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
+    if kind == "kv_tokens":
+        what = f"a KV cache of {name} tokens, whatever engine.max_total_tokens is"
+        return Meaning(what, f"rebuild the KV cache with max_total_tokens={name} before it")
     if kind == "shared":
         what = f"an engine on the arrays of slot {name!r}"
         return Meaning(what, f"swap slot {name!r} in", f"release slot {name!r} before it")

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, get_args
 
@@ -150,16 +150,22 @@ def _variants(
             except InputError:
                 continue  # not a value of this option, or not without another option
             if other != effect:
-                yield Variant(option.name, value, _minus(other, effect), _minus(effect, other))
+                less = _minus(effect, other)
+                # A pool that has another size then has that one among what is more.
+                gone = {pool: n for pool, n in less.pools.items() if pool not in other.pools}
+                less = replace(less, pools=gone)
+                yield Variant(option.name, value, _minus(other, effect), less)
 
 
 def _other_values(option: Option) -> list[Any]:
-    """Return values worth trying: the other truth value, zero, a name, what the meaning names."""
+    """Return values worth trying: the other truth value, a number, a name, what the meaning names."""
     match option.type:
         case "bool":
             return [not option.default]
         case "int":
             return [0]
+        case "int or null":
+            return [1]
         case "list of str":
             return [("NAME",)]
         case "str or null":

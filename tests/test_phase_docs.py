@@ -24,7 +24,7 @@ UNITS = r"\b(tokens?|bytes|seconds|without a unit)\b"
 def test_every_option_of_every_phase_is_explained_and_a_number_says_its_unit(use, option):
     (found,) = (o for o in describe(use, CONFIG).options if o.name == option)
     assert len(found.meaning.split()) >= 4
-    if found.type in ("int", "float"):
+    if found.type.startswith(("int", "float")):
         assert re.search(UNITS, found.meaning)
 
 
@@ -73,6 +73,13 @@ def test_what_an_option_changes_in_the_effect_is_found_by_trying_it():
     )
     (released, _) = describe("release", CONFIG).variants
     assert released.more.pools == {"slot:NAME": Size.NOTHING}
+
+
+def test_a_kv_cache_of_another_capacity_is_told_in_tokens():
+    doc = describe("kv_cache_rebuilt", CONFIG)
+    assert "kv has the KV cache of 1 tokens" in effect_rows(doc)["max_total_tokens=1"]
+    (phase,) = as_json([doc])
+    assert phase["variants"][0]["more"]["pools"] == {"kv": {"tokens": 1}}
 
 
 def test_a_docstring_may_explain_options_together_and_over_several_lines():

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kvpipe import facts
-from kvpipe.phase import Effect, Size
+from kvpipe.phase import Effect, KvTokens, PoolSize, Size
 from kvpipe.phase_docs import Option, PhaseDoc
 from kvpipe.report.plan import markdown_table
 
@@ -89,15 +89,26 @@ def _words(effect: Effect) -> dict[str, str]:
         name: "; ".join(facts.meaning(fact).what for fact in getattr(effect, name))
         for name in _FACTS
     }
-    words["pools"] = "; ".join(f"{pool} has {_SIZES[size]}" for pool, size in effect.pools.items())
+    pools = effect.pools.items()
+    words["pools"] = "; ".join(f"{pool} has {_size_words(size)}" for pool, size in pools)
     return {name: text for name, text in words.items() if text}
 
 
-def _effect_json(effect: Effect) -> dict[str, Mapping[str, str]]:
+def _size_words(size: PoolSize) -> str:
+    if isinstance(size, KvTokens):
+        return f"{_SIZES[Size.KV]} of {size.tokens} tokens"
+    return _SIZES[size]
+
+
+def _effect_json(effect: Effect) -> dict[str, Mapping[str, Any]]:
     named = {
         name: {fact: facts.meaning(fact).what for fact in getattr(effect, name)} for name in _FACTS
     }
-    return {**named, "pools": {pool: str(size) for pool, size in effect.pools.items()}}
+    pools = {
+        pool: asdict(size) if isinstance(size, KvTokens) else str(size)
+        for pool, size in effect.pools.items()
+    }
+    return {**named, "pools": pools}
 
 
 def _markdown(phase: PhaseDoc) -> Iterator[str]:
