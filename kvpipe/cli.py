@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kvpipe.credentials import API_KEY, wandb_api_key
+from kvpipe.credentials import API_KEY, redacted, wandb_api_key
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.jax_environment import check_mesh, jax_environment
@@ -28,7 +29,7 @@ from kvpipe.phase import Phase
 from kvpipe.plan import check_order, misfit
 from kvpipe.planning import Planners
 from kvpipe.prompt import read_prompt
-from kvpipe.records import RECORDS_FILE
+from kvpipe.records import RECORDS_FILE, RunStarted
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.schema import (
     Kvpipe,
@@ -44,6 +45,7 @@ from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
 from kvpipe.targets import find_target
+from kvpipe.versions import installed_versions
 
 _SIGNALLED = 128
 _PLANNERS = Planners(secrets=(API_KEY,))
@@ -73,14 +75,28 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     jax_environment(config.engine, os.environ)
     runtime = HydraConfig.get().runtime
     run_dir = Path(runtime.output_dir)
-    tracker = WandbSink(config.tracking, run_dir, _api_key(config, Path(runtime.cwd)))
+    api_key = _api_key(config, Path(runtime.cwd))
+    tracker = WandbSink(config.tracking, run_dir, api_key)
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
         sinks = Sinks([tracker, JsonLines(records), _screen(config.output)])
         start_tracking = partial(tracker.start, plain)
-        work = supervisor.Run(config, plain, steps, run_dir, sinks, start_tracking, (API_KEY,))
+        started = _started(config, redacted(plain, api_key), steps)
+        work = supervisor.Run(
+            config, plain, started, steps, run_dir, sinks, start_tracking, (API_KEY,)
+        )
         finished = work.carry_out()
     return finished.exit_code
+
+
+def _started(config: Kvpipe, recorded: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
+    return RunStarted(
+        experiment=config.experiment,
+        config=recorded,
+        steps=[step.step for step in steps],
+        versions=installed_versions(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _api_key(config: Kvpipe, directory: Path) -> str | None:

@@ -22,6 +22,7 @@ import pytest
 
 from kvpipe import cli, errors
 from kvpipe.credentials import wandb_api_key
+from kvpipe.records import record_from_json
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
 from tests.test_run import environment
 
@@ -240,7 +241,7 @@ def lines_of(svg):
 @pytest.mark.slow
 def test_the_picture_in_the_readme_shows_what_a_terminal_shows_today(records):
     """Its numbers are those of one run; all else that stands in the table is as it is now."""
-    now = lines_of(load_make_picture().svg(records, "tiny"))
+    now = lines_of(load_make_picture().svg([record_from_json(record) for record in records]))
     shown = lines_of((ROOT / "docs/run.svg").read_text())
     assert [line[0] for line in now if line[:1] == ["passed"]] == ["passed"]
     for lines in (now, shown):

@@ -95,7 +95,7 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: FinishedRun) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
-    phases = ["wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    phases = ["run_started", "wandb_init", "run_planned", *STEPS[1:], "run_finished"]
     assert [line["phase"] for line in run.lines] == phases
     assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
     assert all(check["passed"] for check in run.end["checks"])

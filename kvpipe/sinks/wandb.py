@@ -17,7 +17,7 @@ from urllib.request import getproxies
 
 from kvpipe.credentials import API_KEY, refuse_secrets
 from kvpipe.errors import TrackingError
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, metrics
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
@@ -78,7 +78,7 @@ class WandbSink:
             self._run.summary.update({"wandb/url": fields["url"], "wandb/id": fields["id"]})
         return fields
 
-    def run_started(self, config: dict[str, Any]) -> None:
+    def run_started(self, record: RunStarted) -> None:
         """Do nothing: the run begins with :meth:`start`."""
 
     def run_planned(self, record: RunPlanned) -> None:

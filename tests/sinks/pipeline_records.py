@@ -2,7 +2,7 @@
 
 import hashlib
 
-from kvpipe.records import Check, Memory, PhaseRecord, RunFinished, check_equal
+from kvpipe.records import Check, Memory, PhaseRecord, RunFinished, RunStarted, check_equal
 from tests.sop import STEPS
 
 PROMPT = 'Say "<b>hi</b>" & 你好\r\nthen stop.'
@@ -87,6 +87,16 @@ def phase(idx, name=None, **more):
 
 def pipeline():
     return [phase(idx) for idx in range(len(STEPS))]
+
+
+def started(config=None):
+    return RunStarted(
+        experiment="tiny",
+        config=config or {"experiment": "tiny", "engine": {"max_total_tokens": 131_072}},
+        steps=tuple(STEPS),
+        versions={"python": "3.12.0", "kvpipe": "0.1.0"},
+        started_at="2026-01-02T03:04:05+00:00",
+    )
 
 
 def passed(run_dir="/runs/1", **more):

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pipeline_records import STEPS, failed, passed, phase, pipeline
+from pipeline_records import STEPS, failed, passed, phase, pipeline, started
 from rich.console import Console
 
 from kvpipe.sinks.console import ConsoleTable
 
-CONFIG = {"experiment": "tiny", "pipeline": STEPS}
 OFFLINE = {
     "mode": "offline",
     "url": None,
@@ -25,7 +24,7 @@ OFFLINE = {
 def shown(last, width=120, records=None, **console):
     out = io.StringIO()
     sink = ConsoleTable(Console(file=out, width=width, **console))
-    sink.run_started(CONFIG)
+    sink.run_started(started())
     for record in pipeline() if records is None else records:
         sink.phase_started(record.phase, record.idx, 16)
         sink.phase_finished(record)
@@ -124,10 +123,10 @@ def test_a_terminal_sees_the_phase_that_runs_and_keeps_only_the_rows():
 
 def test_a_real_terminal_has_its_cursor_back_at_the_end():
     code = """
-from pipeline_records import STEPS, passed, phase
+from pipeline_records import passed, phase, started
 from kvpipe.sinks.console import ConsoleTable
 sink = ConsoleTable()
-sink.run_started({"experiment": "tiny", "pipeline": STEPS})
+sink.run_started(started())
 sink.phase_started("jax_ready", 1, 16)
 sink.phase_finished(phase(1))
 sink.run_finished(passed())

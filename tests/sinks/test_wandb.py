@@ -17,7 +17,17 @@ import psutil
 import pytest
 import wandb_file
 import wandb_server
-from pipeline_records import OUTPUT, PROMPT, STEPS, failed, passed, phase, pipeline, sha256
+from pipeline_records import (
+    OUTPUT,
+    PROMPT,
+    STEPS,
+    failed,
+    passed,
+    phase,
+    pipeline,
+    sha256,
+    started,
+)
 
 from kvpipe.errors import InputError, TrackingError
 from kvpipe.records import metrics
@@ -64,13 +74,13 @@ DEVICE_FIELDS = ["bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_fr
 OFFLINE_RUN = """
 import json, sys
 from pathlib import Path
-from pipeline_records import passed, pipeline
+from pipeline_records import passed, pipeline, started
 from kvpipe.schema import TrackingConfig
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 tracking = TrackingConfig(project="kv", name="run 1", tags=["a"], text_max_chars=int(sys.argv[4]))
 sink = WandbSink(tracking, run_dir, key)
-sink.run_started(config)
+sink.run_started(started(config))
 (run_dir / "started.json").write_text(json.dumps(sink.start(config)))
 for record in pipeline():
     sink.phase_started(record.phase, record.idx, 16)
@@ -271,7 +281,7 @@ assert "wandb" not in sys.modules
 
 def test_a_pipeline_without_wandb_init_has_no_run(tmp_path):
     sink = online(tmp_path)
-    sink.run_started(CONFIG)
+    sink.run_started(started(CONFIG))
     sink.phase_started("jax_ready", 0, 1)
     sink.phase_finished(phase(1))
     sink.run_finished(passed())

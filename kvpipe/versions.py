@@ -1,0 +1,28 @@
+"""Which versions a run uses, as installed; found without importing any of them."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+# What the bytes, the programs and the outputs of a run depend on.
+_PACKAGES = (
+    "kvpipe",
+    "sglang-jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "transformers",
+    "numpy",
+    "wandb",
+)
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the version of Python and of each package that is installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
