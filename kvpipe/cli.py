@@ -4,6 +4,7 @@ Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 t
 another phase failed, 70 a defect of kvpipe, 128 + n ended by signal n.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -32,6 +33,8 @@ from kvpipe.prompt import read_prompt
 from kvpipe.records import RECORDS_FILE, RunStarted
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.schema import (
+    CompareConfig,
+    CompareFormat,
     Kvpipe,
     OutputFormat,
     PlanFormat,
@@ -42,10 +45,14 @@ from kvpipe.schema import (
 )
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.jsonl import JsonLines
+from kvpipe.sinks.report import ReportPage, TimelinePicture, write_page, write_timeline
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
 from kvpipe.targets import find_target
 from kvpipe.versions import installed_versions
+
+if TYPE_CHECKING:
+    from kvpipe.report.comparison import Comparison
 
 _SIGNALLED = 128
 _PLANNERS = Planners(secrets=(API_KEY,))
@@ -79,7 +86,16 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     tracker = WandbSink(config.tracking, run_dir, api_key)
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
-        sinks = Sinks([tracker, JsonLines(records), _screen(config.output)])
+        # The picture before it, because W&B shows it.
+        sinks = Sinks(
+            [
+                TimelinePicture(run_dir),
+                tracker,
+                ReportPage(run_dir),
+                JsonLines(records),
+                _screen(config.output),
+            ]
+        )
         start_tracking = partial(tracker.start, plain)
         started = _started(config, redacted(plain, api_key), steps)
         work = supervisor.Run(
@@ -143,7 +159,7 @@ def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
     _checked_steps(config)
     check_shape(config)
     record = _PLANNERS.plan(config, plain, find_target(config.plan.target, config.engine))
-    with _opened(config.plan.file) as out:
+    with _opened("plan.file", config.plan.file) as out:
         match config.plan.format:
             case PlanFormat.json:
                 out.write(json.dumps(as_json(record)) + "\n")
@@ -159,8 +175,8 @@ def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _opened(file: str | None) -> Iterator[TextIO]:
-    """Yield ``file`` to write in, or stdout without one."""
+def _opened(key: str, file: str | None) -> Iterator[TextIO]:
+    """Yield ``file``, the value of ``key``, to write in, or stdout without one."""
     if file is None:
         yield sys.stdout
         return
@@ -168,7 +184,7 @@ def _opened(file: str | None) -> Iterator[TextIO]:
         with Path(file).open("w", encoding="utf-8") as opened:
             yield opened
     except OSError as error:
-        raise InputError(f"plan.file: cannot write {file}: {error.strerror}") from None
+        raise InputError(f"{key}: cannot write {file}: {error.strerror}") from None
 
 
 def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
@@ -184,27 +200,81 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
     chosen = hydra_config.runtime.choices.get("experiment")
     with tempfile.TemporaryDirectory(prefix="kvpipe-compare-") as scratch:
         before, after = revisions.sides(
-            config.compare,
+            config.compare_plans,
             _common_overrides(hydra_config.overrides.task),
             _config_dir(hydra_config.runtime.config_sources),
             Path(scratch),
         )
         changes = revisions.changes(before, after, [chosen] if chosen else None)
     print(plan_changes.as_markdown(changes, before.name, after.name), end="")
-    if beyond := [why for c in changes if (why := c.excess(config.compare.budget_bytes))]:
+    if beyond := [why for c in changes if (why := c.excess(config.compare_plans.budget_bytes))]:
         raise KvpipeError("; ".join(beyond))
     return 0
 
 
 def _common_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that both sides of a comparison have."""
-    own = ("compare.", "experiment=")
+    own = ("compare_plans.", "experiment=")
     return [text for text in overrides if not text.lstrip("+~").startswith(own)]
 
 
 def _config_dir(sources: Sequence[Any]) -> str | None:
     """Return the directory of ``--config-dir``."""
     return next((s.path for s in sources if s.provider == "command-line"), None)
+
+
+def report(config: Kvpipe, paths: Sequence[Path]) -> int:
+    """Write the report of a run again, from its records.
+
+    Raises:
+        KvpipeError: there are no records, or it cannot be written.
+    """
+    from kvpipe.report.run import read_run, records_file
+
+    if len(paths) != 1:
+        raise InputError(f"report: name one run directory, not {len(paths)}: report RUN_DIR")
+    (path,) = paths
+    found = read_run(path)
+    folder = Path(config.report.dir) if config.report.dir else records_file(path).parent
+    if not folder.is_dir():
+        raise InputError(f"report.dir: there is no directory {folder}")
+    print(write_page(found, folder), write_timeline(found, folder), sep="\n")
+    return 0
+
+
+def compare(config: Kvpipe, paths: Sequence[Path]) -> int:
+    """Print what differs between runs, each further one held against the first.
+
+    Raises:
+        KvpipeError: a side cannot be read, or what differs is beyond the thresholds.
+    """
+    from kvpipe.report.comparison import Comparison
+    from kvpipe.report.side import read_side
+
+    if len(paths) < 2:
+        raise InputError(
+            f"compare: name at least two run directories, not {len(paths)}: compare RUN_A RUN_B"
+        )
+    comparison = Comparison([read_side(path) for path in paths])
+    with _opened("compare.file", config.compare.file) as out:
+        out.write(_compared(comparison, config.compare))
+    if beyond := comparison.beyond(config.compare):
+        raise KvpipeError("; ".join(beyond))
+    return 0
+
+
+def _compared(comparison: "Comparison", config: CompareConfig) -> str:
+    match config.format:
+        case CompareFormat.json:
+            return json.dumps(comparison.to_json(config)) + "\n"
+        case CompareFormat.markdown:
+            from kvpipe.report import comparison_markdown
+
+            return comparison_markdown.as_markdown(comparison, config)
+        case CompareFormat.html:
+            from kvpipe.report.comparison_page import comparison_page
+
+            return comparison_page(comparison, config)
 
 
 Action = Callable[[Kvpipe, dict[str, Any]], int]
@@ -214,6 +284,27 @@ VERBS: dict[str, Action] = {
     "plan": plan,
     "compare-plans": compare_plans,
 }
+# What these read is named by paths, which stand before the overrides.
+PATH_VERBS: dict[str, Callable[[Kvpipe, Sequence[Path]], int]] = {
+    "report": report,
+    "compare": compare,
+}
+
+
+def _action(verb: str, arguments: Sequence[str]) -> tuple[Action, list[str]]:
+    """Return what a verb does and the arguments that are Hydra's."""
+    if verb in VERBS:
+        return VERBS[verb], list(arguments)
+    given = [*itertools.takewhile(_is_path, arguments)]
+    paths = [Path(text) for text in given]
+    return lambda config, _: PATH_VERBS[verb](config, paths), list(arguments[len(given) :])
+
+
+def _is_path(argument: str) -> bool:
+    """Return whether an argument is no flag and no override; a directory's name may have a '='."""
+    if argument.startswith(("-", "+", "~")):
+        return False
+    return "=" not in argument or Path(argument).exists()
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -225,20 +316,21 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
         return "run", list(arguments)
     verb, *rest = arguments
-    if verb not in VERBS:
-        raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
+    if verb not in VERBS | PATH_VERBS:
+        raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS | PATH_VERBS)}")
     return verb, rest
 
 
 def _compose_and_act(arguments: Sequence[str]) -> int:
     """Let Hydra compose each config and act on it; return the highest exit code of the jobs."""
-    verb, overrides = _split_verb(arguments)
+    verb, rest = _split_verb(arguments)
+    action, overrides = _action(verb, rest)
     codes: list[int] = []
 
     def job(composed: DictConfig) -> None:
         codes.append(0)
         # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
-        codes[-1] = _told(lambda: _act(VERBS[verb], composed))
+        codes[-1] = _told(lambda: _act(action, composed))
         if codes[-1] > _SIGNALLED:
             sys.exit(codes[-1])  # Ctrl-C ends a sweep, not only its current job
 

@@ -54,7 +54,8 @@ def _finite(value: Any) -> Any:
 def started_from_json(data: Mapping[str, Any]) -> RunStarted:
     """Return the record that :meth:`RunStarted.to_json` wrote."""
     known = {key: value for key, value in data.items() if key != "phase"}
-    return RunStarted(**known | {"steps": tuple(data["steps"])})
+    known["steps"] = tuple(data["steps"])
+    return RunStarted(**known)
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,8 @@ def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
     known = {key: value for key, value in data.items() if key in names}
     rest = {key: value for key, value in data.items() if key not in {*names, "phase"}}
     checks = tuple(Check(**check) for check in data["checks"])
-    return RunFinished(**known | {"checks": checks, "fields": rest})
+    known |= {"checks": checks, "fields": rest}
+    return RunFinished(**known)
 
 
 Record = RunStarted | RunPlanned | PhaseRecord | RunFinished

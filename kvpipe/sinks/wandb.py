@@ -19,6 +19,7 @@ from kvpipe.credentials import API_KEY, refuse_secrets
 from kvpipe.errors import TrackingError
 from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 
@@ -128,6 +129,7 @@ class WandbSink:
             return
         try:
             with self._loud("did not finish the run"):
+                self._log_timeline(self._run)
                 end = {"run/status": record.status, "run/exit_code": record.exit_code}
                 self._run.summary.update(end)
                 self._run.finish(exit_code=record.exit_code)
@@ -138,6 +140,14 @@ class WandbSink:
             raise
         finally:
             self._run = None
+
+    def _log_timeline(self, run: "wandb.Run") -> None:
+        """Log the picture of the memory timeline, if there is one, as a row of its own."""
+        import wandb
+
+        path = self._run_dir / TIMELINE_FILE
+        if path.is_file():
+            run.log({"memory_timeline": wandb.Image(str(path))}, commit=True)
 
     def _begin(self, mode: TrackingMode, config: dict[str, Any]) -> "wandb.Run":
         if mode is TrackingMode.online and not self._api_key:
