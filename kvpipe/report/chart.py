@@ -16,8 +16,12 @@ WIDE, NARROW = 1000, 358
 _MOST_FULL_ROWS = 48
 _LETTER = 7.1
 _SMALL = 12.0
+_SMALL_LETTER = 7.0
 _AXIS_HEIGHT = 22
-_VALUE_WIDTH = 76
+# A peak beyond this many times the bar's end is written out.
+_FAR = 1.01
+# Heights of bars.
+_FULL, _THIN, _DENSE = 13.0, 4.0, 5.0
 _STEPS = (1, 2, 2.5, 5, 10)
 
 
@@ -60,6 +64,13 @@ class Bar:
         return sum(part.size for part in self.parts)
 
     @property
+    def value(self) -> str:
+        """What is written after it; in brackets its peak, if that is far beyond its end."""
+        name = f"{self.name} " if self.lettered else ""
+        peak = f" ({sized(self.end)})" if self.end > _FAR * self.total > 0 else ""
+        return f"{name}{sized(self.total)}{peak}"
+
+    @property
     def end(self) -> int:
         """The bytes that it reaches, its peak included."""
         return max(self.total, self.peak or 0)
@@ -98,6 +109,11 @@ class Chart:
     rows: Sequence[Row]
     limit: int | None = None
 
+    @property
+    def dense(self) -> bool:
+        """Whether it has so many rows that they are drawn thin."""
+        return len(self.rows) > _MOST_FULL_ROWS
+
     def drawn(self, width: float) -> Drawing:
         """Return the chart as a drawing of this width."""
         layout = _Layout.of(self, width)
@@ -130,12 +146,14 @@ class _Layout:
         most = max((bar.end for row in chart.rows for bar in row.bars), default=0)
         if chart.limit is not None and chart.limit <= 1.6 * most:
             most = max(most, chart.limit)
-        dense = len(chart.rows) > _MOST_FULL_ROWS
+        dense = chart.dense
         above = width < (WIDE + NARROW) / 2
         names = [row.group if dense else row.label for row in chart.rows]
         longest = max((len(name) for name in names), default=0)
         left = 0.0 if above and not dense else min(0.34 * width, _LETTER * longest + 14)
-        return cls(width, left, width - _VALUE_WIDTH, max(most, 1), above and not dense, dense)
+        values = [bar.value for row in chart.rows for bar in row.bars if not bar.thin]
+        room = 10 + _SMALL_LETTER * max(map(len, values), default=0)
+        return cls(width, left, width - room, max(most, 1), above and not dense, dense)
 
     def x(self, size: float) -> float:
         """Return where ``size`` bytes end."""
@@ -143,52 +161,51 @@ class _Layout:
 
 
 def _drawn_rows(chart: Chart, layout: _Layout) -> tuple[list[Shape], float]:
+    """Return the rows, and the height at which they end."""
+    if layout.dense:
+        return _dense_rows(chart, layout)
     shapes: list[Shape] = []
     y = float(_AXIS_HEIGHT)
-    named_until = 0.0
-    group = None
     for row in chart.rows:
-        if layout.dense:
-            if row.group != group and y >= named_until:
-                shapes.append(_text(0, y + 8, row.group, row.role, layout))
-                named_until = y + 16
-            group = row.group
-            shapes += _bars(row, y, layout, heights=(4.0, 2.0), gap=0.0)
-            y += 7
-            continue
         if layout.above:
             shapes.append(Text(0, y + 13, row.label, row.role))
             y += 19
         else:
-            shapes.append(_text(0, y + 11.5, row.label, row.role, layout))
-        shapes += _bars(row, y, layout, heights=(13.0, 4.0), gap=2.0)
-        y += _bars_height(row, heights=(13.0, 4.0), gap=2.0) + (9 if layout.above else 8)
+            shapes.append(Text(0, y + 11.5, _cut(row.label, layout), row.role))
+        top = y
+        for bar in row.bars:
+            height = _THIN if bar.thin else _FULL
+            # A thin bar alone stands where a full one has its middle.
+            at = y if len(row.bars) > 1 or not bar.thin else y + (_FULL - _THIN) / 2
+            shapes += _bar(bar, row.label, at, height, layout)
+            if not bar.thin:
+                end = layout.x(bar.end) + 6
+                shapes.append(Text(end, y + height - 2.5, bar.value, "quiet", size=_SMALL))
+            y += height + 2
+        y = max(y, top + _FULL + 2) + 8
+    return shapes, y
+
+
+def _dense_rows(chart: Chart, layout: _Layout) -> tuple[list[Shape], float]:
+    """Return rows without gaps, planned bars only where nothing was measured, and their end."""
+    shapes: list[Shape] = []
+    y = float(_AXIS_HEIGHT)
+    group, named_until = "", 0.0
+    for row in chart.rows:
+        if row.group != group and y >= named_until:
+            shapes.append(Text(0, y + 9, _cut(row.group, layout), row.role))
+            named_until = y + 15
+        group = row.group
+        for bar in [bar for bar in row.bars if not bar.thin] or row.bars:
+            shapes += _bar(bar, row.label, y, _DENSE, layout)
+            y += _DENSE
     return shapes, y + 4
 
 
-def _text(x: float, y: float, text: str, role: str, layout: _Layout) -> Text:
+def _cut(label: str, layout: _Layout) -> str:
     """Return a label, cut off where the bars begin."""
     room = int((layout.left - 10) / _LETTER)
-    shown = text if len(text) <= room else f"{text[: room - 1]}…"
-    return Text(x, y, shown, role)
-
-
-def _bars_height(row: Row, heights: tuple[float, float], gap: float) -> float:
-    return sum(heights[bar.thin] + gap for bar in row.bars)
-
-
-def _bars(
-    row: Row, y: float, layout: _Layout, heights: tuple[float, float], gap: float
-) -> Iterator[Shape]:
-    for bar in row.bars:
-        height = heights[bar.thin]
-        yield from _bar(bar, row.label, y, height, layout)
-        if not bar.thin and not layout.dense:
-            # After the longest bar of the row, so that a planned one below does not run into it.
-            end = layout.x(bar.end) + 6
-            value = f"{bar.name} {sized(bar.total)}" if bar.lettered else sized(bar.total)
-            yield Text(end, y + height - 2.5, value, "quiet", size=_SMALL)
-        y += height + gap
+    return label if len(label) <= room else f"{label[: room - 1]}…"
 
 
 def _bar(bar: Bar, label: str, y: float, height: float, layout: _Layout) -> Iterator[Shape]:
@@ -200,7 +217,8 @@ def _bar(bar: Bar, label: str, y: float, height: float, layout: _Layout) -> Iter
     if bar.peak is not None and bar.peak > held:
         middle, end = y + height / 2, layout.x(bar.peak)
         cap = min(4.0, height / 2)
-        yield Line(layout.x(held), middle, end, middle, "peak", 1.5)
+        if not layout.dense:
+            yield Line(layout.x(held), middle, end, middle, "peak", 1.5)
         yield Line(end, middle - cap, end, middle + cap, "peak", 1.5)
 
 

@@ -32,9 +32,42 @@ class Row:
     values: Sequence[Any]
 
     @property
+    def comparable(self) -> bool:
+        """Whether two sides know it."""
+        return sum(value is not None for value in self.values) > 1
+
+    @property
     def differs(self) -> bool:
         """Whether two sides know it and disagree."""
         return len({value for value in self.values if value is not None}) > 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Phases that have the same values of a figure on every side.
+
+    Attributes:
+        phases: their names.
+        name: what the figure is.
+        values: its value on each side.
+    """
+
+    phases: Sequence[str]
+    name: str
+    values: Sequence[Any]
+
+    def named(self) -> str:
+        """Return the phases in a few words."""
+        first, *others = self.phases
+        return f"{first} and {len(others)} more" if others else first
+
+
+def grouped(rows: Sequence[Row]) -> list[Group]:
+    """Return rows with the same figure and values as one, in the order of their first."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        found.setdefault((row.name, *row.values), []).append(row.phase)
+    return [Group(phases, name, values) for (name, *values), phases in found.items()]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from kvpipe.report.comparison import SHORTEST_S, Comparison, Row, duration_factor
+from kvpipe.report.comparison import SHORTEST_S, Comparison, Group, Row, duration_factor, grouped
 from kvpipe.report.config_changes import ABSENT, changes_table
 from kvpipe.report.plan import markdown_table
 from kvpipe.report.side import Side
@@ -41,7 +41,9 @@ def _verdict(beyond: Sequence[str]) -> list[str]:
 
 
 def _config(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
-    for letter, side in zip(names[1:], comparison.sides[1:], strict=True):
+    for index, (letter, side) in enumerate(zip(names[1:], comparison.sides[1:], strict=True)):
+        if index:
+            yield ""
         changes = comparison.config_changes(side)
         if changes is None:
             yield f"Of {names[0]} or {letter} no config is known."
@@ -49,17 +51,16 @@ def _config(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
             yield from changes_table(changes, names[0], letter)
         else:
             yield f"{letter} has the config of {names[0]}."
-        yield ""
         if versions := comparison.version_changes(side):
-            yield from changes_table(versions, names[0], letter, "version")
             yield ""
+            yield from changes_table(versions, names[0], letter, "version of")
 
 
 def _sizes(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     rows = [row for row in comparison.sizes if row.differs]
     if rows:
-        heading = ["phase", "bytes of", *names, *_growths(names)]
-        yield from markdown_table(heading, [_size_row(row) for row in rows], texts=2)
+        heading = ["bytes of", "after", *names, *_growths(names)]
+        yield from markdown_table(heading, [_size_row(one) for one in grouped(rows)], texts=2)
     else:
         yield "No phase differs in its bytes."
     same = sum(not row.differs for row in comparison.sizes)
@@ -72,11 +73,11 @@ def _sizes(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
             yield f"Not in every side, but in {letter}: {', '.join(f'`{n}`' for n in alone)}."
 
 
-def _size_row(row: Row) -> list[str]:
+def _size_row(row: Group) -> list[str]:
     base = row.values[0]
     grown = [ABSENT if None in (base, value) else f"{value - base:+,}" for value in row.values[1:]]
     sizes = [ABSENT if value is None else f"{value:,}" for value in row.values]
-    return [f"`{row.phase}`", row.name, *sizes, *grown]
+    return [row.name, row.named(), *sizes, *grown]
 
 
 def _growths(names: Sequence[str]) -> list[str]:
@@ -96,7 +97,7 @@ def _outputs(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
 
 def _durations(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     rows = [row for row in comparison.durations if max(v or 0.0 for v in row.values) >= SHORTEST_S]
-    if len({name for row in rows for name, v in zip(names, row.values, strict=True) if v}) < 2:
+    if not any(row.comparable for row in rows):
         yield "No durations are known of two sides."
         return
     heading = ["phase", *names, *(f"{name} / {names[0]}" for name in names[1:])]
@@ -114,6 +115,9 @@ def _duration_row(row: Row) -> list[str]:
 
 def _compilations(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
     rows = [row for row in comparison.compilations if row.differs]
+    if not any(row.comparable for row in comparison.compilations):
+        yield "No counts are known of two sides."
+        return
     if not rows:
         yield "No phase differs in how many programs it compiled."
         return

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from kvpipe.ledger import is_contracted
 from kvpipe.report.chart import Bar, Chart, Part, Row
-from kvpipe.report.comparison import PEAK, TOTAL, Comparison, duration_factor
+from kvpipe.report.comparison import PEAK, TOTAL, Comparison, Group, duration_factor, grouped
 from kvpipe.report.comparison import Row as Figures
 from kvpipe.report.comparison_markdown import letters, told
 from kvpipe.report.config_changes import KeyChange
@@ -61,14 +61,7 @@ def _card(name: str, value: str, note: str) -> Markup:
 
 def _memory_section(comparison: Comparison) -> Section:
     names = letters(comparison)
-    pools = list(
-        dict.fromkeys(
-            pool
-            for side in comparison.sides
-            for phase in side.phases.values()
-            for pool in phase.pools or ()
-        )
-    )
+    pools = _pools(comparison)
     roles = pool_roles(pools)
     rows = []
     for name in comparison.phases:
@@ -76,7 +69,7 @@ def _memory_section(comparison: Comparison) -> Section:
         bars = [
             Bar(_parts(phase, roles), letter, peak=phase.peak, lettered=True)
             for letter, phase in zip(names, phases, strict=True)
-            if phase.total is not None
+            if phase.total
         ]
         if bars:
             rows.append(Row(name, bars))
@@ -96,6 +89,13 @@ def _memory_section(comparison: Comparison) -> Section:
     return Section("memory", "Memory side by side", [figure(chart, "memory", keys, caption)])
 
 
+def _pools(comparison: Comparison) -> list[str]:
+    """Return every pool of every side, those that a plan holds to the byte first."""
+    phases = [phase for side in comparison.sides for phase in side.phases.values()]
+    found = dict.fromkeys(pool for phase in phases for pool in phase.pools or ())
+    return sorted(found, key=lambda pool: not is_contracted(pool))
+
+
 def _parts(phase: SidePhase, roles: dict[str, str]) -> list[Part]:
     if phase.pools is None:
         return [Part("bytes in use", "pool-total", phase.total or 0)]
@@ -106,15 +106,15 @@ def _sizes_section(comparison: Comparison) -> Section:
     names = letters(comparison)
     differing = [row for row in comparison.sizes if row.differs]
     same = [row for row in comparison.sizes if not row.differs]
-    columns = ["phase", "bytes of", *names, *(f"{name} − {names[0]}" for name in names[1:])]
+    columns = ["bytes of", "after", *names, *(f"{name} − {names[0]}" for name in names[1:])]
     content: list[Node] = []
     if differing:
-        rows = [_size_row(row) for row in differing]
+        rows = [_size_row(row) for row in grouped(differing)]
         content.append(table("Bytes that differ", columns, rows, numbers=columns[2:]))
     else:
         content.append(element("p", "No phase differs in its bytes."))
     if same:
-        rows = [_size_row(row) for row in same]
+        rows = [_size_row(row) for row in grouped(same)]
         whole = table("Other bytes", columns, rows, numbers=columns[2:])
         said = f"{len(same)} figures that are the same, or known of one side only"
         content.append(details(said, whole))
@@ -124,11 +124,15 @@ def _sizes_section(comparison: Comparison) -> Section:
     return Section("bytes", "Bytes", content)
 
 
-def _size_row(row: Figures) -> list[str | Cell]:
+def _size_row(row: Group) -> list[str | Cell]:
     base = row.values[0]
     name = row.name if row.name in (TOTAL, PEAK) else pool_name(row.name)
     grown = [_growth(base, value, is_contracted(row.name)) for value in row.values[1:]]
-    return [Cell(named(row.phase)), name, *map(number, row.values), *grown]
+    return [name, Cell(named(row.phases[0]), _others(row)), *map(number, row.values), *grown]
+
+
+def _others(row: Group) -> str:
+    return f"and {len(row.phases) - 1} more" if len(row.phases) > 1 else ""
 
 
 def _growth(base: int | None, value: int | None, exact: bool) -> Cell:
@@ -179,7 +183,7 @@ def _differences(comparison: Comparison, phase: str, names: Sequence[str]) -> It
 
 
 def _times_section(comparison: Comparison) -> Iterator[Section]:
-    known = [row for row in comparison.durations if sum(v is not None for v in row.values) > 1]
+    known = [row for row in comparison.durations if row.comparable]
     if not known:
         return
     names = letters(comparison)

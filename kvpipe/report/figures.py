@@ -18,7 +18,10 @@ _DEVICE_HEIGHT = 74
 
 
 def memory_chart(run: Run) -> Chart:
-    """Return the memory timeline: pools after each phase, measured above planned."""
+    """Return the memory timeline: pools after each phase, measured above planned.
+
+    Where rows are thin only phases that were not reached show what was planned.
+    """
     roles = pool_roles([*run.pools, BEYOND_ARRAYS])
     done = {phase.phase for phase in run.phases}
     rows = [_phase_row(run, phase, roles) for phase in run.phases]
@@ -41,25 +44,27 @@ def memory_keys(run: Run) -> list[Key]:
     if any(total_of(phase) > sum(phase.ledger.values()) for phase in run.phases):
         keys.append(Key("pool-total", BEYOND_ARRAYS))
     if run.planned:
-        keys.append(Key("pool-total", "thin and pale: planned", "thin"))
+        said = "pale: planned, not reached" if memory_chart(run).dense else "thin and pale: planned"
+        keys.append(Key("pool-total", said, "thin"))
     if any(peak_of(phase) for phase in run.phases):
-        keys.append(Key("peak", "whisker: peak inside the phase", "whisker"))
+        keys.append(Key("peak", "whisker and (bytes): peak inside the phase", "whisker"))
     return keys
 
 
 def host_chart(run: Run) -> Chart:
-    """Return the resident memory of the host's process after each phase, and its peak so far."""
+    """Return the resident memory of the host's process after each phase."""
     rows = []
     for phase in run.phases:
         memory = phase.memory
         part = Part("resident", "pool-host", memory.process_rss_bytes)
-        bar = Bar([part], "host", peak=memory.process_peak_rss_bytes)
+        sampled = peak_of(phase)
+        bar = Bar([part], "host", peak=sampled["process_rss_bytes"] if sampled else None)
         rows.append(Row(phase.phase, [bar], _role(phase), _group(phase.phase)))
     most = max((phase.memory.process_rss_bytes for phase in run.phases), default=0)
     return Chart(
         title=f"Host memory after each phase of {run.experiment}",
         description=f"Resident set of the process that ran each phase; the largest is "
-        f"{sized(most)}. A whisker ends at the process's largest resident set so far.",
+        f"{sized(most)}.",
         rows=rows,
     )
 

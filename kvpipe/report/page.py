@@ -76,6 +76,8 @@ def _verdict(run: Run) -> Markup:
     tone = {"passed": "good", UNFINISHED: ""}.get(run.status, "bad")
     failed = [(phase, check) for phase, check in run.checks if not check.passed]
     error = run.finished.error if run.finished else None
+    if error and any(check.name in error or check.detail == error for _, check in failed):
+        error = None  # the list of failed checks says the same
     return element(
         "div",
         element("p", _said(run), class_="said"),
@@ -134,8 +136,6 @@ def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield name, value and note of each key figure."""
     if not run.phases:
         return
-    seconds = run.finished.elapsed_s if run.finished else run.phases[-1].elapsed_s
-    yield "Time", f"{seconds:.1f} s", f"{len(run.phases)} phases"
     fullest = max(run.phases, key=total_of)
     limit = limit_bytes(run)
     of = f" of {sized(limit)}" if limit else ""
@@ -169,13 +169,7 @@ def _memory_section(run: Run) -> Section:
         content += [element("h3", "Each device"), *each]
     content += [
         element("h3", "The host"),
-        figure(
-            host_chart(run),
-            "host",
-            [],
-            "Resident set of the process that ran the phase; the whisker ends at the largest that "
-            "it has had so far.",
-        ),
+        figure(host_chart(run), "host", [], _host_caption(run)),
     ]
     return Section("memory", "Memory after each phase", content)
 
@@ -192,6 +186,12 @@ def _memory_caption(run: Run) -> str:
         else ""
     )
     return f"Bytes over all devices, by pool.{counted}{room}"
+
+
+def _host_caption(run: Run) -> str:
+    most = max((phase.memory.process_peak_rss_bytes for phase in run.phases), default=0)
+    largest = f" The largest that any had is {sized(most)}." if most else ""
+    return f"Resident set of the process that ran the phase.{largest}"
 
 
 def _devices(run: Run) -> list[Markup]:

@@ -23,7 +23,7 @@ from kvpipe.records import (
     planned_from_json,
 )
 from kvpipe.report.figures import peak_of, total_of
-from kvpipe.report.run import Run, read_run, read_text
+from kvpipe.report.run import Run, read_run, read_text, records_file
 
 RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
 
@@ -101,17 +101,10 @@ def read_side(path: Path) -> Side:
 
 def _file(path: Path) -> Path:
     """Return the file of a side: of a directory its records, or else its one log."""
-    if not path.exists():
-        raise InputError(f"{path}: there is no such directory or file")
-    if path.is_file():
-        return path
-    if (path / RECORDS_FILE).is_file():
-        return path / RECORDS_FILE
     logs = sorted(path.glob("*.log"))
-    if len(logs) != 1:
-        found = f"{len(logs)} files *.log" if logs else "no *.log"
-        raise InputError(f"{path}: there is no {RECORDS_FILE} in it, and {found}; name a file")
-    return logs[0]
+    if path.is_dir() and not (path / RECORDS_FILE).is_file() and len(logs) == 1:
+        return logs[0]
+    return records_file(path)
 
 
 def _plan(text: str, file: Path) -> RunPlanned | None:

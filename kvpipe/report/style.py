@@ -20,11 +20,11 @@ h2{font-size:1.25rem;line-height:1.3;margin:0 0 6px;letter-spacing:-.01em}
 h3{font-size:1rem;margin:24px 0 6px}
 section{padding-top:40px;scroll-margin-top:12px}
 p{margin:6px 0;max-width:70ch}
+p,li{overflow-wrap:anywhere}
 .quiet,figcaption,small{color:var(--quiet)}
 .origin{color:var(--quiet);margin:0;max-width:none;overflow-wrap:anywhere}
 code,pre,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
 font-size:.875em}
-p code{overflow-wrap:anywhere}
 .verdict{margin:20px 0 0;padding:14px 18px;border-radius:8px;background:var(--raised);
 border-left:5px solid var(--quiet)}
 .verdict p{margin:0;max-width:none}
@@ -70,6 +70,7 @@ td small{display:block;white-space:nowrap}
 .length{position:relative;min-width:110px}
 .length i{display:block;height:4px;border-radius:2px;background:var(--pool-params);margin-top:3px;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
+td:has(>code){min-width:9.5em}
 .values{overflow-wrap:anywhere;min-width:130px}
 details{margin:12px 0 0}
 summary{cursor:pointer;color:var(--link);padding:4px 0}
@@ -92,7 +93,7 @@ section{padding-top:32px}
 svg.narrow{display:block;max-width:520px}
 svg.wide{display:none}
 .cards{grid-template-columns:1fr 1fr;gap:8px}
-.sticky tbody th{max-width:44vw}
+.sticky tbody th{min-width:9.5em;max-width:44vw}
 }
 """
 
