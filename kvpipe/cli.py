@@ -223,7 +223,7 @@ def _config_dir(sources: Sequence[Any]) -> str | None:
     return next((s.path for s in sources if s.provider == "command-line"), None)
 
 
-def report(config: Kvpipe, paths: Sequence[Path]) -> int:
+def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
     """Write the report of a run again, from its records.
 
     Raises:
@@ -242,7 +242,7 @@ def report(config: Kvpipe, paths: Sequence[Path]) -> int:
     return 0
 
 
-def compare(config: Kvpipe, paths: Sequence[Path]) -> int:
+def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
     """Print what differs between runs, each further one held against the first.
 
     Raises:
@@ -278,26 +278,25 @@ def _compared(comparison: "Comparison", config: CompareConfig) -> str:
 
 
 Action = Callable[[Kvpipe, dict[str, Any]], int]
-VERBS: dict[str, Action] = {
+VERBS: dict[str, Callable[..., int]] = {
     "run": run,
     "check": check,
     "plan": plan,
     "compare-plans": compare_plans,
-}
-# What these read is named by paths, which stand before the overrides.
-PATH_VERBS: dict[str, Callable[[Kvpipe, Sequence[Path]], int]] = {
     "report": report,
     "compare": compare,
 }
+# What these read is named by paths, which stand before the overrides.
+_TAKE_PATHS = ("report", "compare")
 
 
 def _action(verb: str, arguments: Sequence[str]) -> tuple[Action, list[str]]:
-    """Return what a verb does and the arguments that are Hydra's."""
-    if verb in VERBS:
+    """Return what a verb does, and the arguments that are Hydra's."""
+    if verb not in _TAKE_PATHS:
         return VERBS[verb], list(arguments)
-    given = [*itertools.takewhile(_is_path, arguments)]
-    paths = [Path(text) for text in given]
-    return lambda config, _: PATH_VERBS[verb](config, paths), list(arguments[len(given) :])
+    given = list(itertools.takewhile(_is_path, arguments))
+    action = partial(VERBS[verb], paths=[Path(text) for text in given])
+    return action, list(arguments[len(given) :])
 
 
 def _is_path(argument: str) -> bool:
@@ -316,8 +315,8 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not arguments or arguments[0].startswith(("-", "+", "~")) or "=" in arguments[0]:
         return "run", list(arguments)
     verb, *rest = arguments
-    if verb not in VERBS | PATH_VERBS:
-        raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS | PATH_VERBS)}")
+    if verb not in VERBS:
+        raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
     return verb, rest
 
 
