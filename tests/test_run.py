@@ -119,6 +119,20 @@ def test_the_records_file_holds_the_very_lines_of_stdout(run: FinishedRun) -> No
     assert run.run_dir.is_relative_to(run.cwd / "outputs" / "tiny")
 
 
+def test_the_first_line_says_what_runs(run: FinishedRun) -> None:
+    first = run.lines[0]
+    assert (first["experiment"], first["steps"]) == ("tiny", STEPS)
+    assert first["config"]["engine"]["tp_size"] == 4
+    assert first["versions"]["sglang-jax"] == "0.0.2"
+
+
+def test_the_run_leaves_its_report_and_its_picture(run: FinishedRun) -> None:
+    page = (run.run_dir / "report.html").read_text()
+    assert ">Passed</p>" in page
+    assert f"{PARAMS:,}" in page
+    assert (run.run_dir / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: FinishedRun) -> None:
     drop = run.phase("kv_cache_dropped")["drop_info"]
     rebuild = run.phase("kv_cache_rebuilt")["rebuild_info"]
@@ -222,6 +236,8 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     table = json.loads((files_dir / summary["sample_texts/path"]).read_text())
     assert table["columns"] == ["kind", "sha256", "chars", "truncated", "text"]
     assert [row[0] for row in table["data"]] == ["prompt", "output_1", "output_2"]
+    picture = files_dir / summary["memory_timeline/path"]
+    assert picture.read_bytes() == (run.run_dir / "timeline.png").read_bytes()
     files = [f for f in logged["files"] if f.startswith("wandb_samples/")]
     assert len(files) == 3
     assert logged["exit_code"] == 0
@@ -261,6 +277,7 @@ def test_another_output_fails_the_run_and_says_which_token(tmp_path: Path) -> No
     assert failed[0]["detail"] == "the first 5 tokens agree, then one output ends"
     assert run.lines[-2]["phase"] == "generate_result_after_kv_rebuild"
     assert run.lines[-2]["same_output"] == 0
+    assert ">Failed, exit code 1</p>" in (run.run_dir / "report.html").read_text()
 
 
 @pytest.fixture
@@ -304,6 +321,7 @@ def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
     assert started.returncode == end["exit_code"] == 3
     assert end["status"] == "failed"
     assert "SIGKILL" in end["error"]
+    assert "SIGKILL" in (Path(end["run_dir"]) / "report.html").read_text()
     assert "engine.log" in end["error"]
     assert "Traceback" not in stderr
 

@@ -205,7 +205,7 @@ class Comparison:
                 more = _growth(row, index)
                 if more > config.compilations:
                     yield (
-                        f"{row.phase!r} compiled {more} programs more, compare.compilations is "
+                        f"{row.phase!r} compiled {more} more, compare.compilations is "
                         f"{config.compilations}"
                     )
         if config.duration_factor is not None:
@@ -214,7 +214,8 @@ class Comparison:
 
 def _grown_sizes(rows: Sequence[Row], index: int, config: CompareConfig) -> Iterator[str]:
     """Yield what grew too much, one message for each pool, with the phase of the most growth."""
-    for name in dict.fromkeys(row.name for row in rows):
+    names = dict.fromkeys(row.name for row in rows)
+    for name in sorted(names, key=lambda name: not is_contracted(name)):
         exact = is_contracted(name)
         key = "compare.budget_bytes" if exact else "compare.allowance_bytes"
         budget = config.budget_bytes if exact else config.allowance_bytes

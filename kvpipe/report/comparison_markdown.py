@@ -91,7 +91,7 @@ def _outputs(comparison: Comparison, names: Sequence[str]) -> Iterator[str]:
         return
     for row in rows:
         for letter, side in zip(names[1:], comparison.sides[1:], strict=True):
-            why = comparison.difference(row.phase, side) or f"that of {names[0]}"
+            why = comparison.difference(row.phase, side) or f"the same as in {names[0]}"
             yield f"- `{row.phase}`, {letter}: {why}; SHA-256 `{row.values[names.index(letter)]}`"
 
 

@@ -76,6 +76,7 @@ import json, sys
 from pathlib import Path
 from pipeline_records import passed, pipeline, started
 from kvpipe.schema import TrackingConfig
+from kvpipe.sinks.report import TimelinePicture
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 tracking = TrackingConfig(project="kv", name="run 1", tags=["a"], text_max_chars=int(sys.argv[4]))
@@ -85,6 +86,7 @@ sink.run_started(started(config))
 for record in pipeline():
     sink.phase_started(record.phase, record.idx, 16)
     sink.phase_finished(record)
+TimelinePicture(run_dir).run_finished(passed(run_dir))
 sink.run_finished(passed(run_dir))
 """
 
@@ -164,8 +166,9 @@ def files_with(secret, *folders):
 
 
 def test_each_phase_is_a_row_with_its_metrics(offline):
-    rows = offline.file["history"]
+    *rows, picture = offline.file["history"]
     assert [row["_step"] for row in rows] == list(range(16))
+    assert "phase/name" not in picture
     for row, record in zip(rows, pipeline(), strict=True):
         logged = metrics(record)
         assert {key: row.get(key) for key in logged} == logged
@@ -210,6 +213,12 @@ def test_prompt_and_outputs_are_pages_of_escaped_text_that_may_be_cut(offline):
         assert rows[f"sample_{name}/_type"] == "html-file"
         assert rows[f"sample_{name}_chars"] == len(text)
         assert rows[f"sample_{name}_truncated"] == (len(text) > LIMIT)
+
+
+def test_the_picture_of_the_memory_timeline_is_media(offline):
+    path = offline.file["summary"]["memory_timeline/path"]
+    assert offline.uploaded(path) == (offline.run_dir / "timeline.png").read_bytes()
+    assert offline.file["summary"]["memory_timeline/_type"] == "image-file"
 
 
 def test_the_table_has_a_row_for_each_text(offline):
