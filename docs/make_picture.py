@@ -1,10 +1,11 @@
-"""Draw what the terminal shows of a run, from its records: the picture in README.md.
+"""Draw a run from its records: run.svg and timeline.svg, the pictures in README.md.
 
 make run
-.venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs/run.svg
+.venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs
 
-The table is printed by the very sink that prints it at a terminal; this file only chooses the
-frame. The run directory stands in the picture, so use a run from a directory that may be shown.
+The table is printed by the very sink that prints it at a terminal, the timeline is that of the
+report; this file only chooses the frames. The run directory stands in the first picture, so use a
+run from a directory that may be shown.
 """
 
 import io
@@ -17,6 +18,10 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
 from kvpipe.records import Record, RunFinished, RunPlanned, RunStarted, record_from_json
+from kvpipe.report.drawing import as_svg
+from kvpipe.report.picture import timeline
+from kvpipe.report.run import run_of
+from kvpipe.report.style import picture_css
 from kvpipe.sinks.console import ConsoleTable
 
 # Rich's own frame draws a window and loads a font from the network; this one does neither.
@@ -62,10 +67,17 @@ def svg(records: Sequence[Record]) -> str:
     return console.export_svg(theme=DIMMED_MONOKAI, code_format=FRAME, unique_id="run")
 
 
-def main(records_file: Path, picture: Path) -> None:
-    """Read the records and write the picture."""
+def timeline_svg(records: Sequence[Record]) -> str:
+    """Return the memory timeline of the run, in the colours of who looks at it."""
+    return as_svg(timeline(run_of("run", records)), "timeline", style=picture_css())
+
+
+def main(records_file: Path, folder: Path) -> None:
+    """Read the records and write the pictures."""
     lines = records_file.read_text().splitlines()
-    picture.write_text(svg([record_from_json(json.loads(line)) for line in lines]))
+    records = [record_from_json(json.loads(line)) for line in lines]
+    (folder / "run.svg").write_text(svg(records))
+    (folder / "timeline.svg").write_text(timeline_svg(records))
 
 
 if __name__ == "__main__":

@@ -285,7 +285,10 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
         (["report", "nosuch"], "nosuch: there is no such directory or file"),
         (["report", "."], ".: there is no records.jsonl in it, so it is no run"),
         (["report", SMALL, "report.dir=nosuch"], "report.dir: there is no directory nosuch"),
-        (["report", SMALL, "report.dri=a"], "report.dri: there is no such key; did you mean 'dir'?"),
+        (
+            ["report", SMALL, "report.dri=a"],
+            "report.dri: there is no such key; did you mean 'dir'?",
+        ),
         (
             ["compare", SMALL],
             "compare: name at least two run directories, not 1: compare RUN_A RUN_B",

@@ -41,7 +41,17 @@ PLAN = {
     "compile": False,
     "prompt_tokens": None,
 }
-COMPARE = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
+COMPARE_PLANS = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
+COMPARE = {
+    "format": "markdown",
+    "file": None,
+    "budget_bytes": 0,
+    "allowance_bytes": 512 * 1024**2,
+    "outputs": True,
+    "duration_factor": None,
+    "compilations": None,
+}
+REPORT = {"dir": None}
 TINY = {
     "experiment": "tiny",
     "pipeline": STEPS,
@@ -102,7 +112,9 @@ TINY = {
     },
     "runner": RUNNER,
     "plan": PLAN,
+    "compare_plans": COMPARE_PLANS,
     "compare": COMPARE,
+    "report": REPORT,
     "output": "auto",
     "cache_dir": None,
 }
@@ -154,7 +166,9 @@ BIGKV = {
     },
     "runner": RUNNER,
     "plan": PLAN,
+    "compare_plans": COMPARE_PLANS,
     "compare": COMPARE,
+    "report": REPORT,
     "output": "auto",
     "cache_dir": None,
 }

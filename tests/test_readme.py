@@ -251,6 +251,13 @@ def test_the_picture_in_the_readme_shows_what_a_terminal_shows_today(records):
     assert [len(line) for line in now] == [len(line) for line in shown]
 
 
+def test_the_timeline_in_the_readme_is_the_one_that_the_project_draws():
+    """It is of a committed run, so a change of the drawing shows as an old picture."""
+    lines = (ROOT / "tests/data/tiny_runs/2048.jsonl").read_text().splitlines()
+    drawn = load_make_picture().timeline_svg([record_from_json(json.loads(x)) for x in lines])
+    assert (ROOT / "docs/timeline.svg").read_text() == drawn
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the sources with the phase, and its line of YAML, of CONTRIBUTING.md."""

@@ -72,4 +72,7 @@ def svg_rules() -> str:
     fills = "".join(f"rect.{role}{{fill:var(--{role})}}" for role in pools)
     lines = "".join(f"line.{role}{{stroke:var(--{role})}}" for role in ("grid", "peak", "limit"))
     texts = "".join(f"text.{role}{{fill:var(--{role})}}" for role in ("ink", "quiet", "bad"))
-    return f"{fills}rect.faded{{opacity:{FADED}}}{lines}{texts}rect.ground{{fill:var(--ground)}}"
+    # A rim of the ground, so that grid lines do not run through the letters.
+    rim = "text{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}"
+    ground = "rect.ground{fill:var(--ground)}"
+    return f"{fills}rect.faded{{opacity:{FADED}}}{lines}{texts}{rim}{ground}"

@@ -46,8 +46,7 @@ margin:24px 0 0}
 figure{margin:16px 0 0}
 figcaption{font-size:.9rem;margin-top:8px;max-width:90ch}
 svg{display:block;width:100%;height:auto}
-svg text{font-family:inherit;paint-order:stroke;stroke:var(--ground);stroke-width:3px;
-stroke-linejoin:round}
+svg text{font-family:inherit}
 .narrow{display:none}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin:12px 0;padding:0;
 font-size:.9rem}
