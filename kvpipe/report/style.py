@@ -69,7 +69,7 @@ td small{display:block;white-space:nowrap}
 .length{position:relative;min-width:110px}
 .length i{display:block;height:4px;border-radius:2px;background:var(--pool-params);margin-top:3px;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
-td:has(>code){min-width:9.5em}
+th:has(>code),td:has(>code){min-width:9.5em}
 .values{overflow-wrap:anywhere;min-width:130px}
 details{margin:12px 0 0}
 summary{cursor:pointer;color:var(--link);padding:4px 0}
@@ -84,7 +84,7 @@ font-size:.875rem}
 """
 
 _NARROW = """
-@media (max-width:700px){
+@media (max-width:820px){
 .page{padding:0 16px 48px}
 header{padding-top:24px}
 h1{font-size:1.5rem}
@@ -92,7 +92,7 @@ section{padding-top:32px}
 svg.narrow{display:block;max-width:520px}
 svg.wide{display:none}
 .cards{grid-template-columns:1fr 1fr;gap:8px}
-.sticky tbody th{min-width:9.5em;max-width:44vw}
+.sticky tbody th{max-width:44vw}
 }
 """
 
@@ -103,6 +103,7 @@ body{font-size:10pt}
 header{padding-top:0}
 nav,.skip{display:none}
 section{padding-top:18pt}
+.cards{grid-template-columns:repeat(3,1fr)}
 h2,h3,.legend{break-after:avoid}
 tr,.cards div,.verdict{break-inside:avoid}
 .scroll{overflow:visible}
