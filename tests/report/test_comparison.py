@@ -26,6 +26,7 @@ from tests.sinks.pipeline_records import (
     phase,
     pipeline,
     started,
+    with_peak,
 )
 
 DATA = Path(__file__).parents[1] / "data"
@@ -150,11 +151,13 @@ def test_each_further_run_is_held_against_the_first(tmp_path, base):
 
 
 def test_a_peak_inside_a_phase_counts_as_what_no_plan_holds(tmp_path, base):
-    peaks = [
-        with_phase("kv_cache_rebuilt", fields={"peak": {"bytes_in_use_total": n}})
-        for n in (100, 130)
-    ]
-    one, other = (side(tmp_path / name, *r) for name, r in zip("bc", peaks, strict=True))
+    idx = STEPS.index("kv_cache_rebuilt")
+    runs = []
+    for peak in (100, 130):
+        records = pipeline()
+        records[idx] = with_peak(phase(idx), peak)
+        runs.append([started(), *records, passed()])
+    one, other = (side(tmp_path / name, *r) for name, r in zip("bc", runs, strict=True))
     (why,) = beyond(one, other)
     assert why.endswith(
         "peak inside grew by 30 bytes after 'kv_cache_rebuilt', compare.allowance_bytes is 0"

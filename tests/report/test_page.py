@@ -23,6 +23,7 @@ from tests.sinks.pipeline_records import (
     pipeline,
     sha256,
     started,
+    with_peak,
 )
 
 
@@ -143,8 +144,7 @@ def test_durations_and_compile_counts_stand_in_a_table():
 
 
 def test_peaks_inside_phases_are_told_if_there_are_any():
-    peak = {"bytes_in_use_total": 20 << 30, "process_rss_bytes": 4 << 30, "samples": 7}
-    page = page_of([*RECORDS[:6], phase(5, fields={"peak": peak})])
+    page = page_of([*RECORDS[:6], with_peak(phase(5), 20 << 30)])
     assert "Peak inside a phase" in page.text_of("header")
     rows = page.table("Durations and compilations")
     assert next(r for r in rows if r[0] == STEPS[5])[-1] == f"{20 << 30:,}"

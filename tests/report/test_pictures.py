@@ -1,7 +1,6 @@
 """Charts, and the two forms in which they are seen: SVG and PNG."""
 
 import io
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -16,16 +15,10 @@ from kvpipe.report.palette import DARK, LIGHT
 from kvpipe.report.picture import timeline
 from kvpipe.report.png import as_png
 from kvpipe.report.run import run_of
-from tests.sinks.pipeline_records import STEPS, passed, phase, pipeline, started
+from tests.sinks.pipeline_records import STEPS, ledger, passed, phase, pipeline, started, with_peak
 
 RUN = run_of("r", [started(), *pipeline(), passed()])
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def with_peak(record, extra):
-    total = sum(record.ledger.values())
-    peak = {"bytes_in_use_total": total + extra, "process_rss_bytes": 1, "samples": 2}
-    return replace(record, fields={**record.fields, "peak": peak})
 
 
 def texts(drawing):
@@ -62,7 +55,10 @@ def test_bars_are_as_long_as_their_bytes():
 
 def test_a_peak_inside_a_phase_is_a_whisker_with_its_bytes():
     quiet = memory_chart(RUN).drawn(WIDE)
-    records = [with_peak(phase(i), 5 << 30) if i == 5 else phase(i) for i in range(16)]
+    records = [
+        with_peak(phase(i), sum(ledger(i).values()) + (5 << 30)) if i == 5 else phase(i)
+        for i in range(16)
+    ]
     drawing = memory_chart(run_of("r", records)).drawn(WIDE)
     whiskers = [s for s in drawing.shapes if isinstance(s, Line) and s.role == "peak"]
     assert len(whiskers) == 2

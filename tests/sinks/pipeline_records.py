@@ -2,7 +2,15 @@
 
 import hashlib
 
-from kvpipe.records import Check, Memory, PhaseRecord, RunFinished, RunStarted, check_equal
+from kvpipe.records import (
+    Check,
+    Memory,
+    PhaseRecord,
+    RunFinished,
+    RunStarted,
+    check_equal,
+    phase_from_json,
+)
 from tests.sop import STEPS
 
 PROMPT = 'Say "<b>hi</b>" & 你好\r\nthen stop.'
@@ -83,6 +91,18 @@ def phase(idx, name=None, **more):
         "fields": FIELDS.get(step, {}),
     }
     return PhaseRecord(**given | more)
+
+
+def with_peak(record, total, rss=1):
+    """Return the record with a peak inside its phase, as its line has it."""
+    peak = {
+        "bytes_in_use": [total // 4] * 4,
+        "bytes_in_use_total": total,
+        "process_rss_bytes": rss,
+        "samples": 2,
+        "source": "device",
+    }
+    return phase_from_json({**record.to_json(), "peak": peak})
 
 
 def pipeline():
