@@ -251,9 +251,10 @@ def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int
     from kvpipe.report.comparison import Comparison
     from kvpipe.report.side import read_side
 
-    if len(paths) < 2:
+    # Each side has a letter of its own.
+    if not 2 <= len(paths) <= 26:
         raise InputError(
-            f"compare: name at least two run directories, not {len(paths)}: compare RUN_A RUN_B"
+            f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
         )
     comparison = Comparison([read_side(path) for path in paths])
     with _opened("compare.file", config.compare.file) as out:

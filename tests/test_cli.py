@@ -291,7 +291,11 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
         ),
         (
             ["compare", SMALL],
-            "compare: name at least two run directories, not 1: compare RUN_A RUN_B",
+            "compare: name 2 to 26 run directories, not 1: compare RUN_A RUN_B",
+        ),
+        (
+            ["compare", *[SMALL] * 27],
+            "compare: name 2 to 26 run directories, not 27: compare RUN_A RUN_B",
         ),
         (["compare", SMALL, "nosuch"], "nosuch: there is no such directory or file"),
         (

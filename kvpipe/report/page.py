@@ -162,15 +162,17 @@ def _card(name: str, value: str, note: str) -> Markup:
 
 
 def _memory_section(run: Run) -> Section:
-    content: list[Node] = [
-        figure(memory_chart(run), "memory", memory_keys(run), _memory_caption(run)),
-    ]
+    chart = memory_chart(run)
+    content: list[Node] = []
+    if any(bar.end for row in chart.rows for bar in row.bars):
+        content.append(figure(chart, "memory", memory_keys(run), _memory_caption(run)))
+    else:
+        content.append(element("p", "No phase has held bytes on a device."))
     if each := _devices(run):
         content += [element("h3", "Each device"), *each]
-    content += [
-        element("h3", "The host"),
-        figure(host_chart(run), "host", [], _host_caption(run)),
-    ]
+    if run.phases:
+        host = figure(host_chart(run), "host", [], _host_caption(run))
+        content += [element("h3", "The host"), host]
     return Section("memory", "Memory after each phase", content)
 
 
@@ -189,9 +191,8 @@ def _memory_caption(run: Run) -> str:
 
 
 def _host_caption(run: Run) -> str:
-    most = max((phase.memory.process_peak_rss_bytes for phase in run.phases), default=0)
-    largest = f" The largest that any had is {sized(most)}." if most else ""
-    return f"Resident set of the process that ran the phase.{largest}"
+    most = max(phase.memory.process_peak_rss_bytes for phase in run.phases)
+    return f"Resident set of the process that ran the phase. The largest that any had is {sized(most)}."
 
 
 def _devices(run: Run) -> list[Markup]:

@@ -121,6 +121,13 @@ def test_a_run_without_a_last_record_did_not_finish():
     assert "The records end after 'mllm_params_cpu_ready': 4 of 16 phases" in page.text_of("header")
 
 
+@pytest.mark.parametrize(("phases", "charts"), [(0, 0), (1, 1), (2, 2)])
+def test_a_run_that_ended_early_shows_only_what_there_is(phases, charts):
+    page = page_of([started(), *pipeline()[:phases]])
+    assert len(page.all("figure")) - len(page.all("h3", text="Each device")) == charts
+    assert bool(page.all("p", text="No phase has held bytes on a device.")) == (phases < 2)
+
+
 def test_the_table_has_exact_bytes_and_what_was_planned():
     rows = page_of(RECORDS).table("Planned and actual bytes")
     heading = ["phase", "parameters", "KV cache", "slot param_dict2", "other arrays", "total"]
