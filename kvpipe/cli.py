@@ -45,7 +45,6 @@ from kvpipe.schema import (
 )
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.jsonl import JsonLines
-from kvpipe.sinks.report import ReportPage, TimelinePicture, write_page, write_timeline
 from kvpipe.steps import build_steps
 from kvpipe.suggest import nearest
 from kvpipe.targets import find_target
@@ -76,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     """Carry the run out; everything that can be wrong with the input is refused before it."""
     from kvpipe import supervisor
+    from kvpipe.sinks.report import ReportPage, TimelinePicture
     from kvpipe.sinks.wandb import WandbSink
 
     steps = _checked_steps(config)
@@ -230,6 +230,7 @@ def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
         KvpipeError: there are no records, or it cannot be written.
     """
     from kvpipe.report.run import read_run, records_file
+    from kvpipe.sinks.report import write_page, write_timeline
 
     if len(paths) != 1:
         raise InputError(f"report: name one run directory, not {len(paths)}: report RUN_DIR")

@@ -1,7 +1,6 @@
 """Which versions a run uses, as installed; found without importing any of them."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 # What the bytes, the programs and the outputs of a run depend on.
 _PACKAGES = (
@@ -19,6 +18,9 @@ _PACKAGES = (
 
 def installed_versions() -> dict[str, str]:
     """Return the version of Python and of each package that is installed."""
+    # Imported here: it takes longer than all else that `--help` needs of kvpipe.
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
