@@ -1,31 +1,27 @@
-"""Draw what the terminal shows of a run, from its records: the picture in README.md.
+"""Draw a run from its records: run.svg and timeline.svg, the pictures in README.md.
 
 make run
-.venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs/run.svg
+.venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs
 
-The table is printed by the very sink that prints it at a terminal; this file only chooses the
-frame. The run directory stands in the picture, so use a run from a directory that may be shown.
+The table is printed by the very sink that prints it at a terminal, the timeline is that of the
+report; this file only chooses the frames. The run directory stands in the first picture, so use a
+run from a directory that may be shown.
 """
 
 import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
-from kvpipe.records import (
-    RUN_FINISHED,
-    RUN_PLANNED,
-    Check,
-    RunFinished,
-    phase_from_json,
-    planned_from_json,
-)
+from kvpipe.records import Record, RunFinished, RunPlanned, RunStarted, record_from_json
+from kvpipe.report.drawing import as_svg
+from kvpipe.report.picture import timeline
+from kvpipe.report.run import run_of
+from kvpipe.report.style import picture_css
 from kvpipe.sinks.console import ConsoleTable
 
 # Rich's own frame draws a window and loads a font from the network; this one does neither.
@@ -48,41 +44,40 @@ FRAME = """\
 WIDER_THAN_ANY_LINE = 400
 
 
-def print_run(records: Sequence[dict[str, Any]], experiment: str, console: Console) -> None:
+def print_run(records: Sequence[Record], console: Console) -> None:
     """Print the run to ``console`` as ``python -m kvpipe`` does at a terminal."""
     table = ConsoleTable(console)
-    steps = [r["phase"] for r in records if r["phase"] not in (RUN_PLANNED, RUN_FINISHED)]
-    table.run_started({"experiment": experiment, "pipeline": steps})
     for record in records:
-        if record["phase"] == RUN_PLANNED:
-            table.run_planned(planned_from_json(record))
-        elif record["phase"] == RUN_FINISHED:
-            table.run_finished(_finished(record))
+        if isinstance(record, RunStarted):
+            table.run_started(record)
+        elif isinstance(record, RunPlanned):
+            table.run_planned(record)
+        elif isinstance(record, RunFinished):
+            table.run_finished(record)
         else:
-            table.phase_finished(phase_from_json(record))
+            table.phase_finished(record)
 
 
-def svg(records: Sequence[dict[str, Any]], experiment: str) -> str:
+def svg(records: Sequence[Record]) -> str:
     """Return the picture of the run."""
     console = Console(record=True, file=io.StringIO(), width=WIDER_THAN_ANY_LINE)
-    print_run(records, experiment, console)
+    print_run(records, console)
     lines = console.export_text(clear=False).splitlines()
     console.width = max(len(line.rstrip()) for line in lines)
     return console.export_svg(theme=DIMMED_MONOKAI, code_format=FRAME, unique_id="run")
 
 
-def _finished(record: dict[str, Any]) -> RunFinished:
-    names = {field.name for field in fields(RunFinished)} - {"fields", "checks"}
-    known = {name: record[name] for name in names}
-    rest = {name: value for name, value in record.items() if name not in {*names, "checks"}}
-    checks = [Check(**check) for check in record["checks"]]
-    return RunFinished(**known, checks=checks, fields=rest)
+def timeline_svg(records: Sequence[Record]) -> str:
+    """Return the memory timeline of the run, in the colours of who looks at it."""
+    return as_svg(timeline(run_of("run", records)), "timeline", style=picture_css())
 
 
-def main(records_file: Path, picture: Path) -> None:
-    """Read the records and write the picture."""
-    records = [json.loads(line) for line in records_file.read_text().splitlines()]
-    picture.write_text(svg(records, experiment=records_file.absolute().parents[1].name))
+def main(records_file: Path, folder: Path) -> None:
+    """Read the records and write the pictures."""
+    lines = records_file.read_text().splitlines()
+    records = [record_from_json(json.loads(line)) for line in lines]
+    (folder / "run.svg").write_text(svg(records))
+    (folder / "timeline.svg").write_text(timeline_svg(records))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 t
 another phase failed, 70 a defect of kvpipe, 128 + n ended by signal n.
 """
 
+import itertools
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kvpipe.credentials import API_KEY, wandb_api_key
+from kvpipe.credentials import API_KEY, redacted, wandb_api_key
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.jax_environment import check_mesh, jax_environment
@@ -29,9 +31,11 @@ from kvpipe.phase import Phase
 from kvpipe.plan import check_order, misfit
 from kvpipe.planning import Planners
 from kvpipe.prompt import read_prompt
-from kvpipe.records import RECORDS_FILE
+from kvpipe.records import RECORDS_FILE, RunStarted
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.schema import (
+    CompareConfig,
+    CompareFormat,
     Kvpipe,
     OutputFormat,
     PlanFormat,
@@ -47,6 +51,10 @@ from kvpipe.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
 from kvpipe.sweeps import grouped
 from kvpipe.targets import find_target
+from kvpipe.versions import installed_versions
+
+if TYPE_CHECKING:
+    from kvpipe.report.comparison import Comparison
 
 _SIGNALLED = 128
 # Where a shell puts the line that is to be completed.
@@ -72,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     """Carry the run out; everything that can be wrong with the input is refused before it."""
     from kvpipe import supervisor
+    from kvpipe.sinks.report import ReportPage, TimelinePicture
     from kvpipe.sinks.wandb import WandbSink
 
     steps = _checked_steps(config)
@@ -82,14 +91,38 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
         config = from_plain(plain)
     runtime = hydra_config.runtime
     run_dir = Path(runtime.output_dir)
-    tracker = WandbSink(config.tracking, run_dir, _api_key(config, Path(runtime.cwd)))
+    api_key = _api_key(config, Path(runtime.cwd))
+    tracker = WandbSink(config.tracking, run_dir, api_key)
     with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
-        sinks = Sinks([tracker, JsonLines(records), _screen(config.output), *_heartbeat(config)])
+        # The picture before it, because W&B shows it.
+        sinks = Sinks(
+            [
+                TimelinePicture(run_dir),
+                tracker,
+                ReportPage(run_dir),
+                JsonLines(records),
+                _screen(config.output),
+                *_heartbeat(config),
+            ]
+        )
         start_tracking = partial(tracker.start, plain)
-        work = supervisor.Run(config, plain, steps, run_dir, sinks, start_tracking, (API_KEY,))
+        started = _started(config, redacted(plain, api_key), steps)
+        work = supervisor.Run(
+            config, plain, started, steps, run_dir, sinks, start_tracking, (API_KEY,)
+        )
         finished = work.carry_out()
     return finished.exit_code
+
+
+def _started(config: Kvpipe, recorded: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
+    return RunStarted(
+        experiment=config.experiment,
+        config=recorded,
+        steps=[step.step for step in steps],
+        versions=installed_versions(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _api_key(config: Kvpipe, directory: Path) -> str | None:
@@ -144,7 +177,7 @@ def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
     _checked_steps(config)
     check_shape(config)
     record = _PLANNERS.plan(config, plain, find_target(config.plan.target, config.engine))
-    with _opened(config.plan.file) as out:
+    with _opened("plan.file", config.plan.file) as out:
         match config.plan.format:
             case PlanFormat.json:
                 out.write(json.dumps(as_json(record)) + "\n")
@@ -160,8 +193,8 @@ def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _opened(file: str | None) -> Iterator[TextIO]:
-    """Yield ``file`` to write in, or stdout without one."""
+def _opened(key: str, file: str | None) -> Iterator[TextIO]:
+    """Yield ``file``, the value of ``key``, to write in, or stdout without one."""
     if file is None:
         yield sys.stdout
         return
@@ -169,7 +202,7 @@ def _opened(file: str | None) -> Iterator[TextIO]:
         with Path(file).open("w", encoding="utf-8") as opened:
             yield opened
     except OSError as error:
-        raise InputError(f"plan.file: cannot write {file}: {error.strerror}") from None
+        raise InputError(f"{key}: cannot write {file}: {error.strerror}") from None
 
 
 def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
@@ -185,21 +218,21 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
     chosen = hydra_config.runtime.choices.get("experiment")
     with tempfile.TemporaryDirectory(prefix="kvpipe-compare-") as scratch:
         before, after = revisions.sides(
-            config.compare,
+            config.compare_plans,
             _common_overrides(hydra_config.overrides.task),
             _config_dir(hydra_config.runtime.config_sources),
             Path(scratch),
         )
         changes = revisions.changes(before, after, [chosen] if chosen else None)
     print(plan_changes.as_markdown(changes, before.name, after.name), end="")
-    if beyond := [why for c in changes if (why := c.excess(config.compare.budget_bytes))]:
+    if beyond := [why for c in changes if (why := c.excess(config.compare_plans.budget_bytes))]:
         raise KvpipeError("; ".join(beyond))
     return 0
 
 
 def _common_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that both sides of a comparison have."""
-    own = ("compare.", "experiment=")
+    own = ("compare_plans.", "experiment=")
     return [text for text in overrides if not text.lstrip("+~").startswith(own)]
 
 
@@ -227,16 +260,90 @@ def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
     return 0
 
 
+def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
+    """Write the report of a run again, from its records.
+
+    Raises:
+        KvpipeError: there are no records, or it cannot be written.
+    """
+    from kvpipe.report.run import read_run, records_file
+    from kvpipe.sinks.report import write_page, write_timeline
+
+    if len(paths) != 1:
+        raise InputError(f"report: name one run directory, not {len(paths)}: report RUN_DIR")
+    (path,) = paths
+    found = read_run(path)
+    folder = Path(config.report.dir) if config.report.dir else records_file(path).parent
+    if not folder.is_dir():
+        raise InputError(f"report.dir: there is no directory {folder}")
+    print(write_page(found, folder), write_timeline(found, folder), sep="\n")
+    return 0
+
+
+def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
+    """Print what differs between runs, each further one held against the first.
+
+    Raises:
+        KvpipeError: a side cannot be read, or what differs is beyond the thresholds.
+    """
+    from kvpipe.report.comparison import Comparison
+    from kvpipe.report.side import read_side
+
+    # Each side has a letter of its own.
+    if not 2 <= len(paths) <= 26:
+        raise InputError(
+            f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
+        )
+    comparison = Comparison([read_side(path) for path in paths])
+    with _opened("compare.file", config.compare.file) as out:
+        out.write(_compared(comparison, config.compare))
+    if beyond := comparison.beyond(config.compare):
+        raise KvpipeError("; ".join(beyond))
+    return 0
+
+
+def _compared(comparison: "Comparison", config: CompareConfig) -> str:
+    match config.format:
+        case CompareFormat.json:
+            return json.dumps(comparison.to_json(config)) + "\n"
+        case CompareFormat.markdown:
+            from kvpipe.report import comparison_markdown
+
+            return comparison_markdown.as_markdown(comparison, config)
+        case CompareFormat.html:
+            from kvpipe.report.comparison_page import comparison_page
+
+            return comparison_page(comparison, config)
+
+
 Action = Callable[[Kvpipe, dict[str, Any]], int]
-VERBS: dict[str, Action] = {
+VERBS: dict[str, Callable[..., int]] = {
     "run": run,
     "check": check,
     "plan": plan,
     "compare-plans": compare_plans,
     "phases": phases,
+    "report": report,
+    "compare": compare,
 }
 # What a word after the verb is short for.
 _WORD_AFTER = {"phases": "describe.phase"}
+# What these read is named by paths, which stand before the overrides.
+_TAKE_PATHS = ("report", "compare")
+
+
+def _action(verb: str, arguments: Sequence[str]) -> tuple[Action, list[str]]:
+    """Return what a verb does, and the arguments that are Hydra's."""
+    if verb not in _TAKE_PATHS:
+        return VERBS[verb], list(arguments)
+    given = list(itertools.takewhile(_is_path, arguments))
+    action = partial(VERBS[verb], paths=[Path(text) for text in given])
+    return action, list(arguments[len(given) :])
+
+
+def _is_path(argument: str) -> bool:
+    """Return whether an argument is no flag and no override; a directory's name may have a '='."""
+    return _is_word(argument) or ("=" in argument and Path(argument).exists())
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -269,7 +376,8 @@ def _is_word(argument: str) -> bool:
 
 def _compose_and_act(arguments: Sequence[str]) -> int:
     """Let Hydra compose each config and act on it; return the highest exit code of the jobs."""
-    verb, overrides = _split_verb(arguments)
+    verb, rest = _split_verb(arguments)
+    action, overrides = _action(verb, rest)
     if _COMP_LINE in os.environ:
         os.environ[_COMP_LINE] = _without_verb(os.environ[_COMP_LINE])
     codes: list[int] = []
@@ -277,7 +385,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
     def job(composed: DictConfig) -> None:
         codes.append(0)
         # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
-        codes[-1] = _told(lambda: _act(VERBS[verb], composed))
+        codes[-1] = _told(lambda: _act(action, composed))
         if codes[-1] > _SIGNALLED:
             sys.exit(codes[-1])  # Ctrl-C ends a sweep, not only its current job
 

@@ -12,6 +12,7 @@ from typing import Any
 from kvpipe.errors import InputError
 
 API_KEY = "WANDB_API_KEY"
+REDACTED = "<redacted>"
 _OTHERS_BITS = 0o077
 # W&B's keys have at least 40 characters; a much shorter one would be found in any text.
 _SHORTEST_KEY = 20
@@ -43,15 +44,36 @@ def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
     Raises:
         InputError: an option is named like a secret and has a value, or a value holds the API key.
     """
-    key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
     for path, value in _leaves(config, ""):
-        name = re.split(r"[.\[]", path)[-1].lower().replace("-", "_")
-        named_so = value not in (None, "") and _SECRET_NAME.search(name)
-        if named_so or (key and key in str(value)):
+        if _is_secret(path, value, api_key):
             raise InputError(
                 f"{path}: this looks like a secret, and the config is recorded and uploaded; "
                 f"give it through the environment instead (W&B: {API_KEY})"
             )
+
+
+def redacted(config: Mapping[str, Any], api_key: str | None) -> dict[str, Any]:
+    """Return the config with :data:`REDACTED` in place of what :func:`refuse_secrets` refuses."""
+
+    def clean(value: Any, path: str) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): clean(item, _below(path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        return REDACTED if _is_secret(path, value, api_key) else value
+
+    return clean(config, "")
+
+
+def _is_secret(path: str, value: Any, api_key: str | None) -> bool:
+    key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
+    name = re.split(r"[.\[]", path)[-1].lower().replace("-", "_")
+    named_so = value not in (None, "") and _SECRET_NAME.search(name) is not None
+    return named_so or (key is not None and key in str(value))
+
+
+def _below(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -93,7 +115,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the path and value of each scalar in nested mappings and lists."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from _leaves(item, _below(path, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(item, f"{path}[{index}]")

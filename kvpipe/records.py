@@ -1,19 +1,61 @@
 """Frozen records of what happened, and the one place that names record fields and metric keys.
 
-A run is a list of records: one for each phase, ``run_planned`` before those of the engine's
-process, and ``run_finished`` at the end. Every sink and every report reads these and nothing else.
-Sizes are bytes, times are seconds.
+A run is a list of records: ``run_started``, one for each phase, ``run_planned`` before those of the
+engine's process, and ``run_finished`` at the end. Every sink and every report reads these and
+nothing else. Sizes are bytes, times are seconds.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
 RUN_FINISHED = "run_finished"
 RECORDS_FILE = "records.jsonl"
 SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The first record: what runs.
+
+    Attributes:
+        experiment: name of the experiment.
+        config: the resolved config as plain values, without secrets.
+        steps: names of the steps, in order, those of each further cycle too.
+        versions: of Python, kvpipe and the packages that the run depends on, as installed.
+        started_at: when the run began, in UTC, as in ISO 8601.
+    """
+
+    experiment: str
+    config: Mapping[str, Any]
+    steps: Sequence[str]
+    versions: Mapping[str, str]
+    started_at: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        known = {**asdict(self), "config": _finite(self.config), "steps": list(self.steps)}
+        return {"phase": RUN_STARTED, **known}
+
+
+def _finite(value: Any) -> Any:
+    """Return a config's value with ``inf`` and ``nan``, which JSON does not have, as texts."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def started_from_json(data: Mapping[str, Any]) -> RunStarted:
+    """Return the record that :meth:`RunStarted.to_json` wrote."""
+    known = {key: value for key, value in data.items() if key != "phase"}
+    known["steps"] = tuple(data["steps"])
+    return RunStarted(**known)
 
 
 @dataclass(frozen=True)
@@ -301,7 +343,17 @@ class RunFinished:
         }
 
 
-Record = RunPlanned | PhaseRecord | RunFinished
+def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
+    """Return the record that :meth:`RunFinished.to_json` wrote."""
+    names = {field.name for field in fields(RunFinished)} - {"fields"}
+    known = {key: value for key, value in data.items() if key in names}
+    rest = {key: value for key, value in data.items() if key not in {*names, "phase"}}
+    checks = tuple(Check(**check) for check in data["checks"])
+    known |= {"checks": checks, "fields": rest}
+    return RunFinished(**known)
+
+
+Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 
 def dumps(record: Record) -> str:
@@ -321,6 +373,16 @@ def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     known["checks"] = tuple(Check(**check) for check in data["checks"])
     known["fields"] = {key: value for key, value in data.items() if key not in known}
     return PhaseRecord(**known)
+
+
+def record_from_json(data: Mapping[str, Any]) -> Record:
+    """Return the record of any kind that a line of ``records.jsonl`` holds."""
+    readers = {
+        RUN_STARTED: started_from_json,
+        RUN_PLANNED: planned_from_json,
+        RUN_FINISHED: finished_from_json,
+    }
+    return readers.get(data["phase"], phase_from_json)(data)
 
 
 def metrics(record: PhaseRecord) -> dict[str, int | float | str]:

@@ -22,7 +22,7 @@ import kvpipe
 from kvpipe.errors import InputError
 from kvpipe.records import planned_from_json
 from kvpipe.report.plan_changes import Change, Planned
-from kvpipe.schema import CompareConfig
+from kvpipe.schema import ComparePlansConfig
 
 _PACKAGES = ("kvpipe", "phases", "conf")
 
@@ -83,7 +83,7 @@ class Side:
 
 
 def sides(
-    config: CompareConfig, overrides: Sequence[str], config_dir: str | None, scratch: Path
+    config: ComparePlansConfig, overrides: Sequence[str], config_dir: str | None, scratch: Path
 ) -> tuple[Side, Side]:
     """Return the sides before and after the change.
 

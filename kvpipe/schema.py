@@ -38,6 +38,14 @@ class PlanFormat(Enum):
     json = "json"
 
 
+class CompareFormat(Enum):
+    """How ``kvpipe compare`` prints."""
+
+    markdown = "markdown"
+    json = "json"
+    html = "html"
+
+
 @dataclass
 class TinyModelConfig:
     """Shape of the checkpoint that is generated on first use.
@@ -282,15 +290,15 @@ class PlanConfig:
 
 
 @dataclass
-class CompareConfig:
-    """What ``kvpipe compare`` compares the plans of.
+class ComparePlansConfig:
+    """What ``kvpipe compare-plans`` compares.
 
     Attributes:
         base: git revision before the change; None is ``HEAD``, or without ``head`` and with
             ``overrides`` the files as they are.
         head: git revision after the change; None is the files as they are.
         overrides: overrides that only the plan after the change has, each in quotes:
-            ``'compare.overrides=["engine.page_size=64"]'``.
+            ``'compare_plans.overrides=["engine.page_size=64"]'``.
         budget_bytes: bytes that the peak of a device may grow by.
     """
 
@@ -300,7 +308,47 @@ class CompareConfig:
     budget_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "compare.budget_bytes", self.budget_bytes)
+        _check_at_least(0, "compare_plans.budget_bytes", self.budget_bytes)
+
+
+@dataclass
+class CompareConfig:
+    """How ``kvpipe compare`` compares runs: each further one is held against the first.
+
+    Attributes:
+        format: how it prints.
+        file: where it writes instead of to stdout.
+        budget_bytes: bytes over all devices by which parameters, KV cache or a slot may grow.
+        allowance_bytes: bytes by which what no plan holds to the byte may grow: the total, the
+            programs, other arrays, the peak inside a phase.
+        outputs: whether another output is beyond what may differ.
+        duration_factor: how many times as long a phase may take; None is any. Phases of less than
+            0.1 s do not count.
+        compilations: programs that a phase may compile more; None is any.
+    """
+
+    format: CompareFormat = CompareFormat.markdown
+    file: str | None = None
+    budget_bytes: int = 0
+    allowance_bytes: int = 512 * 1024**2
+    outputs: bool = True
+    duration_factor: float | None = None
+    compilations: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("budget_bytes", "allowance_bytes", "duration_factor", "compilations"):
+            _check_at_least(0, f"compare.{name}", getattr(self, name))
+
+
+@dataclass
+class ReportConfig:
+    """Where ``kvpipe report`` writes.
+
+    Attributes:
+        dir: directory for ``report.html`` and ``timeline.png``; None is that of the records.
+    """
+
+    dir: str | None = None
 
 
 @dataclass
@@ -340,8 +388,10 @@ class Kvpipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    compare_plans: ComparePlansConfig = field(default_factory=ComparePlansConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
 

@@ -28,6 +28,7 @@ from kvpipe.records import (
     PhaseRecord,
     RunFinished,
     RunPlanned,
+    RunStarted,
     phase_from_json,
     planned_from_json,
 )
@@ -65,7 +66,8 @@ class Run:
 
     Attributes:
         config: the typed config.
-        plain: the same as plain values, for the worker and the sinks.
+        plain: the same as plain values, for the worker.
+        started: the first record.
         steps: the steps, in order.
         run_dir: where the run writes.
         sinks: where its records go, the tracker's among them.
@@ -75,6 +77,7 @@ class Run:
 
     config: Kvpipe
     plain: dict[str, Any]
+    started: RunStarted
     steps: Sequence[Phase]
     run_dir: Path
     sinks: Sink
@@ -87,7 +90,7 @@ class Run:
 
     def carry_out(self) -> RunFinished:
         """Carry the run out and return its last record, which every sink has got."""
-        self.sinks.run_started(self.plain)
+        self.sinks.run_started(self.started)
         ending = self._end_of_phases()
         finished = RunFinished(
             status="failed" if ending.exit_code else "passed",

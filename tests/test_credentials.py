@@ -1,6 +1,6 @@
 import pytest
 
-from kvpipe.credentials import refuse_secrets, wandb_api_key
+from kvpipe.credentials import REDACTED, redacted, refuse_secrets, wandb_api_key
 from kvpipe.errors import InputError
 
 KEY = "a1b2" * 10
@@ -113,3 +113,13 @@ def test_the_key_itself_is_refused_wherever_it_stands():
 
 def test_what_is_too_short_for_a_key_is_not_looked_for():
     refuse_secrets({"prompt": {"text": "Hello"}}, "e")
+
+
+def test_what_is_recorded_of_a_config_has_no_secret_and_all_the_rest():
+    config = {"tags": ["a", f"key={KEY}"], "engine": {"seed": 0, "hf_token": "x"}, "none": None}
+    assert redacted(config, KEY) == {
+        "tags": ["a", REDACTED],
+        "engine": {"seed": 0, "hf_token": REDACTED},
+        "none": None,
+    }
+    refuse_secrets({**redacted(config, KEY), "engine": {}}, KEY)

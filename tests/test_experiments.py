@@ -47,8 +47,18 @@ PLAN = {
     "compile": False,
     "prompt_tokens": None,
 }
-COMPARE = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
+COMPARE_PLANS = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
 DESCRIBE = {"phase": None, "format": "table"}
+COMPARE = {
+    "format": "markdown",
+    "file": None,
+    "budget_bytes": 0,
+    "allowance_bytes": 512 * 1024**2,
+    "outputs": True,
+    "duration_factor": None,
+    "compilations": None,
+}
+REPORT = {"dir": None}
 TINY = {
     "experiment": "tiny",
     "pipeline": STEPS,
@@ -110,8 +120,10 @@ TINY = {
     },
     "runner": RUNNER,
     "plan": PLAN,
+    "compare_plans": COMPARE_PLANS,
     "compare": COMPARE,
     "describe": DESCRIBE,
+    "report": REPORT,
     "output": "auto",
     "cache_dir": None,
 }
@@ -164,8 +176,10 @@ BIGKV = {
     },
     "runner": RUNNER,
     "plan": PLAN,
+    "compare_plans": COMPARE_PLANS,
     "compare": COMPARE,
     "describe": DESCRIBE,
+    "report": REPORT,
     "output": "auto",
     "cache_dir": None,
 }

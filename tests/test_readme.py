@@ -22,6 +22,7 @@ import pytest
 
 from kvpipe import cli, errors
 from kvpipe.credentials import wandb_api_key
+from kvpipe.records import record_from_json
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
 from tests.test_run import environment
 
@@ -240,7 +241,7 @@ def lines_of(svg):
 @pytest.mark.slow
 def test_the_picture_in_the_readme_shows_what_a_terminal_shows_today(records):
     """Its numbers are those of one run; all else that stands in the table is as it is now."""
-    now = lines_of(load_make_picture().svg(records, "tiny"))
+    now = lines_of(load_make_picture().svg([record_from_json(record) for record in records]))
     shown = lines_of((ROOT / "docs/run.svg").read_text())
     assert [line[0] for line in now if line[:1] == ["passed"]] == ["passed"]
     for lines in (now, shown):
@@ -248,6 +249,13 @@ def test_the_picture_in_the_readme_shows_what_a_terminal_shows_today(records):
     assert now[:2] == shown[:2]
     assert [line[:1] for line in now] == [line[:1] for line in shown]
     assert [len(line) for line in now] == [len(line) for line in shown]
+
+
+def test_the_timeline_in_the_readme_is_the_one_that_the_project_draws():
+    """It is of a committed run, so a change of the drawing shows as an old picture."""
+    lines = (ROOT / "tests/data/tiny_runs/2048.jsonl").read_text().splitlines()
+    drawn = load_make_picture().timeline_svg([record_from_json(json.loads(x)) for x in lines])
+    assert (ROOT / "docs/timeline.svg").read_text() == drawn
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,22 @@ from hypothesis import strategies as st
 
 from kvpipe.records import (
     RUN_FINISHED,
+    RUN_STARTED,
     SUMMARY_FIELDS,
     Check,
+    Fit,
     Memory,
     Peak,
     PhaseRecord,
+    PlannedPhase,
     RunFinished,
+    RunPlanned,
+    RunStarted,
     check_equal,
     dumps,
     metrics,
     phase_from_json,
+    record_from_json,
 )
 
 KNOWN_KEYS = set(PhaseRecord("a", "a", 0, 0.0, 0.0, Memory(1, 1)).to_json())
@@ -226,6 +232,40 @@ def test_the_last_record_says_how_the_run_ended():
         "checks": [{"name": "a", "expected": 1, "actual": 2, "passed": False, "detail": ""}],
         "error": "no",
         "wandb": {},
+    }
+
+
+STARTED = RunStarted("tiny", {"a": {"b": [1]}}, ("jax_ready",), {"jax": "0.8"}, "2026-01-02T03:04")
+ENDINGS = [
+    STARTED,
+    RunPlanned("cpu", 1, "0.0.2", (PlannedPhase("p", {"kv": 3}, 3, 3),), Fit(True, 9, "p", 4)),
+    RunFinished("failed", 1, "/runs/1", 2.0, (check_equal("a", 1, 2),), "no", {"wandb": {}}),
+]
+
+
+@pytest.mark.parametrize("record", [*ENDINGS, a_record()], ids=lambda record: type(record).__name__)
+def test_a_line_of_any_kind_reads_back_as_its_record(record):
+    assert record_from_json(json.loads(dumps(record))) == record
+
+
+def test_the_first_record_has_the_config_the_steps_and_the_versions():
+    assert json.loads(dumps(STARTED)) == {
+        "phase": RUN_STARTED,
+        "experiment": "tiny",
+        "config": {"a": {"b": [1]}},
+        "steps": ["jax_ready"],
+        "versions": {"jax": "0.8"},
+        "started_at": "2026-01-02T03:04",
+    }
+
+
+def test_a_config_may_have_a_number_that_json_does_not_have():
+    """``runner.idle_timeout_s=inf`` waits for ever, and is no reason not to run."""
+    config = {"runner": {"idle_timeout_s": math.inf}, "list": [math.nan, 1.5]}
+    record = RunStarted("tiny", config, (), {}, "")
+    assert json.loads(dumps(record))["config"] == {
+        "runner": {"idle_timeout_s": "inf"},
+        "list": ["nan", 1.5],
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from kvpipe import revisions
 from kvpipe.errors import InputError
-from kvpipe.schema import CompareConfig
+from kvpipe.schema import ComparePlansConfig
 from tests.helpers_config import EXPERIMENTS, ROOT
 
 PACKAGES = ("kvpipe", "phases", "conf")
@@ -40,7 +40,7 @@ def sides(tmp_path):
 
     def found(common=(), config_dir=None, **config):
         scratch = tmp_path / "scratch"
-        return revisions.sides(CompareConfig(**config), common, config_dir, scratch)
+        return revisions.sides(ComparePlansConfig(**config), common, config_dir, scratch)
 
     return found
 
@@ -115,7 +115,7 @@ def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repo
     assert kept in swap.read_text()
     swap.write_text(swap.read_text().replace(kept, "ledger.slot_pool(self.slot): Size.PARAMS"))
     git(repository, "commit", "-q", "-a", "-m", "change")
-    both = ("compare.base=main", "compare.head=branch", "+experiment=tiny")
+    both = ("compare_plans.base=main", "compare_plans.head=branch", "+experiment=tiny")
     done = compare(repository, *both)
     assert done.returncode == 1
     grown = 3 * 2048 * 2 * 2 * 128 * 2 // 2  # layers, tokens, K and V, heads, head_dim, bf16, tp
@@ -123,7 +123,7 @@ def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repo
     assert "| `engine.max_total_tokens` | `2048` | `4096` |" in done.stdout
     assert f"| `engine_ready_dummy` | 10,759,680 | 13,905,408 | +{grown:,} |" in done.stdout
     assert "| `weights_swapped_from_mllm` | 10,759,680 | 21,517,824 | +" in done.stdout
-    assert compare(repository, *both, f"compare.budget_bytes={grown}").returncode == 0
+    assert compare(repository, *both, f"compare_plans.budget_bytes={grown}").returncode == 0
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_revision_that_cannot_be_planned_is_named_with_the_reason(repository):
     git(repository, "commit", "-q", "-a", "-m", "broken")
     git(repository, "checkout", "-q", "HEAD~0")
     experiment.write_text(experiment.read_text().replace("engine: {tp_sise: 2}\n", ""))
-    done = compare(repository, "+experiment=tiny", "compare.base=HEAD")
+    done = compare(repository, "+experiment=tiny", "compare_plans.base=HEAD")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("kvpipe: HEAD (")
     assert "cannot be planned: kvpipe: In 'experiment/tiny': engine.tp_sise: " in done.stderr

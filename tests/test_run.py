@@ -96,7 +96,7 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRu
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: FinishedRun) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
-    phases = ["wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    phases = ["run_started", "wandb_init", "run_planned", *STEPS[1:], "run_finished"]
     assert [line["phase"] for line in run.lines] == phases
     assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
     assert all(check["passed"] for check in run.end["checks"])
@@ -118,6 +118,20 @@ def test_the_installed_wheel_is_what_ran(installed: Path, tmp_path: Path) -> Non
 def test_the_records_file_holds_the_very_lines_of_stdout(run: FinishedRun) -> None:
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout
     assert run.run_dir.is_relative_to(run.cwd / "outputs" / "tiny")
+
+
+def test_the_first_line_says_what_runs(run: FinishedRun) -> None:
+    first = run.lines[0]
+    assert (first["experiment"], first["steps"]) == ("tiny", STEPS)
+    assert first["config"]["engine"]["tp_size"] == 4
+    assert first["versions"]["sglang-jax"] == "0.0.2"
+
+
+def test_the_run_leaves_its_report_and_its_picture(run: FinishedRun) -> None:
+    page = (run.run_dir / "report.html").read_text()
+    assert ">Passed</p>" in page
+    assert f"{PARAMS:,}" in page
+    assert (run.run_dir / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: FinishedRun) -> None:
@@ -223,6 +237,8 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     table = json.loads((files_dir / summary["sample_texts/path"]).read_text())
     assert table["columns"] == ["kind", "sha256", "chars", "truncated", "text"]
     assert [row[0] for row in table["data"]] == ["prompt", "output_1", "output_2"]
+    picture = files_dir / summary["memory_timeline/path"]
+    assert picture.read_bytes() == (run.run_dir / "timeline.png").read_bytes()
     files = [f for f in logged["files"] if f.startswith("wandb_samples/")]
     assert len(files) == 3
     assert logged["exit_code"] == 0
@@ -271,6 +287,7 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
     assert [line for line in beats if not re.fullmatch(heartbeat, line)] == []
     assert any(": compiling program " in line for line in beats)
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout
+    assert ">Failed, exit code 1</p>" in (run.run_dir / "report.html").read_text()
 
 
 @pytest.fixture
@@ -314,6 +331,7 @@ def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
     assert started.returncode == end["exit_code"] == 3
     assert end["status"] == "failed"
     assert "SIGKILL" in end["error"]
+    assert "SIGKILL" in (Path(end["run_dir"]) / "report.html").read_text()
     assert "engine.log" in end["error"]
     assert "Traceback" not in stderr
 

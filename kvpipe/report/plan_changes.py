@@ -1,14 +1,12 @@
 """What a change costs: two plans of each experiment, before and after, as Markdown."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvpipe.records import RunPlanned
+from kvpipe.report.config_changes import ABSENT, changes_table, config_changes
 from kvpipe.report.plan import markdown_table, peak_of, verdict
-
-_ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Change:
         if grown > budget_bytes:
             return (
                 f"{self.experiment}: the peak of a device grew by {grown} bytes, the budget "
-                f"(compare.budget_bytes) is {budget_bytes}"
+                f"(compare_plans.budget_bytes) is {budget_bytes}"
             )
         fitted = self.before is None or self.before.plan.fit.fits
         if fitted and self.after is not None and not self.after.plan.fit.fits:
@@ -83,53 +81,15 @@ def _one(change: Change) -> Iterator[str]:
     if change.before is None:
         yield f"It is new. {verdict(change.after.plan)}."
         return
-    yield from _config_table(change.before.config, change.after.config)
+    if keys := config_changes(change.before.config, change.after.config):
+        yield from changes_table(keys, "before", "after")
+    else:
+        yield "No config key changed."
     yield ""
     yield from _phase_table(change.before.plan, change.after.plan)
     yield ""
     yield f"- Before: {verdict(change.before.plan)}."
     yield f"- After: {verdict(change.after.plan)}."
-
-
-def _config_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = dict(_flat(before)), dict(_flat(after))
-    rows = [
-        [f"`{key}`", *_pair(old.get(key, _ABSENT), new.get(key, _ABSENT))]
-        for key in sorted({**old, **new})
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
-    ]
-    if not rows:
-        return ["No config key changed."]
-    return markdown_table(["config key", "before", "after"], rows, texts=3)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each leaf with its dotted key; a list is a leaf."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _pair(old: Any, new: Any) -> tuple[str, str]:
-    """Return two cells; of two lists with different items only those that the other lacks."""
-    if isinstance(old, list) and isinstance(new, list):
-        gone, came = [x for x in old if x not in new], [x for x in new if x not in old]
-        if gone or came:
-            return _items(gone), _items(came)
-    return _cell(old), _cell(new)
-
-
-def _items(items: Sequence[Any]) -> str:
-    return ", ".join(_cell(item) for item in items) or _ABSENT
-
-
-def _cell(value: Any) -> str:
-    if value is _ABSENT:
-        return _ABSENT
-    text = json.dumps(value, ensure_ascii=False).replace("|", "\\|").replace("`", "'")
-    return f"`{text}`"
 
 
 def _phase_table(before: RunPlanned, after: RunPlanned) -> list[str]:
@@ -150,11 +110,11 @@ def _phase_table(before: RunPlanned, after: RunPlanned) -> list[str]:
 
 
 def _bytes(size: int | None) -> str:
-    return _ABSENT if size is None else f"{size:,}"
+    return ABSENT if size is None else f"{size:,}"
 
 
 def _difference(was: int | None, now: int | None) -> str:
-    return _ABSENT if was is None or now is None else f"{now - was:+,}"
+    return ABSENT if was is None or now is None else f"{now - was:+,}"
 
 
 def _peak_bytes(side: Planned) -> int:

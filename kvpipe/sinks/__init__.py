@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
 class Sink(Protocol):
     """What every sink understands. Calls come from the parent, in this order."""
 
-    def run_started(self, config: dict[str, Any]) -> None:
-        """Take the resolved config of the run that begins."""
+    def run_started(self, record: RunStarted) -> None:
+        """Take the first record: the config of the run that begins."""
         ...
 
     def run_planned(self, record: RunPlanned) -> None:
@@ -47,9 +47,9 @@ class Sinks:
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
-    def run_started(self, config: dict[str, Any]) -> None:
-        """Hand the config to every sink."""
-        self._call(lambda sink: sink.run_started(config))
+    def run_started(self, record: RunStarted) -> None:
+        """Hand the first record to every sink."""
+        self._call(lambda sink: sink.run_started(record))
 
     def run_planned(self, record: RunPlanned) -> None:
         """Hand the plan to every sink."""

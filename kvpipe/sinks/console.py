@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 from kvpipe.progress import Progress
-from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned, RunStarted
 from kvpipe.units import gib
 
 _NAME_WIDTH = 32
@@ -70,12 +70,10 @@ class ConsoleTable:
         self._phases = 0
         self._step = ""
 
-    def run_started(self, config: dict[str, Any]) -> None:
+    def run_started(self, record: RunStarted) -> None:
         """Print the headings of the table and start the live line."""
-        self._name_width = max([len("phase"), *(len(str(step)) for step in config["pipeline"])])
-        title = Text.assemble(
-            (f"kvpipe {config['experiment']}", "bold"), (" (sizes in GiB)", "dim")
-        )
+        self._name_width = max([len("phase"), *(len(step) for step in record.steps)])
+        title = Text.assemble((f"kvpipe {record.experiment}", "bold"), (" (sizes in GiB)", "dim"))
         self._console.print(title)
         self._print_row("phase", [column.heading for column in _COLUMNS], "bold")
         self._live.start()

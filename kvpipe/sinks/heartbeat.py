@@ -4,10 +4,10 @@ The lines come from the parent, so they come even while the engine's process is 
 """
 
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
 from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
 from kvpipe.ticker import Ticker
 
 # The engine's process tells its progress several times a second; what is older is said to be old.
@@ -27,7 +27,7 @@ class Heartbeat:
         self._every_s = every_s
         self._beating: _Beating | None = None
 
-    def run_started(self, config: dict[str, Any]) -> None:
+    def run_started(self, record: RunStarted) -> None:
         """Do nothing: no phase runs yet."""
 
     def run_planned(self, record: RunPlanned) -> None:

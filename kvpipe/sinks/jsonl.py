@@ -1,16 +1,18 @@
 """Records as JSON lines: the file ``records.jsonl``, and stdout for pipes and ``tee``."""
 
-from typing import Any, TextIO
+from typing import TextIO
 
 from kvpipe.errors import KvpipeError
 from kvpipe.progress import Progress
 from kvpipe.records import (
     RUN_FINISHED,
     RUN_PLANNED,
+    RUN_STARTED,
     PhaseRecord,
     Record,
     RunFinished,
     RunPlanned,
+    RunStarted,
     dumps,
 )
 
@@ -24,8 +26,9 @@ class JsonLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def run_started(self, config: dict[str, Any]) -> None:
-        """Do nothing: the config is in the run directory and in W&B."""
+    def run_started(self, record: RunStarted) -> None:
+        """Write the first record."""
+        self._write(record, RUN_STARTED)
 
     def run_planned(self, record: RunPlanned) -> None:
         """Write the plan."""

@@ -20,8 +20,9 @@ from urllib.request import getproxies
 from kvpipe.credentials import API_KEY, refuse_secrets
 from kvpipe.errors import TrackingError
 from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, metrics
+from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted, metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
@@ -88,7 +89,7 @@ class WandbSink:
             self._run.define_metric("*", step_metric="phase/idx")
         return fields
 
-    def run_started(self, config: dict[str, Any]) -> None:
+    def run_started(self, record: RunStarted) -> None:
         """Do nothing: the run begins with :meth:`start`."""
 
     def run_planned(self, record: RunPlanned) -> None:
@@ -256,10 +257,13 @@ class WandbSink:
         return self._new_table(TABLE_COLUMNS, [sample.row(limit) for sample in self._samples])
 
     def _by_phase(self) -> dict[str, Any]:
-        """Return the table of all phases, and bar charts of it with their names on the axis."""
+        """Return the table of all phases, charts of it by their names, and the timeline."""
         import wandb
 
         logged: dict[str, Any] = {"phases": self._new_table(PHASES_COLUMNS, self._phases)}
+        picture = self._run_dir / TIMELINE_FILE
+        if picture.is_file():
+            logged["memory_timeline"] = wandb.Image(str(picture))
         for column in CHARTS:
             # Each chart has a table of its own: W&B logs a table once only.
             table = self._new_table(PHASES_COLUMNS, self._phases)

@@ -1,6 +1,7 @@
 """Synthetic records in the shape of the full pipeline, for the tests of the sinks."""
 
 import hashlib
+from dataclasses import replace
 
 from kvpipe.records import (
     Check,
@@ -11,6 +12,7 @@ from kvpipe.records import (
     PlannedPhase,
     RunFinished,
     RunPlanned,
+    RunStarted,
     check_equal,
 )
 from tests.sop import STEPS
@@ -114,8 +116,23 @@ def plan():
     return RunPlanned("v4:2x2x1", 4, "0.0.2", phases, fit)
 
 
+def with_peak(record, total, rss=1):
+    """Return the record with a peak inside its phase."""
+    return replace(record, peak=Peak((total // 4,) * 4, total, rss, 2, "device"))
+
+
 def pipeline():
     return [phase(idx) for idx in range(len(STEPS))]
+
+
+def started(config=None):
+    return RunStarted(
+        experiment="tiny",
+        config=config or {"experiment": "tiny", "engine": {"max_total_tokens": 131_072}},
+        steps=tuple(STEPS),
+        versions={"python": "3.12.0", "kvpipe": "0.1.0"},
+        started_at="2026-01-02T03:04:05+00:00",
+    )
 
 
 def passed(run_dir="/runs/1", **more):

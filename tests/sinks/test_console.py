@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pipeline_records import STEPS, failed, passed, phase, pipeline
+from pipeline_records import STEPS, failed, passed, phase, pipeline, started
 from rich.console import Console
 
 from kvpipe.progress import GENERATING, Progress
 from kvpipe.sinks.console import ConsoleTable
 
-CONFIG = {"experiment": "tiny", "pipeline": STEPS}
 OFFLINE = {
     "mode": "offline",
     "url": None,
@@ -27,7 +26,7 @@ OFFLINE = {
 def shown(last, width=120, records=None, **console):
     out = io.StringIO()
     sink = ConsoleTable(Console(file=out, width=width, **console))
-    sink.run_started(CONFIG)
+    sink.run_started(started())
     for record in pipeline() if records is None else records:
         sink.phase_started(record.phase, record.idx, 16)
         sink.phase_finished(record)
@@ -134,7 +133,7 @@ def test_a_terminal_sees_the_phase_that_runs_and_keeps_only_the_rows():
 def test_the_live_line_says_how_far_the_phase_is_and_stays_one_line(width, doing):
     out = io.StringIO()
     sink = ConsoleTable(Console(file=out, width=width, force_terminal=True, color_system=None))
-    sink.run_started(CONFIG)
+    sink.run_started(started())
     sink.phase_started(STEPS[14], 14, 16)
     for step in (STEPS[14], STEPS[13]):  # what is told of a step that is over is too late
         sink.phase_progressed(progress_of(step))
@@ -158,10 +157,10 @@ def plain(text):
 
 def test_a_real_terminal_has_its_cursor_back_at_the_end():
     code = """
-from pipeline_records import STEPS, passed, phase
+from pipeline_records import passed, phase, started
 from kvpipe.sinks.console import ConsoleTable
 sink = ConsoleTable()
-sink.run_started({"experiment": "tiny", "pipeline": STEPS})
+sink.run_started(started())
 sink.phase_started("jax_ready", 1, 16)
 sink.phase_finished(phase(1))
 sink.run_finished(passed())

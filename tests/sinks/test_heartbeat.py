@@ -1,7 +1,7 @@
 import io
 import time
 
-from pipeline_records import passed, phase
+from pipeline_records import passed, phase, started
 
 from kvpipe.progress import GENERATING, Progress
 from kvpipe.sinks import heartbeat
@@ -21,7 +21,7 @@ def wait_for_lines(out, count):
 def test_while_a_phase_runs_a_line_comes_now_and_then_and_none_after_it():
     out = io.StringIO()
     sink = Heartbeat(out, 0.01)
-    sink.run_started({})
+    sink.run_started(started())
     sink.phase_started("generate_result", 8, 16)
     assert wait_for_lines(out, 2) == [HEAD] * 2
     sink.phase_finished(phase(8))

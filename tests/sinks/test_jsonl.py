@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pipeline_records import OUTPUT, passed, phase, pipeline
+from pipeline_records import OUTPUT, passed, phase, pipeline, started
 
 from kvpipe.errors import KvpipeError
 from kvpipe.progress import GENERATING, Progress
@@ -13,7 +13,7 @@ from kvpipe.sinks.jsonl import JsonLines
 
 
 def write_run(sink):
-    sink.run_started({})
+    sink.run_started(started())
     for record in pipeline():
         sink.phase_started(record.phase, record.idx, 16)
         sink.phase_progressed(Progress(record.phase, GENERATING, 1.0))
@@ -27,9 +27,9 @@ def test_each_record_is_one_line_of_json(tmp_path):
         write_run(JsonLines(stream))
     with path.open(encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
-    assert lines == [json.loads(dumps(record)) for record in [*pipeline(), passed()]]
+    assert lines == [json.loads(dumps(record)) for record in [started(), *pipeline(), passed()]]
     # This text has a line separator that is none in JSON lines.
-    assert lines[8]["text"] == OUTPUT
+    assert lines[9]["text"] == OUTPUT
 
 
 def test_a_line_is_there_as_soon_as_its_phase_has_finished(tmp_path):

@@ -1,5 +1,5 @@
 import pytest
-from pipeline_records import failed, passed, phase
+from pipeline_records import failed, passed, phase, started
 
 from kvpipe.errors import KvpipeError, TrackingError
 from kvpipe.progress import GENERATING, Progress
@@ -18,8 +18,8 @@ class Recorder:
         if self.error:
             raise self.error
 
-    def run_started(self, config):
-        self._take("run_started", config)
+    def run_started(self, record):
+        self._take("run_started", record)
 
     def run_planned(self, record):
         self._take("run_planned", record)
@@ -38,14 +38,14 @@ class Recorder:
 
 
 def call_all(sinks):
-    record, last = phase(3), passed()
-    sinks.run_started({"a": 1})
+    first, record, last = started(), phase(3), passed()
+    sinks.run_started(first)
     sinks.phase_started("jax_ready", 3, 16)
     sinks.phase_progressed(PROGRESS)
     sinks.phase_finished(record)
     sinks.run_finished(last)
     return [
-        ("run_started", {"a": 1}),
+        ("run_started", first),
         ("phase_started", "jax_ready", 3, 16),
         ("phase_progressed", PROGRESS),
         ("phase_finished", record),
@@ -62,7 +62,7 @@ def test_every_sink_gets_every_call():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda sinks: sinks.run_started({}),
+        lambda sinks: sinks.run_started(started()),
         lambda sinks: sinks.phase_started("a", 0, 1),
         lambda sinks: sinks.phase_progressed(PROGRESS),
         lambda sinks: sinks.phase_finished(phase(0)),

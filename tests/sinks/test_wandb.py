@@ -29,6 +29,7 @@ from pipeline_records import (
     phase,
     pipeline,
     sha256,
+    started,
 )
 
 from kvpipe.errors import InputError, TrackingError
@@ -76,19 +77,21 @@ DEVICE_FIELDS = ["bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_fr
 OFFLINE_RUN = """
 import json, sys
 from pathlib import Path
-from pipeline_records import passed, pipeline, plan
+from pipeline_records import passed, pipeline, plan, started
 from kvpipe.schema import TrackingConfig
+from kvpipe.sinks.report import TimelinePicture
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 tracking = TrackingConfig(project="kv", name="run 1", group="g", tags=["a"], text_max_chars=int(sys.argv[4]))
 sink = WandbSink(tracking, run_dir, key)
-sink.run_started(config)
+sink.run_started(started(config))
 (run_dir / "started.json").write_text(json.dumps(sink.start(config)))
 for record in pipeline():
     sink.phase_started(record.phase, record.idx, 16)
     sink.phase_finished(record)
     if record.idx == 0:
         sink.run_planned(plan())
+TimelinePicture(run_dir).run_finished(passed(run_dir))
 sink.run_finished(passed(run_dir))
 """
 
@@ -221,6 +224,12 @@ def test_prompt_and_outputs_are_pages_of_escaped_text_that_may_be_cut(offline):
         assert rows[f"sample_{name}/_type"] == "html-file"
         assert rows[f"sample_{name}_chars"] == len(text)
         assert rows[f"sample_{name}_truncated"] == (len(text) > LIMIT)
+
+
+def test_the_picture_of_the_memory_timeline_is_media(offline):
+    path = offline.file["summary"]["memory_timeline/path"]
+    assert offline.uploaded(path) == (offline.run_dir / "timeline.png").read_bytes()
+    assert offline.file["summary"]["memory_timeline/_type"] == "image-file"
 
 
 def test_the_table_has_a_row_for_each_text(offline):
@@ -374,7 +383,7 @@ assert "wandb" not in sys.modules
 
 def test_a_pipeline_without_wandb_init_has_no_run(tmp_path):
     sink = online(tmp_path)
-    sink.run_started(CONFIG)
+    sink.run_started(started(CONFIG))
     sink.phase_started("jax_ready", 0, 1)
     sink.phase_finished(phase(1))
     sink.run_finished(passed())

@@ -1,0 +1,81 @@
+"""What differs between two configs, key by key."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvpipe.report.plan import markdown_table
+
+ABSENT = "–"
+_NOTHING = object()
+
+
+@dataclass(frozen=True)
+class KeyChange:
+    """A key whose value differs.
+
+    Attributes:
+        key: its dotted name.
+        before, after: its values as texts; of two lists with different items one text for each
+            item that the other lacks; empty where there is no value.
+    """
+
+    key: str
+    before: Sequence[str]
+    after: Sequence[str]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each leaf with its dotted key; a list is a leaf."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[KeyChange]:
+    """Return the keys whose values differ, in alphabetical order."""
+    old, new = dict(flat(before)), dict(flat(after))
+    pairs = {key: (old.get(key, _NOTHING), new.get(key, _NOTHING)) for key in {**old, **new}}
+    return [
+        KeyChange(key, *_texts(was, now)) for key, (was, now) in sorted(pairs.items()) if was != now
+    ]
+
+
+def value_text(value: Any) -> str:
+    """Return a config's value as text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def changes_table(
+    changes: Sequence[KeyChange], before: str, after: str, what: str = "config key"
+) -> list[str]:
+    """Return the lines of a Markdown table of what differs.
+
+    Args:
+        changes: what differs.
+        before: heading of the one side's values.
+        after: heading of the other's.
+        what: heading of the keys.
+    """
+    rows = [[f"`{change.key}`", _cell(change.before), _cell(change.after)] for change in changes]
+    return markdown_table([what, before, after], rows, texts=3)
+
+
+def _texts(old: Any, new: Any) -> tuple[list[str], list[str]]:
+    if isinstance(old, list) and isinstance(new, list):
+        gone, came = [x for x in old if x not in new], [x for x in new if x not in old]
+        if gone or came:
+            return [value_text(item) for item in gone], [value_text(item) for item in came]
+    return _of_one(old), _of_one(new)
+
+
+def _of_one(value: Any) -> list[str]:
+    return [] if value is _NOTHING else [value_text(value)]
+
+
+def _cell(texts: Sequence[str]) -> str:
+    quoted = ["`" + text.replace("|", "\\|").replace("`", "'") + "`" for text in texts]
+    return ", ".join(quoted) or ABSENT

@@ -1,0 +1,166 @@
+"""A run as its records tell it: read from a file, or collected while it is under way."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvpipe.errors import InputError
+from kvpipe.records import (
+    RECORDS_FILE,
+    Check,
+    PhaseRecord,
+    PlannedPhase,
+    Record,
+    RunFinished,
+    RunPlanned,
+    RunStarted,
+    record_from_json,
+)
+
+UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of a run by their kind; of one that was killed the last ones are missing.
+
+    Attributes:
+        name: what the run is called: its directory or file.
+        started, planned, finished: the records of the run as a whole, None if there is none.
+        phases: the records of the phases, in order.
+    """
+
+    name: str
+    started: RunStarted | None
+    planned: RunPlanned | None
+    phases: Sequence[PhaseRecord]
+    finished: RunFinished | None
+
+    @property
+    def experiment(self) -> str:
+        """The name of the experiment; without a first record, that of the run."""
+        return self.started.experiment if self.started else self.name
+
+    @property
+    def status(self) -> str:
+        """``passed``, ``failed``, or ``unfinished`` if there is no last record."""
+        return self.finished.status if self.finished else UNFINISHED
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved config."""
+        return self.started.config if self.started else {}
+
+    @property
+    def checks(self) -> list[tuple[str, Check]]:
+        """Every check with the name of its phase, in order."""
+        return [(phase.phase, check) for phase in self.phases for check in phase.checks]
+
+    @cached_property
+    def plan(self) -> dict[str, PlannedPhase]:
+        """The plan of each step, by its name."""
+        return {phase.name: phase for phase in self.planned.phases} if self.planned else {}
+
+    @property
+    def pools(self) -> list[str]:
+        """Every pool that is measured or planned, in the order in which they are first filled."""
+        planned = [pool for phase in self.plan.values() for pool in phase.pools]
+        measured = [pool for phase in self.phases for pool in phase.ledger]
+        return list(dict.fromkeys([*planned, *measured]))
+
+
+def run_of(name: str, records: Sequence[Record]) -> Run:
+    """Return the run that ``records`` tell of."""
+    return Run(
+        name=name,
+        started=next((r for r in records if isinstance(r, RunStarted)), None),
+        planned=next((r for r in records if isinstance(r, RunPlanned)), None),
+        phases=tuple(r for r in records if isinstance(r, PhaseRecord)),
+        finished=next((r for r in records if isinstance(r, RunFinished)), None),
+    )
+
+
+def read_run(path: Path) -> Run:
+    """Return the run of a run directory, or of a file with its lines.
+
+    Raises:
+        InputError: there is no such directory or file, or a line of it is no record.
+    """
+    file = records_file(path)
+    lines = json_lines(file)
+    if not lines:
+        raise InputError(f"{file}: it has no records")
+    return run_of(path.name or str(path), [_record(line, where) for where, line in lines])
+
+
+def records_file(path: Path) -> Path:
+    """Return the file with the records of a run directory, or ``path`` if it is a file.
+
+    Raises:
+        InputError: there is no such directory or file, or it has no records.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"{path}: there is no such directory or file")
+    if not (path / RECORDS_FILE).is_file():
+        inside = sorted(found.parent.name for found in path.glob(f"*/{RECORDS_FILE}"))
+        hint = f"; of its directories these are runs: {', '.join(inside)}" if inside else ""
+        raise InputError(f"{path}: there is no {RECORDS_FILE} in it, so it is no run{hint}")
+    return path / RECORDS_FILE
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        InputError: it cannot be read, or it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return each line's place and object; a last line that was cut off by a kill is left out.
+
+    Raises:
+        InputError: a line is not a JSON object, or the file cannot be read.
+    """
+    found = []
+    # Not splitlines: it would split at U+2028 and the like, too.
+    *lines, cut_off = read_text(file).split("\n")
+    for number, text in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(line, dict) or not isinstance(line.get("phase"), str):
+            raise InputError(f"{where}: not a record: it has no 'phase'")
+        found.append((where, line))
+    return found + _last(cut_off, f"{file}, line {len(lines) + 1}")
+
+
+def _last(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the line without a newline at the end of a file, if it is whole."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return []
+    return [(where, line)] if isinstance(line, dict) and "phase" in line else []
+
+
+def _record(line: Mapping[str, Any], where: str) -> Record:
+    try:
+        return record_from_json(line)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{where}: not a record of this version of kvpipe: {type(error).__name__}: {error}"
+        ) from None

@@ -1,0 +1,181 @@
+"""One side of a comparison: a run, a plan, or the log of the script that kvpipe replaces.
+
+The script wrote a JSON line for each phase among the lines of other logs. It has the sum of the
+bytes in use but no pools, so what is not known of a side is None and is not compared.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpipe.errors import InputError
+from kvpipe.ledger import is_contracted
+from kvpipe.records import (
+    RECORDS_FILE,
+    RUN_FINISHED,
+    RUN_PLANNED,
+    RUN_STARTED,
+    PhaseRecord,
+    PlannedPhase,
+    RunPlanned,
+    planned_from_json,
+)
+from kvpipe.report.figures import total_of
+from kvpipe.report.run import Run, read_run, read_text, records_file
+
+RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
+
+
+@dataclass(frozen=True)
+class SidePhase:
+    """What a side says of a phase; None is not known.
+
+    Attributes:
+        pools: bytes over all devices, by pool.
+        total: bytes over all pools and devices.
+        peak: the most bytes that were held inside the phase.
+        duration_s: its seconds.
+        compilations: programs that were compiled in it.
+        text_sha256: SHA-256 of its output's text.
+        token_ids: its output.
+    """
+
+    pools: Mapping[str, int] | None = None
+    total: int | None = None
+    peak: int | None = None
+    duration_s: float | None = None
+    compilations: int | None = None
+    text_sha256: str | None = None
+    token_ids: Sequence[int] | None = None
+
+    def held(self, pool: str) -> int | None:
+        """Return the bytes of a pool; a pool that is held to the byte and not named has none."""
+        if self.pools is None:
+            return None
+        return self.pools.get(pool, 0 if is_contracted(pool) else None)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side.
+
+    Attributes:
+        name: what it is called: its path.
+        kind: :data:`RUN`, :data:`PLAN` or :data:`SCRIPT`.
+        phases: what it says of each phase, in order.
+        status: of a run how it ended, else None.
+        config: the resolved config, None if it is not known.
+        versions: of packages, as far as they are known.
+    """
+
+    name: str
+    kind: str
+    phases: Mapping[str, SidePhase]
+    status: str | None = None
+    config: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_side(path: Path) -> Side:
+    """Return the side of a run directory, its records, a plan or a log of the script.
+
+    Raises:
+        InputError: it is none of these, or a line of it is no record.
+    """
+    file = _file(path)
+    text = read_text(file)
+    if (plan := _plan(text, file)) is not None:
+        return _of_plan(str(path), plan)
+    lines = [line for line in map(_phase_line, text.split("\n")) if line]
+    if not lines:
+        raise InputError(
+            f"{file}: it has no JSON line with a 'phase', so it is neither a run's records nor a "
+            "log of the script; and it is no plan as plan.format=json writes it"
+        )
+    if any(_is_kvpipes(line) for line in lines):
+        return _of_run(str(path), read_run(file))
+    return _of_script(str(path), lines)
+
+
+def _file(path: Path) -> Path:
+    """Return the file of a side: of a directory its records, or else its one log."""
+    logs = sorted(path.glob("*.log"))
+    if path.is_dir() and not (path / RECORDS_FILE).is_file() and len(logs) == 1:
+        return logs[0]
+    return records_file(path)
+
+
+def _plan(text: str, file: Path) -> RunPlanned | None:
+    """Return the plan if the text is one, None if it is something else."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or "phases" not in data or "fit" not in data:
+        return None
+    try:
+        return planned_from_json(data)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: not a plan: {type(error).__name__}: {error}") from None
+
+
+def _phase_line(text: str) -> dict[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
+
+
+def _is_kvpipes(line: Mapping[str, Any]) -> bool:
+    return "use" in line or line["phase"] in (RUN_STARTED, RUN_PLANNED, RUN_FINISHED)
+
+
+def _of_run(name: str, run: Run) -> Side:
+    return Side(
+        name,
+        RUN,
+        {phase.phase: _of_record(phase) for phase in run.phases},
+        run.status,
+        run.config if run.started else None,
+        run.started.versions if run.started else {},
+    )
+
+
+def _of_record(phase: PhaseRecord) -> SidePhase:
+    return SidePhase(
+        pools=phase.ledger if phase.ledger else None,
+        total=total_of(phase) if phase.ledger else None,
+        peak=phase.peak.bytes_in_use_total if phase.peak else None,
+        duration_s=phase.duration_s,
+        compilations=phase.compilations,
+        text_sha256=phase.fields.get("text_sha256"),
+        token_ids=phase.fields.get("token_ids"),
+    )
+
+
+def _of_plan(name: str, plan: RunPlanned) -> Side:
+    phases = {phase.name: _of_planned(phase) for phase in plan.phases}
+    return Side(name, PLAN, phases, versions={"sglang-jax": plan.sglang_jax})
+
+
+def _of_planned(phase: PlannedPhase) -> SidePhase:
+    return SidePhase(pools=phase.pools, total=phase.total_bytes)
+
+
+def _of_script(name: str, lines: Sequence[Mapping[str, Any]]) -> Side:
+    return Side(name, SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
+
+
+def _of_script_line(line: Mapping[str, Any]) -> SidePhase:
+    memory = line.get("memory") or {}
+    summary = memory.get("jax_device_memory_summary") or {}
+    return SidePhase(
+        total=summary.get("bytes_in_use_sum"),
+        text_sha256=line.get("text_sha256"),
+        token_ids=line.get("token_ids"),
+    )

@@ -1,0 +1,99 @@
+"""The report of a run: ``timeline.png`` and ``report.html`` in its directory, also if it failed."""
+
+from pathlib import Path
+
+from kvpipe.errors import KvpipeError
+from kvpipe.progress import Progress
+from kvpipe.records import PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
+from kvpipe.report.run import Run, run_of
+
+PAGE_FILE = "report.html"
+TIMELINE_FILE = "timeline.png"
+
+
+class _Collector:
+    """Keeps the records until the run has ended.
+
+    Args:
+        run_dir: directory of the run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._records: list[Record] = []
+
+    def run_started(self, record: RunStarted) -> None:
+        """Keep the first record."""
+        self._records.append(record)
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Keep the plan."""
+        self._records.append(record)
+
+    def phase_started(self, step: str, idx: int, total: int) -> None:
+        """Do nothing: the report is of what has finished."""
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Do nothing: progress is no record."""
+
+    def phase_finished(self, record: PhaseRecord) -> None:
+        """Keep the record."""
+        self._records.append(record)
+
+    def _run(self, last: RunFinished) -> Run:
+        return run_of(self._run_dir.name, [*self._records, last])
+
+
+class TimelinePicture(_Collector):
+    """Writes the picture of the memory timeline; it stands before W&B, which logs it."""
+
+    def run_finished(self, record: RunFinished) -> None:
+        """Write the picture.
+
+        Raises:
+            KvpipeError: it cannot be written.
+        """
+        write_timeline(self._run(record), self._run_dir)
+
+
+class ReportPage(_Collector):
+    """Writes the page; it stands after W&B, whose failure the page has to tell."""
+
+    def run_finished(self, record: RunFinished) -> None:
+        """Write the page.
+
+        Raises:
+            KvpipeError: it cannot be written.
+        """
+        write_page(self._run(record), self._run_dir)
+
+
+def write_timeline(run: Run, folder: Path) -> Path:
+    """Write the picture of a run's memory timeline into a folder and return its path.
+
+    Raises:
+        KvpipeError: it cannot be written.
+    """
+    from kvpipe.report.picture import timeline
+    from kvpipe.report.png import as_png
+
+    return _written(folder / TIMELINE_FILE, as_png(timeline(run)))
+
+
+def write_page(run: Run, folder: Path) -> Path:
+    """Write the report page of a run into a folder and return its path.
+
+    Raises:
+        KvpipeError: it cannot be written.
+    """
+    from kvpipe.report.page import report_page
+
+    return _written(folder / PAGE_FILE, report_page(run).encode())
+
+
+def _written(path: Path, content: bytes) -> Path:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise KvpipeError(f"{path}: cannot write the report: {error.strerror}") from error
+    return path
