@@ -16,7 +16,7 @@ WIDE, NARROW = 1000, 358
 _MOST_FULL_ROWS = 48
 _LETTER = 7.1
 _SMALL = 12.0
-_SMALL_LETTER = 7.0
+_SMALL_LETTER = 7.44
 _AXIS_HEIGHT = 22
 # A peak beyond this many times the bar's end is written out.
 _FAR = 1.01
