@@ -37,6 +37,11 @@ TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENT
 """What a trainer holds. Each is in the slot of its own name."""
 
 
+TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
+TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
+"""The programs that a trainer runs: an update of its tree, and that tree's way into the engine."""
+
+
 def trainer_pools(live: bool) -> dict[str, Size]:
     """Return what the trainer's slots hold while it is on the devices, or while it is not."""
     return {slot_pool(size): size if live else Size.NOTHING for size in TRAINER_SETS}

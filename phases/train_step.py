@@ -7,8 +7,8 @@ from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycle
 from kvpipe.errors import PhaseError
-from kvpipe.phase import Effect, Result, Size, WorkerPhase, trainer_pools
-from kvpipe.records import Check, check_equal
+from kvpipe.phase import TRAIN_STEP, Effect, Result, Size, WorkerPhase, trainer_pools
+from kvpipe.records import check_equal
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainStep(WorkerPhase):
             forbids=(facts.KV_LIVE,) if self.peak_below else (),
             leaves=(facts.TRAINER_AHEAD, facts.trained(self.step)),
             pools={**trainer_pools(live=True), ledger.TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
-            runs=("train_step",),
+            runs=(TRAIN_STEP,),
         )
 
     def run(self, ctx: WorkerContext) -> Result:
@@ -54,18 +54,14 @@ class TrainStep(WorkerPhase):
         fields = {
             "gradients": GRADIENTS,
             "train_step": report.step,
-            "gradient_norm": str(report.gradient_norm),
-            "update_norm": str(report.update_norm),
             "compute_s": round(report.compute_s, 6),
             "step_memory": {
                 "in_use_bytes": report.in_use_bytes,
                 "temp_bytes": report.temp_bytes,
-                "new_bytes": report.new_bytes,
                 "peak_bytes": report.peak_bytes,
             },
         }
-        norms = f"gradient norm {report.gradient_norm}, update norm {report.update_norm}"
-        checks = (Check("update_is_finite", True, report.is_finite, report.is_finite, norms),)
+        checks = (check_equal("step_is_in_place", report.set_bytes, report.in_place_bytes),)
         if self.peak_below is not None:
             lower = ctx.step_peaks[self.peak_below] - report.peak_bytes
             kv_bytes = kv_cache.nbytes(ctx.engine)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
 from kvpipe.errors import PhaseError
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.phase import WEIGHT_SYNC, Effect, Result, Size, WorkerPhase
 from kvpipe.records import check_equal
 
 
@@ -31,7 +31,7 @@ class WeightsSynced(WorkerPhase):
                 ledger.PARAMS: Size.PARAMS,
                 ledger.TRAINER_PROGRAM: Size.TRAINER_PROGRAM,
             },
-            runs=("weight_sync",),
+            runs=(WEIGHT_SYNC,),
         )
 
     def run(self, ctx: WorkerContext) -> Result:

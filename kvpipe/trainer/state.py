@@ -3,7 +3,6 @@
 While its arrays are away, their places hold their shapes, as the engine's do.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from kvpipe.engine import memory, placement
 from kvpipe.phase import Size
 from kvpipe.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
-from kvpipe.trainer.step import compile_step
+from kvpipe.trainer.step import CompiledStep, compile_step, gradient_inputs
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 HostLeaf = dict[placement.Index, HostArray]
@@ -48,30 +47,24 @@ class StepReport:
 
     Attributes:
         step: number of the step, from 1.
-        gradient_norm, update_norm: over all parameters.
         compute_s: seconds of the step itself, without compiling it.
+        set_bytes: bytes of parameters, gradients and moments.
+        in_place_bytes: bytes of those that were updated in their own memory.
         in_use_bytes: bytes in use when it began.
         temp_bytes: temporaries of the compiled step.
-        new_bytes: outputs of it that do not take over an input's memory.
     """
 
     step: int
-    gradient_norm: float
-    update_norm: float
     compute_s: float
+    set_bytes: int
+    in_place_bytes: int
     in_use_bytes: int
     temp_bytes: int
-    new_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes that were in use during the step."""
-        return self.in_use_bytes + self.temp_bytes + self.new_bytes
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether gradients and update are finite."""
-        return math.isfinite(self.gradient_norm) and math.isfinite(self.update_norm)
+        return self.in_use_bytes + self.temp_bytes
 
 
 class Trainer:
@@ -126,24 +119,23 @@ class Trainer:
     def step(self) -> StepReport:
         """Carry out one step; the three sets take over their own memory."""
         compiled = self._compiled
-        used = compiled.memory_analysis()
-        devices = len(next(iter(self._layout.params.values())).sharding.device_set)
+        devices = len(self._leaves[0].sharding.device_set)
         in_use = sum(memory.bytes_in_use())
         began = time.monotonic()
-        self.params, self.gradients, self.moments, *norms = jax.block_until_ready(
-            compiled(self.params, self.gradients, self.moments, np.uint32(self.steps))
+        for name, like in self._layout.gradients.items():
+            given = gradient_inputs(name, self.steps)
+            self.gradients[name] = compiled.gradients[like](self.gradients[name], *given)
+        self.params, self.gradients, self.moments = jax.block_until_ready(
+            compiled.update(self.params, self.gradients, self.moments)
         )
-        compute_s = time.monotonic() - began
-        gradient_norm, update_norm = map(float, norms)
         self.steps += 1
         return StepReport(
-            self.steps,
-            gradient_norm,
-            update_norm,
-            compute_s,
-            in_use,
-            used.temp_size_in_bytes * devices,
-            (used.output_size_in_bytes - used.alias_size_in_bytes) * devices,
+            step=self.steps,
+            compute_s=time.monotonic() - began,
+            set_bytes=sum(memory.bytes_of(self._leaves)),
+            in_place_bytes=compiled.in_place_bytes * devices,
+            in_use_bytes=in_use,
+            temp_bytes=compiled.temp_bytes * devices,
         )
 
     def offload(self) -> SetChange:
@@ -173,8 +165,14 @@ class Trainer:
         self._kept = {}
         return self._freed(before)
 
+    @property
+    def _leaves(self) -> list[jax.ShapeDtypeStruct]:
+        """The shapes of all its arrays."""
+        layout = self._layout
+        return jax.tree.leaves((layout.params, layout.gradients, layout.moments))
+
     @cached_property
-    def _compiled(self) -> jax.stages.Compiled:
+    def _compiled(self) -> CompiledStep:
         return compile_step(self._layout, self._config)
 
     def _zeros(self) -> dict[str, jax.Array]:
@@ -208,12 +206,10 @@ class Trainer:
         return self._change(before)
 
     def _change(self, before: int) -> SetChange:
-        layout = self._layout
-        leaves = jax.tree.leaves((layout.params, layout.gradients, layout.moments))
         kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
         return SetChange(
-            len(leaves),
-            sum(memory.bytes_of(leaves)),
+            len(self._leaves),
+            sum(memory.bytes_of(self._leaves)),
             sum(memory.bytes_in_use()) - before,
             sum(shard.nbytes for shards in kept for shard in shards),
         )

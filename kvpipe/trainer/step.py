@@ -1,67 +1,94 @@
-"""The training step: one optax AdamW update of the whole tree, in place."""
+"""The training step: seeded gradients, then one optax AdamW update of the whole tree, in place."""
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kvpipe.schema import TrainerConfig
-from kvpipe.trainer.layout import Layout, Shapes, optimizer
+from kvpipe.trainer.layout import Layout, optimizer
 
 GRADIENTS = "seeded"
 """Where the gradients come from. The engine's models have no derivative (their attention writes
 the KV cache), and no library at hand has a differentiable forward of them, so the gradients are
-normal numbers from a seed: the update, its memory and the weights it changes are real."""
+normal numbers from a seed: the update, its memory and the weights that it changes are real."""
 
 
-def compile_step(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
-    """Return the step, compiled for the devices of the layout.
+@dataclass(frozen=True)
+class CompiledStep:
+    """The programs of a step, compiled for the devices of a layout.
 
-    It takes parameters, gradients, moments and the number of the step (uint32), gives the first
-    three back in their own memory, and then the norms of the gradients and of the update (float32).
+    Attributes:
+        gradients: by the shape, dtype and sharding of a gradient, the program that makes one in
+            the memory of the last one.
+        update: takes parameters, gradients and moments and gives all three in their own memory.
     """
+
+    gradients: Mapping[jax.ShapeDtypeStruct, jax.stages.Compiled]
+    update: jax.stages.Compiled
+
+    @property
+    def temp_bytes(self) -> int:
+        """Temporaries on each device while a program runs; they run one after the other."""
+        return max(program.memory_analysis().temp_size_in_bytes for program in self._programs)
+
+    @property
+    def code_bytes(self) -> int:
+        """Compiled code on each device."""
+        sizes = (p.memory_analysis().generated_code_size_in_bytes for p in self._programs)
+        return sum(sizes)
+
+    @property
+    def in_place_bytes(self) -> int:
+        """Bytes on each device of the inputs whose memory the update's outputs take over."""
+        return self.update.memory_analysis().alias_size_in_bytes
+
+    @property
+    def _programs(self) -> tuple[jax.stages.Compiled, ...]:
+        return (*self.gradients.values(), self.update)
+
+
+def compile_step(layout: Layout, config: TrainerConfig) -> CompiledStep:
+    """Return the step, compiled for the devices of the layout."""
+    kinds = set(layout.gradients.values())
+    return CompiledStep(
+        {kind: _compile_gradient(kind, config.seed) for kind in kinds},
+        _compile_update(layout, config),
+    )
+
+
+def gradient_inputs(name: str, number: int) -> tuple[np.uint32, np.uint32]:
+    """Return what, beside the seed, decides a gradient: its parameter's name and the step."""
+    return np.uint32(zlib.crc32(name.encode())), np.uint32(number)
+
+
+def _compile_gradient(kind: jax.ShapeDtypeStruct, seed: int) -> jax.stages.Compiled:
+    def seeded(last: jax.Array, name: jax.Array, number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), number)
+        return jax.random.normal(key, last.shape, last.dtype)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.uint32)
+    # The last gradient is not read. It is kept as an argument, for the new one to take its memory.
+    jitted = jax.jit(seeded, donate_argnums=0, keep_unused=True, out_shardings=kind.sharding)
+    return jitted.lower(kind, scalar, scalar).compile()
+
+
+def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
     transformation = optimizer(config)
 
-    def step(params: Any, gradients: Any, moments: Any, number: jax.Array) -> Any:
-        gradients = _seeded(layout.gradients, config.seed, number)
-        # optax keeps the second moment in the parameters' dtype if the gradients have it.
+    def update(params: Any, gradients: Any, moments: Any) -> Any:
+        # optax keeps the second moment in the parameters' dtype only if the gradients have it.
         updates, moments = transformation.update(
             optax.tree.cast_like(gradients, params), moments, params
         )
-        return (
-            optax.apply_updates(params, updates),
-            gradients,
-            moments,
-            _norm(gradients),
-            _norm(updates),
-        )
+        return optax.apply_updates(params, updates), gradients, moments
 
     held = (layout.params, layout.gradients, layout.moments)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, held)
-    # The old gradients are not read: kept all the same, so that the new ones take their memory.
-    jitted = jax.jit(
-        step,
-        donate_argnums=(0, 1, 2),
-        keep_unused=True,
-        out_shardings=(*shardings, None, None),
-    )
-    return jitted.lower(*held, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
-
-
-def _seeded(shapes: Shapes, seed: int, number: jax.Array) -> dict[str, jax.Array]:
-    """Return gradients that depend on the seed, the step and the parameter's name alone."""
-    key = jax.random.fold_in(jax.random.key(seed), number)
-    return {
-        name: jax.random.normal(
-            jax.random.fold_in(key, zlib.crc32(name.encode())), shape.shape, shape.dtype
-        )
-        for name, shape in shapes.items()
-    }
-
-
-def _norm(tree: Any) -> jax.Array:
-    """Return the norm over all leaves, summed in float32."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+    jitted = jax.jit(update, donate_argnums=(0, 1, 2), out_shardings=shardings)
+    return jitted.lower(*held).compile()
