@@ -79,29 +79,32 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights
     table = ParamTable(engine)
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
     check_shapes(leaves, blueprint, trained)
-    checks = {
-        leaf.source: _is_finite(trained[leaf.source], blueprint[path].dtype)
+    # Here and below one program at a time: two that exchange shards can wait for each other's
+    # threads for ever on a CPU that has fewer cores than devices.
+    infinite = [
+        leaf.source
         for path, leaf in leaves.items()
-    }
-    refuse_infinite([name for name, finite in jax.device_get(checks).items() if not finite])
-    del checks
+        if not bool(_is_finite(trained[leaf.source], blueprint[path].dtype))
+    ]
+    refuse_infinite(infinite)
     engine.flush_now()
-    return weights.replace_leaves(
-        engine,
-        table,
-        lambda path, like: _Moving(_mover(leaves[path], like)(trained[leaves[path].source])),
-    )
+
+    def move(path: str, like: Param) -> _Moved:
+        leaf = leaves[path]
+        return _Moved(jax.block_until_ready(_mover(leaf, like)(trained[leaf.source])))
+
+    return weights.replace_leaves(engine, table, move)
 
 
 @dataclass(frozen=True)
-class _Moving:
-    """A parameter that the devices are laying out."""
+class _Moved:
+    """A parameter that the devices have laid out."""
 
     array: jax.Array
 
     def wait(self) -> jax.Array:
-        """Return it once it is there."""
-        return jax.block_until_ready(self.array)
+        """Return it."""
+        return self.array
 
 
 @partial(jax.jit, static_argnums=1)
