@@ -184,7 +184,8 @@ def judge(
     """
     extra = temporaries or [0] * len(ledgers)
     fullest = [
-        max(ledger.per_device, default=0) + more for ledger, more in zip(ledgers, extra, strict=True)
+        max(ledger.per_device, default=0) + more
+        for ledger, more in zip(ledgers, extra, strict=True)
     ]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     loads = [

@@ -5,7 +5,7 @@ into the engine a trained parameter stays on the devices. A small program for ea
 casts, transposes and widens it and lays it out as the engine has it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -132,7 +132,7 @@ def lowered(
     return {names[kind]: program for kind, program in kinds.items()}
 
 
-def _mover(leaf: Leaf, like: jax.ShapeDtypeStruct) -> Callable[[jax.Array], jax.Array] | Any:
+def _mover(leaf: Leaf, like: jax.ShapeDtypeStruct) -> Any:
     return _mover_of(leaf.transpose, leaf.heads, like)
 
 

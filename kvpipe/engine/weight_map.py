@@ -62,7 +62,6 @@ class Leaf:
             shape[heads.axis] = heads.engine_heads * heads.engine_head_dim
         return tuple(shape)
 
-
     def source_shape(self, engine_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the checkpoint has of a parameter of ``engine_shape``."""
         shape = list(engine_shape)

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from jax.errors import JaxRuntimeError
 
@@ -70,7 +71,7 @@ def _train_step(layout: Layout, config: TrainerConfig) -> Program:
 def _weight_sync(found: shapes.EngineShapes, layout: Layout) -> Program:
     began = monotonic()
     lowered = training.lowered(found.sources, found.params, layout.params)
-    used = [program.compile().memory_analysis() for program in lowered.values()]
+    used: list[Any] = [program.compile().memory_analysis() for program in lowered.values()]
     return _program(
         WEIGHT_SYNC,
         sum(each.generated_code_size_in_bytes for each in used),

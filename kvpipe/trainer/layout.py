@@ -27,11 +27,18 @@ class Layout:
     Attributes:
         params, gradients: by the name that the parameter has in a Hugging Face checkpoint.
         moments: the state of the optimizer, as optax nests it.
+        devices: number of devices that they are on.
     """
 
     params: Shapes
     gradients: Shapes
     moments: optax.OptState
+    devices: int
+
+    @property
+    def leaves(self) -> list[jax.ShapeDtypeStruct]:
+        """All arrays."""
+        return jax.tree.leaves((self.params, self.gradients, self.moments))
 
     @property
     def sizes(self) -> dict[Size, PerDevice]:
@@ -81,7 +88,7 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerCo
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
         ),
     )
-    return Layout(params, of(config.gradients_dtype or config.dtype), moments)
+    return Layout(params, of(config.gradients_dtype or config.dtype), moments, mesh.size)
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

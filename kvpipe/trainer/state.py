@@ -119,7 +119,7 @@ class Trainer:
     def step(self) -> StepReport:
         """Carry out one step; the three sets take over their own memory."""
         compiled = self._compiled
-        devices = len(self._leaves[0].sharding.device_set)
+        devices = self._layout.devices
         in_use = sum(memory.bytes_in_use())
         began = time.monotonic()
         for name, like in self._layout.gradients.items():
@@ -132,7 +132,7 @@ class Trainer:
         return StepReport(
             step=self.steps,
             compute_s=time.monotonic() - began,
-            set_bytes=sum(memory.bytes_of(self._leaves)),
+            set_bytes=sum(memory.bytes_of(self._layout.leaves)),
             in_place_bytes=compiled.in_place_bytes * devices,
             in_use_bytes=in_use,
             temp_bytes=compiled.temp_bytes * devices,
@@ -164,12 +164,6 @@ class Trainer:
         before = sum(memory.bytes_in_use())
         self._kept = {}
         return self._freed(before)
-
-    @property
-    def _leaves(self) -> list[jax.ShapeDtypeStruct]:
-        """The shapes of all its arrays."""
-        layout = self._layout
-        return jax.tree.leaves((layout.params, layout.gradients, layout.moments))
 
     @cached_property
     def _compiled(self) -> CompiledStep:
@@ -208,8 +202,8 @@ class Trainer:
     def _change(self, before: int) -> SetChange:
         kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
         return SetChange(
-            len(self._leaves),
-            sum(memory.bytes_of(self._leaves)),
+            len(self._layout.leaves),
+            sum(memory.bytes_of(self._layout.leaves)),
             sum(memory.bytes_in_use()) - before,
             sum(shard.nbytes for shards in kept for shard in shards),
         )

@@ -35,22 +35,22 @@ class CompiledStep:
     @property
     def temp_bytes(self) -> int:
         """Temporaries on each device while a program runs; they run one after the other."""
-        return max(program.memory_analysis().temp_size_in_bytes for program in self._programs)
+        return max(used.temp_size_in_bytes for used in self._used)
 
     @property
     def code_bytes(self) -> int:
         """Compiled code on each device."""
-        sizes = (p.memory_analysis().generated_code_size_in_bytes for p in self._programs)
-        return sum(sizes)
+        return sum(used.generated_code_size_in_bytes for used in self._used)
 
     @property
     def in_place_bytes(self) -> int:
         """Bytes on each device of the inputs whose memory the update's outputs take over."""
-        return self.update.memory_analysis().alias_size_in_bytes
+        return self._used[-1].alias_size_in_bytes
 
     @property
-    def _programs(self) -> tuple[jax.stages.Compiled, ...]:
-        return (*self.gradients.values(), self.update)
+    def _used(self) -> list[Any]:
+        """XLA's account of each program, the update's last."""
+        return [p.memory_analysis() for p in (*self.gradients.values(), self.update)]
 
 
 def compile_step(layout: Layout, config: TrainerConfig) -> CompiledStep:
