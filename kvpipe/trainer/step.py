@@ -57,7 +57,7 @@ def compile_step(layout: Layout, config: TrainerConfig) -> CompiledStep:
     """Return the step, compiled for the devices of the layout."""
     kinds = set(layout.gradients.values())
     return CompiledStep(
-        {kind: _compile_gradient(kind, config.seed) for kind in kinds},
+        {kind: compile_gradient(kind, config.seed) for kind in kinds},
         _compile_update(layout, config),
     )
 
@@ -67,7 +67,12 @@ def gradient_inputs(name: str, number: int) -> tuple[np.uint32, np.uint32]:
     return np.uint32(zlib.crc32(name.encode())), np.uint32(number)
 
 
-def _compile_gradient(kind: jax.ShapeDtypeStruct, seed: int) -> jax.stages.Compiled:
+def compile_gradient(kind: jax.ShapeDtypeStruct, seed: int) -> jax.stages.Compiled:
+    """Return the program that makes a gradient of one shape, dtype and sharding.
+
+    It takes the last one, whose memory it takes over, and :func:`gradient_inputs`.
+    """
+
     def seeded(last: jax.Array, name: jax.Array, number: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), number)
         return jax.random.normal(key, last.shape, last.dtype)
