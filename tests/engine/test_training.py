@@ -157,7 +157,7 @@ def test_programs_of_a_sync_are_one_for_each_kind_of_parameter(
     lowered = training.lowered(leaves, table.blueprint, trainer._layout.params)
     assert set(lowered) <= set(trainer.params)
     kinds = {
-        (leaf.transpose, leaf.heads, table.blueprint[path].shape, trainer.params[leaf.source].shape)
+        (leaf.transpose, leaf.heads, table.blueprint[path], trainer.params[leaf.source].shape)
         for path, leaf in leaves.items()
     }
     assert len(lowered) == len(kinds) < len(leaves)
