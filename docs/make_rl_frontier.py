@@ -116,7 +116,14 @@ def svg(found: Sequence[Point]) -> str:
         parts += _panel(mine, LEFT + index * (PANEL + GAP), first=index == 0)
     middle = LEFT + (WIDTH - LEFT - 24) / 2
     parts.append(
-        _text(middle, BOTTOM + 62, "GiB of the trainer on a device; bytes for each parameter", 13, SOFT, anchor="middle")
+        _text(
+            middle,
+            BOTTOM + 62,
+            "GiB of the trainer on a device; bytes for each parameter",
+            13,
+            SOFT,
+            anchor="middle",
+        )
     )
     height = BOTTOM + 78
     return (
@@ -161,9 +168,7 @@ def _panel(mine: Sequence[Point], left: float, first: bool) -> list[str]:
     for which, color in enumerate((DROPPED, KEPT)):
         ys = [_y(point.most[which]) for point in mine]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>'
-        )
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
             for x, y in zip(xs, ys, strict=True)

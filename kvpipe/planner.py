@@ -19,7 +19,7 @@ from kvpipe.engine import devices, shapes, training
 from kvpipe.errors import EngineError, InputError, KvpipeError
 from kvpipe.ledger import Ledger, PerDevice
 from kvpipe.model_dir import cache_dir
-from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, Size
+from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, PoolSize, Size
 from kvpipe.records import Program, RunPlanned
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps
@@ -111,7 +111,7 @@ def trains(planned: Sequence[plan.PlannedStep]) -> bool:
 
 def _code_sizes(programs: Sequence[Program], count: int) -> dict[PoolSize, PerDevice]:
     """Return the bytes of compiled code on each of ``count`` devices: the engine's, the trainer's."""
-    code = {size: 0 for size in (Size.PROGRAM, Size.TRAINER_PROGRAM)}
+    code: dict[PoolSize, int] = {Size.PROGRAM: 0, Size.TRAINER_PROGRAM: 0}
     for program in programs:
         owner = Size.TRAINER_PROGRAM if program.name in TRAINER_PROGRAMS else Size.PROGRAM
         code[owner] += program.code_bytes
