@@ -250,9 +250,11 @@ def test_a_config_directory_that_is_not_there_is_named(kvpipe, tmp_path):
 
 STEP_COUNTS = {
     "qwen25_3b_param_swap": 10,
+    "qwen25_3b_rl_cycle": 18 + 10,
     "tiny_cycles": 11 + 3 * 4,
     "tiny_drop_rebuild_aa": 14,
     "tiny_offload_restore": 14,
+    "tiny_rl_cycle": 17 + 9 * 11,
     "tiny_stream": 14,
 }
 

@@ -12,8 +12,13 @@ from kvpipe.targets import CPU
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
-    """Return the plan as ``plan.format=json`` prints it."""
+    """Return the plan as ``plan.format=json`` prints it.
+
+    ``fit`` has ``temp_bytes`` only if programs were compiled.
+    """
     known = plan.to_json()
+    if not plan.programs:
+        del known["fit"]["temp_bytes"]
     return {key: known[key] for key in ("target", "devices", "sglang_jax", "phases", "fit")}
 
 
