@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvpipe.engine.kv_cache import HostKv
     from kvpipe.engine.sglang import SglangEngine
     from kvpipe.engine.weights import HostWeights
+    from kvpipe.trainer.state import Trainer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class WorkerContext:
         weights: the engine's offloaded weights, else None.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
+        trainer: the trainer, on the devices or offloaded, else None.
+        step_peaks: most bytes in use during each training step, over all devices, by step name.
     """
 
     config: Kvpipe
@@ -64,6 +67,8 @@ class WorkerContext:
     weights: "HostWeights | None" = None
     jax_ready: bool = False
     started: "SglangEngine | None" = None
+    trainer: "Trainer | None" = None
+    step_peaks: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def model_dir(self) -> Path:

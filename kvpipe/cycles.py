@@ -6,6 +6,7 @@ second may differ from the first, which compiles.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvpipe.errors import InputError
 from kvpipe.ledger import Ledger
@@ -29,6 +30,36 @@ def cycle_of(step: str) -> int:
     return int(step.partition(CYCLE_MARK)[2] or 1)
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """A cycle of the repeated stretch.
+
+    Attributes:
+        number: from 1.
+        steps: the steps of the stretch, by their names in the first cycle.
+    """
+
+    number: int
+    steps: frozenset[str]
+
+    @property
+    def before(self) -> "Cycle":
+        """The cycle before; there is none before the first."""
+        return Cycle(self.number - 1, self.steps)
+
+    def name(self, step: str) -> str:
+        """Return what ``step`` is called in this cycle; a step that is not repeated has one name."""
+        if self.number == 1 or step not in self.steps:
+            return step
+        return f"{step}{CYCLE_MARK}{self.number}"
+
+
+def cycle_at(step: str, pipeline: Sequence[str], repeat: RepeatConfig | None) -> Cycle:
+    """Return the cycle that ``step`` is in; all steps are in one cycle if nothing is repeated."""
+    stretch = pipeline[_stretch(pipeline, repeat)] if repeat else ()
+    return Cycle(cycle_of(step), frozenset(stretch))
+
+
 def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
     """Return the names of all steps, those of each further cycle after the first.
 
@@ -37,6 +68,17 @@ def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
     """
     if repeat is None:
         return list(pipeline)
+    stretch = _stretch(pipeline, repeat)
+    cycles = [
+        Cycle(cycle, frozenset(pipeline)).name(name)
+        for cycle in range(2, repeat.times + 1)
+        for name in pipeline[stretch]
+    ]
+    return [*pipeline[: stretch.stop], *cycles, *pipeline[stretch.stop :]]
+
+
+def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:
+    """Return where the repeated steps stand in the pipeline."""
     for key, step in (("first", repeat.first), ("last", repeat.last)):
         if step not in pipeline:
             raise InputError(
@@ -48,12 +90,7 @@ def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
             f"repeat: {repeat.last!r} comes before {repeat.first!r} in the pipeline; "
             "'first' and 'last' are the ends of the stretch, in its order"
         )
-    cycles = [
-        f"{name}{CYCLE_MARK}{cycle}"
-        for cycle in range(2, repeat.times + 1)
-        for name in pipeline[start:end]
-    ]
-    return [*pipeline[:end], *cycles, *pipeline[end:]]
+    return slice(start, end)
 
 
 class Cycles:

@@ -16,6 +16,9 @@ KV_STALE = "kv:stale"
 WEIGHTS_LIVE = "weights:live"
 WEIGHTS_OFFLOADED = "weights:offloaded"
 WEIGHTS_REAL = "weights:real"
+TRAINER_LIVE = "trainer:live"
+TRAINER_OFFLOADED = "trainer:offloaded"
+TRAINER_AHEAD = "trainer:ahead"
 
 
 def slot(name: str) -> str:
@@ -53,6 +56,11 @@ def shared_slots(facts: frozenset[str]) -> list[str]:
 def output(step: str) -> str:
     """Fact: the step ``step`` has generated text."""
     return f"output:{step}"
+
+
+def trained(step: str) -> str:
+    """Fact: the step ``step`` has trained."""
+    return f"trained:{step}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,20 @@ _MEANINGS = {
         "real weights in the engine",
         "put 'weights_swapped_from_mllm' before it, or set weights=any for this step",
     ),
+    TRAINER_LIVE: Meaning(
+        "a trainer on the devices",
+        "put 'trainer_ready' before it, or 'trainer_restored' between",
+    ),
+    TRAINER_OFFLOADED: Meaning(
+        "an offloaded trainer",
+        "put 'trainer_offloaded' before it",
+        "restore or drop it before",
+    ),
+    TRAINER_AHEAD: Meaning(
+        "trained weights that the engine has not got",
+        "put 'train_step' before it",
+        "put 'weights_synced' between, or set unsynced=true for this step",
+    ),
 }
 
 
@@ -118,6 +140,8 @@ def meaning(fact: str) -> Meaning:
     if kind == "kv_tokens":
         what = f"a KV cache of {name} tokens, whatever engine.max_total_tokens is"
         return Meaning(what, f"rebuild the KV cache with max_total_tokens={name} before it")
+    if kind == "trained":
+        return Meaning(f"the training of step {name!r}", f"put step {name!r} before it")
     if kind == "shared":
         what = f"an engine on the arrays of slot {name!r}"
         return Meaning(what, f"swap slot {name!r} in", f"release slot {name!r} before it")

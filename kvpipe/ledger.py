@@ -1,6 +1,7 @@
 """The memory ledger: exact bytes per device, by the pool that owns them.
 
-A pool is ``params``, ``kv``, ``program``, ``slot:<name>`` or ``other``. Bytes are integers; no
+A pool is ``params``, ``kv``, ``program``, ``slot:<name>`` or ``other``; a plan keeps the trainer's
+programs apart from the engine's, as ``program:trainer``. Bytes are integers; no
 rounding happens here. The plan predicts a ledger for each step, the probe measures one, and
 :func:`differences` compares the two.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 PARAMS = "params"
 KV = "kv"
 PROGRAM = "program"
+TRAINER_PROGRAM = "program:trainer"
 OTHER = "other"
 
 PerDevice = tuple[int, ...]

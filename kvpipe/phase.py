@@ -11,19 +11,40 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from kvpipe.ledger import slot_pool
+
 if TYPE_CHECKING:
     from kvpipe.context import ParentContext, WorkerContext
+    from kvpipe.cycles import Cycle
     from kvpipe.records import Check
     from kvpipe.schema import Kvpipe
 
 
 class Size(StrEnum):
-    """A size that a phase can name before anything is loaded; the engine's shapes resolve it."""
+    """A size that a phase can name before anything is loaded; abstract shapes resolve it."""
 
     NOTHING = "nothing"
     PARAMS = "params"
     KV = "kv"
     PROGRAM = "program"
+    TRAINER_PROGRAM = "program:trainer"
+    TRAINER_PARAMS = "trainer_params"
+    TRAINER_GRADIENTS = "trainer_gradients"
+    TRAINER_MOMENTS = "trainer_moments"
+
+
+TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENTS)
+"""What a trainer holds. Each is in the slot of its own name."""
+
+
+TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
+TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
+"""The programs that a trainer runs: an update of its tree, and that tree's way into the engine."""
+
+
+def trainer_pools(live: bool) -> dict[str, Size]:
+    """Return what the trainer's slots hold while it is on the devices, or while it is not."""
+    return {slot_pool(size): size if live else Size.NOTHING for size in TRAINER_SETS}
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,8 @@ class Effect:
         leaves: facts that are true after it.
         takes: facts that are no longer true after it.
         pools: pool → the size that it holds after the phase.
+        runs: the programs that it runs, by the names that a plan gives them; their temporaries
+            count while it runs. Empty for a phase that runs the engine's steps, or none.
     """
 
     needs: tuple[str, ...] = ()
@@ -57,6 +80,7 @@ class Effect:
     leaves: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,11 +109,12 @@ class Phase:
         """Return the option values that come from elsewhere in the config; a step overrides."""
         return {}
 
-    def in_later_cycle(self, first: str) -> Self:
+    def in_later_cycle(self, first: str, cycle: "Cycle") -> Self:
         """Return the phase as it is in a later cycle of a repeated stretch.
 
         Args:
             first: the step's name in the first cycle.
+            cycle: the cycle that it is in.
         """
         return self
 

@@ -11,8 +11,8 @@ from fractions import Fraction
 from kvpipe.errors import InputError
 from kvpipe.facts import meaning, own_kv_tokens
 from kvpipe.ledger import KV, Ledger, PerDevice
-from kvpipe.phase import Effect, KvTokens, Phase, PoolSize, Size
-from kvpipe.records import Fit, PlannedPhase, RunPlanned
+from kvpipe.phase import TRAINER_PROGRAMS, Effect, KvTokens, Phase, PoolSize, Size
+from kvpipe.records import Fit, PlannedPhase, Program, RunPlanned
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,36 @@ def planned_phases(
     )
 
 
+def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
+    """Return the bytes that a step needs on a device while it runs.
+
+    A step that names the programs it runs needs the temporaries of these; any other may run the
+    engine's steps.
+
+    Args:
+        effect: what the step declares.
+        programs: what has been compiled for the target.
+    """
+    runs = effect.runs
+    sizes = [
+        program.temp_bytes
+        for program in programs
+        if (program.name in runs if runs else program.name not in TRAINER_PROGRAMS)
+    ]
+    return max(sizes, default=0)
+
+
 def judge(
     planned: Sequence[PlannedStep],
     ledgers: Sequence[Ledger],
     hbm_bytes: int,
     kv: KvCapacity,
+    temporaries: Sequence[int] | None = None,
 ) -> Fit:
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
+
+    ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
+    ledger says is there after it.
 
     It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
 
@@ -159,11 +182,15 @@ def judge(
     that a step rebuilds to a capacity of its own does not depend on them. It is 0 if no capacity
     would help.
     """
-    fullest = [max(ledger.per_device, default=0) for ledger in ledgers]
+    extra = temporaries or [0] * len(ledgers)
+    fullest = [
+        max(ledger.per_device, default=0) + more
+        for ledger, more in zip(ledgers, extra, strict=True)
+    ]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     loads = [
-        (total, held if own_kv_tokens(item.facts) is None else 0)
-        for item, ledger in zip(planned, ledgers, strict=True)
+        (total + more, held if own_kv_tokens(item.facts) is None else 0)
+        for item, ledger, more in zip(planned, ledgers, extra, strict=True)
         for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
     ]
     too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
@@ -175,6 +202,7 @@ def judge(
     return Fit(
         fits=fullest[peak] <= hbm_bytes and (cut is None or kv.tokens <= cut),
         hbm_bytes=hbm_bytes,
+        temp_bytes=extra[peak],
         peak_phase=planned[peak].step.step,
         max_total_tokens=0 if too_full_without_kv else most,
     )
@@ -188,8 +216,7 @@ def misfit(plan: RunPlanned) -> str | None:
     peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    temporaries = max((program.temp_bytes for program in plan.programs), default=0)
-    needed = peak.max_device_bytes + temporaries
+    needed = peak.max_device_bytes + fit.temp_bytes
     needs = f"step {peak.name!r} needs {needed} bytes on a device"
     if needed > fit.hbm_bytes:
         return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"

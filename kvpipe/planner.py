@@ -15,15 +15,16 @@ from typing import Any
 
 from kvpipe import plan
 from kvpipe.child import send
-from kvpipe.engine import devices, shapes
+from kvpipe.engine import devices, shapes, training
 from kvpipe.errors import EngineError, InputError, KvpipeError
-from kvpipe.ledger import Ledger
+from kvpipe.ledger import Ledger, PerDevice
 from kvpipe.model_dir import cache_dir
-from kvpipe.phase import Phase, Size
+from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, PoolSize, Size
 from kvpipe.records import Program, RunPlanned
-from kvpipe.schema import EngineConfig, Kvpipe, from_plain
+from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps
 from kvpipe.targets import CPU, Target
+from kvpipe.trainer.layout import lay_out
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,24 @@ class Plan:
     ledgers: tuple[Ledger, ...]
 
 
-def plan_here(steps: Sequence[Phase], config: EngineConfig, model_dir: Path) -> Plan:
+def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> Plan:
     """Plan the steps for this machine's devices.
 
     Args:
         steps: all steps of the pipeline, in order.
-        config: how the engine will be started.
+        config: how the engine will be started, and what the trainer is.
         model_dir: directory with the model's config.json.
     """
-    devices.check_devices(config)
+    devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
-    target = Target(config.device, count, devices.memory_bytes())
+    target = Target(config.engine.device, count, devices.memory_bytes())
     return plan_for(target, steps, config, model_dir)
 
 
 def plan_for(
     target: Target,
     steps: Sequence[Phase],
-    config: EngineConfig,
+    config: Kvpipe,
     model_dir: Path,
     programs: Sequence[Program] = (),
 ) -> Plan:
@@ -65,17 +66,19 @@ def plan_for(
     Args:
         target: the machine that the plan is for.
         steps: all steps of the pipeline, in order.
-        config: how the engine will be started, with the device that this process has.
+        config: how the engine will be started, with the device that this process has, and what
+            the trainer is.
         model_dir: directory with the model's config.json.
-        programs: the engine's steps, compiled for the target; without them the pool ``program`` is
-            not planned.
+        programs: the steps of engine and trainer, compiled for the target; without them the pools
+            ``program`` and ``program:trainer`` are not planned.
     """
     planned = plan.check_order(steps)
-    sizes = shapes.sizes(config, model_dir, plan.kv_capacities(planned))
-    code = sum(program.code_bytes for program in programs)
-    sizes[Size.PROGRAM] = (code,) * target.devices
-    # While a step runs its temporaries are there too; between the phases they are not.
-    room = target.hbm_bytes - max((program.temp_bytes for program in programs), default=0)
+    engine = config.engine
+    found = shapes.of_devices_here(engine, model_dir)
+    sizes = found.sizes(plan.kv_capacities(planned)) | _code_sizes(programs, target.devices)
+    if trains(planned):
+        tree = training.source_shapes(found.sources, found.params)
+        sizes |= lay_out(tree, found.mesh, config.trainer).sizes
     ledgers = plan.plan_ledgers(planned, sizes, target.devices)
     # On the CPU each virtual device's engine sees the whole host, with all devices' parameters.
     sees, params = (
@@ -85,22 +88,34 @@ def plan_for(
     )
     capacity = plan.KvCapacity(
         device_bytes=sizes[Size.KV][0],
-        tokens=config.max_total_tokens // config.page_size * config.page_size,
-        page_size=config.page_size,
-        engine_bytes=plan.engine_kv_bytes(sees, params, config.mem_fraction_static),
+        tokens=engine.max_total_tokens // engine.page_size * engine.page_size,
+        page_size=engine.page_size,
+        engine_bytes=plan.engine_kv_bytes(sees, params, engine.mem_fraction_static),
     )
+    temporaries = [plan.temporaries(item.effect, programs) for item in planned]
     record = RunPlanned(
         target=target.name,
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=plan.planned_phases(planned, ledgers),
-        fit=replace(
-            plan.judge(planned, ledgers, room, capacity),
-            hbm_bytes=target.hbm_bytes,
-        ),
+        fit=plan.judge(planned, ledgers, target.hbm_bytes, capacity, temporaries),
         programs=programs,
     )
     return Plan(record, ledgers)
+
+
+def trains(planned: Sequence[plan.PlannedStep]) -> bool:
+    """Whether a step needs the sizes of a trainer."""
+    return any(size in TRAINER_SETS for item in planned for size in item.effect.pools.values())
+
+
+def _code_sizes(programs: Sequence[Program], count: int) -> dict[PoolSize, PerDevice]:
+    """Return the bytes of compiled code on each of ``count`` devices: the engine's, the trainer's."""
+    code: dict[PoolSize, int] = {Size.PROGRAM: 0, Size.TRAINER_PROGRAM: 0}
+    for program in programs:
+        owner = Size.TRAINER_PROGRAM if program.name in TRAINER_PROGRAMS else Size.PROGRAM
+        code[owner] += program.code_bytes
+    return {size: (held,) * count for size, held in code.items()}
 
 
 def refuse_misfit(planned: RunPlanned) -> None:
@@ -120,8 +135,10 @@ def main() -> None:
             send(channel, _answer(json.loads(line)))
 
 
-def _programs(job: Mapping[str, Any], config: Kvpipe, target: Target) -> tuple[Program, ...]:
-    """Return the engine's compiled steps if the job asks for them.
+def _programs(
+    job: Mapping[str, Any], steps: Sequence[Phase], config: Kvpipe, target: Target
+) -> tuple[Program, ...]:
+    """Return the compiled steps of the engine, and of a trainer if there is one, if it is asked.
 
     Raises:
         CompileFinding: a step does not compile for the target.
@@ -129,21 +146,27 @@ def _programs(job: Mapping[str, Any], config: Kvpipe, target: Target) -> tuple[P
     if not config.plan.compile:
         return ()
     from kvpipe.engine import program_cache
+    from kvpipe.trainer import aot
 
-    engine = replace(config.engine, device=CPU)
-    return program_cache.compiled(
-        engine, Path(job["model_dir"]), target.name, job["prompt_tokens"], cache_dir(config)
+    model_dir, cache = Path(job["model_dir"]), cache_dir(config)
+    programs = program_cache.compiled(
+        config.engine, model_dir, target.name, job["prompt_tokens"], cache
     )
+    if trains(plan.check_order(steps)):
+        programs += aot.compiled(config.engine, config.trainer, model_dir, target.name, cache)
+    return programs
 
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plan of a job, or the message of what went wrong with its exit code."""
     config = from_plain(job["config"])
-    engine = replace(config.engine, device=CPU)  # the target's devices are virtual ones here
+    # The target's devices are virtual ones here.
+    config = replace(config, engine=replace(config.engine, device=CPU))
     try:
         steps = build_steps(config)
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
-        record = plan_for(target, steps, engine, model_dir, _programs(job, config, target)).record
+        programs = _programs(job, steps, config, target)
+        record = plan_for(target, steps, config, model_dir, programs).record
     except KvpipeError as error:
         return {"error": str(error), "exit_code": error.exit_code}
     except Exception as error:

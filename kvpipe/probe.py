@@ -29,7 +29,8 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     ledger = memory.measure(
         params=weights.parameters(engine).values() if engine else (),
         kv=kv_cache.buffers(engine) if engine else (),
-        slots={name: arrays.values() for name, arrays in ctx.slots.items()},
+        slots={name: arrays.values() for name, arrays in ctx.slots.items()}
+        | (ctx.trainer.sets if ctx.trainer else {}),
     )
     stats = memory.device_stats()
     source = "device"

@@ -239,22 +239,24 @@ class Fit:
         hbm_bytes: bytes that one device has.
         peak_phase: the phase with the fullest device.
         max_total_tokens: largest capacity of the KV cache that would fit, 0 if none does.
+        temp_bytes: bytes of temporaries on a device while the peak phase runs, which count too.
     """
 
     fits: bool
     hbm_bytes: int
     peak_phase: str
     max_total_tokens: int
+    temp_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Program:
-    """A step of the engine, compiled ahead of time for a target.
+    """A step of the engine or of a trainer, compiled ahead of time for a target.
 
     Attributes:
-        name: ``prefill`` or ``decode``.
-        requests: padded number of requests in the batch.
-        tokens: padded number of new tokens in the batch.
+        name: ``prefill``, ``decode``, ``train_step`` or ``weight_sync``.
+        requests: padded number of requests in the batch; 0 for a step of a trainer.
+        tokens: padded number of new tokens in the batch; 0 for a step of a trainer.
         code_bytes: bytes of compiled code on each device; they stay for as long as the program.
         temp_bytes: bytes of temporaries on each device while the step runs.
         compile_s: seconds that lowering and compiling took.

@@ -156,6 +156,34 @@ class EngineConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """The trainer that shares the devices with the engine, for pipelines that have one.
+
+    Attributes:
+        dtype: dtype of its parameters and of AdamW's second moment, ``float32`` or ``bfloat16``.
+        gradients_dtype: dtype of the gradients; None takes ``dtype``.
+        mu_dtype: dtype of AdamW's first moment, as optax calls it; None takes ``dtype``.
+        learning_rate: AdamW's learning rate, the same in every step.
+        weight_decay: AdamW's weight decay.
+        seed: seed of the gradients.
+    """
+
+    dtype: str = "float32"
+    gradients_dtype: str | None = None
+    mu_dtype: str | None = None
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "gradients_dtype", "mu_dtype"):
+            if (value := getattr(self, name)) is not None:
+                _check_choice(f"trainer.{name}", value, "float32", "bfloat16")
+        for name in ("learning_rate", "weight_decay", "seed"):
+            _check_at_least(0, f"trainer.{name}", getattr(self, name))
+
+
+@dataclass
 class PromptConfig:
     """The prompt: ``text`` or ``file``, one of them.
 
@@ -383,6 +411,7 @@ class Kvpipe:
     repeat: RepeatConfig | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -12,7 +12,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from kvpipe.cycles import CYCLE_MARK, base_name, repeated
+from kvpipe.cycles import CYCLE_MARK, base_name, cycle_at, repeated
 from kvpipe.errors import InputError
 from kvpipe.phase import ParentPhase, Phase
 from kvpipe.schema import Kvpipe
@@ -128,7 +128,9 @@ def _build_step(step: str, config: Kvpipe) -> Phase:
         phase = cls(step=step, **options)
     except InputError as error:
         raise InputError(f"phases.{name}.{error}") from None
-    return phase if step == name else phase.in_later_cycle(name)
+    if step == name:
+        return phase
+    return phase.in_later_cycle(name, cycle_at(step, config.pipeline, config.repeat))
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

@@ -89,7 +89,7 @@ def _planned_jobs(
     """
     config = ctx.config
     steps = build_steps(config)
-    plan = planner.plan_here(steps, config.engine, ctx.model_dir)
+    plan = planner.plan_here(steps, config, ctx.model_dir)
     events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
     if config.plan.enforce:
         planner.refuse_misfit(plan.record)
@@ -106,6 +106,7 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
         return outcome
     engine, ctx.started = ctx.started, None
     ctx.slots.clear()
+    ctx.trainer = None
     try:
         engine.shut_down()
     except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from kvpipe import facts, ledger
 from kvpipe.context import Output, WorkerContext
+from kvpipe.cycles import Cycle
 from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, Size, WorkerPhase
 from kvpipe.records import Check, check_equal
@@ -26,6 +27,11 @@ class Generate(WorkerPhase):
         same_output_as: name of an earlier step whose token ids these have to equal.
         aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
             differ, the engine itself is to blame, and what comes later proves nothing about KV.
+        different_output_from: name of an earlier step, of the same cycle if both are repeated,
+            whose token ids these must not be: the weights have been changed between them.
+        same_output_as_before: in the second and later cycles, name of a step of the cycle before
+            whose token ids these have to equal. With neither this nor ``same_output_as`` nor
+            ``different_output_from``, that is this step itself in the first cycle.
         same_cached_tokens_as: name of an earlier step that found as many tokens of its prompt in the
             prefix cache as this one has to.
         weights: ``real`` refuses dummy weights, ``any`` takes what is there.
@@ -37,6 +43,8 @@ class Generate(WorkerPhase):
     ignore_eos: bool
     same_output_as: str | None = None
     aa_control: bool = False
+    different_output_from: str | None = None
+    same_output_as_before: str | None = None
     same_cached_tokens_as: str | None = None
     weights: str = REAL
     log_text: bool = False
@@ -61,13 +69,23 @@ class Generate(WorkerPhase):
         """Take the sampling parameters from ``sampling``."""
         return asdict(config.sampling)
 
-    def in_later_cycle(self, first: str) -> Self:
-        """Compare with the first cycle's output, if the step compares with no other."""
-        return replace(self, same_output_as=self.same_output_as or first)
+    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
+        """Compare with the outputs of this cycle, of the one before or of the first."""
+        same = self.same_output_as
+        if self.same_output_as_before is not None:
+            same = cycle.before.name(self.same_output_as_before)
+        elif self.different_output_from is None:
+            same = same or first
+        other = self.different_output_from and cycle.name(self.different_output_from)
+        return replace(self, same_output_as=same, different_output_from=other)
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave an output and a prefix cache in use."""
-        earlier = (self.same_output_as, self.same_cached_tokens_as)
+        earlier = (
+            self.same_output_as,
+            self.different_output_from,
+            self.same_cached_tokens_as,
+        )
         compared = tuple(facts.output(step) for step in earlier if step)
         real = () if self.weights == ANY else (facts.WEIGHTS_REAL,)
         logged = (facts.WANDB,) if self.log_text else ()
@@ -107,6 +125,9 @@ class Generate(WorkerPhase):
             fields["same_output"] = int(same.passed)
             fields["text_sha256_before"] = _sha256(earlier.text)
             checks = (*checks, same)
+        if self.different_output_from is not None:
+            earlier = ctx.outputs[self.different_output_from]
+            checks = (*checks, different_output(self.different_output_from, earlier, output))
         if self.same_cached_tokens_as is not None:
             expected = ctx.outputs[self.same_cached_tokens_as].cached_tokens
             checks = (*checks, check_equal("same_cached_tokens", expected, output.cached_tokens))
@@ -131,6 +152,13 @@ def same_output(earlier: Output, later: Output) -> Check:
     elif len(a) != len(b):
         detail = f"the first {min(len(a), len(b))} tokens agree, then one output ends"
     return Check("same_output", list(a), list(b), bool(a) and a == b, detail)
+
+
+def different_output(step: str, earlier: Output, later: Output) -> Check:
+    """Return the check that two outputs have other token ids; ``step`` gave the earlier one."""
+    a, b = earlier.token_ids, later.token_ids
+    expected = f"other token ids than {list(a)}"
+    return Check("different_output", expected, list(b), a != b, f"those of step {step!r}")
 
 
 def _sha256(text: str) -> str:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.errors import InputError
+from kvpipe.phase import TRAINER_SETS, Effect, Result, Size, WorkerPhase
 from kvpipe.records import check_equal
 
 
@@ -19,6 +20,13 @@ class ParamDict(WorkerPhase):
 
     slot: str
     source: str = "mllm"
+
+    def __post_init__(self) -> None:
+        if self.slot in TRAINER_SETS:
+            raise InputError(
+                f"slot is {self.slot!r}, as one of the trainer's own sets is called; "
+                "choose another name"
+            )
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Fill the slot with a second set of parameters."""

@@ -48,6 +48,14 @@ PLAN = {
     "prompt_tokens": None,
 }
 COMPARE_PLANS = {"base": None, "head": None, "overrides": [], "budget_bytes": 0}
+TRAINER = {
+    "dtype": "float32",
+    "gradients_dtype": None,
+    "mu_dtype": None,
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-4,
+    "seed": 0,
+}
 DESCRIBE = {"phase": None, "format": "table"}
 COMPARE = {
     "format": "markdown",
@@ -104,6 +112,7 @@ TINY = {
         "log_level": "info",
         "watchdog_timeout": 1800.0,
     },
+    "trainer": TRAINER,
     "prompt": {"text": "Hello", "file": None, "sha256": None},
     "sampling": {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False},
     "tracking": {
@@ -160,6 +169,7 @@ BIGKV = {
         "log_level": "info",
         "watchdog_timeout": 1800.0,
     },
+    "trainer": TRAINER,
     "prompt": {"text": None, "file": "pkg://conf/prompt/sop_code.txt", "sha256": SOP_SHA256},
     "sampling": {"max_new_tokens": 4096, "temperature": 0.0, "ignore_eos": False},
     "tracking": {
@@ -190,11 +200,13 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "qwen25_3b_bigkv",
         "qwen25_3b_kv32k",
         "qwen25_3b_param_swap",
+        "qwen25_3b_rl_cycle",
         "qwen3_4b",
         "tiny",
         "tiny_cycles",
         "tiny_drop_rebuild_aa",
         "tiny_offload_restore",
+        "tiny_rl_cycle",
         "tiny_stream",
     ]
 

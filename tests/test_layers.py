@@ -9,7 +9,7 @@ import kvpipe
 import phases
 from tests.helpers_config import ROOT
 
-HEAVY = {"flax", "jax", "jaxlib", "sgl_jax", "torch", "transformers", "wandb"}
+HEAVY = {"flax", "jax", "jaxlib", "optax", "sgl_jax", "torch", "transformers", "wandb"}
 # What the worker, or the child that plans, imports beside the engine's own room.
 WORKER_ONLY = {"kvpipe.planner", "kvpipe.probe", "kvpipe.runner", "kvpipe.worker"}
 
@@ -35,12 +35,12 @@ print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
 
 
 def modules():
-    """Every module of kvpipe and phases but those of the engine's process."""
+    """Every module of kvpipe and phases but those of engine and trainer."""
     return {
         module.name
         for package in (kvpipe, phases)
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if not module.name.startswith("kvpipe.engine")
+        if not module.name.startswith(("kvpipe.engine", "kvpipe.trainer"))
     }
 
 

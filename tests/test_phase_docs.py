@@ -67,6 +67,7 @@ def test_what_an_option_changes_in_the_effect_is_found_by_trying_it():
     doc = describe("generate", CONFIG)
     assert doc.variants == (
         Variant("same_output_as", "NAME", Effect(needs=("output:NAME",)), Effect()),
+        Variant("different_output_from", "NAME", Effect(needs=("output:NAME",)), Effect()),
         Variant("same_cached_tokens_as", "NAME", Effect(needs=("output:NAME",)), Effect()),
         Variant("weights", "any", Effect(), Effect(needs=(facts.WEIGHTS_REAL,))),
         Variant("log_text", True, Effect(needs=(facts.WANDB,)), Effect()),

@@ -53,6 +53,7 @@ def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
     options = {step.step: (type(step).__name__, asdict(step)) for step in build(default_names())}
     sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False}
     control = {"aa_control": False, "same_cached_tokens_as": None}
+    control |= {"different_output_from": None, "same_output_as_before": None}
     generate = sampling | control | {"weights": "real", "log_text": True}
     nothing = {"slots": (), "host": ()}
     expected = {
@@ -75,7 +76,7 @@ def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
         "kv_cache_dropped": ("KvCacheDropped", {}),
         "sglang_param_dict2_ready": ("ParamDict", {"slot": "param_dict2", "source": "mllm"}),
         "after_drop_mllm_params_cpu": ("Release", nothing | {"host": ("mllm",)}),
-        "kv_cache_rebuilt": ("KvCacheRebuilt", {}),
+        "kv_cache_rebuilt": ("KvCacheRebuilt", {"max_total_tokens": None}),
         "generate_result_after_kv_rebuild": (
             "Generate",
             generate | {"same_output_as": "generate_result"},
@@ -135,7 +136,8 @@ def test_a_step_listed_twice_is_refused_with_the_way_to_name_it_again():
 
 def test_a_step_without_a_phase_file_is_refused_with_the_nearest():
     assert refusal(["jax_redy"]) == (
-        "pipeline step 'jax_redy': there is no phases/jax_redy.py; did you mean 'jax_ready'?"
+        "pipeline step 'jax_redy': there is no phases/jax_redy.py; did you mean 'jax_ready' or "
+        "'trainer_ready'?"
     )
 
 

@@ -52,9 +52,10 @@ def compile_steps(
     Raises:
         CompileFinding: a step does not compile for the target.
     """
-    devices = _devices(topology)
+    mesh = target_mesh(config, topology)
+    devices = list(mesh.devices.flat)
     compat.bit_width_of_dtypes()
-    worker = abstract_worker(config, model_dir, _mesh(config, devices), "tpu")
+    worker = abstract_worker(config, model_dir, mesh, "tpu")
     prefill_tokens = _padded(prompt_tokens, worker.precompile_token_paddings)
     batches = [
         ("prefill", "EXTEND", worker.precompile_bs_paddings[-1], prefill_tokens),
@@ -66,16 +67,18 @@ def compile_steps(
     )
 
 
+def target_mesh(config: EngineConfig, topology: str) -> Mesh:
+    """Return the mesh that the engine would make of the devices of a TPU topology."""
+    devices = _devices(topology)
+    return compat.device_mesh(config.tp_size or len(devices) // config.dp_size, devices)
+
+
 def _devices(topology: str) -> list[Any]:
     os.environ.update(_NO_TPU_HERE)
     chip = topology.partition(":")[0]
     options = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return list(described.devices)
-
-
-def _mesh(config: EngineConfig, devices: list[Any]) -> Mesh:
-    return compat.device_mesh(config.tp_size or len(devices) // config.dp_size, devices)
 
 
 def _padded(tokens: int, paddings: list[int]) -> int:

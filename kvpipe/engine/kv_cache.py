@@ -72,6 +72,11 @@ def buffers(engine: SglangEngine) -> list[jax.Array]:
     return [b for b in engine.runner.token_to_kv_pool.kv_buffer if isinstance(b, jax.Array)]
 
 
+def nbytes(engine: SglangEngine) -> int:
+    """Return the bytes of the KV cache over all devices, also while it is away."""
+    return sum(memory.bytes_of(engine.runner.token_to_kv_pool.kv_buffer))
+
+
 def drop(engine: SglangEngine) -> KvChange:
     """Delete the KV buffers; until the rebuild every request is refused.
 

@@ -7,8 +7,9 @@ wrong as soon as a version places a leaf differently, as 0.0.2 and bd09a87 do wi
 
 import importlib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvpipe.engine import compat, memory
 from kvpipe.engine.kv_capacity import abstract, in_whole_pages
 from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
+from kvpipe.engine.weight_map import Leaf, sources_of
 from kvpipe.ledger import PerDevice
 from kvpipe.phase import KvTokens, PoolSize, Size
 from kvpipe.schema import EngineConfig
@@ -27,34 +29,69 @@ from kvpipe.schema import EngineConfig
 _BOUNDLESS = 1 << 60
 
 
-def sizes(
-    config: EngineConfig, model_dir: Path, capacities: Collection[int] = ()
-) -> dict[PoolSize, PerDevice]:
-    """Return the bytes on each device of a parameter set and of the KV cache.
+@dataclass(frozen=True)
+class EngineShapes:
+    """The engine's shapes on a mesh.
+
+    Attributes:
+        mesh: the devices.
+        runner: the engine's own model runner, with shapes for weights and KV buffers.
+        params: shape, dtype and sharding of each parameter, by path.
+    """
+
+    mesh: Mesh
+    runner: Any
+    params: Mapping[str, jax.ShapeDtypeStruct]
+
+    def sizes(self, capacities: Collection[int] = ()) -> dict[PoolSize, PerDevice]:
+        """Return the bytes on each device of a parameter set and of the KV cache.
+
+        Args:
+            capacities: further capacities of the KV cache, in tokens, to give the bytes of.
+
+        Raises:
+            InputError: the engine cannot have such a capacity.
+        """
+        pool = self.runner.token_to_kv_pool
+        found: dict[PoolSize, PerDevice] = {
+            Size.PARAMS: memory.bytes_of(self.params.values()),
+            Size.KV: memory.bytes_of(pool.kv_buffer),
+        }
+        for tokens in capacities:
+            pool.size = in_whole_pages(tokens, self.runner.token_to_kv_pool_allocator)
+            abstract(type(pool)._create_buffers)(pool)
+            found[KvTokens(tokens)] = memory.bytes_of(pool.kv_buffer)
+        return found
+
+    @property
+    def sources(self) -> dict[str, Leaf]:
+        """Where each parameter comes from, by path.
+
+        Raises:
+            EngineError: the model has a parameter that its weight mapping does not name.
+        """
+        return sources_of(self.runner, {path: leaf.shape for path, leaf in self.params.items()})
+
+
+def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
+    """Return the engine's shapes on the devices that jax has now.
 
     Args:
-        config: how the engine will be started, on the devices that jax has now.
+        config: how the engine will be started.
         model_dir: directory with the model's config.json.
-        capacities: further capacities of the KV cache, in tokens, to give the bytes of.
-
-    Raises:
-        InputError: the engine cannot have such a capacity.
     """
+    mesh = compat.device_mesh(config.tp_size or jax.device_count() // config.dp_size)
+    return of_mesh(config, model_dir, mesh, config.device)
+
+
+def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> EngineShapes:
+    """Return the engine's shapes on ``mesh``; the arguments are those of :func:`abstract_worker`."""
     from flax import nnx
 
-    mesh = compat.device_mesh(config.tp_size or jax.device_count() // config.dp_size)
-    runner = abstract_worker(config, model_dir, mesh, config.device).model_runner
-    params = sharded_leaves(nnx.state(runner.model, nnx.Param), mesh)
-    pool = runner.token_to_kv_pool
-    found: dict[PoolSize, PerDevice] = {
-        Size.PARAMS: memory.bytes_of(params),
-        Size.KV: memory.bytes_of(pool.kv_buffer),
-    }
-    for tokens in capacities:
-        pool.size = in_whole_pages(tokens, runner.token_to_kv_pool_allocator)
-        abstract(type(pool)._create_buffers)(pool)
-        found[KvTokens(tokens)] = memory.bytes_of(pool.kv_buffer)
-    return found
+    runner = abstract_worker(config, model_dir, mesh, device).model_runner
+    state = nnx.state(runner.model, nnx.Param)
+    paths = (path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0])
+    return EngineShapes(mesh, runner, dict(zip(paths, sharded_leaves(state, mesh), strict=True)))
 
 
 def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:

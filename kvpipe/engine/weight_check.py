@@ -42,6 +42,27 @@ def check_weights(
         EngineError: naming every weight that is missing, unexpected, misshapen, of a type that is
             no float, or that has a value which is not finite in the engine's dtype.
     """
+    check_shapes(leaves, blueprint, weights)
+    checks = [
+        (leaf.source, in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
+        for i, leaf in enumerate(leaves.values())
+    ]
+    refuse_infinite([name for name, finite in checks if not finite.result()])
+
+
+def check_shapes(
+    leaves: Mapping[str, Leaf], blueprint: Mapping[str, Param], weights: Mapping[str, Any]
+) -> None:
+    """Refuse weights, on the host or on the devices, that are not complete or not of the shapes.
+
+    Args:
+        leaves: where each parameter comes from, by path.
+        blueprint: what each parameter has to be, by path.
+        weights: arrays by Hugging Face name, in Hugging Face layout.
+
+    Raises:
+        EngineError: naming every weight that is missing, unexpected, misshapen or no float.
+    """
     sources = {leaf.source for leaf in leaves.values()}
     missing = sorted(sources - set(weights))
     unexpected = [n for n in weights if n not in sources and not _is_spare(n, weights, sources)]
@@ -51,12 +72,15 @@ def check_weights(
         (f"{len(unexpected)} are not the engine's", _hinted(unexpected, sources)),
         ("of another shape or type", [text for text in misshapen if text]),
     )
-    checks = [
-        (leaf.source, in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
-        for i, leaf in enumerate(leaves.values())
-    ]
-    infinite = [repr(name) for name, finite in checks if not finite.result()]
-    _refuse(("with values that are not finite", infinite))
+
+
+def refuse_infinite(names: list[str]) -> None:
+    """Refuse the weights of these names, if there are any: they have values that are not finite.
+
+    Raises:
+        EngineError: with the names.
+    """
+    _refuse(("with values that are not finite", [repr(name) for name in names]))
 
 
 def _refuse(*kinds: tuple[str, list[str]]) -> None:
@@ -77,7 +101,7 @@ def _hinted(names: list[str], valid: Iterable[str]) -> list[str]:
     return [f"{first!r} ({nearest(first, valid)})", *map(repr, rest)]
 
 
-def _is_spare(name: str, weights: Mapping[str, HostArray], sources: set[str]) -> bool:
+def _is_spare(name: str, weights: Mapping[str, Any], sources: set[str]) -> bool:
     """Whether a weight that no parameter takes may be there: it says nothing new."""
     if name.endswith(_COMPUTED):
         return True
@@ -86,7 +110,7 @@ def _is_spare(name: str, weights: Mapping[str, HostArray], sources: set[str]) ->
     return np.array_equal(weights[_HEAD], weights[_EMBEDDING])  # a tied head, written out
 
 
-def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, HostArray]) -> str:
+def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, Any]) -> str:
     if leaf.source not in weights:
         return ""
     given = weights[leaf.source]

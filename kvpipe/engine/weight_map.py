@@ -5,6 +5,7 @@ tensor of every parameter and whether it is transposed, and the parameter's own 
 its heads are repeated and padded. There is no table of models here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,13 @@ class Leaf:
             shape[heads.axis] = heads.engine_heads * heads.engine_head_dim
         return tuple(shape)
 
+    def source_shape(self, engine_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that the checkpoint has of a parameter of ``engine_shape``."""
+        shape = list(engine_shape)
+        if self.heads:
+            shape[self.heads.axis] = self.heads.heads * self.heads.head_dim
+        return tuple(reversed(shape) if self.transpose else shape)
+
 
 class EngineView:
     """A host weight in the engine's layout, read shard by shard.
@@ -107,38 +115,49 @@ def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
     Raises:
         EngineError: the model has a parameter that its mapping does not name.
     """
-    model = engine.runner.model
+    shapes = {path: leaf.shape for path, leaf in table.params.items()}
+    return sources_of(engine.runner, shapes)
+
+
+def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
+    """Return where each parameter comes from, by path.
+
+    Args:
+        runner: the engine's model runner; its model may hold shapes only.
+        shapes: shape of each of its parameters, by path.
+
+    Raises:
+        EngineError: the model has a parameter that its mapping does not name.
+    """
+    model = runner.model
     mappings = {
         mapping.target_path: (source, mapping)
         for source, mapping in weight_mappings(model).items()
         if isinstance(mapping.target_path, str)
     }
-    shapes = {path: leaf.shape for path, leaf in table.params.items()}
     if unnamed := sorted(shapes.keys() - mappings.keys()):
         raise EngineError(
             f"the weight mapping of {type(model).__name__} gives no tensor of their own to "
             f"{unnamed}"
         )
-    return {path: _leaf(path, *mappings[path], shape, engine) for path, shape in shapes.items()}
+    return {path: _leaf(path, *mappings[path], shape, runner) for path, shape in shapes.items()}
 
 
-def _leaf(
-    path: str, source: str, mapping: Any, shape: tuple[int, ...], engine: SglangEngine
-) -> Leaf:
+def _leaf(path: str, source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Leaf:
     transpose = bool(mapping.transpose) and not source.endswith(".bias")
-    return Leaf(path, source, transpose, _heads(source, mapping, shape, engine))
+    return Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
 
 
-def _heads(source: str, mapping: Any, shape: tuple[int, ...], engine: SglangEngine) -> Heads | None:
+def _heads(source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Heads | None:
     """Return how the heads of a parameter are widened; None if they are as in the checkpoint."""
     if not mapping.kv_head_padding and not mapping.head_dim_padding:
         return None
-    config = engine.runner.model_config
+    config = runner.model_config
     axis = 0 if ".o_proj." in source else len(shape) - 1
     heads = engine_heads = config.num_attention_heads
     if mapping.kv_head_padding:
         heads = config.get_total_num_kv_heads()
-        engine_heads = config.get_total_num_kv_heads_with_replication(engine.runner.tp_size)
+        engine_heads = config.get_total_num_kv_heads_with_replication(runner.tp_size)
     widened = Heads(axis, heads, config.head_dim, engine_heads, shape[axis] // engine_heads)
     same = heads == engine_heads and widened.head_dim == widened.engine_head_dim
     return None if same else widened

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from kvpipe import progress
 from kvpipe.checkpoints import mapped
@@ -36,6 +35,7 @@ __all__ = [
     "num_leaves",
     "offload",
     "parameters",
+    "replace_leaves",
     "restore",
     "stream",
     "swap",
@@ -145,7 +145,7 @@ def offload(engine: SglangEngine) -> tuple[WeightChange, HostWeights]:
     kept = HostWeights({})
 
     def keep(path: str, leaf: Any) -> None:
-        kept.shards[path] = _to_host(leaf)
+        kept.shards[path] = placement.to_host(leaf)
 
     why = "its weights are offloaded; restore them first"
     return engine.on_scheduler.call(lambda: _take_away(engine, why, keep)), kept
@@ -161,7 +161,12 @@ def restore(engine: SglangEngine, kept: HostWeights) -> WeightChange:
     def bring() -> WeightChange:
         if WEIGHTS not in engine.away:
             raise EngineError("the weights are there: only weights that are away can be restored")
-        return _replace(engine, ParamTable(engine), kept.shards, lambda p: kept.shards.pop(p))
+        return replace_leaves(
+            engine,
+            ParamTable(engine),
+            lambda path, like: placement.begin(kept.shards[path], like),
+            lambda path: kept.shards.pop(path),
+        )
 
     return engine.on_scheduler.call(bring)
 
@@ -214,21 +219,36 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> WeightChange:
     check_weights(leaves, table.blueprint, weights)
     engine.flush_now()
     hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
-    return _replace(engine, table, hosts, lambda p: mapped.let_go(weights[leaves[p].source]))
+    return replace_leaves(
+        engine,
+        table,
+        lambda path, like: placement.begin(hosts[path], like),
+        lambda path: mapped.let_go(weights[leaves[path].source]),
+    )
 
 
-def _replace(
+def replace_leaves(
     engine: SglangEngine,
     table: ParamTable,
-    hosts: Mapping[str, placement.HostLeaf],
-    done: Callable[[str], Any],
+    begin: Callable[[str, Param], placement.Pending],
+    done: Callable[[str], Any] = lambda path: None,
 ) -> WeightChange:
-    """Exchange every leaf for that of ``hosts``; call ``done`` with its path once it is placed."""
+    """Exchange every leaf; each old one is freed before its successor is begun.
+
+    For functions that run on the scheduler's thread. If it breaks off, the engine refuses to
+    generate until another swap.
+
+    Args:
+        engine: the engine; its weights may be away.
+        table: its parameters.
+        begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets.
+        done: called with the path of each leaf that is in its place.
+    """
     before = sum(memory.bytes_in_use())
     blueprint = table.blueprint
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
-    under_way: deque[tuple[str, placement.Placing]] = deque()
+    under_way: deque[tuple[str, placement.Pending]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
     placed_bytes = 0
@@ -252,7 +272,7 @@ def _replace(
             if len(under_way) == _AT_ONCE:
                 finish()
             table.put_in_step({path: shape})  # frees the old leaf
-            under_way.append((path, placement.begin(hosts[path], shape)))
+            under_way.append((path, begin(path, shape)))
         while under_way:
             finish()
     table.tell_model()
@@ -298,12 +318,6 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
             table.put_in_step({path: shape})
     engine.away[WEIGHTS] = why
     return _change(blueprint, sum(memory.bytes_in_use()) - before)
-
-
-def _to_host(leaf: jax.Array) -> dict[placement.Index, HostArray]:
-    """Return a copy of each distinct shard; a view would keep the CPU's device memory alive."""
-    shards = {shard.index: shard.data for shard in leaf.addressable_shards}
-    return {index: np.array(data, copy=True) for index, data in shards.items()}
 
 
 def _change(blueprint: Mapping[str, Param], changed_bytes: int) -> WeightChange:

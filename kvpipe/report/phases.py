@@ -15,6 +15,10 @@ _SIZES = {
     Size.PARAMS: "a set of parameters",
     Size.KV: "the KV cache",
     Size.PROGRAM: "compiled programs",
+    Size.TRAINER_PROGRAM: "the trainer's compiled programs",
+    Size.TRAINER_PARAMS: "the trainer's parameters",
+    Size.TRAINER_GRADIENTS: "the trainer's gradients",
+    Size.TRAINER_MOMENTS: "the trainer's moments",
 }
 _FACTS = ("needs", "forbids", "leaves", "takes")
 _HEADINGS = {

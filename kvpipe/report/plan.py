@@ -7,13 +7,18 @@ changes: no times, no dates, and of a plan for this host not the host's own memo
 from collections.abc import Sequence
 from typing import Any
 
-from kvpipe.records import PlannedPhase, RunPlanned
+from kvpipe.records import PlannedPhase, Program, RunPlanned
 from kvpipe.targets import CPU
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
-    """Return the plan as ``plan.format=json`` prints it."""
+    """Return the plan as ``plan.format=json`` prints it.
+
+    ``fit`` has ``temp_bytes`` only if programs were compiled.
+    """
     known = plan.to_json()
+    if not plan.programs:
+        del known["fit"]["temp_bytes"]
     return {key: known[key] for key in ("target", "devices", "sglang_jax", "phases", "fit")}
 
 
@@ -50,10 +55,17 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
 def compiled(plan: RunPlanned) -> list[str]:
     """Return one line for each of the engine's steps that was compiled for the target."""
     return [
-        f"`{program.name}` of {program.requests} requests and {program.tokens} tokens compiles: "
+        f"`{program.name}`{_batch(program)} compiles: "
         f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries a device"
         for program in plan.programs
     ]
+
+
+def _batch(program: Program) -> str:
+    """Return the batch that a program is for; a trainer's programs have none."""
+    if not program.requests:
+        return ""
+    return f" of {program.requests} requests and {program.tokens} tokens"
 
 
 def verdict(plan: RunPlanned) -> str:
@@ -65,9 +77,10 @@ def verdict(plan: RunPlanned) -> str:
             f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes a device after "
             f"`{peak.name}`"
         )
+    temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     return (
-        f"It {fits}: the peak is {peak.max_device_bytes:,} of a device's {fit.hbm_bytes:,} bytes "
-        f"after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
+        f"It {fits}: the peak is {peak.max_device_bytes:,}{temporaries} of a device's "
+        f"{fit.hbm_bytes:,} bytes after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
         f"{fit.max_total_tokens}"
     )
 

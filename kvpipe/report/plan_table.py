@@ -5,7 +5,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from kvpipe.ledger import KV, PARAMS, PROGRAM, slot_pool
+from kvpipe.ledger import KV, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
 from kvpipe.records import PlannedPhase, RunPlanned
 from kvpipe.report.plan import compiled, verdict
 from kvpipe.units import gib
@@ -47,6 +47,7 @@ def _cells(phase: PlannedPhase, with_program: bool) -> list[str]:
     pools = phase.pools
     sizes = [pools.get(PARAMS), pools.get(KV), slots or None]
     if with_program:
-        sizes.append(pools.get(PROGRAM))
+        code = [pools[pool] for pool in (PROGRAM, TRAINER_PROGRAM) if pool in pools]
+        sizes.append(sum(code) if code else None)
     shown = [_NONE if size is None else gib(size) for size in sizes]
     return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]

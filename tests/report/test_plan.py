@@ -2,7 +2,7 @@ import io
 import json
 from dataclasses import replace
 
-from kvpipe.records import Fit, PlannedPhase, RunPlanned, planned_from_json
+from kvpipe.records import Fit, PlannedPhase, Program, RunPlanned, planned_from_json
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.report.plan_table import print_plan
 
@@ -98,3 +98,26 @@ def test_the_table_for_a_terminal_sums_the_slots_and_names_every_phase_in_80_col
     assert row.split() == [name, "8.000", "–", "2.000", "10.00", "2.500"]
     assert all(len(line) <= 80 for line in lines[:-1])
     assert lines[-1].startswith("It fits: the peak is 3,000 of a device's 34,359,738,368 bytes")
+
+
+def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_compiled():
+    programs = (
+        Program("decode", 1, 1, 50, 7, 1.0),
+        Program("train_step", 0, 0, 60, 9, 1.0),
+    )
+    pools = {"params": 4_000, "program": 200, "program:trainer": 240}
+    phases = (PlannedPhase("train_step", pools, 4_440, 1_110),)
+    fit = Fit(True, 34_359_738_368, "train_step", 131_072, temp_bytes=9)
+    plan = replace(PLAN, programs=programs, phases=phases, fit=fit)
+    assert as_json(plan)["fit"]["temp_bytes"] == 9
+    text = as_markdown("mine", plan)
+    assert "the peak is 1,110 and 9 of temporaries of a device's 34,359,738,368 bytes" in text
+    assert "- `decode` of 1 requests and 1 tokens compiles: 50 bytes of code" in text
+    assert "- `train_step` compiles: 60 bytes of code and 9 of temporaries a device" in text
+    out = io.StringIO()
+    print_plan("mine", replace(plan, phases=(replace(phases[0], pools=pools | _GIBS),)), out)
+    row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["train_step"])
+    assert row.split()[1:5] == ["0.000", "–", "–", "3.000"]
+
+
+_GIBS = {"program": 1024**3, "program:trainer": 2 * 1024**3}

@@ -1,0 +1,160 @@
+"""The engine's side of training: which tree there is to train, on which devices, and its way back.
+
+The tree is the checkpoint's: names, shapes and layout of Hugging Face, each KV head once. On its way
+into the engine a trained parameter stays on the devices. A small program for each kind of parameter
+casts, transposes and widens it and lays it out as the engine has it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kvpipe.engine import weights
+from kvpipe.engine.params import Param, ParamTable
+from kvpipe.engine.sglang import SglangEngine
+from kvpipe.engine.weight_check import check_shapes, check_weights, refuse_infinite
+from kvpipe.engine.weight_map import Heads, HostArray, Leaf, leaf_sources
+
+Blueprint = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def mesh(engine: SglangEngine) -> Mesh:
+    """Return the devices of the engine and their axes."""
+    return engine.runner.mesh
+
+
+def shapes(engine: SglangEngine) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter that there is to train, by Hugging Face name."""
+    table = ParamTable(engine)
+    return source_shapes(leaf_sources(engine, table), table.blueprint)
+
+
+def source_shapes(
+    leaves: Mapping[str, Leaf], blueprint: Mapping[str, Param]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each parameter of ``blueprint`` has in a checkpoint, by its name there."""
+    return {
+        leaf.source: leaf.source_shape(blueprint[path].shape)
+        for path, leaf in sorted(leaves.items())
+    }
+
+
+def check(engine: SglangEngine, given: Mapping[str, HostArray]) -> None:
+    """Refuse host weights that the tree to train cannot begin with.
+
+    Args:
+        engine: the engine.
+        given: arrays by Hugging Face name, in Hugging Face layout.
+
+    Raises:
+        EngineError: they are not complete, not of the engine's shapes or not finite.
+    """
+    table = ParamTable(engine)
+    check_weights(leaf_sources(engine, table), table.blueprint, given)
+
+
+def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights.WeightChange:
+    """Replace the engine's parameters by trained ones leaf by leaf, and flush its prefix cache.
+
+    Each old leaf is freed before its successor is made, so the devices never hold a second set.
+
+    Args:
+        engine: the engine; its weights may be away.
+        trained: arrays on the engine's devices, by Hugging Face name and in Hugging Face layout,
+            of any float dtype and any sharding.
+
+    Raises:
+        EngineError: they are not complete, not of the engine's shapes or not finite in its dtype,
+            or the engine stayed busy; it keeps its old weights.
+    """
+    return engine.on_scheduler.call(lambda: _sync_now(engine, trained))
+
+
+def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights.WeightChange:
+    table = ParamTable(engine)
+    leaves, blueprint = leaf_sources(engine, table), table.blueprint
+    check_shapes(leaves, blueprint, trained)
+    # Here and below one program at a time: two that exchange shards can wait for each other's
+    # threads for ever on a CPU that has fewer cores than devices.
+    infinite = [
+        leaf.source
+        for path, leaf in leaves.items()
+        if not bool(_is_finite(trained[leaf.source], blueprint[path].dtype))
+    ]
+    refuse_infinite(infinite)
+    engine.flush_now()
+
+    def move(path: str, like: Param) -> _Moved:
+        leaf = leaves[path]
+        return _Moved(jax.block_until_ready(_mover(leaf, like)(trained[leaf.source])))
+
+    return weights.replace_leaves(engine, table, move)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A parameter that the devices have laid out."""
+
+    array: jax.Array
+
+    def wait(self) -> jax.Array:
+        """Return it."""
+        return self.array
+
+
+@partial(jax.jit, static_argnums=1)
+def _is_finite(weight: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.isfinite(weight.astype(dtype)).all()
+
+
+def lowered(
+    leaves: Mapping[str, Leaf], blueprint: Blueprint, trained: Blueprint
+) -> dict[str, jax.stages.Lowered]:
+    """Return the programs of a sync by the name of the first parameter that each is for.
+
+    Args:
+        leaves: where each of the engine's parameters comes from, by path.
+        blueprint: what each has to be, by path.
+        trained: what is trained, by Hugging Face name.
+    """
+    kinds: dict[Any, jax.stages.Lowered] = {}
+    names = {}
+    for path, leaf in leaves.items():
+        mover, given = _mover(leaf, blueprint[path]), trained[leaf.source]
+        kind = (mover, given)
+        if kind not in kinds:
+            kinds[kind], names[kind] = mover.lower(given), leaf.source
+    return {names[kind]: program for kind, program in kinds.items()}
+
+
+def _mover(leaf: Leaf, like: jax.ShapeDtypeStruct) -> Any:
+    return _mover_of(leaf.transpose, leaf.heads, like)
+
+
+@lru_cache(maxsize=256)
+def _mover_of(transpose: bool, heads: Heads | None, like: jax.ShapeDtypeStruct) -> Any:
+    """Return the program that lays a trained parameter out as ``like``."""
+
+    def move(weight: jax.Array) -> jax.Array:
+        cast = weight.astype(like.dtype)
+        return _widened(cast.T if transpose else cast, heads)
+
+    return jax.jit(move, out_shardings=like.sharding)
+
+
+def _widened(weight: jax.Array, heads: Heads | None) -> jax.Array:
+    """Return ``weight`` with its heads repeated and padded as :class:`EngineView` does it."""
+    if heads is None:
+        return weight
+    axis = heads.axis
+    before, after = weight.shape[:axis], weight.shape[axis + 1 :]
+    split = weight.reshape(*before, heads.heads, heads.head_dim, *after)
+    repeated = jnp.repeat(split, heads.engine_heads // heads.heads, axis=axis)
+    padding = [(0, 0)] * repeated.ndim
+    padding[axis + 1] = (0, heads.engine_head_dim - heads.head_dim)
+    return jnp.pad(repeated, padding).reshape(*before, -1, *after)

@@ -1,0 +1,1 @@
+"""The trainer that shares the devices with the engine: jax and optax, and no engine."""

@@ -1,0 +1,91 @@
+"""Compile a trainer's step, and the sync of its weights, for a TPU on a machine that has none."""
+
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+
+from kvpipe.engine import shapes, training
+from kvpipe.engine.aot import CompileFinding, target_mesh
+from kvpipe.engine.program_cache import cached
+from kvpipe.phase import TRAIN_STEP, WEIGHT_SYNC
+from kvpipe.records import Program
+from kvpipe.schema import EngineConfig, TrainerConfig
+from kvpipe.trainer.layout import Layout, lay_out
+from kvpipe.trainer.step import compile_step
+
+
+def compiled(
+    engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str, cache_dir: Path
+) -> tuple[Program, ...]:
+    """Return the trainer's programs for a TPU topology, from kvpipe's cache if they are in it.
+
+    Args:
+        engine: how the engine will be started.
+        config: dtypes and optimizer of the trainer.
+        model_dir: directory with the model's config.json.
+        topology: chip and shape, e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
+        cache_dir: kvpipe's cache.
+
+    Raises:
+        CompileFinding: a program does not compile for the target; that is not kept.
+    """
+    content = {
+        # What the trees and the mesh depend on; a KV cache of another size is the same program.
+        "engine": {key: asdict(engine)[key] for key in ("tp_size", "dp_size", "dtype")},
+        "trainer": asdict(config),
+        "topology": topology,
+    }
+    return cached(
+        content,
+        model_dir,
+        cache_dir,
+        lambda: compile_programs(engine, config, model_dir, topology),
+        packages=("optax",),
+    )
+
+
+def compile_programs(
+    engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str
+) -> tuple[Program, ...]:
+    """Compile what :func:`compiled` returns."""
+    found = shapes.of_mesh(engine, model_dir, target_mesh(engine, topology), "tpu")
+    tree = training.source_shapes(found.sources, found.params)
+    layout = lay_out(tree, found.mesh, config)
+    try:
+        return _train_step(layout, config), _weight_sync(found, layout)
+    except JaxRuntimeError as error:
+        raise CompileFinding(
+            f"the trainer's programs do not compile for {topology}: {str(error)[:300]}"
+        ) from error
+
+
+def _train_step(layout: Layout, config: TrainerConfig) -> Program:
+    began = monotonic()
+    step = compile_step(layout, config)
+    return _program(TRAIN_STEP, step.code_bytes, step.temp_bytes, began)
+
+
+def _weight_sync(found: shapes.EngineShapes, layout: Layout) -> Program:
+    began = monotonic()
+    lowered = training.lowered(found.sources, found.params, layout.params)
+    used: list[Any] = [program.compile().memory_analysis() for program in lowered.values()]
+    return _program(
+        WEIGHT_SYNC,
+        sum(each.generated_code_size_in_bytes for each in used),
+        max(each.temp_size_in_bytes for each in used),
+        began,
+    )
+
+
+def _program(name: str, code_bytes: int, temp_bytes: int, began: float) -> Program:
+    return Program(
+        name=name,
+        requests=0,
+        tokens=0,
+        code_bytes=code_bytes,
+        temp_bytes=temp_bytes,
+        compile_s=round(monotonic() - began, 3),
+    )

@@ -1,0 +1,101 @@
+"""What a trainer holds, as shapes on a mesh: parameters, gradients and AdamW's moments.
+
+Nothing is allocated. The moments are what optax's own ``init`` gives for these parameters, so that
+the plan counts what optax counts, its scalar step counter too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kvpipe.engine import memory
+from kvpipe.ledger import PerDevice
+from kvpipe.phase import Size
+from kvpipe.schema import TrainerConfig
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape, dtype and sharding of every array of a trainer.
+
+    Attributes:
+        params, gradients: by the name that the parameter has in a Hugging Face checkpoint.
+        moments: the state of the optimizer, as optax nests it.
+        devices: number of devices that they are on.
+    """
+
+    params: Shapes
+    gradients: Shapes
+    moments: optax.OptState
+    devices: int
+
+    @property
+    def leaves(self) -> list[jax.ShapeDtypeStruct]:
+        """All arrays."""
+        return jax.tree.leaves((self.params, self.gradients, self.moments))
+
+    @property
+    def sizes(self) -> dict[Size, PerDevice]:
+        """Bytes of each set on each device."""
+        return {
+            Size.TRAINER_PARAMS: memory.bytes_of(self.params.values()),
+            Size.TRAINER_GRADIENTS: memory.bytes_of(self.gradients.values()),
+            Size.TRAINER_MOMENTS: memory.bytes_of(jax.tree.leaves(self.moments)),
+        }
+
+
+def optimizer(config: TrainerConfig) -> optax.GradientTransformation:
+    """Return the AdamW that the config describes."""
+    return optax.adamw(
+        config.learning_rate, weight_decay=config.weight_decay, mu_dtype=config.mu_dtype
+    )
+
+
+def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerConfig) -> Layout:
+    """Return what a trainer of these parameters holds.
+
+    Args:
+        shapes: shape of each parameter, by name.
+        mesh: devices of the engine; the trainer takes the same.
+        config: dtypes and optimizer.
+    """
+    # XLA chooses the shardings within the step: the axes are not explicit, as later engines' are.
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    placed = {name: NamedSharding(mesh, _spec(shape, mesh)) for name, shape in shapes.items()}
+
+    def of(dtype: str) -> Shapes:
+        return {
+            name: jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype), sharding=placed[name])
+            for name, shape in shapes.items()
+        }
+
+    params = of(config.dtype)
+    transformation = optimizer(config)
+    moments = optax.tree_map_params(
+        transformation,
+        lambda moment, param: jax.ShapeDtypeStruct(
+            moment.shape, moment.dtype, sharding=param.sharding
+        ),
+        jax.eval_shape(transformation.init, params),
+        params,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        ),
+    )
+    return Layout(params, of(config.gradients_dtype or config.dtype), moments, mesh.size)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Part over each axis of the mesh the longest dimension that is whole and that it divides."""
+    axes: list[Any] = [None] * len(shape)
+    for axis, size in mesh.shape.items():
+        whole = [d for d, taken in enumerate(axes) if taken is None and shape[d] % size == 0]
+        if size > 1 and whole:
+            axes[max(whole, key=shape.__getitem__)] = axis
+    return PartitionSpec(*axes)

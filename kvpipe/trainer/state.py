@@ -1,0 +1,209 @@
+"""A live trainer: its arrays on the devices, one step of it, and its way to the host and back.
+
+While its arrays are away, their places hold their shapes, as the engine's do.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvpipe.checkpoints import mapped
+from kvpipe.engine import memory, placement
+from kvpipe.phase import Size
+from kvpipe.schema import TrainerConfig
+from kvpipe.trainer.layout import Layout, optimizer
+from kvpipe.trainer.step import CompiledStep, compile_step, gradient_inputs
+
+HostArray = np.ndarray[Any, np.dtype[Any]]
+HostLeaf = dict[placement.Index, HostArray]
+
+
+@dataclass(frozen=True)
+class SetChange:
+    """What a change of the trainer's place did.
+
+    Attributes:
+        num_arrays: arrays of all three sets.
+        set_bytes: their bytes over all devices, from their shapes and shardings.
+        changed_bytes: change of the bytes in use over all devices, measured around it.
+        host_bytes: bytes that the host holds of them after it.
+    """
+
+    num_arrays: int
+    set_bytes: int
+    changed_bytes: int
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training step did; bytes are over all devices.
+
+    Attributes:
+        step: number of the step, from 1.
+        compute_s: seconds of the step itself, without compiling it.
+        set_bytes: bytes of parameters, gradients and moments.
+        in_place_bytes: bytes of those that were updated in their own memory.
+        in_use_bytes: bytes in use when it began.
+        temp_bytes: temporaries of the compiled step.
+    """
+
+    step: int
+    compute_s: float
+    set_bytes: int
+    in_place_bytes: int
+    in_use_bytes: int
+    temp_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes that were in use during the step."""
+        return self.in_use_bytes + self.temp_bytes
+
+
+class Trainer:
+    """Parameters, gradients and AdamW's moments on the engine's devices.
+
+    Attributes:
+        params: the parameters by Hugging Face name.
+        gradients: the gradients of the last step by the same names; zeros before the first one.
+        moments: the optimizer's state, as optax nests it.
+        steps: steps carried out.
+    """
+
+    def __init__(self, layout: Layout, config: TrainerConfig) -> None:
+        """Make a trainer that holds shapes only, until :meth:`start`."""
+        self._layout = layout
+        self._config = config
+        self._kept: dict[Size, list[HostLeaf]] = {}
+        self.params: dict[str, Any] = dict(layout.params)
+        self.gradients: dict[str, Any] = dict(layout.gradients)
+        self.moments: Any = layout.moments
+        self.steps = 0
+
+    @property
+    def sets(self) -> dict[Size, list[jax.Array]]:
+        """The arrays of each set that are on the devices."""
+        held = {
+            Size.TRAINER_PARAMS: self.params,
+            Size.TRAINER_GRADIENTS: self.gradients,
+            Size.TRAINER_MOMENTS: self.moments,
+        }
+        return {
+            size: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+            for size, tree in held.items()
+        }
+
+    def start(self, weights: Mapping[str, HostArray]) -> SetChange:
+        """Place the parameters, cast to the trainer's dtype; gradients and moments are zeros.
+
+        Args:
+            weights: at least the arrays of its parameters, by Hugging Face name.
+        """
+        before = sum(memory.bytes_in_use())
+        for name, like in self._layout.params.items():
+            self.params[name] = placement.begin(weights[name], like).wait()
+            mapped.let_go(weights[name])
+        self.gradients = self._zeros()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout.moments)
+        init = jax.jit(optimizer(self._config).init, out_shardings=shardings)
+        self.moments = jax.block_until_ready(init(self.params))
+        return self._change(before)
+
+    def step(self) -> StepReport:
+        """Carry out one step; the three sets take over their own memory."""
+        compiled = self._compiled
+        devices = self._layout.devices
+        in_use = sum(memory.bytes_in_use())
+        began = time.monotonic()
+        for name, like in self._layout.gradients.items():
+            given = gradient_inputs(name, self.steps)
+            self.gradients[name] = compiled.gradients[like](self.gradients[name], *given)
+        self.params, self.gradients, self.moments = jax.block_until_ready(
+            compiled.update(self.params, self.gradients, self.moments)
+        )
+        self.steps += 1
+        return StepReport(
+            step=self.steps,
+            compute_s=time.monotonic() - began,
+            set_bytes=sum(memory.bytes_of(self._layout.leaves)),
+            in_place_bytes=compiled.in_place_bytes * devices,
+            in_use_bytes=in_use,
+            temp_bytes=compiled.temp_bytes * devices,
+        )
+
+    def offload(self) -> SetChange:
+        """Copy parameters and moments to the host, leaf by leaf, and free the devices.
+
+        The gradients are freed only: each step makes them anew.
+        """
+        before = sum(memory.bytes_in_use())
+        for size in (Size.TRAINER_PARAMS, Size.TRAINER_MOMENTS):
+            self._kept[size] = []
+            for leaf in self.sets[size]:
+                self._kept[size].append(placement.to_host(leaf))
+                leaf.delete()
+        return self._freed(before)
+
+    def restore(self) -> SetChange:
+        """Bring what was offloaded back to the devices, leaf by leaf; the gradients are zeros."""
+        before = sum(memory.bytes_in_use())
+        self.params = self._brought(Size.TRAINER_PARAMS, self._layout.params)
+        self.gradients = self._zeros()
+        self.moments = self._brought(Size.TRAINER_MOMENTS, self._layout.moments)
+        return self._change(before)
+
+    def drop(self) -> SetChange:
+        """Free all that it holds, on the devices and on the host."""
+        before = sum(memory.bytes_in_use())
+        self._kept = {}
+        return self._freed(before)
+
+    @cached_property
+    def _compiled(self) -> CompiledStep:
+        return compile_step(self._layout, self._config)
+
+    def _zeros(self) -> dict[str, jax.Array]:
+        return jax.block_until_ready(self._make_zeros())
+
+    @cached_property
+    def _make_zeros(self) -> Any:
+        """The program that makes the gradients' buffers, all at once: compiled once."""
+        shapes = self._layout.gradients
+        return jax.jit(
+            lambda: {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()},
+            out_shardings={name: like.sharding for name, like in shapes.items()},
+        )
+
+    def _brought(self, size: Size, shapes: Any) -> Any:
+        """Return the kept leaves of a set on the devices; the host lets go of each."""
+        kept = self._kept.pop(size)
+        leaves, structure = jax.tree.flatten(shapes)
+        placed = []
+        for like in leaves:
+            placed.append(placement.begin(kept.pop(0), like).wait())
+        return jax.tree.unflatten(structure, placed)
+
+    def _freed(self, before: int) -> SetChange:
+        for leaf in [leaf for arrays in self.sets.values() for leaf in arrays]:
+            if not leaf.is_deleted():
+                leaf.delete()
+        self.params = dict(self._layout.params)
+        self.gradients = dict(self._layout.gradients)
+        self.moments = self._layout.moments
+        return self._change(before)
+
+    def _change(self, before: int) -> SetChange:
+        kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
+        return SetChange(
+            len(self._layout.leaves),
+            sum(memory.bytes_of(self._layout.leaves)),
+            sum(memory.bytes_in_use()) - before,
+            sum(shard.nbytes for shards in kept for shard in shards),
+        )
