@@ -75,7 +75,7 @@ def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
         "kv_cache_dropped": ("KvCacheDropped", {}),
         "sglang_param_dict2_ready": ("ParamDict", {"slot": "param_dict2", "source": "mllm"}),
         "after_drop_mllm_params_cpu": ("Release", nothing | {"host": ("mllm",)}),
-        "kv_cache_rebuilt": ("KvCacheRebuilt", {}),
+        "kv_cache_rebuilt": ("KvCacheRebuilt", {"max_total_tokens": None}),
         "generate_result_after_kv_rebuild": (
             "Generate",
             generate | {"same_output_as": "generate_result"},
