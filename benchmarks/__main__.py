@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.devices import use_virtual_devices
 
-MODULES = ("weights", "kv")
+MODULES = ("weights", "kv", "supervision")
 
 
 def main() -> None:

@@ -1,14 +1,16 @@
 """The command line: a verb, then Hydra overrides. The composition root; no phase names here.
 
-Exit codes: 0 passed, 1 a check failed, 2 wrong input (nothing was started), 3 the engine, W&B or
-another phase failed, 70 a defect of kvpipe, 128 + n ended by signal n.
+Exit codes: :data:`kvpipe.errors.EXIT_CODES`.
 """
 
 import itertools
 import json
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,8 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from kvpipe.credentials import API_KEY, redacted, wandb_api_key
-from kvpipe.errors import InputError, KvpipeError
+from kvpipe.credentials import API_KEY, redactor, refuse_secrets, wandb_api_key
+from kvpipe.errors import CHECK_FAILED, DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.model_dir import check_model, check_shape
@@ -46,7 +48,7 @@ from kvpipe.schema import (
 )
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.heartbeat import Heartbeat
-from kvpipe.sinks.jsonl import JsonLines
+from kvpipe.sinks.jsonl import JsonFile, JsonLines
 from kvpipe.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
 from kvpipe.sweeps import grouped
@@ -56,7 +58,6 @@ from kvpipe.versions import installed_versions
 if TYPE_CHECKING:
     from kvpipe.report.comparison import Comparison
 
-_SIGNALLED = 128
 # Where a shell puts the line that is to be completed.
 _COMP_LINE = "COMP_LINE"
 _PLANNERS = Planners(secrets=(API_KEY,))
@@ -74,7 +75,12 @@ def main(argv: Sequence[str]) -> int:
     # Hydra would print its own message and exit 1; its errors are told here, like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _PLANNERS:
-        return _told(lambda: _compose_and_act(argv[1:]))
+        try:
+            return _told(lambda: _compose_and_act(argv[1:]))
+        except Exception:
+            # What is no person's mistake at the terminal must not look like one.
+            _tell(traceback.format_exc())
+            return DEFECT
 
 
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
@@ -89,11 +95,11 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     if hydra_config.mode is RunMode.MULTIRUN:
         plain = grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
         config = from_plain(plain)
-    runtime = hydra_config.runtime
-    run_dir = Path(runtime.output_dir)
-    api_key = _api_key(config, Path(runtime.cwd))
+    run_dir = Path(hydra_config.runtime.output_dir)
+    api_key = _api_key(plain)
+    redact = redactor(os.environ, api_key)
     tracker = WandbSink(config.tracking, run_dir, api_key)
-    with (run_dir / RECORDS_FILE).open("w", encoding="utf-8") as records:
+    with _records_file(run_dir) as records:
         # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
         # The picture before it, because W&B shows it.
         sinks = Sinks(
@@ -101,34 +107,77 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
                 TimelinePicture(run_dir),
                 tracker,
                 ReportPage(run_dir),
-                JsonLines(records),
+                records,
                 _screen(config.output),
                 *_heartbeat(config),
             ]
         )
-        start_tracking = partial(tracker.start, plain)
-        started = _started(config, redacted(plain, api_key), steps)
         work = supervisor.Run(
-            config, plain, started, steps, run_dir, sinks, start_tracking, (API_KEY,)
+            config,
+            plain,
+            _started(config, json.loads(redact.text(json.dumps(plain))), steps),
+            steps,
+            run_dir,
+            sinks,
+            start_tracking=partial(tracker.start, plain),
+            command=_command(),
+            secrets=(API_KEY,),
+            redactor=redact,
         )
         finished = work.carry_out()
     return finished.exit_code
 
 
-def _started(config: Kvpipe, recorded: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
+def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
     return RunStarted(
         experiment=config.experiment,
-        config=recorded,
+        config=plain,
         steps=[step.step for step in steps],
         versions=installed_versions(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _api_key(config: Kvpipe, directory: Path) -> str | None:
-    """Return the W&B API key; the ``.env`` of ``directory`` is read only where a key is needed."""
-    if config.tracking.mode is TrackingMode.online:
-        return wandb_api_key(directory, os.environ)
+def _refuse_secrets(plain: dict[str, Any]) -> None:
+    """Refuse a config that holds a secret; Hydra has written it down by now, so that goes.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        refuse_secrets(plain, _api_key(plain))
+    except InputError:
+        written = Path(HydraConfig.get().runtime.output_dir) / ".hydra"
+        if written.is_dir():
+            shutil.rmtree(written)
+        raise
+
+
+def _records_file(run_dir: Path) -> JsonFile:
+    """Return the file of the records.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        return JsonFile(run_dir / RECORDS_FILE)
+    except OSError as error:
+        raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
+
+
+def _command() -> str:
+    """Return the command line that does this run, or this job of a sweep, again."""
+    hydra_config = HydraConfig.get()
+    flags: list[str] = []
+    if directory := _config_dir(hydra_config.runtime.config_sources):
+        flags = ["--config-dir", directory]
+    return shlex.join(["python", "-m", "kvpipe", *flags, *hydra_config.overrides.task])
+
+
+def _api_key(plain: dict[str, Any]) -> str | None:
+    """Return the W&B API key; the ``.env`` of this directory is read only where it is needed."""
+    if plain["tracking"]["mode"] == TrackingMode.online.value:
+        return wandb_api_key(Path(HydraConfig.get().runtime.cwd), os.environ)
     return os.environ.get(API_KEY)
 
 
@@ -316,6 +365,20 @@ def _compared(comparison: "Comparison", config: CompareConfig) -> str:
             return comparison_page(comparison, config)
 
 
+def doctor(config: Kvpipe, plain: dict[str, Any]) -> int:
+    """Print what this machine has, and return 1 if the experiment could not run on it."""
+    from kvpipe import doctor
+    from kvpipe.sinks.wandb import find_server
+
+    steps = _checked_steps(config)
+    could_run = True
+    for finding in doctor.examine(config, plain, steps, find_server, (API_KEY,)):
+        print(redactor(os.environ, None).text(str(finding)), flush=True)
+        could_run &= finding.level is not doctor.Level.BAD
+    print(f"{config.experiment} {'could' if could_run else 'could not'} run here")
+    return HELD if could_run else CHECK_FAILED
+
+
 Action = Callable[[Kvpipe, dict[str, Any]], int]
 VERBS: dict[str, Callable[..., int]] = {
     "run": run,
@@ -325,6 +388,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "phases": phases,
     "report": report,
     "compare": compare,
+    "doctor": doctor,
 }
 # What a word after the verb is short for.
 _WORD_AFTER = {"phases": "describe.phase"}
@@ -386,7 +450,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
         codes.append(0)
         # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
         codes[-1] = _told(lambda: _act(action, composed))
-        if codes[-1] > _SIGNALLED:
+        if codes[-1] > SIGNALLED:
             sys.exit(codes[-1])  # Ctrl-C ends a sweep, not only its current job
 
     ConfigStore.instance().store(name="kvpipe_schema", node=schema())
@@ -407,6 +471,8 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
 
 def _act(action: Action, composed: DictConfig) -> int:
     plain = to_plain(composed)
+    if action is run:
+        _refuse_secrets(plain)
     return action(from_plain(plain), plain)
 
 
@@ -432,6 +498,10 @@ def _told(work: Callable[[], int]) -> int:
         told = error
     except COMPOSITION_ERRORS as error:
         told = InputError(one_message(error))
-    notes = getattr(told, "__notes__", ())
-    print(f"kvpipe: {told}", *notes, sep="\n  ", file=sys.stderr)
+    _tell("\n  ".join([f"kvpipe: {told}", *getattr(told, "__notes__", ())]) + "\n")
     return told.exit_code
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, without the secrets of the environment."""
+    print(redactor(os.environ, None).text(text), end="", file=sys.stderr)

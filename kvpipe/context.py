@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import KvpipeError, PhaseError
 from kvpipe.model_dir import find_model
 from kvpipe.schema import Kvpipe
 
@@ -74,6 +74,21 @@ class WorkerContext:
     def model_dir(self) -> Path:
         """Directory of the model; the first use may generate or download it."""
         return find_model(self.config)
+
+    @property
+    def engine_lives(self) -> bool:
+        """Whether no thread of the engine has failed; true too if none was started."""
+        return self.started is None or not self.started.failure.happened
+
+    def output_of(self, step: str) -> Output:
+        """Return what ``step`` generated.
+
+        Raises:
+            PhaseError: it failed before.
+        """
+        if step not in self.outputs:
+            raise PhaseError(f"step {step!r}, which failed, left no output to compare with")
+        return self.outputs[step]
 
     @property
     def engine(self) -> "SglangEngine":

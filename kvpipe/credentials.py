@@ -1,18 +1,20 @@
-"""The W&B API key: where it may come from, and where it must not go.
+"""The W&B API key and other secrets: where they may come from, and where they must not go.
 
-It comes from the environment or from a ``.env`` that nobody else can read. It must not get into
-the config, which is recorded and uploaded.
+The key comes from the environment or from a ``.env`` that nobody else can read. Secrets must not
+get into the config, which is recorded and uploaded, nor into records, logs and messages.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvpipe.errors import InputError
 
 API_KEY = "WANDB_API_KEY"
-REDACTED = "<redacted>"
+REDACTED = "[redacted]"
 _OTHERS_BITS = 0o077
 # W&B's keys have at least 40 characters; a much shorter one would be found in any text.
 _SHORTEST_KEY = 20
@@ -44,36 +46,60 @@ def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
     Raises:
         InputError: an option is named like a secret and has a value, or a value holds the API key.
     """
+    key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
     for path, value in _leaves(config, ""):
-        if _is_secret(path, value, api_key):
+        named_so = value not in (None, "") and _names_a_secret(re.split(r"[.\[]", path)[-1])
+        if named_so or (key and key in str(value)):
             raise InputError(
                 f"{path}: this looks like a secret, and the config is recorded and uploaded; "
                 f"give it through the environment instead (W&B: {API_KEY})"
             )
 
 
-def redacted(config: Mapping[str, Any], api_key: str | None) -> dict[str, Any]:
-    """Return the config with :data:`REDACTED` in place of what :func:`refuse_secrets` refuses."""
+@dataclass(frozen=True)
+class Redactor:
+    """Takes secrets out of texts and files.
 
-    def clean(value: Any, path: str) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): clean(item, _below(path, key)) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(item, f"{path}[{index}]") for index, item in enumerate(value)]
-        return REDACTED if _is_secret(path, value, api_key) else value
+    Attributes:
+        secrets: their values.
+    """
 
-    return clean(config, "")
+    secrets: tuple[str, ...] = ()
+
+    def text(self, text: str) -> str:
+        """Return ``text`` with a mark in place of each secret; it may be JSON."""
+        for secret in self.secrets:
+            text = text.replace(secret, REDACTED).replace(json.dumps(secret)[1:-1], REDACTED)
+        return text
+
+    def file(self, path: Path) -> None:
+        """Write a file anew without the secrets, if it is there and has one in it.
+
+        Raises:
+            OSError: it cannot be written, e.g. because the disk is full.
+        """
+        if not (self.secrets and path.is_file()):
+            return
+        content = before = path.read_bytes()
+        for secret in self.secrets:
+            content = content.replace(secret.encode(), REDACTED.encode())
+        if content != before:
+            path.write_bytes(content)
 
 
-def _is_secret(path: str, value: Any, api_key: str | None) -> bool:
-    key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
-    name = re.split(r"[.\[]", path)[-1].lower().replace("-", "_")
-    named_so = value not in (None, "") and _SECRET_NAME.search(name) is not None
-    return named_so or (key is not None and key in str(value))
+def redactor(environ: Mapping[str, str], api_key: str | None) -> Redactor:
+    """Return what takes the API key, and every secret of the environment, out of a text.
+
+    A variable holds a secret if its name says so, e.g. ``HF_TOKEN``; a value that is much shorter
+    than a key is none, since it would be found in any text.
+    """
+    named = (value.strip() for name, value in environ.items() if _names_a_secret(name))
+    found = {value for value in (api_key or "", *named) if len(value) >= _SHORTEST_KEY}
+    return Redactor(tuple(sorted(found, key=len, reverse=True)))
 
 
-def _below(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+def _names_a_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name.lower().replace("-", "_")) is not None
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -115,7 +141,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield the path and value of each scalar in nested mappings and lists."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, _below(path, key))
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _leaves(item, f"{path}[{index}]")

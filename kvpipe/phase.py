@@ -47,6 +47,21 @@ def trainer_pools(live: bool) -> dict[str, Size]:
     return {slot_pool(size): size if live else Size.NOTHING for size in TRAINER_SETS}
 
 
+class Kind(StrEnum):
+    """What a failure of a phase, or before it, means for the run.
+
+    Attributes:
+        CHANGES: it brings about what later phases build on; after its failure they are left out.
+        MEASURES: it only looks; with ``runner.on_error=continue`` the run goes on after its failure.
+        CLEANS: it lets go of something; it is run after any failure, and has to bear that what it
+            lets go of was never there.
+    """
+
+    CHANGES = "changes"
+    MEASURES = "measures"
+    CLEANS = "cleans"
+
+
 @dataclass(frozen=True)
 class KvTokens:
     """The size of a KV cache of another capacity than ``engine.max_total_tokens``.
@@ -103,6 +118,7 @@ class Phase:
     # A subclass may refuse a value in __post_init__: an InputError that begins with the option.
 
     runs_in: ClassVar[str] = "worker"
+    kind: ClassVar[Kind] = Kind.CHANGES
 
     @classmethod
     def defaults(cls, config: "Kvpipe") -> dict[str, Any]:

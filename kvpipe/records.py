@@ -314,12 +314,18 @@ class RunFinished:
     """The last record: how the run ended.
 
     Attributes:
-        status: ``passed`` or ``failed``.
+        status: ``passed``, ``failed`` or ``interrupted`` (by a signal).
         exit_code: exit code of the process.
         run_dir: absolute path of the run directory.
         elapsed_s: seconds that the run took.
         checks: every check of the run, in order.
         error: why the run failed, in one message; None if it passed.
+        failing_phase: the step that failed first, or ``run_planned`` for what stands before the
+            first step of the engine's process; None if it passed.
+        ledger: measured bytes over all devices, by pool, after the failing step or else after the
+            last one that was measured.
+        planned: what the plan predicts after the failing step; None if there is no plan for it.
+        command: the command line that does the run again.
         fields: more about the run, e.g. where W&B wrote.
     """
 
@@ -329,6 +335,10 @@ class RunFinished:
     elapsed_s: float
     checks: Sequence[Check] = ()
     error: str | None = None
+    failing_phase: str | None = None
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    planned: PlannedPhase | None = None
+    command: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -341,6 +351,10 @@ class RunFinished:
             "elapsed_s": self.elapsed_s,
             "checks": [asdict(check) for check in self.checks],
             "error": self.error,
+            "failing_phase": self.failing_phase,
+            "ledger": dict(self.ledger),
+            "planned": asdict(self.planned) if self.planned else None,
+            "command": self.command,
             **self.fields,
         }
 

@@ -1,12 +1,14 @@
 """The loop in the worker: run each step, measure after it, compare with the plan, emit a record.
 
-A record is emitted for the step that fails too: out of memory is exactly when memory matters.
+A record is emitted for the step that fails too: out of memory is exactly when memory matters. After
+a failure the steps that clean are still run.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpipe import probe, progress
@@ -14,13 +16,14 @@ from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycles
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import KvpipeError, failure_of
 from kvpipe.ledger import Ledger, differences
 from kvpipe.measurement import Measurement
-from kvpipe.phase import Result, WorkerPhase
+from kvpipe.phase import Kind, Result, WorkerPhase
+from kvpipe.process_memory import process_memory
 from kvpipe.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records import Check, Memory, PhaseRecord, RunPlanned
-from kvpipe.schema import PlanConfig
+from kvpipe.schema import CONTINUE, PlanConfig
 from kvpipe.ticker import Ticker
 
 _TELL_EVERY_S = 0.25
@@ -38,13 +41,14 @@ class Job:
         idx: position in the pipeline, from 0.
         use: name of the phase file.
         phase: the step.
-        planned: the ledger that the plan predicts after it.
+        planned: the ledger that the plan predicts after it; None once a failure has made the plan
+            void.
     """
 
     idx: int
     use: str
     phase: WorkerPhase
-    planned: Ledger
+    planned: Ledger | None
 
 
 @dataclass(frozen=True)
@@ -64,41 +68,74 @@ class Events:
     finished: Callable[[PhaseRecord], None]
 
 
-def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float) -> None:
-    """Run the jobs in order.
+@dataclass(frozen=True)
+class Failure:
+    """The first step that failed.
+
+    Attributes:
+        step: its name.
+        error: what the person at the terminal is told.
+    """
+
+    step: str
+    error: KvpipeError
+
+
+def run(
+    jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float
+) -> Failure | None:
+    """Run the jobs in order, each with its record; return the first failure.
+
+    After one only steps that clean are run. With ``runner.on_error=continue`` the failure of a step
+    that only measures does not count as one until the end.
 
     Args:
         jobs: the steps.
         ctx: what they share.
         events: where starts and records go.
         run_began: ``time.time()`` when the run began, for the elapsed time.
-
-    Raises:
-        CheckFailed: a check did not hold; its record has been emitted.
-        KvpipeError: a phase failed; a record of the failure has been emitted.
     """
+    first: Failure | None = None
+    stopped = False
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
         threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
         for job in jobs:
-            events.started(job.phase.step, job.idx)
-            loop.begin(job.phase.step)
-            try:
-                result = job.phase.run(ctx)
-            except Exception as error:
-                events.finished(loop.failure_record(job, error))
-                raise
-            record = loop.record(job, result)
-            events.finished(record)
-            if not record.passed:
-                raise CheckFailed(_explain(job.phase.step, record.checks))
+            if stopped and not (job.phase.kind is Kind.CLEANS and ctx.engine_lives):
+                continue
+            error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
+            if error is not None:
+                first = first or Failure(job.phase.step, error)
+                stopped = stopped or not _goes_on(job.phase, ctx)
+    return first
+
+
+def _goes_on(phase: WorkerPhase, ctx: WorkerContext) -> bool:
+    """Whether the run goes on after this step has failed."""
+    asked = ctx.config.runner.on_error == CONTINUE
+    return asked and phase.kind is Kind.MEASURES and ctx.engine_lives
+
+
+def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
+    """Run one job and emit its record; return what failed it."""
+    step = job.phase.step
+    events.started(step, job.idx)
+    loop.begin(step)
+    try:
+        record = loop.record(job, job.phase.run(loop.ctx))
+    except Exception as error:
+        traceback.print_exc()
+        events.finished(loop.failure_record(job, error))
+        return error if isinstance(error, KvpipeError) else failure_of(step, error)
+    events.finished(record)
+    return None if record.passed else CheckFailed(_explain(step, record.checks))
 
 
 class _Loop:
     """What the loop keeps from step to step: clocks, counts, the last measurement, past cycles."""
 
     def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
-        self._ctx = ctx
+        self.ctx = ctx
         self._run_began = run_began
         self._compiles = CompileCounter()
         self._cycles = Cycles()
@@ -130,15 +167,15 @@ class _Loop:
     def record(self, job: Job, result: Result) -> PhaseRecord:
         """Measure after a step, compare with the plan and with the cycle before."""
         timed = self._timed(job)
-        measured = probe.measure(self._ctx)
+        measured = probe.measure(self.ctx)
         cycle = self._cycles.compare(job.phase.step, measured)
         checks = (*result.checks, *cycle.checks)
         errors: dict[str, int] = {}
-        if measured.ledger:
+        if measured.ledger and job.planned:
             errors = differences(job.planned, measured.ledger)
-            if self._ctx.config.plan.enforce:
+            if self.ctx.config.plan.enforce:
                 checks += _plan_checks(job.planned, measured.ledger, errors)
-                checks += (_total_check(job.planned, measured.ledger, self._ctx.config.plan),)
+                checks += (_total_check(job.planned, measured.ledger, self.ctx.config.plan),)
             errors["total"] = measured.ledger.total_bytes - job.planned.total_bytes
         return PhaseRecord(
             **timed,
@@ -151,11 +188,18 @@ class _Loop:
     def failure_record(self, job: Job, error: Exception) -> PhaseRecord:
         """Measure after a step that failed, without waiting for the engine to settle."""
         timed = self._timed(job)
-        measured = probe.measure(self._ctx, settle=False)
+        told = str(error)
+        try:
+            measured = probe.measure(self.ctx, settle=False)
+        except Exception as second:
+            # The record of the failure must not be lost to what the failure has broken.
+            traceback.print_exc()
+            told += f"; then nothing could be measured: {type(second).__name__}: {second}"
+            measured = Measurement(process_memory(), None)
         return PhaseRecord(
             **timed,
             **self._placed(measured),
-            checks=(Check(job.phase.step, "completed", type(error).__name__, False, str(error)),),
+            checks=(Check(job.phase.step, "completed", type(error).__name__, False, told),),
         )
 
     def _timed(self, job: Job) -> dict[str, Any]:

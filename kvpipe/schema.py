@@ -4,6 +4,7 @@ Hydra merges the YAML files of ``conf/`` into these dataclasses, so a misspelled
 is an error when the config is composed, before anything is loaded.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,6 +13,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
+
+STOP = "stop"
+CONTINUE = "continue"
+_LOG_LEVELS = ("critical", "debug", "error", "info", "warning")
 
 
 class TrackingMode(Enum):
@@ -153,6 +158,13 @@ class EngineConfig:
             "max_prefill_tokens",
         ):
             _check_at_least(1, f"engine.{name}", getattr(self, name))
+        _check_choice("engine.log_level", self.log_level, *_LOG_LEVELS)
+        _check_seconds("engine.watchdog_timeout", self.watchdog_timeout)
+        if not 0 < self.mem_fraction_static <= 1:
+            raise InputError(
+                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it has to be more "
+                "than 0 and at most 1"
+            )
 
 
 @dataclass
@@ -245,6 +257,11 @@ class TrackingConfig:
     finish_timeout_s: float = 60.0
     text_max_chars: int = 20000
 
+    def __post_init__(self) -> None:
+        _check_seconds("tracking.init_timeout_s", self.init_timeout_s)
+        _check_seconds("tracking.finish_timeout_s", self.finish_timeout_s)
+        _check_at_least(1, "tracking.text_max_chars", self.text_max_chars)
+
 
 @dataclass
 class RepeatConfig:
@@ -276,6 +293,13 @@ class RunnerConfig:
         sample_peaks: look at the memory inside phases too, for at most 1 % of a core.
         heartbeat_s: seconds from one line on stderr to the next while a phase runs, where no
             terminal shows the run; None writes none.
+        phase_timeout_s: seconds that a step of the engine's process may take, and what stands
+            before the first of them (importing jax, planning); None sets no limit.
+        phase_timeouts: step → seconds, instead of ``phase_timeout_s``.
+        run_timeout_s: seconds that the run may take until its last step is done; None sets no
+            limit. Steps before the engine's process are limited by ``tracking.init_timeout_s``.
+        on_error: ``stop`` after the first step that fails, or ``continue`` if all that it does is
+            measure; the run fails all the same. Steps that clean are run after any failure.
     """
 
     isolate: bool = True
@@ -283,9 +307,25 @@ class RunnerConfig:
     shutdown_timeout_s: float = 60.0
     sample_peaks: bool = True
     heartbeat_s: float | None = 30.0
+    phase_timeout_s: float | None = None
+    phase_timeouts: dict[str, float] = field(default_factory=dict)
+    run_timeout_s: float | None = None
+    on_error: str = STOP
 
     def __post_init__(self) -> None:
+        _check_choice("runner.on_error", self.on_error, STOP, CONTINUE)
+        limits = {"phase_timeout_s": self.phase_timeout_s, "run_timeout_s": self.run_timeout_s}
+        limits |= {f"phase_timeouts.{step}": limit for step, limit in self.phase_timeouts.items()}
+        for name, limit in limits.items():
+            _check_seconds(f"runner.{name}", limit)
+            if limit is not None and not self.isolate:
+                raise InputError(
+                    f"runner.{name} is {limit:g}, but runner.isolate is false: only a process of "
+                    "its own can be ended; leave the limit out"
+                )
         _check_at_least(1, "runner.heartbeat_s", self.heartbeat_s)
+        _check_seconds("runner.idle_timeout_s", self.idle_timeout_s)
+        _check_seconds("runner.shutdown_timeout_s", self.shutdown_timeout_s)
 
 
 @dataclass
@@ -315,6 +355,10 @@ class PlanConfig:
     file: str | None = None
     compile: bool = False
     prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "plan.allowance_bytes", self.allowance_bytes)
+        _check_at_least(1, "plan.prompt_tokens", self.prompt_tokens)
 
 
 @dataclass
@@ -431,19 +475,26 @@ def _check_choice(key: str, value: str, *valid: str) -> None:
 
 
 def _check_at_least(least: int, key: str, value: Any) -> None:
-    """Refuse a number below ``least``; None and MISSING are no numbers."""
-    if isinstance(value, int | float) and value < least:
+    """Refuse a number below ``least``, and what is not finite; None and MISSING are no numbers."""
+    if isinstance(value, int | float) and not least <= value < math.inf:
         raise InputError(f"{key} is {value}, it has to be at least {least}")
+
+
+def _check_seconds(key: str, value: float | None) -> None:
+    """Refuse a time of no seconds, or of no end; None is no time."""
+    if value is not None and not 0 < value < math.inf:
+        raise InputError(f"{key} is {value}, it has to be more than 0 seconds")
 
 
 def schema() -> DictConfig:
     """Return the schema that configs are merged into.
 
-    ``phases`` takes new keys without a ``+``: what a step's options are, only its phase knows, and
-    that is checked when the steps are built.
+    ``phases`` and ``runner.phase_timeouts`` take new keys without a ``+``: which steps there are,
+    and their options, is checked when the steps are built.
     """
     node = OmegaConf.structured(Kvpipe)
     OmegaConf.set_struct(node.phases, False)
+    OmegaConf.set_struct(node.runner.phase_timeouts, False)
     return node
 
 

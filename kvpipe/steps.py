@@ -98,12 +98,16 @@ def _check_names(config: Kvpipe) -> None:
                 f"pipeline: {name!r} stands in it {config.pipeline.count(name)} times; "
                 f"give each its own name and say 'phases.<name>.use: {use_of(name, config)}'"
             )
-    for name in config.phases:
-        if name not in config.pipeline:
-            raise InputError(
-                f"phases.{name}: the pipeline has no step {name!r}; "
-                f"{nearest(name, config.pipeline)}"
-            )
+    for key, names in (
+        ("phases", config.phases),
+        ("runner.phase_timeouts", config.runner.phase_timeouts),
+    ):
+        for name in names:
+            if name not in config.pipeline:
+                raise InputError(
+                    f"{key}.{name}: the pipeline has no step {name!r}; "
+                    f"{nearest(name, config.pipeline)}"
+                )
 
 
 def _build_step(step: str, config: Kvpipe) -> Phase:

@@ -5,46 +5,48 @@ closed sinks and the right exit code.
 """
 
 import importlib
+import json
 import os
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from kvpipe.child import Child, start_child
+from kvpipe import errors
+from kvpipe.child import STACKS_FILE, Child, start_child
 from kvpipe.context import ParentContext
-from kvpipe.errors import UNEXPECTED_EXIT_CODE, EngineError, KvpipeError
+from kvpipe.credentials import Redactor
+from kvpipe.errors import EngineError, KvpipeError, OutOfMemory, TimedOut, failure_of
+from kvpipe.interrupts import Interrupted, Interrupts
 from kvpipe.jax_environment import jax_environment
+from kvpipe.libtpu_lock import LibtpuLock
+from kvpipe.limits import Limits
 from kvpipe.phase import ParentPhase, Phase, Result
-from kvpipe.process_memory import process_memory
+from kvpipe.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.progress import Progress
 from kvpipe.records import (
+    RUN_PLANNED,
     Check,
+    Memory,
     PhaseRecord,
+    PlannedPhase,
     RunFinished,
     RunPlanned,
     RunStarted,
+    dumps,
     phase_from_json,
     planned_from_json,
 )
 from kvpipe.schema import Kvpipe
-from kvpipe.sinks import Sink
+from kvpipe.sinks import Sink, failed_by
 from kvpipe.steps import use_of
 
 ENGINE_LOG = "engine.log"
-
-
-class _Signal(BaseException):
-    """A signal asked the run to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,14 @@ class Ending:
     Attributes:
         exit_code: exit code of the process.
         error: why it failed, in one message; None if it passed.
+        failing_phase: the step that failed, if it is another than the last one that began.
+        kind: name of the error's class.
     """
 
-    exit_code: int = 0
+    exit_code: int = errors.HELD
     error: str | None = None
+    failing_phase: str | None = None
+    kind: str = ""
 
 
 @dataclass
@@ -72,7 +78,9 @@ class Run:
         run_dir: where the run writes.
         sinks: where its records go, the tracker's among them.
         start_tracking: begins the W&B run; returns what stands in the record of it.
+        command: the command line that does this run again.
         secrets: environment variables that the worker must not see.
+        redactor: takes secrets out of records and logs.
     """
 
     config: Kvpipe
@@ -82,50 +90,100 @@ class Run:
     run_dir: Path
     sinks: Sink
     start_tracking: Callable[[], dict[str, Any]]
+    command: str = ""
     secrets: Sequence[str] = ()
+    redactor: Redactor = field(default_factory=Redactor)
     began: float = field(default_factory=time.time)
     checks: list[Check] = field(default_factory=list)
+    _interrupts: Interrupts = field(default_factory=Interrupts)
     _current: str = ""
+    _unfinished: Callable[[Check], PhaseRecord] | None = None
+    _worker_memory: Memory | None = None
+    _ledgers: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    _plan: RunPlanned | None = None
     _tracking: dict[str, Any] | None = None
 
     def carry_out(self) -> RunFinished:
-        """Carry the run out and return its last record, which every sink has got."""
-        self.sinks.run_started(self.started)
-        ending = self._end_of_phases()
-        finished = RunFinished(
-            status="failed" if ending.exit_code else "passed",
+        """Carry the run out and return its last record, which every sink has got.
+
+        Raises:
+            KvpipeError: a sink did not take the last record of a run that had not failed.
+        """
+        self._limits = Limits(self.config.runner)
+        with self._interrupts:
+            finished = self._finished(self._end_of_phases())
+            try:
+                self.sinks.run_finished(finished)
+            except KvpipeError as error:
+                # The other sinks have been told; a run that failed before keeps its exit code.
+                if not finished.exit_code:
+                    raise
+                finished = failed_by(finished, error)
+        return finished
+
+    def _finished(self, ending: Ending) -> RunFinished:
+        """Return the last record; a phase that never finished gets its own before it."""
+        ending = self._told_in_full(ending)
+        if ending.exit_code and self._unfinished is not None:
+            error = ending.error or ""
+            check = Check(self._current, "completed", ending.kind, False, error)
+            try:
+                self._on_record(self._unfinished(check))
+            except KvpipeError as error:
+                ending = replace(ending, error=f"{ending.error}; then: {error}")
+        failing = (ending.failing_phase or self._current) if ending.exit_code else None
+        return RunFinished(
+            status=_status(ending.exit_code),
             exit_code=ending.exit_code,
             run_dir=str(self.run_dir),
             elapsed_s=round(time.time() - self.began, 6),
             checks=tuple(self.checks),
-            error=ending.error,
+            error=ending.error and self.redactor.text(ending.error),
+            failing_phase=failing or None,
+            ledger=self._ledger(failing),
+            planned=self._planned(failing),
+            command=self.redactor.text(self.command),
             fields={"wandb": self._tracking} if self._tracking else {},
         )
-        try:
-            self.sinks.run_finished(finished)
-        except KvpipeError:
-            # The other sinks have been told; a run that failed before keeps its own exit code.
-            if not finished.exit_code:
-                raise
-        return finished
+
+    def _told_in_full(self, ending: Ending) -> Ending:
+        """Add to an out-of-memory what was held then, and what the plan had said."""
+        if ending.exit_code != errors.OUT_OF_MEMORY:
+            return ending
+        failing = ending.failing_phase or self._current
+        held = ", ".join(f"{pool} {size:,}" for pool, size in self._ledger(failing).items())
+        told = f"{ending.error}\nlast measured, bytes over all devices: {held or 'none'}"
+        if planned := self._planned(failing):
+            told += (
+                f"\nplanned after {failing!r}: {planned.total_bytes:,} bytes over all devices, "
+                f"{planned.max_device_bytes:,} on the fullest"
+            )
+        return replace(ending, error=told)
+
+    def _ledger(self, step: str | None) -> Mapping[str, int]:
+        """Return the ledger that was measured after ``step``; without one, the last one."""
+        last = next(reversed(self._ledgers.values()), {})
+        return self._ledgers.get(step or "", last)
+
+    def _planned(self, step: str | None) -> PlannedPhase | None:
+        phases = self._plan.phases if self._plan else ()
+        return next((phase for phase in phases if phase.name == step), None)
 
     def _end_of_phases(self) -> Ending:
         try:
-            with _signals_raise():
-                self._run_parent_phases()
-                if any(step.runs_in == "worker" for step in self.steps):
-                    return self._run_worker()
+            self.sinks.run_started(self.started)
+            self._run_parent_phases()
+            if any(step.runs_in == "worker" for step in self.steps):
+                return self._run_worker()
             return Ending()
-        except _Signal as caught:
-            return Ending(
-                128 + caught.signum, f"{signal.Signals(caught.signum).name} ended the run"
-            )
+        except Interrupted as caught:
+            return _ending(caught, errors.SIGNALLED + caught.signum)
         except KvpipeError as error:
-            return Ending(error.exit_code, str(error))
+            return _ending(error, error.exit_code)
         except Exception as error:
             # A defect of kvpipe: its traceback is for whoever mends it, the record for the user.
-            traceback.print_exc()
-            return Ending(UNEXPECTED_EXIT_CODE, f"{type(error).__name__}: {error}")
+            print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
+            return _ending(error, errors.DEFECT, f"{type(error).__name__}: {error}")
 
     def _run_parent_phases(self) -> None:
         for idx, step in enumerate(self.steps):
@@ -134,56 +192,103 @@ class Run:
             self._on_started(step.step, idx)
             began = time.monotonic()
             try:
-                result = step.run(ParentContext(self.config, self._start_tracking))
-            except KvpipeError as error:
-                check = Check(step.step, "completed", type(error).__name__, False, str(error))
-                self._on_record(self._parent_record(step, idx, began, Result(checks=(check,))))
-                raise
-            self._on_record(self._parent_record(step, idx, began, result))
+                with self._interrupts.allowed():
+                    result = step.run(ParentContext(self.config, self._start_tracking))
+            except Exception as error:
+                if isinstance(error, KvpipeError):
+                    raise
+                print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
+                raise failure_of(step.step, error) from error
+            duration_s = time.monotonic() - began
+            self._on_record(self._own_record(step.step, idx, duration_s, result))
 
     def _start_tracking(self) -> dict[str, Any]:
         self._tracking = self.start_tracking()
         return self._tracking
 
-    def _parent_record(self, step: Phase, idx: int, began: float, result: Result) -> PhaseRecord:
+    def _own_record(
+        self, step: str, idx: int, duration_s: float, result: Result, memory: Memory | None = None
+    ) -> PhaseRecord:
+        """Return the record of a step that the parent writes."""
         return PhaseRecord(
-            phase=step.step,
-            use=use_of(step.step, self.config),
+            phase=step,
+            use=use_of(step, self.config),
             idx=idx,
             elapsed_s=round(time.time() - self.began, 6),
-            duration_s=round(time.monotonic() - began, 6),
-            memory=process_memory(),
+            duration_s=round(duration_s, 6),
+            memory=memory or process_memory(),
             checks=result.checks,
             fields=result.fields,
         )
 
     def _run_worker(self) -> Ending:
-        return self._run_child() if self.config.runner.isolate else self._run_here()
+        if not self.config.runner.isolate:
+            return self._run_here()
+        with LibtpuLock(self.config.engine.device):
+            try:
+                return self._run_child()
+            finally:
+                for name in (ENGINE_LOG, STACKS_FILE):
+                    self.redactor.file(self.run_dir / name)
 
     def _run_child(self) -> Ending:
+        kills = oom_kills()
+        self._begin_stage(RUN_PLANNED)
         with self._start_worker() as child:
-            child.send({"config": self.plain, "run_began": self.began})
-            child.end_jobs()
-            for message in child.messages():
-                if "plan" in message:
-                    self._on_plan(planned_from_json(message["plan"]))
-                elif "record" in message:
-                    self._on_record(phase_from_json(message["record"]))
-                elif "started" in message:
-                    self._on_started(message["started"], message["idx"])
-                elif "progress" in message:
-                    self.sinks.phase_progressed(Progress(**message["progress"]))
-                else:
-                    return Ending(message["exit_code"], message["error"])
-            raise EngineError(
-                f"the engine's process ended by {child.how_it_ended()} in step {self._current!r}; "
-                f"its log {child.log} ends with:\n{child.log_tail()}"
-            )
+            scratch = str(child.scratch)
+            child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
+            try:
+                for line in child.lines(self._wait):
+                    message = json.loads(line)
+                    if ending := self._on_message(message):
+                        return ending
+                    if "record" in message:
+                        child.send({"recorded": message["record"]["phase"]})
+            except TimedOut as error:
+                self._worker_memory = child_memory(child.process.pid)
+                raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
+            except Interrupted:
+                self._worker_memory = child_memory(child.process.pid)
+                raise
+            raise _died(child, self._current, oom_kills() > kills)
+
+    def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
+        """Take what the worker says; return the ending if it says that."""
+        if "plan" in message:
+            self._on_plan(planned_from_json(message["plan"]))
+        elif "record" in message:
+            self._on_record(phase_from_json(message["record"]))
+        elif "started" in message:
+            self._on_started(message["started"], message["idx"])
+        elif "progress" in message:
+            self.sinks.phase_progressed(Progress(**message["progress"]))
+        else:
+            return Ending(**message)
+        return None
+
+    def _wait(self, descriptor: int) -> None:
+        """Return once the worker has said something, or ended.
+
+        Raises:
+            TimedOut: it has not within its limits.
+            Interrupted: a signal came.
+        """
+        with self._interrupts.allowed():
+            self._limits.wait(descriptor)
+
+    def _save_stacks(self, child: Child) -> str:
+        """Keep what the worker's threads do; say where."""
+        stacks = child.write_stacks()
+        if not stacks:
+            return "its threads did not say what they do"
+        path = self.run_dir / STACKS_FILE
+        path.write_text(stacks)
+        return f"what its threads did stands in {path}"
 
     def _start_worker(self) -> AbstractContextManager[Child]:
         inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
         return start_child(
-            "kvpipe.worker",
+            "kvpipe.worker_process",
             self.run_dir / ENGINE_LOG,
             inherited | jax_environment(self.config.engine, os.environ),
             self.config.runner.shutdown_timeout_s,
@@ -196,33 +301,65 @@ class Run:
         events = worker.runner.Events(
             self._on_plan, self._on_started, self.sinks.phase_progressed, self._on_record
         )
-        outcome = worker.execute(self.config, events, self.began)
-        return Ending(outcome.exit_code, outcome.error)
+        with self._interrupts.allowed():
+            outcome = worker.execute(self.config, events, self.began)
+        return Ending(outcome.exit_code, outcome.error, outcome.failing_phase)
 
     def _on_plan(self, plan: RunPlanned) -> None:
+        self._plan = plan
         if hasattr(self.sinks, "run_planned"):
             self.sinks.run_planned(plan)
 
+    def _begin_stage(self, name: str) -> None:
+        """Note what the run is at, and let its time limit begin."""
+        self._current = name
+        self._unfinished = None
+        self._limits.begin(name)
+
     def _on_started(self, step: str, idx: int) -> None:
-        self._current = step
+        self._begin_stage(step)
+        began = time.monotonic()
+
+        def unfinished(check: Check) -> PhaseRecord:
+            duration_s = time.monotonic() - began
+            result = Result(checks=(check,))
+            return self._own_record(step, idx, duration_s, result, self._worker_memory)
+
+        self._unfinished = unfinished
         self.sinks.phase_started(step, idx, len(self.steps))
 
     def _on_record(self, record: PhaseRecord) -> None:
+        record = self._redacted(record)
+        self._unfinished = None
         self.checks.extend(record.checks)
+        if record.memory.bytes_in_use_source is not None:
+            self._ledgers[record.phase] = record.ledger
         self.sinks.phase_finished(record)
 
+    def _redacted(self, record: PhaseRecord) -> PhaseRecord:
+        line = dumps(record)
+        clean = self.redactor.text(line)
+        return record if clean == line else phase_from_json(json.loads(clean))
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP end the run in order instead of ending the process."""
 
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        raise _Signal(signum)
+def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
+    return Ending(exit_code, message or str(error), kind=type(error).__name__)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.signal(signum, on_signal) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+
+def _status(exit_code: int) -> str:
+    if exit_code > errors.SIGNALLED:
+        return "interrupted"
+    return "failed" if exit_code else "passed"
+
+
+def _died(child: Child, step: str, memory_was_short: bool) -> KvpipeError:
+    """Return the error of a worker that ended without a word."""
+    tail = child.log_tail()
+    told = f"the engine's process ended by {child.how_it_ended()} in step {step!r}"
+    log = f"its log {child.log} ends with:\n{tail}"
+    if child.ended_by() != -signal.SIGKILL:
+        error = OutOfMemory if errors.says_no_memory(tail) else EngineError
+        return error(f"{told}; {log}")
+    if memory_was_short:
+        return OutOfMemory(f"{told}: Linux killed it for its memory; {log}")
+    return EngineError(f"{told}, and Linux counts no kill for memory in that time; {log}")

@@ -1,22 +1,25 @@
-"""The child process: it holds jax and the engine, runs the worker's steps, streams what happens."""
+"""The worker's part of a run: plan, run the steps beside the engine, tell what happens.
+
+:mod:`kvpipe.worker_process` is the process that it usually runs in.
+"""
 
 import gc
-import json
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvpipe import planner, runner
+from kvpipe import errors, planner, runner
 from kvpipe.child import send
 from kvpipe.context import WorkerContext
-from kvpipe.errors import UNEXPECTED_EXIT_CODE, KvpipeError
+from kvpipe.errors import KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
+from kvpipe.records import PhaseRecord
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
 
@@ -28,10 +31,12 @@ class Outcome:
     Attributes:
         exit_code: 0, or that of the error.
         error: why it failed, in one message; None if it did not.
+        failing_phase: the step that failed first, if it was one.
     """
 
     exit_code: int
     error: str | None = None
+    failing_phase: str | None = None
 
 
 def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
@@ -44,39 +49,61 @@ def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
-        runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
-        outcome = Outcome(0)
-    except KvpipeError as error:
-        traceback.print_exc()
-        outcome = Outcome(error.exit_code, str(error))
+        failure = runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
+        outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
     except Exception as error:
         traceback.print_exc()
-        outcome = Outcome(UNEXPECTED_EXIT_CODE, f"{type(error).__name__}: {error}")
+        outcome = _outcome(error)
     return _shut_down(ctx, outcome)
 
 
-def main() -> None:
-    """Entry of ``python -m kvpipe.worker FD``: run the job on stdin, report on descriptor FD."""
-    job = json.load(sys.stdin)
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
-        whole_lines = threading.Lock()  # progress is told from a thread of its own
+def _outcome(error: Exception, step: str | None = None) -> Outcome:
+    if isinstance(error, errors.InputError):
+        return Outcome(error.exit_code, str(error), step)
+    if errors.is_out_of_memory(error):
+        return Outcome(errors.OUT_OF_MEMORY, str(error) or type(error).__name__, step)
+    if isinstance(error, KvpipeError):
+        return Outcome(error.exit_code, str(error), step)
+    return Outcome(errors.DEFECT, f"{type(error).__name__}: {error}", step)
 
-        def tell(message: Mapping[str, Any]) -> None:
-            with whole_lines:
-                send(channel, message)
 
+def work(
+    plain: Mapping[str, Any],
+    run_began: float,
+    descriptor: int,
+    recorded: Callable[[], object],
+) -> int:
+    """Do the job and report on a descriptor; return the exit code.
+
+    Args:
+        plain: the config that runs, as plain values.
+        run_began: ``time.time()`` when the run began.
+        descriptor: where plan, starts, records and the outcome go, a JSON line each.
+        recorded: returns once the parent has written the record that was sent to it.
+    """
+    whole_lines = threading.Lock()  # progress is told from a thread of its own
+
+    def tell(message: Mapping[str, Any]) -> None:
+        with whole_lines:
+            send(channel, message)
+
+    def finish(record: PhaseRecord) -> None:
+        tell({"record": record.to_json()})
+        recorded()
+
+    with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         events = runner.Events(
             planned=lambda plan: tell({"plan": plan.to_json()}),
             started=lambda step, idx: tell({"started": step, "idx": idx}),
             progressed=lambda progress: tell({"progress": progress.to_json()}),
-            finished=lambda record: tell({"record": record.to_json()}),
+            finished=finish,
         )
-        outcome = execute(from_plain(job["config"]), events, job["run_began"])
-        send(channel, {"exit_code": outcome.exit_code, "error": outcome.error})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
-    os._exit(outcome.exit_code)
+        outcome = execute(from_plain(dict(plain)), events, run_began)
+        # The parent, once told, waits for nothing any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        send(channel, asdict(outcome))
+    return outcome.exit_code
 
 
 def _planned_jobs(
@@ -111,11 +138,9 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
         engine.shut_down()
     except Exception as error:
         traceback.print_exc()
-        if outcome.exit_code == 0:
-            return Outcome(3, f"the engine did not shut down: {type(error).__name__}: {error}")
+        if outcome.exit_code == errors.HELD:
+            return Outcome(
+                errors.FAILED, f"the engine did not shut down: {type(error).__name__}: {error}"
+            )
     gc.collect()
     return outcome
-
-
-if __name__ == "__main__":
-    main()

@@ -2,13 +2,13 @@
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from kvpipe import facts, ledger
 from kvpipe.context import Output, WorkerContext
 from kvpipe.cycles import Cycle
 from kvpipe.errors import InputError
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.phase import Effect, Kind, Result, Size, WorkerPhase
 from kvpipe.records import Check, check_equal
 from kvpipe.schema import Kvpipe, SamplingConfig
 
@@ -48,6 +48,8 @@ class Generate(WorkerPhase):
     same_cached_tokens_as: str | None = None
     weights: str = REAL
     log_text: bool = False
+
+    kind: ClassVar[Kind] = Kind.MEASURES
 
     def __post_init__(self) -> None:
         try:
@@ -118,7 +120,7 @@ class Generate(WorkerPhase):
         }
         checks = (_not_empty(output),)
         if self.same_output_as is not None:
-            earlier = ctx.outputs[self.same_output_as]
+            earlier = ctx.output_of(self.same_output_as)
             same = same_output(earlier, output)
             if self.aa_control:
                 same = replace(same, name="aa_control")
@@ -129,7 +131,7 @@ class Generate(WorkerPhase):
             earlier = ctx.outputs[self.different_output_from]
             checks = (*checks, different_output(self.different_output_from, earlier, output))
         if self.same_cached_tokens_as is not None:
-            expected = ctx.outputs[self.same_cached_tokens_as].cached_tokens
+            expected = ctx.output_of(self.same_cached_tokens_as).cached_tokens
             checks = (*checks, check_equal("same_cached_tokens", expected, output.cached_tokens))
         return Result(fields, checks)
 

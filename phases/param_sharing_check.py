@@ -1,10 +1,11 @@
 """Check that the engine computes with the very arrays of a slot: all of them, not a sample."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvpipe import facts
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.phase import Effect, Kind, Result, WorkerPhase
 from kvpipe.records import check_equal
 
 
@@ -17,6 +18,8 @@ class ParamSharingCheck(WorkerPhase):
     """
 
     slot: str = "param_dict"
+
+    kind: ClassVar[Kind] = Kind.MEASURES
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Need the slot to be the engine's; change nothing."""

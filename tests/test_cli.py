@@ -137,7 +137,7 @@ REFUSED = {
     "runner.heartbeat_s=0": "runner.heartbeat_s is 0.0, it has to be at least 1",
     "model.generate=null model.path=nowhere": "model.path: {cwd}/nowhere is not a directory",
     "model.generate=null model.path=.": "model.path: {cwd} has no config.json",
-    "model.generate.head_dim=3": "tiny model: head_dim is 3, RoPE needs an even one",
+    "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
     "prompt.text=null prompt.file=nowhere.txt": (
         "prompt.file: cannot read nowhere.txt: No such file or directory"
     ),
@@ -473,8 +473,10 @@ def test_an_unexpected_error_keeps_its_traceback(kvpipe, monkeypatch):
         raise ValueError("a defect of kvpipe")
 
     monkeypatch.setitem(cli.VERBS, "check", broken)
-    with pytest.raises(ValueError, match="a defect of kvpipe"):
-        kvpipe("check")
+    answer = kvpipe("check")
+    assert (answer.code, answer.out) == (70, "")
+    assert "Traceback (most recent call last):\n" in answer.err
+    assert answer.err.endswith("ValueError: a defect of kvpipe\n")
 
 
 def test_a_terminal_gets_a_table_and_a_pipe_gets_json(monkeypatch):

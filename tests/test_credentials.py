@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from kvpipe.credentials import REDACTED, redacted, refuse_secrets, wandb_api_key
+from kvpipe.credentials import redactor, refuse_secrets, wandb_api_key
 from kvpipe.errors import InputError
 
 KEY = "a1b2" * 10
@@ -115,11 +117,37 @@ def test_what_is_too_short_for_a_key_is_not_looked_for():
     refuse_secrets({"prompt": {"text": "Hello"}}, "e")
 
 
-def test_what_is_recorded_of_a_config_has_no_secret_and_all_the_rest():
-    config = {"tags": ["a", f"key={KEY}"], "engine": {"seed": 0, "hf_token": "x"}, "none": None}
-    assert redacted(config, KEY) == {
-        "tags": ["a", REDACTED],
-        "engine": {"seed": 0, "hf_token": REDACTED},
-        "none": None,
-    }
-    refuse_secrets({**redacted(config, KEY), "engine": {}}, KEY)
+TOKEN = "hf_" + "t0ken" * 6
+
+
+def test_the_secrets_of_the_environment_are_taken_out_of_a_text_and_of_json():
+    redact = redactor({"HF_TOKEN": TOKEN, "PATH": "/usr/bin/and/more/than/that"}, KEY)
+    assert redact.text(f"{KEY} and {TOKEN}, /usr/bin/and/more/than/that") == (
+        "[redacted] and [redacted], /usr/bin/and/more/than/that"
+    )
+    quoted = 'a "secret" of\nmore than 20 characters'
+    redact = redactor({"MY_PASSWORD": quoted}, None)
+    assert json.loads(redact.text(json.dumps({"error": quoted}))) == {"error": "[redacted]"}
+
+
+def test_a_short_value_is_no_secret_to_be_looked_for():
+    assert redactor({"MY_TOKEN": "offline"}, None).text("mode: offline") == "mode: offline"
+
+
+def test_a_secret_within_another_leaves_no_rest():
+    redact = redactor({"A_TOKEN": TOKEN, "B_TOKEN": f"{TOKEN}-and-more"}, None)
+    assert redact.text(f"{TOKEN}-and-more") == "[redacted]"
+
+
+def test_a_file_is_written_anew_only_if_a_secret_is_in_it(tmp_path):
+    log = tmp_path / "engine.log"
+    redact = redactor({"HF_TOKEN": TOKEN}, None)
+    redact.file(log)
+    assert not log.exists()
+    log.write_bytes(b"\xff plain")
+    before = log.stat().st_mtime_ns
+    redact.file(log)
+    assert log.stat().st_mtime_ns == before
+    log.write_bytes(b"\xff " + TOKEN.encode())
+    redact.file(log)
+    assert log.read_bytes() == b"\xff [redacted]"

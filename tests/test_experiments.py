@@ -36,6 +36,10 @@ RUNNER = {
     "shutdown_timeout_s": 60.0,
     "sample_peaks": True,
     "heartbeat_s": 30.0,
+    "phase_timeout_s": None,
+    "phase_timeouts": {},
+    "run_timeout_s": None,
+    "on_error": "stop",
 }
 
 PLAN = {

@@ -11,7 +11,13 @@ from tests.helpers_config import ROOT
 
 HEAVY = {"flax", "jax", "jaxlib", "optax", "sgl_jax", "torch", "transformers", "wandb"}
 # What the worker, or the child that plans, imports beside the engine's own room.
-WORKER_ONLY = {"kvpipe.planner", "kvpipe.probe", "kvpipe.runner", "kvpipe.worker"}
+WORKER_ONLY = {
+    "kvpipe.doctor_probe",
+    "kvpipe.planner",
+    "kvpipe.probe",
+    "kvpipe.runner",
+    "kvpipe.worker",
+}
 
 IMPORT_EACH = """
 import importlib, json, sys

@@ -78,7 +78,7 @@ def test_a_path_and_a_model_to_generate_contradict_each_other(tmp_path):
 @pytest.mark.parametrize("find", [check_model, find_model])
 def test_a_shape_that_no_model_can_have_is_refused_before_anything_is_generated(find, tmp_path):
     wrong = config(cache=str(tmp_path), generate=replace(SMALL, head_dim=7))
-    assert refusal(find, wrong) == "tiny model: head_dim is 7, RoPE needs an even one"
+    assert refusal(find, wrong) == "model.generate.head_dim is 7, RoPE needs an even one"
     assert not any(tmp_path.iterdir())
 
 

@@ -48,7 +48,7 @@ REFUSED = {
         "model.config: there is no 'qwen2.5-3b.json' in conf/model/configs; did you mean "
         "'qwen3-4b.json' or 'qwen2.5-3b-instruct.json'?"
     ),
-    "model.generate.head_dim=3": "tiny model: head_dim is 3, RoPE needs an even one",
+    "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
     "pipeline.10=flush_cache": "pipeline: ",
 }
 

@@ -199,8 +199,10 @@ def test_the_readme_lists_every_exit_code():
     def codes(cls):
         return {cls.exit_code}.union(*map(codes, cls.__subclasses__()))
 
-    used = {0, errors.UNEXPECTED_EXIT_CODE} | codes(errors.KvpipeError)
-    assert first_column("exit code") == [*map(str, sorted(used)), "128 + n"]
+    used = {errors.HELD, errors.DEFECT} | codes(errors.KvpipeError)
+    assert list(errors.EXIT_CODES) == [*map(str, sorted(used)), f"{errors.SIGNALLED} + n"]
+    rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in errors.EXIT_CODES.items())
+    assert f"| exit code | |\n|---|---|\n{rows}\n\n" in README
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])

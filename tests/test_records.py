@@ -222,7 +222,19 @@ def test_a_record_passes_if_all_its_checks_do(actual, passes):
 
 
 def test_the_last_record_says_how_the_run_ended():
-    record = RunFinished("failed", 1, "/runs/1", 2.0, [check_equal("a", 1, 2)], "no", {"wandb": {}})
+    record = RunFinished(
+        "failed",
+        1,
+        "/runs/1",
+        2.0,
+        [check_equal("a", 1, 2)],
+        "no",
+        failing_phase="p",
+        ledger={"kv": 3},
+        planned=PlannedPhase("p", {"kv": 4}, 4, 2),
+        command="python -m kvpipe",
+        fields={"wandb": {}},
+    )
     assert json.loads(dumps(record)) == {
         "phase": RUN_FINISHED,
         "status": "failed",
@@ -231,6 +243,10 @@ def test_the_last_record_says_how_the_run_ended():
         "elapsed_s": 2.0,
         "checks": [{"name": "a", "expected": 1, "actual": 2, "passed": False, "detail": ""}],
         "error": "no",
+        "failing_phase": "p",
+        "ledger": {"kv": 3},
+        "planned": {"name": "p", "pools": {"kv": 4}, "total_bytes": 4, "max_device_bytes": 2},
+        "command": "python -m kvpipe",
         "wandb": {},
     }
 

@@ -279,8 +279,9 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
     failed = [check for check in run.end["checks"] if not check["passed"]]
     assert [check["name"] for check in failed] == ["same_output"]
     assert failed[0]["detail"] == "the first 5 tokens agree, then one output ends"
-    assert run.lines[-2]["phase"] == "generate_result_after_kv_rebuild"
-    assert run.lines[-2]["same_output"] == 0
+    assert run.phase("generate_result_after_kv_rebuild")["same_output"] == 0
+    assert run.end["failing_phase"] == "generate_result_after_kv_rebuild"
+    assert run.lines[-2]["phase"] == "after_drop_param_dict2", "what cleans is run all the same"
     beats = run.stderr.splitlines()
     assert beats
     heartbeat = r"kvpipe: \d+/16 \w+ has run for \d+ s(: (compiling|loading|generating) .+)?"
@@ -323,7 +324,7 @@ def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
     (worker,) = [
         child
         for child in psutil.Process(started.pid).children()
-        if "kvpipe.worker" in child.cmdline()
+        if "kvpipe.worker_process" in child.cmdline()
     ]
     worker.kill()
     stdout, stderr = started.communicate(timeout=60)

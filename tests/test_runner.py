@@ -3,12 +3,15 @@
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
 
 from kvpipe import progress, runner
 from kvpipe.context import WorkerContext
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger
-from kvpipe.phase import Result, WorkerPhase
+from kvpipe.phase import Kind, Result, WorkerPhase
 from kvpipe.progress import COMPILING, GENERATING, Progress
 from kvpipe.schema import Kvpipe, RunnerConfig
 
@@ -31,6 +34,21 @@ class Fails(WorkerPhase):
         raise KvpipeError("it cannot be done")
 
 
+@dataclass(frozen=True)
+class Looks(Fails):
+    kind: ClassVar[Kind] = Kind.MEASURES
+
+
+@dataclass(frozen=True)
+class Cleans(Waits):
+    kind: ClassVar[Kind] = Kind.CLEANS
+
+
+@dataclass(frozen=True)
+class FailsToClean(Fails):
+    kind: ClassVar[Kind] = Kind.CLEANS
+
+
 def run(*phases, **options):
     """Run the phases; return the records and what was told of their progress."""
     ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
@@ -42,11 +60,8 @@ def run(*phases, **options):
         finished=records.append,
     )
     jobs = [runner.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
-    try:
-        runner.run(jobs, ctx, events, time.time())
-    except KvpipeError as error:
-        records.append(error)
-    return records, told
+    failure = runner.run(jobs, ctx, events, time.time())
+    return records + ([failure.error] if failure else []), told
 
 
 def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second():
@@ -69,6 +84,27 @@ def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
     (record,), told = run(Waits("first", 0.4))
     assert Progress("first", COMPILING, 1.75, {"programs": 2}) in told
     assert (record.compilations, record.compile_s) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("on_error", "phases", "ran"),
+    [
+        ("stop", [Looks("a"), Waits("b"), Cleans("c")], "ac"),
+        ("continue", [Looks("a"), Waits("b"), Cleans("c")], "abc"),
+        ("continue", [Looks("a"), Fails("b"), Waits("c"), Looks("d"), Cleans("e")], "abe"),
+        ("stop", [FailsToClean("a"), Waits("b"), FailsToClean("c"), Cleans("d")], "acd"),
+    ],
+)
+def test_after_a_failure_what_cleans_is_run_and_the_rest_as_the_config_says(on_error, phases, ran):
+    (*records, error), _ = run(*phases, on_error=on_error)
+    assert "".join(record.phase for record in records) == ran
+    assert str(error) == "it cannot be done"
+
+
+def test_once_the_plan_is_void_no_record_is_compared_with_it():
+    (failed, cleaned, _), _ = run(Fails("a"), Cleans("b"))
+    assert (failed.plan_error_bytes, cleaned.plan_error_bytes) == ({}, {})
+    assert cleaned.passed
 
 
 def test_every_record_has_a_peak_that_of_a_failed_phase_too():

@@ -25,6 +25,8 @@ from kvpipe.checkpoints import safetensors
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
+# Where the shape stands in a config.
+_KEY = "model.generate"
 FORMAT_VERSION = 1
 """Goes up whenever the same spec gives other bytes, so that no stale cache is reused."""
 
@@ -93,17 +95,17 @@ class TinyModel:
             "max_position_embeddings",
         ):
             if getattr(self, field) < 1:
-                raise InputError(f"tiny model: {field} is {getattr(self, field)}, it must be >= 1")
+                raise InputError(f"{_KEY}.{field} is {getattr(self, field)}, it must be >= 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"tiny model: num_attention_heads ({self.num_attention_heads}) must be a multiple "
+                f"{_KEY}.num_attention_heads ({self.num_attention_heads}) must be a multiple "
                 f"of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
-            raise InputError(f"tiny model: head_dim is {self.head_dim}, RoPE needs an even one")
+            raise InputError(f"{_KEY}.head_dim is {self.head_dim}, RoPE needs an even one")
         if self.vocab_size <= _BYTES:
             raise InputError(
-                f"tiny model: vocab_size is {self.vocab_size}, it must be > {_BYTES}: "
+                f"{_KEY}.vocab_size is {self.vocab_size}, it must be > {_BYTES}: "
                 "one token for each byte and one for the end of the text"
             )
 
@@ -132,7 +134,7 @@ def ensure(spec: TinyModel, cache_dir: Path) -> Path:
 
 def _check_choice(field: str, value: str, valid: dict[str, Any]) -> None:
     if value not in valid:
-        raise InputError(f"tiny model: unknown {field} {value!r}; {nearest(value, valid)}")
+        raise InputError(f"{_KEY}.{field} is {value!r}; {nearest(value, valid)}")
 
 
 def _directory_name(spec: TinyModel) -> str:

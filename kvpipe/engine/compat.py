@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
+import psutil
 from jax.sharding import Mesh
 
 _FIRST_VERSION = "0.0.2"
@@ -19,6 +20,22 @@ _FIRST_VERSION = "0.0.2"
 def sgl_jax_version() -> str:
     """Return the version of the installed sglang-jax."""
     return importlib.metadata.version("sglang-jax")
+
+
+def in_force() -> list[str]:
+    """Return the names of the patches that change something in the installed version."""
+    from jax._src import dtypes
+
+    first = sgl_jax_version() == _FIRST_VERSION
+    needed = {
+        pytree_registered_twice: first,
+        sampler_off_tpu: first,
+        bit_width_of_dtypes: not hasattr(dtypes, "bit_width"),
+        config_of_each_engine_is_its_own: True,
+        failure_signals_stay_here: True,
+        failure_does_not_kill: True,
+    }
+    return [patch.__name__ for patch, is_needed in needed.items() if is_needed]
 
 
 def shards_explicitly() -> bool:
@@ -144,6 +161,22 @@ def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         jax.devices = original
+
+
+@contextmanager
+def failure_signals_stay_here() -> Iterator[None]:
+    """Let the threads that the engine starts take this process for its own parent.
+
+    Defect: a thread that fails sends SIGQUIT to the parent of its process, also where the engine
+    runs in one process; that is the user's shell, or who supervises the run.
+    For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
+    """
+    original = psutil.Process.parent
+    psutil.Process.parent = lambda self: self
+    try:
+        yield
+    finally:
+        psutil.Process.parent = original
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:

@@ -1,8 +1,8 @@
 """Notice that a thread of the engine has failed, and tell the caller why.
 
 The engine's threads log their exception and send SIGQUIT, to the process or to its parent, whose
-handler kills everything. Here the log line is kept, the signal reaches this process alone, and the
-next call into the engine raises :class:`kvpipe.errors.EngineError`.
+handler kills everything. Here the log line is kept, the signal reaches this process alone (see
+:func:`kvpipe.engine.compat.failure_signals_stay_here`), and the next call into the engine raises :class:`kvpipe.errors.EngineError`.
 """
 
 import logging
@@ -12,9 +12,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
-
-import psutil
 
 from kvpipe.errors import EngineError
 
@@ -86,17 +83,9 @@ class FailureWatch(logging.Handler):
             self._failed.set()
             self.raise_if_failed()
 
-    def watch(self, scheduler: Any) -> None:
-        """Let the signals of the engine's threads reach this process, and only set the flag.
-
-        Args:
-            scheduler: the started engine's scheduler.
-        """
+    def watch(self) -> None:
+        """Let the signals of the engine's threads only set the flag."""
         signal.signal(signal.SIGQUIT, self._on_sigquit)
-        itself = psutil.Process()
-        for owner in (scheduler, scheduler.tp_worker):
-            if hasattr(owner, "parent_process"):
-                owner.parent_process = itself
 
     def _on_sigquit(self, signum: int, frame: FrameType | None) -> None:
         self._failed.set()

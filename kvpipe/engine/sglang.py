@@ -143,7 +143,11 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     check_devices(config)
     failure = FailureWatch()
     # The engine imports its attention backend as late as in its constructor.
-    with compat.pytree_registered_twice(), failure.starting():
+    with (
+        compat.pytree_registered_twice(),
+        compat.failure_signals_stay_here(),
+        failure.starting(),
+    ):
         from sgl_jax.srt.entrypoints.engine import Engine
         from sgl_jax.srt.server_args import ServerArgs
 
@@ -153,7 +157,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         compat.failure_does_not_kill(failure.on_kill)
         engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))
     scheduler = engine.scheduler_info["scheduler"]
-    failure.watch(scheduler)
+    failure.watch()
     started = SglangEngine(
         engine=engine,
         scheduler=scheduler,

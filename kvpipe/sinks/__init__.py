@@ -75,7 +75,7 @@ class Sinks:
                 sink.run_finished(record)
             except Exception as error:
                 errors.append(error)
-                record = _failed_by(record, error)
+                record = failed_by(record, error)
         _raise_all(errors)
 
     def _call(self, call: Callable[[Sink], None]) -> None:
@@ -88,11 +88,12 @@ class Sinks:
         _raise_all(errors)
 
 
-def _failed_by(record: RunFinished, error: Exception) -> RunFinished:
+def failed_by(record: RunFinished, error: Exception) -> RunFinished:
     """Return the record of a run that ``error`` failed, if nothing had failed it before."""
     message = f"{record.error}; then: {error}" if record.error else str(error)
     exit_code = record.exit_code or getattr(error, "exit_code", 1)
-    return replace(record, status="failed", exit_code=exit_code, error=message)
+    status = record.status if record.exit_code else "failed"
+    return replace(record, status=status, exit_code=exit_code, error=message)
 
 
 def _raise_all(errors: Sequence[Exception]) -> None:

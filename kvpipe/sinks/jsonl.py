@@ -1,8 +1,12 @@
 """Records as JSON lines: the file ``records.jsonl``, and stdout for pipes and ``tee``."""
 
-from typing import TextIO
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
 
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import RecordError
 from kvpipe.progress import Progress
 from kvpipe.records import (
     RUN_FINISHED,
@@ -16,6 +20,9 @@ from kvpipe.records import (
     dumps,
 )
 
+# Enough for the last record of a run with thousands of token ids in its checks.
+_RESERVE_BYTES = 1 << 20
+
 
 class JsonLines:
     """Writes one line a record, at once, so that a killed run leaves every line it had.
@@ -25,6 +32,11 @@ class JsonLines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+
+    @property
+    def name(self) -> str:
+        """Where the lines go, for messages."""
+        return getattr(self._stream, "name", "the stream")
 
     def run_started(self, record: RunStarted) -> None:
         """Write the first record."""
@@ -51,9 +63,89 @@ class JsonLines:
     def _write(self, record: Record, phase: str) -> None:
         line = dumps(record)
         try:
-            self._stream.write(f"{line}\n")
-            self._stream.flush()
+            self._put(f"{line}\n")
         except (OSError, UnicodeEncodeError) as error:
-            name = getattr(self._stream, "name", "the stream")
             reason = getattr(error, "strerror", None) or error
-            raise KvpipeError(f"{name}: cannot write the record of {phase!r}: {reason}") from error
+            message = f"{self.name}: cannot write the record of {phase!r}: {reason}"
+            raise RecordError(message) from error
+
+    def _put(self, line: str) -> None:
+        self._stream.write(line)
+        self._stream.flush()
+
+
+class JsonFile(JsonLines):
+    """Writes the lines to a file of its own, each on the disk before the next phase starts.
+
+    A line is in the file whole or not at all. Some room on the disk is kept for the end: when the
+    disk is full, the record that met it and those after it go there.
+
+    Args:
+        path: the file; it is written anew.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._size = 0
+        self._reserve: int | None = _reserve(path.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._give_up_reserve()
+        os.close(self._file)
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self._path)
+
+    def _put(self, line: str) -> None:
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self._reserve is None:
+                raise
+            self._give_up_reserve()
+            self._append(line.encode())
+            raise
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(line)
+
+    def _give_up_reserve(self) -> None:
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
+
+
+def _reserve(directory: Path) -> int:
+    """Return the descriptor of a file without a name, whose bytes are given back by closing it."""
+    path = directory / ".reserve"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    path.unlink()
+    try:
+        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

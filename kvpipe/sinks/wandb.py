@@ -6,7 +6,10 @@ than a second. Nothing that wandb fails at is swallowed: it ends in a :class:`Tr
 """
 
 import html
+import os
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -306,6 +309,18 @@ class WandbSink:
             ) from error
 
 
+def find_server(timeout_s: float) -> str:
+    """Return the address of W&B's server once it is reached.
+
+    Raises:
+        OSError: nothing listens there.
+        TrackingError: W&B refuses its own settings.
+    """
+    base_url = _base_url()
+    _reach(base_url, timeout_s)
+    return base_url
+
+
 def _started(
     tracking: TrackingConfig, run: "wandb.Run | None", reason: str | None
 ) -> dict[str, Any]:
@@ -373,6 +388,9 @@ def _stop_service() -> None:
     # that died with sys.exit, which would end this process before its last record is written.
     with suppress(Exception, SystemExit):
         wandb.teardown()
+    # The directory of its socket, named after this process, is left behind by one that was killed.
+    for left in Path(tempfile.gettempdir()).glob(f"wandb-{os.getpid()}-*"):
+        shutil.rmtree(left)
 
 
 def _reach(base_url: str, timeout_s: float) -> None:

@@ -231,7 +231,7 @@ def test_english_letters_are_merged(tokenizer):
     ("change", "words"),
     [
         ({"architecture": "Qwen2ForCausal"}, "'Qwen2ForCausal'; did you mean 'Qwen2ForCausalLM'"),
-        ({"torch_dtype": "bf16"}, "unknown torch_dtype 'bf16'; did you mean 'bfloat16'"),
+        ({"torch_dtype": "bf16"}, "torch_dtype is 'bf16'; did you mean 'bfloat16'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, it must be >= 1"),
         ({"num_key_value_heads": 3}, "num_attention_heads (4) must be a multiple of num_key_value"),
         ({"head_dim": 7}, "head_dim is 7, RoPE needs an even one"),

@@ -153,7 +153,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
         progressed=told.append,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
-    runner.run(jobs, ctx, events, time.time())
+    assert runner.run(jobs, ctx, events, time.time()) is None
     engine.flush()
     return {"records": records, "told": told}
 

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -6,10 +7,10 @@ from pathlib import Path
 import pytest
 from pipeline_records import OUTPUT, passed, phase, pipeline, started
 
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import KvpipeError, RecordError
 from kvpipe.progress import GENERATING, Progress
 from kvpipe.records import dumps
-from kvpipe.sinks.jsonl import JsonLines
+from kvpipe.sinks.jsonl import JsonFile, JsonLines
 
 
 def write_run(sink):
@@ -66,3 +67,50 @@ def test_a_full_disk_is_an_error_that_names_the_file():
         pytest.raises(KvpipeError, match=r"/dev/full: cannot write .*: No space left on device"),
     ):
         JsonLines(stream).run_finished(passed())
+
+
+def test_the_file_takes_the_same_lines(tmp_path):
+    stream = io.StringIO()
+    write_run(JsonLines(stream))
+    with JsonFile(tmp_path / "records.jsonl") as sink:
+        write_run(sink)
+    assert (tmp_path / "records.jsonl").read_text() == stream.getvalue()
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_on_a_full_disk_the_file_keeps_whole_lines_and_has_room_for_the_end(tmp_path, monkeypatch):
+    """The disk is full until the room that is kept for the end is given up."""
+    path = tmp_path / "records.jsonl"
+    write, close = os.write, os.close
+    state = {"full": False, "reserve": None}
+
+    def write_some(descriptor, line):
+        if not state["full"]:
+            return write(descriptor, line)
+        state["torn"] = write(descriptor, line[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def give_back(descriptor):
+        if descriptor == state["reserve"]:
+            state["full"] = False
+        close(descriptor)
+
+    with JsonFile(path) as sink:
+        state["reserve"] = sink._reserve
+        assert os.fstat(sink._reserve).st_blocks * 512 >= 1 << 20
+        sink.phase_finished(phase(1))
+        monkeypatch.setattr(os, "write", write_some)
+        monkeypatch.setattr(os, "close", give_back)
+        state["full"] = True
+        with pytest.raises(
+            RecordError, match="cannot write the record of 'engine_ready_dummy': No"
+        ):
+            sink.phase_finished(phase(2))
+        assert state["torn"] == 10
+        sink.run_finished(passed())
+        state["full"] = True
+        with pytest.raises(RecordError, match="cannot write the record of 'run_finished'"):
+            sink.run_finished(passed())
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    expected = [phase(1), phase(2), passed()]
+    assert lines == [json.loads(dumps(record)) for record in expected]

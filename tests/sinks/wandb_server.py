@@ -87,6 +87,14 @@ def serve(respond=well_behaved):
 
     server = QuietServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def stop():
+        """Go away: nobody listens any more, and who is connected is cut off."""
+        state.respond = cut_off
+        server.shutdown()
+        server.server_close()
+
+    state.stop = stop
     state.url = f"http://127.0.0.1:{server.server_port}"
     try:
         yield state
@@ -94,6 +102,11 @@ def serve(respond=well_behaved):
         state.closing.set()
         server.shutdown()
         server.server_close()
+
+
+def cut_off(server, path, body):
+    """Answer nothing and close the connection."""
+    raise ConnectionResetError
 
 
 def never(server, path, body):

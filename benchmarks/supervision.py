@@ -1,0 +1,68 @@
+"""What a worker of its own costs: the tiny run with ``runner.isolate`` true and false, in turns.
+
+The CPU time of a run, its children's too, is compared beside the time on the clock: the work of
+other processes disturbs it less.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+_TURNS = 3
+_DEVICES = 2
+
+
+def measure() -> dict[str, float]:
+    """Return seconds of both kinds of run, and what isolation adds to each, as a ratio."""
+    wall: dict[bool, list[float]] = {True: [], False: []}
+    cpu: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as cwd:
+        _run(cwd, isolate=False)  # generates the checkpoint, warms the files up
+        for turn in range(_TURNS):
+            # The first of a pair is not always the same.
+            for isolate in (True, False) if turn % 2 else (False, True):
+                wall_s, cpu_s = _run(cwd, isolate)
+                wall[isolate].append(wall_s)
+                cpu[isolate].append(cpu_s)
+    return {
+        "supervision.isolated_seconds": statistics.median(wall[True]),
+        "supervision.together_seconds": statistics.median(wall[False]),
+        "supervision.isolated_cpu_seconds": statistics.median(cpu[True]),
+        "supervision.together_cpu_seconds": statistics.median(cpu[False]),
+        "supervision.seconds_added": _added(wall),
+        "supervision.cpu_added": _added(cpu),
+    }
+
+
+def _added(measured: dict[bool, list[float]]) -> float:
+    """Return the median over the pairs of what isolation adds, as a share."""
+    pairs = zip(measured[True], measured[False], strict=True)
+    return statistics.median(isolated / together - 1 for isolated, together in pairs)
+
+
+def _run(cwd: str, isolate: bool) -> tuple[float, float]:
+    """Run the tiny experiment; return its seconds on the clock and of CPU."""
+    # The benchmarks' own devices are not the run's.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    before, began = os.times(), time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "kvpipe", f"runner.isolate={str(isolate).lower()}"),
+                *(f"engine.tp_size={_DEVICES}", f"cache_dir={cwd}/cache"),
+            ],
+            cwd=cwd,
+            env=inherited,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    wall_s, after = time.monotonic() - began, os.times()
+    if done.returncode:
+        raise RuntimeError(f"the run ended with exit code {done.returncode}")
+    cpu_s = (after.children_user - before.children_user) + (
+        after.children_system - before.children_system
+    )
+    return wall_s, cpu_s

@@ -1,0 +1,52 @@
+"""What the doctor has to ask jax and the engine, in a child process of its own."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvpipe import plan, planner
+from kvpipe.child import send
+from kvpipe.engine import compat, devices
+from kvpipe.errors import KvpipeError
+from kvpipe.schema import from_plain
+from kvpipe.steps import build_steps
+
+
+def main() -> None:
+    """Entry of ``python -m kvpipe.doctor_probe FD``: one job on stdin, one answer on FD."""
+    job = json.loads(sys.stdin.readline())
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+        send(channel, _answer(job))
+    # The TPU's runtime has threads in which Python's own way out can hang.
+    os._exit(0)
+
+
+def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    config = from_plain(job["config"])
+    try:
+        devices.check_devices(config.engine)
+        found = {
+            "devices": devices.describe(),
+            "hbm_bytes": devices.memory_bytes(),
+            "patches": compat.in_force(),
+            "misfit": None,
+            "peak_bytes": None,
+        }
+        if job["model_dir"] is None:
+            return found
+        record = planner.plan_here(build_steps(config), config, Path(job["model_dir"])).record
+    except KvpipeError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    peak = max(phase.max_device_bytes for phase in record.phases)
+    return found | {"misfit": plan.misfit(record), "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    main()

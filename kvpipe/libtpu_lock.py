@@ -1,0 +1,72 @@
+"""The file with which libtpu lets one process at a time have the TPU.
+
+Its lock goes with the process that holds it; the file stays, and then no other user can open it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+LOCK_FILE = Path("/tmp/libtpu_lockfile")
+_LOCKS = Path("/proc/locks")
+_TPU = "tpu"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds the lock.
+
+    Attributes:
+        pid: its id.
+        user: whose it is.
+        command: its command line.
+    """
+
+    pid: int
+    user: str
+    command: str
+
+
+def holder(lock_file: Path = LOCK_FILE) -> Holder | None:
+    """Return the process that holds the lock; None if none does, or there is no such file."""
+    if not lock_file.exists():
+        return None
+    stat = lock_file.stat()
+    device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
+    wanted = f"{device}:{stat.st_ino}"
+    for line in _LOCKS.read_text().splitlines():
+        # 1: POSIX  ADVISORY  WRITE 4711 fe:00:131 0 EOF; a process that waits has "->" after "1:".
+        fields = line.split()
+        if fields[1] != "->" and fields[5] == wanted:
+            return _process(int(fields[4]))
+    return None
+
+
+def _process(pid: int) -> Holder:
+    try:
+        process = psutil.Process(pid)
+        return Holder(pid, process.username(), " ".join(process.cmdline()))
+    except psutil.Error:
+        return Holder(pid, "unknown", "unknown")
+
+
+class LibtpuLock:
+    """Around a run: the lock's file goes with it, if the run made it.
+
+    Args:
+        device: ``engine.device``; on the CPU nothing is done.
+        lock_file: where it is.
+    """
+
+    def __init__(self, device: str, lock_file: Path = LOCK_FILE) -> None:
+        self._lock_file = lock_file
+        self._ours = device == _TPU and not lock_file.exists()
+
+    def __enter__(self) -> None:
+        """Do nothing: libtpu makes its file itself."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._ours and self._lock_file.exists() and holder(self._lock_file) is None:
+            self._lock_file.unlink()

@@ -1,0 +1,53 @@
+"""The entry of the worker's process: what has to be in force before jax is imported.
+
+That import takes seconds, in which the parent may die, or call the start stuck.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from kvpipe.child import STACKS_FILE, remove_tree
+
+
+def main() -> None:
+    """Entry of ``python -m kvpipe.worker_process FD``: do the job on stdin, report on FD.
+
+    The job is one line with the plain config (``config``), when the run began (``run_began``) and
+    the directory for temporary files (``scratch``). Then comes a line for each record that the
+    parent has written, before which no further step starts. Standard input stays open for as long
+    as the parent lives. SIGUSR1 writes the stacks of all threads into ``scratch``.
+    """
+    # Ctrl-C is the parent's to take; one that is sent to this process ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    job = json.loads(sys.stdin.readline())
+    scratch = Path(job["scratch"])
+    with (scratch / STACKS_FILE).open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+        recorded = threading.Semaphore(0)
+        threading.Thread(target=_listen, args=(recorded, scratch), daemon=True).start()
+        from kvpipe import worker
+
+        descriptor = int(sys.argv[1])
+        exit_code = worker.work(job["config"], job["run_began"], descriptor, recorded.acquire)
+    # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
+    os._exit(exit_code)
+
+
+def _listen(recorded: threading.Semaphore, scratch: Path) -> None:
+    """Count what the parent has written; once it is gone, end this process group.
+
+    No temporary file stays behind.
+    """
+    for _ in sys.stdin:
+        recorded.release()
+    remove_tree(scratch)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

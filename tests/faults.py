@@ -1,0 +1,179 @@
+"""Phases that fail on purpose, for a directory that a test puts before the real ``phases``."""
+
+import textwrap
+from pathlib import Path
+
+import phases
+
+PIPELINES = {
+    "faulty": "[wandb_init, jax_ready, fault, after, cleaning]",
+    "no_wandb": "[jax_ready, fault, after, cleaning]",
+    "in_the_parent": "[wandb_init, fault_parent, jax_ready]",
+    "on_the_engine": (
+        "[wandb_init, jax_ready, engine_ready_dummy, kv_cache_dropped, fault, after, cleaning]"
+    ),
+}
+OPTIONS = """
+phases:
+  fault: {use: fault_changes}
+  after: {use: fault_changes}
+  cleaning: {use: fault_cleans}
+"""
+PHASE = '''
+"""A phase of the tests."""
+from dataclasses import dataclass
+from typing import ClassVar
+
+import what_goes_wrong
+from kvpipe.phase import Effect, Kind, Result, WorkerPhase
+
+
+@dataclass(frozen=True)
+class Fault(WorkerPhase):
+    how: str = "nothing"
+
+    kind: ClassVar[Kind] = Kind.{kind}
+
+    def effect(self, before):
+        return Effect()
+
+    def run(self, ctx):
+        return getattr(what_goes_wrong, self.how)(ctx) or Result()
+'''
+PARENT_PHASE = '''
+"""A phase of the tests."""
+from dataclasses import dataclass
+from kvpipe.phase import Effect, ParentPhase
+
+
+@dataclass(frozen=True)
+class Fault(ParentPhase):
+    def effect(self, before):
+        return Effect()
+
+    def run(self, ctx):
+        raise ValueError("a fault of the tests")
+'''
+FAULTS = """
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from kvpipe.phase import Result
+from kvpipe.records import Check
+
+WORKER_ID = Path("worker.pid")
+
+
+def nothing(ctx):
+    pass
+
+
+def exception(ctx):
+    raise ValueError("a fault of the tests")
+
+
+def failed_check(ctx):
+    return Result({}, (Check("a check of the tests", 1, 2, False),))
+
+
+def host_memory(ctx):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+    bytearray(1 << 32)
+
+
+def device_memory(ctx):
+    import jax.numpy as jnp
+
+    jnp.zeros(1 << 46).block_until_ready()
+
+
+def eat_memory(ctx):
+    held = []
+    while True:
+        held.append(os.urandom(1 << 24))
+
+
+def abort(ctx):
+    os.abort()
+
+
+def segfault(ctx):
+    ctypes.string_at(0)
+
+
+def leave(ctx):
+    os._exit(0)
+
+
+def wait(ctx):
+    WORKER_ID.write_text(str(os.getpid()))
+    threading.Thread(target=time.sleep, args=(99,), name="a thread of the tests").start()
+    hang()
+
+
+def hang():
+    time.sleep(99)
+
+
+def wait_for_signal(ctx):
+    told = threading.Event()
+    signal.signal(signal.SIGUSR2, lambda *_: told.set())
+    WORKER_ID.write_text(str(os.getpid()))
+    while ctx.engine_lives and not told.wait(0.05):
+        pass
+
+
+def fill_disk(ctx):
+    with Path("outputs/filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            pass
+    # More than what the last page of the records' file has room for.
+    return Result({"long": "x" * 10_000})
+
+
+def child(ctx):
+    code = "import time; time.sleep(99)"
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    subprocess.Popen([sys.executable, "-c", code])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell_secrets(ctx):
+    token = os.environ["HF_TOKEN"]
+    print(f"a log with {token}", flush=True)
+    key = (Path.cwd() / ".env").read_text().partition("=")[2].strip()
+    raise ValueError(f"{token} and {key}")
+
+
+def generate_while_dropped(ctx):
+    ctx.engine.away.clear()
+    ctx.engine.generate("Hello", ctx.config.sampling)
+"""
+
+
+def write_site(directory: Path) -> None:
+    """Write phases, the real ones too, and pipelines of them; for PYTHONPATH and --config-dir."""
+    (directory / "phases").mkdir(parents=True)
+    for path in Path(phases.__path__[0]).glob("*.py"):
+        (directory / "phases" / path.name).write_bytes(path.read_bytes())
+    for kind in ("CHANGES", "MEASURES", "CLEANS"):
+        path = directory / f"phases/fault_{kind.lower()}.py"
+        path.write_text(PHASE.replace("{kind}", kind))
+    (directory / "phases/fault_parent.py").write_text(PARENT_PHASE)
+    (directory / "what_goes_wrong.py").write_text(textwrap.dedent(FAULTS))
+    (directory / "conf/pipeline").mkdir(parents=True)
+    for name, steps in PIPELINES.items():
+        options = OPTIONS if "fault," in steps else ""
+        text = f"# @package _global_\npipeline: {steps}\n{options}"
+        (directory / f"conf/pipeline/{name}.yaml").write_text(text)

@@ -1,0 +1,291 @@
+"""Whatever is wrong with a config, it is refused in a few lines that name the key.
+
+The configs are generated from the schema: one thing is wrong with each, whatever is right with the
+rest. They are composed and checked in this process; a few go through the real command.
+"""
+
+import json
+import math
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvpipe import cli
+from kvpipe.errors import InputError
+from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
+from kvpipe.schema import Kvpipe, from_plain, schema, to_plain
+from kvpipe.steps import option_types, phase_class
+from tests.helpers_config import default_names
+from tests.test_layers import RUN_CLI, python
+
+pytestmark = pytest.mark.slow
+EXAMPLES = 500
+
+words = st.from_regex(r"[a-z][a-z_]{2,9}", fullmatch=True).map(lambda word: f"{word}_zz")
+numbers_that_are_none = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+def leaves(cls=Kvpipe, path=""):
+    """Yield the key and type of each scalar and list of the schema."""
+    for name, hint in get_type_hints(cls).items():
+        inner = [arg for arg in get_args(hint) if arg is not type(None)]
+        kind = inner[0] if get_origin(hint) in (Union, type(int | None)) else hint
+        if is_dataclass(kind):
+            yield from leaves(kind, f"{path}{name}.")
+        elif get_origin(kind) is not dict:
+            yield f"{path}{name}", kind
+
+
+LEAVES = {
+    key: kind
+    for key, kind in leaves()
+    # Of the keys below these, the default config has none.
+    if not key.startswith(("repeat.", "pipeline"))
+}
+
+POSITIVE_INTEGERS = [
+    *(
+        f"engine.{name}"
+        for name in [
+            "tp_size",
+            "dp_size",
+            "max_total_tokens",
+            "context_length",
+            "page_size",
+            "max_running_requests",
+            "max_prefill_tokens",
+            "virtual_devices",
+        ]
+    ),
+    "sampling.max_new_tokens",
+    "tracking.text_max_chars",
+    "plan.prompt_tokens",
+    *(
+        f"model.generate.{name}"
+        for name in [
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "max_position_embeddings",
+        ]
+    ),
+]
+SECONDS = [
+    "engine.watchdog_timeout",
+    "runner.idle_timeout_s",
+    "runner.shutdown_timeout_s",
+    "runner.phase_timeout_s",
+    "runner.run_timeout_s",
+    "runner.phase_timeouts.jax_ready",
+    "tracking.init_timeout_s",
+    "tracking.finish_timeout_s",
+]
+CHOICES = [
+    "engine.device",
+    "engine.dtype",
+    "engine.load_format",
+    "engine.log_level",
+    "runner.on_error",
+    "tracking.mode",
+    "output",
+    "plan.format",
+    "model.generate.architecture",
+    "model.generate.torch_dtype",
+]
+# A step, and another that has to come later.
+BEFORE = [
+    ("wandb_init", "jax_ready"),
+    ("jax_ready", "engine_ready_dummy"),
+    ("engine_ready_dummy", "kv_cache_dropped"),
+    ("mllm_params_cpu_ready", "sglang_param_dict_ready"),
+    ("sglang_param_dict_ready", "weights_swapped_from_mllm"),
+    ("generate_result", "generate_result_after_kv_rebuild"),
+    ("kv_cache_dropped", "kv_cache_rebuilt"),
+    ("sglang_param_dict2_ready", "after_drop_param_dict2"),
+]
+
+
+@cache
+def default_phases():
+    return to_plain(compose("config"))["phases"]
+
+
+def wrong_value(kind):
+    """Return values, as overrides write them, that are not of a type."""
+    if kind is bool:
+        return words | st.just("[1]") | st.just("{a: 1}")
+    if kind in (int, float):
+        return words | st.just("[1]") | st.just("{a: 1}") | st.just("true and false")
+    if get_origin(kind) is list:
+        return words | st.just("{a: 1}") | st.integers(1, 9).map(str)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return words
+    return st.just("[1]") | st.just("{a: 1}")
+
+
+def one(key, value):
+    return ([f"{key}={value}"], key)
+
+
+@st.composite
+def wrong_types(draw):
+    key = draw(st.sampled_from(sorted(LEAVES)))
+    return one(key, draw(wrong_value(LEAVES[key])))
+
+
+@st.composite
+def wrong_ranges(draw):
+    which = draw(st.integers(0, 4))
+    if which == 0:
+        return one(draw(st.sampled_from(POSITIVE_INTEGERS)), draw(st.integers(-(2**40), 0)))
+    if which == 1:
+        wrong = st.floats(max_value=0, allow_nan=False) | numbers_that_are_none
+        return one(draw(st.sampled_from(SECONDS)), draw(wrong))
+    if which == 2:
+        wrong = st.floats(max_value=0) | st.floats(min_value=1.01) | numbers_that_are_none
+        return one("engine.mem_fraction_static", draw(wrong))
+    if which == 3:
+        wrong = st.floats(max_value=-1e-9, allow_nan=False) | numbers_that_are_none
+        return one("sampling.temperature", draw(wrong))
+    key = draw(st.sampled_from(["plan.allowance_bytes", "compare.budget_bytes"]))
+    return one(key, draw(st.integers(-(2**40), -1)))
+
+
+@st.composite
+def wrong_names(draw):
+    word, plus = draw(words), draw(st.sampled_from(["", "+"]))
+    section = draw(st.sampled_from(["engine", "sampling", "runner", "tracking", "model", "plan"]))
+    step = draw(st.sampled_from(default_names()))
+    at = draw(st.integers(0, 15))
+    cases = [
+        ([f"{plus}{section}.{word}=1"], f"{section}.{word}"),
+        ([f"+{word}=1"], word),
+        ([f"phases.{word}.use=generate"], f"phases.{word}"),
+        ([f"phases.{step}.use={word}"], word),
+        ([f"phases.{step}.{word}=1"], f"phases.{step}.{word}"),
+        ([f"runner.phase_timeouts.{word}=1"], f"runner.phase_timeouts.{word}"),
+        ([f"pipeline.{at}={word}"], word),
+        ([f"{draw(st.sampled_from(['engine', 'model', 'prompt', 'pipeline']))}={word}"], word),
+        ([f"+experiment={word}"], word),
+        ([word], word),
+        *(one(key, word) for key in CHOICES),
+    ]
+    return draw(st.sampled_from(cases))
+
+
+@st.composite
+def wrong_orders(draw):
+    first, second = draw(st.sampled_from(BEFORE))
+    names = draw(st.permutations(default_names()))
+    i, j = names.index(first), names.index(second)
+    if i < j:
+        names[i], names[j] = names[j], names[i]
+    return ([f"pipeline.{at}={name}" for at, name in enumerate(names)], "pipeline: ")
+
+
+@st.composite
+def wrong_options(draw):
+    """Give an option of a phase a value of another type."""
+    phases = default_phases()
+    step = draw(st.sampled_from(default_names()))
+    types = option_types(phase_class(phases.get(step, {}).get("use", step)))
+    if not types:
+        return one(f"phases.{step}.nosuch_zz", 1)
+    option = draw(st.sampled_from(sorted(types)))
+    key = f"phases.{step}.{option}"
+    return one(key, "{a: 1}")
+
+
+@st.composite
+def contradictions(draw):
+    tp, dp = draw(st.integers(1, 64)), draw(st.integers(1, 64))
+    step = draw(st.sampled_from(default_names()))
+    seconds = draw(st.floats(0.1, 1e6))
+    limit = draw(st.sampled_from(["phase_timeout_s", "run_timeout_s", f"phase_timeouts.{step}"]))
+    return draw(
+        st.sampled_from(
+            [
+                (
+                    [
+                        f"engine.tp_size={tp}",
+                        f"engine.dp_size={dp}",
+                        f"engine.virtual_devices={tp * dp + 1}",
+                    ],
+                    "engine.virtual_devices",
+                ),
+                (["engine.device=tpu", f"engine.virtual_devices={tp}"], "engine.virtual_devices"),
+                (["runner.isolate=false", f"runner.{limit}={seconds}"], f"runner.{limit}"),
+                (["prompt.file=nowhere.txt"], "prompt.file"),
+                (["prompt.text=null"], "prompt"),
+                ([f"prompt.sha256={draw(words)}"], "prompt.sha256"),
+                ([f"model.path={draw(words)}"], "model.path"),
+            ]
+        )
+    )
+
+
+def refusal(overrides):
+    """Return what is told of a bad config; whatever is no refusal is raised."""
+    try:
+        plain = to_plain(compose("config", overrides=overrides))
+        cli._checked_steps(from_plain(plain))
+    except COMPOSITION_ERRORS as error:
+        return one_message(error)
+    except InputError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composed():
+    default_names()  # composes too, which cannot be done inside another composition
+    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    with initialize_config_module("conf", version_base="1.3"):
+        yield
+
+
+bad_configs = st.one_of(
+    wrong_types(), wrong_ranges(), wrong_names(), wrong_orders(), wrong_options(), contradictions()
+)
+
+
+@settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(bad=bad_configs)
+def test_a_bad_config_is_refused_in_a_few_lines_that_name_the_key(bad):
+    overrides, key = bad
+    told = refusal(overrides)
+    assert 1 <= len(told.splitlines()) <= 3
+    assert key in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["engine.page_size=[1]"], "engine.page_size"),
+        (["sampling.temperature=nan"], "sampling.temperature"),
+        (["pipeline.3=nosuch_zz"], "nosuch_zz"),
+        (["pipeline.1=engine_ready_dummy", "pipeline.2=jax_ready"], "step 'engine_ready_dummy'"),
+    ],
+)
+def test_the_real_command_refuses_it_with_exit_code_2_and_without_jax(tmp_path, overrides, key):
+    done = python(RUN_CLI, "kvpipe", *overrides, cwd=tmp_path)
+    *told, last = done.stderr.splitlines()
+    code, imported = json.loads(last)
+    assert (code, done.stdout) == (2, "")
+    assert key in told[0]
+    assert len(told) <= 3
+    assert {"jax", "jaxlib", "sgl_jax"} & set(imported) == set()
