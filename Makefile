@@ -17,7 +17,7 @@ comma := ,
 .PHONY: help run plans test test-fast bench lint format lock clean env
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: env ## run a pipeline: make run EXPERIMENT=tiny ARGS="key=value ..."
 	@$(BIN)/python -m kvpipe $(if $(EXPERIMENT),+experiment=$(EXPERIMENT)) $(ARGS)
@@ -54,3 +54,5 @@ clean: ## remove all that make made here; the outputs of runs stay
 
 env:
 	@.ci/env.sh
+
+include ops/tpu.mk

@@ -76,7 +76,10 @@ def test_make_help_is_the_default_and_lists_every_target(arguments):
         "lint",
         "format",
         "lock",
+        "release-check",
+        "upstream-watch",
         "clean",
+        *re.findall(r"^(tpu-\w+):", (ROOT / "ops/tpu.mk").read_text(), re.MULTILINE),
     ]
 
 
