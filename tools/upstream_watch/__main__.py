@@ -1,0 +1,90 @@
+"""Hold an installed sglang-jax against the supported one: ``make upstream-watch PYTHON=.../python``.
+
+It gathers the facts that the adapter relies on, prints what differs from the committed facts of the
+supported version, and runs the adapter's contract tests. It exits 0 if the tests and the adapter's
+steps pass, 1 if not; what differs is for reading.
+
+    --facts-only    leave the contract tests out
+    --write         commit these facts as the supported version's: write the file, compare nothing
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.upstream_watch import changes
+
+ROOT = Path(__file__).parents[2]
+SUPPORTED = Path(__file__).with_name("supported.json")
+CONTRACT = "tests/engine"
+
+
+def main() -> int:
+    """Gather, compare, test; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make upstream-watch", allow_abbrev=False)
+    parser.add_argument("--facts-only", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    facts = _facts()
+    if facts is None:
+        return 1
+    if options.write:
+        SUPPORTED.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {SUPPORTED.relative_to(ROOT)}")
+        return 0
+    supported = json.loads(SUPPORTED.read_text(encoding="utf-8"))
+    print(f"Supported: {_versions(supported)}\nInstalled: {_versions(facts)}\n")
+    # Its versions are told above.
+    for line in changes.lines(
+        *({k: v for k, v in f.items() if k != "versions"} for f in (supported, facts))
+    ):
+        print(line)
+    broken = [name for name, how in facts["steps"].items() if how != "works"]
+    codes = [1 if broken else 0]
+    if not options.facts_only:
+        codes.append(_contract())
+    return max(codes)
+
+
+def _facts() -> dict[str, Any] | None:
+    """Return the facts of the installed version; None, with its last words told, if it died."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "facts.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.upstream_watch.facts", str(file)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+    print(f"The facts could not be gathered (exit code {done.returncode}):\n{done.stdout[-2000:]}")
+    return None
+
+
+def _versions(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
+def _contract() -> int:
+    """Run the adapter's contract tests; print the failed ones and the count."""
+    print(f"\nContract tests ({CONTRACT}):", flush=True)
+    options = ["-q", "--tb=line", "--no-header", "-p", "no:cacheprovider", "--disable-warnings"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", CONTRACT, *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print(*told, *done.stdout.splitlines()[-1:], sep="\n")
+    return 1 if done.returncode else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
