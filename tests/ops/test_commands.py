@@ -284,3 +284,30 @@ def test_sync_does_not_put_a_token_of_the_remotes_url_on_a_command_line(laptop: 
     assert "the URL of origin has a password or token in it; give REPO=https://..." in done.err
     assert "token@" not in done.err
     assert laptop.calls == []
+
+
+def test_the_operations_in_the_guide_are_ones_that_make_has(laptop: Laptop) -> None:
+    """All blocks in one shell, as a reader types them: the values are exported once."""
+    page = (ROOT / "docs/guide/tpu.md").read_text()
+    script = "".join(re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    (laptop.clone / ".env").touch()
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=laptop.clone,
+        env=laptop.environment | {"DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert laptop.calls == []
+    targets = re.findall(r"^make (tpu-\w+)", script, re.MULTILINE)
+    assert set(targets) == set(TARGETS)
+    assert done.stderr.count("+ gcloud compute tpus tpu-vm ") >= len(targets)
+
+
+def test_the_guide_explains_every_value() -> None:
+    page = (ROOT / "docs/guide/tpu.md").read_text()
+    declared = re.search(r"TPU_VALUES := (.*?)\n\n", (ROOT / "ops/tpu.mk").read_text(), re.DOTALL)
+    assert declared
+    for name in declared[1].replace("\\", " ").split():
+        assert f"`{name}" in page, name

@@ -37,7 +37,7 @@ def main() -> int:
         print(f"wrote {SUPPORTED.relative_to(ROOT)}")
         return 0
     supported = json.loads(SUPPORTED.read_text(encoding="utf-8"))
-    print(f"Supported: {_versions(supported)}\nInstalled: {_versions(facts)}\n")
+    print(f"Supported: {_versions(supported)}\nInstalled: {_versions(facts)}\n\n{changes.LEGEND}\n")
     # Its versions are told above.
     for line in changes.lines(
         *({k: v for k, v in f.items() if k != "versions"} for f in (supported, facts))

@@ -4,6 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 UNCHANGED = "unchanged"
+LEGEND = """\
+differs  what it was in the supported version → what it is here
+gone     not in this version; of a touched attribute: the adapter has no use for it here
+absent   the adapter asks whether it is there, and it is not
+layers.* stands for all layers"""
 
 
 def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
