@@ -50,7 +50,7 @@ format: env ## rewrite the files in the project's style
 lock: ## resolve the dependencies again, from the public index only
 	@"$$(.ci/env.sh uv)" lock --default-index https://pypi.org/simple $(ARGS)
 
-release-check: ## build the wheel and the sdist and try them in a clean environment
+release-check: env ## build the wheel and the sdist and try them in a clean environment
 	@.ci/release-check
 
 upstream-watch: env ## what another sglang-jax changes: make upstream-watch PYTHON=/its/bin/python

@@ -60,6 +60,25 @@ def test_a_tree_of_parameters_that_moved_is_one_line_and_its_changes_are_told_wh
     ]
 
 
+def test_a_path_that_moved_is_not_told_again_in_the_mappings_to_it():
+    before = {"p": {"old.a": "1"}, "m": {"hf.a": "to='old.a'", "hf.b": "to='old.a', x=1"}}
+    after = {"p": {"new.a": "1"}, "m": {"hf.a": "to='new.a'", "hf.b": "to='new.a', x=2"}}
+    assert lines(before, after)[2:] == [
+        "m: 1 changed",
+        "  differs  hf.b: to='new.a', x=1 → to='new.a', x=2",
+    ]
+
+
+def test_of_two_signatures_the_parameters_that_differ_are_told():
+    before = {"s": {"f": "function(a, b=(1, 2), c=3)", "g": "function(a, b)", "h": "int"}}
+    after = {"s": {"f": "function(a, b=(1, 3), d)", "g": "function(b, a)", "h": "class()"}}
+    assert lines(before, after)[1:] == [
+        "  differs  f: without b=(1, 2), c=3; with b=(1, 3), d",
+        "  differs  g: its parameters in another order",
+        "  differs  h: int → class()",
+    ]
+
+
 def test_a_section_that_could_not_be_gathered_shows_why():
     assert lines({"p": {"a": "1"}}, {"p": {"failed": "ImportError: x"}})[-1] == (
         "  new      failed: ImportError: x"

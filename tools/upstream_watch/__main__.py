@@ -10,6 +10,7 @@ steps pass, 1 if not; what differs is for reading.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from tools.upstream_watch import changes
 ROOT = Path(__file__).parents[2]
 SUPPORTED = Path(__file__).with_name("supported.json")
 CONTRACT = "tests/engine"
+_PATCHES = "compat patches"
+_TESTS_FAILED = 1  # pytest's exit code
 
 
 def main() -> int:
@@ -38,10 +41,10 @@ def main() -> int:
         return 0
     supported = json.loads(SUPPORTED.read_text(encoding="utf-8"))
     print(f"Supported: {_versions(supported)}\nInstalled: {_versions(facts)}\n\n{changes.LEGEND}\n")
-    # Its versions are told above.
-    for line in changes.lines(
-        *({k: v for k, v in f.items() if k != "versions"} for f in (supported, facts))
-    ):
+    print("Patches of kvpipe/engine/compat.py:")
+    for name, verdict in facts[_PATCHES].items():
+        print(f"  {name}: {verdict}")
+    for line in changes.lines(*map(_compared, (supported, facts))):
         print(line)
     broken = [name for name, how in facts["steps"].items() if how != "works"]
     codes = [1 if broken else 0]
@@ -67,22 +70,30 @@ def _facts() -> dict[str, Any] | None:
     return None
 
 
+def _compared(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections to compare: what is told in full is not among them."""
+    return {name: section for name, section in facts.items() if name not in ("versions", _PATCHES)}
+
+
 def _versions(facts: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
 
 
 def _contract() -> int:
-    """Run the adapter's contract tests; print the failed ones and the count."""
+    """Run the adapter's contract tests; print the failed ones with their reasons, and the count."""
     print(f"\nContract tests ({CONTRACT}):", flush=True)
-    options = ["-q", "--tb=line", "--no-header", "-p", "no:cacheprovider", "--disable-warnings"]
+    options = ["-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "--disable-warnings"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", CONTRACT, *options],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        env=os.environ | {"COLUMNS": "400"},  # pytest cuts reasons off at the terminal's width
+        capture_output=True,
         text=True,
     )
     told = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     print(*told, *done.stdout.splitlines()[-1:], sep="\n")
+    if done.returncode not in (0, _TESTS_FAILED):
+        print(f"pytest ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return 1 if done.returncode else 0
 
 

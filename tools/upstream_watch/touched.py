@@ -108,7 +108,7 @@ class Observer:
 
     def __init__(self) -> None:
         self._got: dict[str, set[str]] = {}
-        self._classes: dict[type, tuple[Any, Any]] = {}
+        self._classes: dict[Any, tuple[Any, Any]] = {}
 
     @property
     def seen(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ class Observer:
             for cls, (get, put) in self._classes.items():
                 cls.__getattribute__, cls.__setattr__ = get, put
 
-    def _watch(self, cls: type) -> None:
+    def _watch(self, cls: Any) -> None:
         from flax import nnx
 
         # A model's parameters are compared by path; flax keeps its own account of attributes.
