@@ -237,7 +237,7 @@ def test_the_set_up_takes_the_locks_engine_or_one_from_git(vm: Laptop) -> None:
     done = vm.make("tpu-setup", **VM, ENGINE="bd09a87")
     assert done.code == 0, done.err
     assert (
-        f"in /: uv pip install --python {clone}/.venv/bin/python sglang-jax[tpu] @ "
+        f"in /: uv pip install --upgrade-package flax --python {clone}/.venv/bin/python sglang-jax[tpu] @ "
         "git+https://github.com/sgl-project/sglang-jax@bd09a87#subdirectory=python\n"
     ) in done.out
 
