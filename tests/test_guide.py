@@ -1,8 +1,8 @@
 """Every command in the guide is run, and what it says of names, flags and checks is so.
 
 The blocks are run as those of README.md are (``tests/test_readme.py``), in a directory with the files
-that the pages show and a run's records; what needs two plans is checked, as what needs a TPU. The operations on a TPU VM and what they do are tested in
-``tests/ops``.
+that the pages show and a run's records. ``compare-plans``, which plans twice, is checked like what
+needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``.
 """
 
 import ast

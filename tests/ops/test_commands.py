@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.helpers_config import ROOT
-from tests.ops.conftest import VM, Laptop, git
+from tests.ops.conftest import VM, Done, Laptop, git
 
 TARGETS = re.findall(r"^(tpu-\w+): ##", (ROOT / "ops/tpu.mk").read_text(), re.MULTILINE)
 DESCRIBE = [
@@ -231,7 +231,7 @@ def test_no_account_stands_in_the_operations() -> None:
         assert re.findall(rf"^{name}\s*\??=", text, re.MULTILINE) == []
 
 
-def sync(laptop: Laptop, **values: str) -> object:
+def sync(laptop: Laptop, **values: str) -> Done:
     return laptop.make("tpu-sync", **VM, REF=values.pop("REF", "main"), **values)
 
 
@@ -253,6 +253,24 @@ def test_sync_clones_first_and_then_puts_the_clone_at_the_pushed_commit(laptop: 
     assert "edited" not in (on_vm[0] / "Makefile").read_text()
     assert (on_vm[0] / ".env").read_text() == "KEY=1"
     assert "?? mine.yaml" in done.out
+
+
+def test_sync_prints_its_commands_and_sends_one_to_the_vm(laptop: Laptop) -> None:
+    commit = git(laptop.clone, "rev-parse", "HEAD")
+    url = git(laptop.clone, "remote", "get-url", "origin")
+    asked, sent = sync(laptop, DRY_RUN="1").printed
+    assert asked == [
+        "git",
+        "ls-remote",
+        "origin",
+        *(f"refs/{r}" for r in ("heads/main", "tags/main", "tags/main^{}")),
+    ]
+    assert sent == over_ssh(
+        f"set -e\n[ -d kvpipe/.git ] || git clone --origin origin {url} kvpipe\ncd kvpipe\n"
+        "git fetch --prune --tags --force origin\ngit checkout --quiet --force main --\n"
+        f"git reset --hard {commit}\ngit status --short"
+    )
+    assert laptop.calls == []
 
 
 def test_sync_takes_a_tag_and_a_branch_that_is_on_the_remote_alone(laptop: Laptop) -> None:
