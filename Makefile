@@ -7,6 +7,8 @@
 EXPERIMENT ?=
 ARGS ?=
 BIN := .venv/bin
+# Which sglang-jax upstream-watch looks at: that of this interpreter, by default the lock's.
+PYTHON ?=
 MAKEFLAGS += --no-print-directory
 
 EXPERIMENTS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
@@ -14,10 +16,10 @@ empty :=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run plans test test-fast bench lint format lock clean env
+.PHONY: help run plans test test-fast bench lint format lock release-check upstream-watch clean env
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: env ## run a pipeline: make run EXPERIMENT=tiny ARGS="key=value ..."
 	@$(BIN)/python -m kvpipe $(if $(EXPERIMENT),+experiment=$(EXPERIMENT)) $(ARGS)
@@ -48,9 +50,17 @@ format: env ## rewrite the files in the project's style
 lock: ## resolve the dependencies again, from the public index only
 	@"$$(.ci/env.sh uv)" lock --default-index https://pypi.org/simple $(ARGS)
 
+release-check: env ## build the wheel and the sdist and try them in a clean environment
+	@.ci/release-check
+
+upstream-watch: env ## what another sglang-jax changes: make upstream-watch PYTHON=/its/bin/python
+	@PYTHONPATH="$(CURDIR)" $(or $(PYTHON),$(BIN)/python) -m tools.upstream_watch $(ARGS)
+
 clean: ## remove all that make made here; the outputs of runs stay
 	rm -rf .venv .uv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find kvpipe phases conf tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find kvpipe phases conf tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 env:
 	@.ci/env.sh
+
+include ops/tpu.mk

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -63,6 +65,28 @@ def test_the_lock_matches_pyproject():
     assert check.returncode == 0, f"run `make lock`: {check.stderr}"
 
 
+def test_the_sdist_has_what_a_contributor_needs_and_names_version_and_licence(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+        about = sdist.extractfile(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+    wanted = re.search(r"for name in (.*?); do", (ROOT / ".ci/release-check").read_text(), re.S)
+    assert set(wanted[1].replace("\\", " ").split()) <= names
+    assert {"docs/guide/tpu.md", "ops/on-vm", ".github/workflows/tests.yml"} <= names
+    assert not [name for name in names if name.startswith(("outputs/", ".venv/", ".uv/", "dist/"))]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nVersion: {version}\n" in about
+    assert "\nLicense-Expression: Apache-2.0\nLicense-File: LICENSE\n" in about
+
+
+def test_the_workflow_runs_what_is_run_by_hand():
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text()
+    assert re.findall(r"^ +run: (.*)$", workflow, re.MULTILINE) == [".ci/run", "make release-check"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
 @pytest.mark.parametrize("arguments", [[], ["help"]], ids=["make", "make help"])
 def test_make_help_is_the_default_and_lists_every_target(arguments):
     listed = re.findall(r"^  make (\S+)", make(*arguments).stdout, flags=re.MULTILINE)
@@ -76,7 +100,10 @@ def test_make_help_is_the_default_and_lists_every_target(arguments):
         "lint",
         "format",
         "lock",
+        "release-check",
+        "upstream-watch",
         "clean",
+        *re.findall(r"^(tpu-\w+):", (ROOT / "ops/tpu.mk").read_text(), re.MULTILINE),
     ]
 
 

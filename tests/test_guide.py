@@ -1,0 +1,193 @@
+"""Every command in the guide is run, and what it says of names, flags and checks is so.
+
+The blocks are run as those of README.md are (``tests/test_readme.py``), in a directory with the files
+that the pages show and a run's records. ``compare-plans``, which plans twice, is checked like what
+needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``.
+"""
+
+import ast
+import json
+import re
+import shlex
+
+import pytest
+
+from kvpipe.records import RunFinished
+from kvpipe.steps import build_steps, phase_class, phase_names
+from tests.helpers_config import ROOT, compose_plain, config_of
+from tests.sinks import pipeline_records
+from tests.test_readme import BLOCKS as README_BLOCKS
+from tests.test_readme import named_files, run_block, starts_an_engine
+
+GUIDE = ROOT / "docs/guide"
+PAGES = {path.name: path.read_text() for path in sorted(GUIDE.glob("*.md"))}
+BLOCKS = {
+    name: re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for name, text in PAGES.items()
+}
+OPERATIONS = "tpu.md"
+RECORDS = [*pipeline_records.pipeline(), pipeline_records.passed()]
+
+# The flags of the script at the SOP's commit.
+FLAGS = [
+    "model-id",
+    "prompt",
+    "prompt-file",
+    "tp-size",
+    "dp-size",
+    "max-total-tokens",
+    "max-new-tokens",
+    "max-new-tokens-after-rebuild",
+    "temperature",
+    "check-same-output",
+    "assert-same-output",
+    "print-text-max-chars",
+    "wandb-text-max-chars",
+    "keep-param-dict",
+    "verify-param-sharing",
+    "mllm-param-dtype",
+    "kv-drop-rebuild",
+    "kv-drop-clear-jax-caches",
+    "wandb",
+    "wandb-project",
+    "wandb-name",
+    "wandb-entity",
+]
+
+
+def table(page, heading):
+    """Return the rows of a page's table by their first cells, without backquotes there."""
+    text = PAGES[page].split(f"| {heading} |", 1)[1].split("\n\n", 1)[0]
+    rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()[2:]
+    ]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The reader's directory: the files that the pages show, and the records of a run."""
+    cwd = tmp_path_factory.mktemp("guide")
+    for text in PAGES.values():
+        for name, content in named_files(text, "yaml").items():
+            path = cwd / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    (cwd / "run.jsonl").write_text(
+        "".join(json.dumps(record.to_json()) + "\n" for record in RECORDS)
+    )
+    return cwd
+
+
+def test_the_blocks_are_found():
+    found = {name: len(blocks) for name, blocks in BLOCKS.items()}
+    assert found == {name: text.count("```bash") for name, text in PAGES.items()}
+    assert sum(found.values()) >= 14
+    assert not any(starts_an_engine(block) for blocks in BLOCKS.values() for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        block
+        for name, blocks in BLOCKS.items()
+        for block in blocks
+        if name != OPERATIONS and block not in README_BLOCKS  # which are run as well
+    ],
+    ids=lambda block: block.splitlines()[0],
+)
+def test_every_command_in_the_guide_works(block, workplace):
+    done = run_block(block.replace("kvpipe compare-plans", "kvpipe check"), workplace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout or "!" in block
+
+
+def test_the_migration_table_has_all_flags_of_the_script():
+    rows = table("migration.md", "flag")
+    assert sorted(shlex.split(flag.strip("`"))[0].removeprefix("--") for flag in rows) == sorted(
+        FLAGS
+    )
+    assert len(FLAGS) == 22
+
+
+def test_every_override_of_the_migration_table_is_one_that_a_run_takes():
+    given = {
+        flag: re.findall(r"`([^`]+)`", row[0])
+        for flag, row in table("migration.md", "flag").items()
+    }
+    assert all(
+        given[flag] or row[0].startswith("none: ")
+        for flag, row in table("migration.md", "flag").items()
+    )
+    for overrides in (shlex.split(found[0]) for found in given.values() if found):
+        plain = compose_plain("+experiment=qwen25_3b_bigkv", *overrides)
+        build_steps(config_of(plain))
+        for override in overrides:
+            key, value = override.split("=", 1)
+            node = plain
+            for part in key.split("."):
+                node = node[part]
+            if not isinstance(node, dict | list):
+                assert str(node) == value.strip('"') or (node is None and value == "null")
+
+
+def test_every_key_that_the_guide_names_is_a_key():
+    groups = "engine|sampling|tracking|model|plan|compare|prompt|runner"
+    plain = compose_plain("+experiment=qwen25_3b_bigkv")
+    for name, text in PAGES.items():
+        for key in re.findall(rf"`((?:{groups})\.[a-z_]+)\b", text):
+            group, _, field = key.partition(".")
+            if key == "engine.log":  # a file of the run
+                continue
+            assert field in plain[group], f"{name}: {key}"
+
+
+def test_the_guide_lists_every_phase_that_a_pipeline_can_use():
+    listed = {name.strip("`") for name in table("pipeline.md", "phase")}
+    assert listed == set(phase_names())
+    for name in listed:
+        assert phase_class(name).__doc__
+
+
+def checks_in_the_source():
+    """Return the names of all checks that phases and the runner make, from their source."""
+    names = set()
+    for path in [*(ROOT / "phases").glob("*.py"), *(ROOT / "kvpipe").glob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in (
+                "Check",
+                "check_equal",
+            ):
+                first = call.args[0] if call.args else None
+                if isinstance(first, ast.Constant):
+                    names.add(first.value)
+    return names | {"aa_control"}
+
+
+def test_the_guide_explains_every_check():
+    explained = {
+        name for cell in table("checks.md", "check") for name in re.findall(r"`([^`]+)`", cell)
+    }
+    assert explained == checks_in_the_source() | {"plan/<pool>_bytes"}
+
+
+def test_the_guide_explains_the_fields_of_a_phases_record():
+    named = {n for cell in table("reading.md", "field") for n in re.findall(r"`(\w+)`", cell)}
+    record = next(r for r in RECORDS if not isinstance(r, RunFinished))
+    assert named == set(record.to_json()) - set(getattr(record, "fields", {}))
+
+
+def test_every_link_leads_somewhere():
+    for name, text in PAGES.items():
+        for link in re.findall(r"\]\((?!https:)([^)#]+)\)", text):
+            assert (GUIDE / link).exists(), f"{name}: {link}"
+    assert set(re.findall(r"\]\((\w+\.md)\)", PAGES["README.md"])) == set(PAGES) - {"README.md"}
+    assert "(docs/guide/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_files_that_the_guide_names_are_there():
+    for name, text in PAGES.items():
+        for named in re.findall(r"`((?:kvpipe|phases|conf|tests|ops|docs)/[\w/]*[\w.]*)`", text):
+            if named != "conf/model/NAME.yaml":
+                assert (ROOT / named).exists(), f"{name}: {named}"

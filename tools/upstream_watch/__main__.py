@@ -1,0 +1,111 @@
+"""Hold an installed sglang-jax against the supported one: ``make upstream-watch PYTHON=.../python``.
+
+It gathers the facts that the adapter relies on, prints what differs from the committed facts of the
+supported version, and runs the adapter's contract tests. It exits 0 if the tests and the adapter's
+steps pass, 1 if not; what differs is for reading.
+
+    --facts-only    leave the contract tests out
+    --write         commit these facts as the supported version's: write the file, compare nothing
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.upstream_watch import changes
+
+ROOT = Path(__file__).parents[2]
+SUPPORTED = Path(__file__).with_name("supported.json")
+CONTRACT = "tests/engine"
+_PATCHES = "compat patches"
+_TESTS_FAILED = 1  # pytest's exit code
+
+
+def main() -> int:
+    """Gather, compare, test; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make upstream-watch", allow_abbrev=False)
+    parser.add_argument("--facts-only", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    facts = _facts()
+    if facts is None:
+        return 1
+    if options.write:
+        SUPPORTED.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {SUPPORTED.relative_to(ROOT)}")
+        return 0
+    supported = json.loads(SUPPORTED.read_text(encoding="utf-8"))
+    print(f"Supported: {_versions(supported)}\nInstalled: {_versions(facts)}\n\n{changes.LEGEND}\n")
+    print("Patches of kvpipe/engine/compat.py:")
+    for name, verdict in facts[_PATCHES].items():
+        print(f"  {name}: {verdict}")
+    for line in changes.lines(*map(_compared, (supported, facts))):
+        print(line)
+    broken = [name for name, how in facts["steps"].items() if how != "works"]
+    codes = [1 if broken else 0]
+    if not options.facts_only:
+        codes.append(_contract())
+    return max(codes)
+
+
+def _facts() -> dict[str, Any] | None:
+    """Return the facts of the installed version; None, with its last words told, if it died."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "facts.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "tools.upstream_watch.facts", str(file)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+    print(f"The facts could not be gathered (exit code {done.returncode}):\n{done.stdout[-2000:]}")
+    return None
+
+
+def _compared(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections to compare: what is told in full is not among them."""
+    return {name: section for name, section in facts.items() if name not in ("versions", _PATCHES)}
+
+
+def _versions(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
+def _contract() -> int:
+    """Run the adapter's contract tests; print the failed ones with their reasons, and the counts.
+
+    Each file has a process of its own: an engine that dies in one may not fail the others. From
+    bd09a87 on, all engines of a process share one event loop.
+    """
+    print(f"\nContract tests ({CONTRACT}):", flush=True)
+    files = sorted((ROOT / CONTRACT).glob("test_*.py"))
+    return max([_contract_of(file) for file in files])
+
+
+def _contract_of(file: Path) -> int:
+    options = ["-q", "--tb=no", "--no-header", "-p", "no:cacheprovider", "--disable-warnings"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), *options],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "400"},  # pytest cuts reasons off at the terminal's width
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    print(*told, f"{file.name}: {lines[-1] if lines else 'no output'}", sep="\n", flush=True)
+    if done.returncode not in (0, _TESTS_FAILED):
+        print(f"pytest ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return 1 if done.returncode else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

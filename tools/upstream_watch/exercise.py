@@ -1,0 +1,55 @@
+"""What the adapter does with an engine, once each, on the tiny model: the ground for observing it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.schema import EngineConfig, SamplingConfig
+
+DEVICES = 4
+CONFIG = EngineConfig(
+    device="cpu",
+    tp_size=DEVICES,
+    max_total_tokens=1024,
+    context_length=256,
+    max_running_requests=2,
+    max_prefill_tokens=128,
+    log_level="error",
+)
+_IDLE_TIMEOUT_S = 120.0
+_FEW_TOKENS = SamplingConfig(max_new_tokens=4, ignore_eos=True)
+
+Step = tuple[str, Callable[[], Any]]
+
+
+def steps(model_dir: Path) -> Iterator[Step]:
+    """Yield what the adapter does, by name; the first step starts the engine."""
+    from kvpipe.engine import kv_cache, sglang, shapes, weights
+
+    kept: dict[str, Any] = {}
+
+    def keep(name: str, value: Any) -> None:
+        kept[name] = value
+
+    def engine() -> sglang.SglangEngine:
+        return kept["engine"]
+
+    yield "plan from shapes", lambda: shapes.of_devices_here(CONFIG, model_dir).kv_sizes([512])
+    yield "start", lambda: keep("engine", sglang.start(CONFIG, model_dir, _IDLE_TIMEOUT_S))
+    yield "generate", lambda: engine().generate("Hello", _FEW_TOKENS)
+    yield "flush", lambda: engine().flush()
+    yield "drop the KV cache", lambda: kv_cache.drop(engine())
+    yield "rebuild it", lambda: kv_cache.rebuild(engine())
+    yield "drop it again", lambda: kv_cache.drop(engine())
+    yield "rebuild it smaller", lambda: kv_cache.rebuild(engine(), 512)
+    yield "generate again", lambda: engine().generate("Hello", _FEW_TOKENS)
+    yield "offload the KV cache", lambda: keep("kv", kv_cache.offload(engine())[1])
+    yield "restore it", lambda: kv_cache.restore(engine(), kept.pop("kv"))
+    yield "flush again", lambda: engine().flush()
+    checkpoint = Checkpoint.open(model_dir)
+    yield "swap weights", lambda: weights.swap(engine(), weights.build(engine(), checkpoint))
+    yield "stream weights", lambda: weights.stream(engine(), checkpoint)
+    yield "offload weights", lambda: keep("weights", weights.offload(engine())[1])
+    yield "restore weights", lambda: weights.restore(engine(), kept.pop("weights"))
+    yield "shut down", lambda: engine().shut_down()

@@ -1,0 +1,123 @@
+"""Does the installed sglang-jax still have the defects that ``kvpipe.engine.compat`` patches?"""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+NEEDED, NOT_NEEDED = "needed", "not needed"
+_GENERATE_WITHOUT = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from kvpipe.engine import compat, sglang
+from tools.upstream_watch.exercise import CONFIG
+from kvpipe.schema import SamplingConfig
+setattr(compat, sys.argv[1], nullcontext)
+try:
+    engine = sglang.start(CONFIG, Path(sys.argv[2]), 120.0)
+    engine.generate("Hello", SamplingConfig(max_new_tokens=2))
+except Exception as error:
+    import os
+    print(f"{type(error).__name__}: {error}", flush=True)
+    os._exit(9)
+engine.shut_down()
+"""
+_DEFECT = 9
+
+
+def needed(model_dir: Path) -> dict[str, str]:
+    """Return for each patch whether its defect is still there, and how that shows."""
+    return {name: probe(model_dir) for name, probe in PROBES.items()}
+
+
+def _works_without(name: str) -> Callable[[Path], str]:
+    """Return the probe that lets an engine generate without the patch, in a process of its own."""
+
+    def probe(model_dir: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", _GENERATE_WITHOUT, name, str(model_dir)],
+            env=os.environ,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if done.returncode == 0:
+            return f"{NOT_NEEDED}: an engine generates without it"
+        if done.returncode != _DEFECT:
+            raise RuntimeError(
+                f"the probe of {name} ended with {done.returncode}: {done.stderr[-300:]}"
+            )
+        reason = " ".join(done.stdout.splitlines()[-1].split())[:160]
+        return f"{NEEDED}: without it {reason}"
+
+    return probe
+
+
+def _config_is_cached(model_dir: Path) -> str:
+    from sgl_jax.srt import hf_transformers_utils
+
+    first, second = (
+        hf_transformers_utils.get_config(str(model_dir), trust_remote_code=False) for _ in range(2)
+    )
+    if first is second:
+        return f"{NEEDED}: two readers of a model's config get the same object"
+    return f"{NOT_NEEDED}: each reader of a model's config gets its own"
+
+
+def _kernel_calls_bit_width(model_dir: Path) -> str:
+    from jax._src import dtypes
+
+    calls = [
+        f"{path.name}:{number}"
+        for path in _sources()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if "dtypes.bit_width(" in line and "hasattr" not in line
+    ]
+    # The patch itself may have been applied in this process.
+    own = getattr(getattr(dtypes, "bit_width", None), "__name__", "") == "bit_width"
+    if calls and not own:
+        return f"{NEEDED}: jax has no dtypes.bit_width, which {', '.join(calls)} calls"
+    return f"{NOT_NEEDED}: " + ("jax has dtypes.bit_width" if own else "nothing calls it unasked")
+
+
+def _kernel_asks_jax_for_devices(model_dir: Path) -> str:
+    asking = [
+        f"{path.name}: {node.name}"
+        for path in _sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and node.name in ("get_tpu_version", "get_device_name")
+        and "jax.devices()" in ast.unparse(node)
+    ]
+    if asking:
+        return f"{NEEDED}: the kernel looks its chip up in jax.devices() ({'; '.join(asking)})"
+    return f"{NOT_NEEDED}: no kernel looks its chip up in jax.devices()"
+
+
+def _engine_kills_its_process(model_dir: Path) -> str:
+    from sgl_jax.srt.entrypoints import engine
+
+    if hasattr(engine, "kill_process_tree"):
+        return f"{NEEDED}: the engine's module has kill_process_tree"
+    return f"{NOT_NEEDED}: the engine's module has no kill_process_tree"
+
+
+def _sources() -> Iterator[Path]:
+    import sgl_jax
+
+    for root in sgl_jax.__path__:
+        yield from sorted(Path(root).rglob("*.py"))
+
+
+PROBES: dict[str, Callable[[Path], str]] = {
+    "pytree_registered_twice": _works_without("pytree_registered_twice"),
+    "sampler_off_tpu": _works_without("sampler_off_tpu"),
+    "config_of_each_engine_is_its_own": _config_is_cached,
+    "bit_width_of_dtypes": _kernel_calls_bit_width,
+    "kernel_sees": _kernel_asks_jax_for_devices,
+    "failure_does_not_kill": _engine_kills_its_process,
+}
+"""Patch → what tells whether its defect is still there; no patch is without one."""
