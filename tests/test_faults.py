@@ -466,7 +466,7 @@ def test_after_a_fault_the_offline_file_of_wandb_can_be_read(name, cells):
         logged = wandb_file.read(path)
         assert logged["config"]["experiment"] == "tiny"
         if cell.act not in (kill_wandb, interrupt_twice):
-            rows = [row["phase/name"] for row in logged["history"]]
+            rows = [row["phase/name"] for row in logged["history"] if "phase/name" in row]
             assert rows == [p for p in expected_phases(cell) if not p.startswith("run_")]
             assert logged["summary"]["run/exit_code"] == (cell.exit_code if cell.failing else 0)
 
