@@ -26,7 +26,7 @@ BLOCKS = {
     for name, text in PAGES.items()
 }
 OPERATIONS = "tpu.md"
-RECORDS = [*pipeline_records.pipeline(), pipeline_records.passed()]
+RECORDS = [pipeline_records.started(), *pipeline_records.pipeline(), pipeline_records.passed()]
 
 # The flags of the script at the SOP's commit.
 FLAGS = [
@@ -74,16 +74,18 @@ def workplace(tmp_path_factory):
             path = cwd / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
-    (cwd / "run.jsonl").write_text(
-        "".join(json.dumps(record.to_json()) + "\n" for record in RECORDS)
-    )
+    lines = "".join(json.dumps(record.to_json()) + "\n" for record in RECORDS)
+    for name in ("run.jsonl", "outputs/tiny/my_run/records.jsonl"):
+        path = cwd / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines)
     return cwd
 
 
 def test_the_blocks_are_found():
     found = {name: len(blocks) for name, blocks in BLOCKS.items()}
     assert found == {name: text.count("```bash") for name, text in PAGES.items()}
-    assert sum(found.values()) >= 14
+    assert sum(found.values()) >= 16
     assert not any(starts_an_engine(block) for blocks in BLOCKS.values() for block in blocks)
 
 

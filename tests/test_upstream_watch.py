@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers_config import ROOT
 from tools.upstream_watch import changes, patches, touched
-from tools.upstream_watch.__main__ import SUPPORTED
+from tools.upstream_watch.__main__ import SUPPORTED, _broken
 
 FACTS = json.loads(SUPPORTED.read_text())
 OBSERVE = """
@@ -83,6 +83,15 @@ def test_a_section_that_could_not_be_gathered_shows_why():
     assert lines({"p": {"a": "1"}}, {"p": {"failed": "ImportError: x"}})[-1] == (
         "  new      failed: ImportError: x"
     )
+
+
+def test_what_does_not_work_with_a_version_is_not_taken_for_supported():
+    assert _broken(FACTS) == []
+    failed = FACTS | {
+        "steps": {"start": "works", "flush": "E: x"},
+        "tiny: KV cache": {"failed": "y"},
+    }
+    assert _broken(failed) == ["tiny: KV cache: y", "flush: E: x"]
 
 
 def test_every_patch_has_a_probe_of_its_defect():

@@ -35,7 +35,11 @@ def main() -> int:
     facts = _facts()
     if facts is None:
         return 1
+    broken = _broken(facts)
     if options.write:
+        if broken:
+            print("The adapter does not work with it, so nothing is written:", *broken, sep="\n  ")
+            return 1
         SUPPORTED.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {SUPPORTED.relative_to(ROOT)}")
         return 0
@@ -46,7 +50,6 @@ def main() -> int:
         print(f"  {name}: {verdict}")
     for line in changes.lines(*map(_compared, (supported, facts))):
         print(line)
-    broken = [name for name, how in facts["steps"].items() if how != "works"]
     codes = [1 if broken else 0]
     if not options.facts_only:
         codes.append(_contract())
@@ -68,6 +71,12 @@ def _facts() -> dict[str, Any] | None:
             return json.loads(file.read_text(encoding="utf-8"))
     print(f"The facts could not be gathered (exit code {done.returncode}):\n{done.stdout[-2000:]}")
     return None
+
+
+def _broken(facts: dict[str, Any]) -> list[str]:
+    """Return what did not work: sections that could not be had, and the step that failed."""
+    sections = [f"{name}: {s['failed']}" for name, s in facts.items() if "failed" in s]
+    return sections + [f"{name}: {how}" for name, how in facts["steps"].items() if how != "works"]
 
 
 def _compared(facts: dict[str, Any]) -> dict[str, Any]:

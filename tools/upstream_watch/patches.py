@@ -105,6 +105,14 @@ def _engine_kills_its_process(model_dir: Path) -> str:
     return f"{NOT_NEEDED}: the engine's module has no kill_process_tree"
 
 
+def _threads_signal_the_parent(model_dir: Path) -> str:
+    texts = {path: path.read_text(encoding="utf-8") for path in _sources()}
+    signalling = [p.name for p, t in texts.items() if ".parent()" in t and "SIGQUIT" in t]
+    if signalling:
+        return f"{NEEDED}: SIGQUIT to the parent process is in {', '.join(signalling)}"
+    return f"{NOT_NEEDED}: nothing sends SIGQUIT to the parent process"
+
+
 def _sources() -> Iterator[Path]:
     import sgl_jax
 
@@ -118,6 +126,7 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "config_of_each_engine_is_its_own": _config_is_cached,
     "bit_width_of_dtypes": _kernel_calls_bit_width,
     "kernel_sees": _kernel_asks_jax_for_devices,
+    "failure_signals_stay_here": _threads_signal_the_parent,
     "failure_does_not_kill": _engine_kills_its_process,
 }
 """Patch → what tells whether its defect is still there; no patch is without one."""
