@@ -21,6 +21,7 @@ LIGHT: Mapping[str, str] = {
     "pool-kv": "#d98200",
     "pool-slot0": "#009e73",
     "pool-slot1": "#00664b",
+    "pool-slot2": "#7d4bb0",
     "pool-program": "#b2548c",
     "pool-other": "#7d8590",
     "pool-total": "#4b5563",
@@ -42,6 +43,7 @@ DARK: Mapping[str, str] = {
     "pool-kv": "#f0a52e",
     "pool-slot0": "#2fc498",
     "pool-slot1": "#a5ecd8",
+    "pool-slot2": "#c9a4f2",
     "pool-program": "#d88ab6",
     "pool-other": "#9aa4af",
     "pool-total": "#aab4c0",
@@ -51,13 +53,15 @@ DARK: Mapping[str, str] = {
 }
 
 FADED = 0.45
+# A trainer has three slots: parameters, gradients, moments.
+_SLOTS = 3
 _KNOWN = {PARAMS: "pool-params", KV: "pool-kv", PROGRAM: "pool-program", OTHER: "pool-other"}
 
 
 def pool_roles(pools: list[str]) -> dict[str, str]:
     """Return the role of each pool; slots take theirs in turn."""
     slots = [pool for pool in pools if pool.startswith(slot_pool(""))]
-    roles = {pool: f"pool-slot{index % 2}" for index, pool in enumerate(slots)}
+    roles = {pool: f"pool-slot{index % _SLOTS}" for index, pool in enumerate(slots)}
     return {pool: roles.get(pool) or _KNOWN.get(pool, "pool-total") for pool in pools}
 
 
