@@ -139,12 +139,12 @@ def test_a_run_outlives_the_connection_and_its_log_records_and_exit_code_are_kep
     started = vm.make("tpu-run", **RUN)
     assert (started.code, started.out.splitlines()[-1]) == (0, "r1"), started.err
     run = vm.worker(0) / "kvpipe/outputs/r1"
-    deadline = time.monotonic() + 20
-    while not (run / "session").exists() and time.monotonic() < deadline:
+    session, deadline = run / "session", time.monotonic() + 20
+    while not (session.exists() and session.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     # A session of its own: what ends the connection's session does not reach it.
     pid = (run / "pid").read_text().strip()
-    assert (run / "session").read_text().strip() == pid
+    assert session.read_text().strip() == pid
     assert int(pid) != os.getsid(0)
 
     logs = vm.make("tpu-logs", **VM)
