@@ -4,6 +4,7 @@ The test process has four virtual CPU devices, so every engine here has tensor p
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
 
 StartEngine = Callable[..., Any]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start as from a terminal: under nohup SIGHUP is ignored, here and in every child."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
