@@ -194,8 +194,8 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, lines[-1]["error"]
-    planned = {phase["name"]: phase["pools"] for phase in lines[0]["phases"]}
-    phases = lines[1:-1]
+    _, plan_line, *phases, _ = lines
+    planned = {phase["name"]: phase["pools"] for phase in plan_line["phases"]}
     assert [line["phase"] for line in phases] == list(planned)
     for line in phases:
         owned = {pool: size for pool, size in line["ledger"].items() if pool != "other"}
