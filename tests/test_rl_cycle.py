@@ -244,7 +244,7 @@ def ten_cycles(tmp_path_factory):
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, lines[-1]["error"]
     planned = next(line for line in lines if line["phase"] == "run_planned")
-    steps = {line["phase"]: line for line in lines if "ledger" in line}
+    steps = {line["phase"]: line for line in lines if "duration_s" in line}
     return planned, steps, lines[-1]
 
 
