@@ -23,8 +23,12 @@ StartEngine = Callable[..., Any]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start as from a terminal: under nohup SIGHUP is ignored, here and in every child."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Start as from a terminal: what runs tests may ignore or block signals, for children too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ends = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
+    for signum in ends:
+        signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *ends))
 
 
 @pytest.fixture(scope="session")
