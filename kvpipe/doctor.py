@@ -29,6 +29,7 @@ from kvpipe.phase import Phase
 from kvpipe.plan import check_order
 from kvpipe.schema import Kvpipe, RunnerConfig, TrackingMode
 from kvpipe.units import gib
+from kvpipe.versions import version_of
 
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "flax", "libtpu", "transformers", "wandb", "hydra-core")
 _DEVICES_S = 180.0
@@ -101,7 +102,7 @@ def _versions() -> Iterator[Finding]:
     missing = []
     for package in _PACKAGES:
         try:
-            installed.append(f"{package} {importlib.metadata.version(package)}")
+            installed.append(f"{package} {version_of(package)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     yield Finding(Level.OK, "versions", ", ".join(installed))

@@ -5,7 +5,6 @@ changes nothing.
 """
 
 import copy
-import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -14,19 +13,19 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-_FIRST_VERSION = "0.0.2"
+from kvpipe.versions import version_of
 
 
 def sgl_jax_version() -> str:
-    """Return the version of the installed sglang-jax."""
-    return importlib.metadata.version("sglang-jax")
+    """Return the version of the installed sglang-jax, with its commit if it is from git."""
+    return version_of("sglang-jax")
 
 
 def in_force() -> list[str]:
     """Return the names of the patches that change something in the installed version."""
     from jax._src import dtypes
 
-    first = sgl_jax_version() == _FIRST_VERSION
+    first = not shards_explicitly()
     needed = {
         pytree_registered_twice: first,
         sampler_off_tpu: first,
@@ -39,7 +38,7 @@ def in_force() -> list[str]:
 
 
 def shards_explicitly() -> bool:
-    """Return whether the engine's mesh has explicit axes: from bd09a87 on.
+    """Return whether the engine's mesh has explicit axes: from bd09a87 on, not in PyPI's 0.0.2.
 
     The version does not tell: bd09a87 calls itself 0.0.2 too.
     """
@@ -103,7 +102,7 @@ def sampler_off_tpu() -> None:
     Defect: the other path of 0.0.2 cannot unpack its operands; the TPU path is plain JAX.
     For: 0.0.2. Goes when 0.0.2 is no longer supported.
     """
-    if sgl_jax_version() != _FIRST_VERSION:
+    if shards_explicitly():
         return
     from sgl_jax.srt.layers import sampler
 

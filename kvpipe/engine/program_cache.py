@@ -13,6 +13,7 @@ from kvpipe.engine import aot
 from kvpipe.errors import InputError
 from kvpipe.records import Program
 from kvpipe.schema import EngineConfig
+from kvpipe.versions import version_of
 
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax")
 
@@ -83,7 +84,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         InputError: libtpu is not installed; it has wheels for Linux on x86-64 alone.
     """
     try:
-        return {name: importlib.metadata.version(name) for name in packages}
+        return {name: version_of(name) for name in packages}
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
             f"plan.compile: {error.name} is not installed; it compiles for a TPU, and has wheels "

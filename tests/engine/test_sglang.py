@@ -46,6 +46,20 @@ def test_a_mesh_that_is_not_the_machines_is_refused(
         check_devices(engine_config(**options))
 
 
+def test_the_sampler_is_patched_in_the_version_that_needs_it_and_in_no_later_one(
+    real_engine: Any,
+) -> None:
+    """Later commits that call themselves 0.0.2 too took its patches for theirs."""
+    from sgl_jax.srt.layers import sampler
+    from sgl_jax.srt.utils import jax_utils
+
+    from kvpipe.engine import compat
+
+    patched = sampler.is_tpu_runtime is not jax_utils.is_tpu_runtime
+    assert patched == ("sampler_off_tpu" in compat.in_force())
+    assert patched != compat.shards_explicitly()
+
+
 def test_a_capacity_that_the_engine_cut_down_is_an_error(
     start_engine: StartEngine, tiny_dir: Path
 ) -> None:

@@ -5,7 +5,6 @@ an engine that does not work with this version can take its process with it.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
@@ -27,12 +26,11 @@ Section = dict[str, str]
 def gather() -> dict[str, Any]:
     """Return every section by name; one that cannot be had holds the reason under ``failed``."""
     from kvpipe.checkpoints.tiny import ensure
+    from kvpipe.versions import version_of
     from tests.golden.answers import spec
     from tools.upstream_watch import patches
 
-    found: dict[str, Any] = {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
-    }
+    found: dict[str, Any] = {"versions": {name: version_of(name) for name in PACKAGES}}
     with tempfile.TemporaryDirectory() as scratch:
         dirs = {name: ensure(spec(name), Path(scratch)) for name in MODELS}
         tiny = dirs[MODELS[0]]
