@@ -1,10 +1,11 @@
 """Starting and failing: wrong meshes, a cut capacity, a dying thread, a busy engine."""
 
+import asyncio
 import logging
 import signal
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ pytestmark = pytest.mark.slow
 def alone() -> Iterator[None]:
     """Let engines of other tests not notice that the engine of this one fails.
 
-    A run has one engine a process; only tests have several.
+    A run has one engine a process; only tests have several. From bd09a87 on an engine takes the event
+    loop of the thread that starts it, and a request that is never answered keeps that loop running.
     """
     logger, on_sigquit = logging.getLogger("sgl_jax"), signal.getsignal(signal.SIGQUIT)
     others, logger.handlers = logger.handlers, []
+    asyncio.set_event_loop(asyncio.new_event_loop())
     yield
+    asyncio.set_event_loop(asyncio.new_event_loop())
     logger.handlers = others
     signal.signal(signal.SIGQUIT, on_sigquit)
 
@@ -99,12 +103,12 @@ def test_a_busy_engine_is_waited_for_and_then_named(
     real_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", 0.2)
-    generating = threading.Thread(target=real_engine.generate, args=("Hello", greedy(200)))
-    generating.start()
-    while real_engine.scheduler.running_batch.is_empty():
-        time.sleep(0.01)
-    with pytest.raises(EngineError, match=r"still busy after 0.2 s.*running 1"):
-        real_engine.flush()
-    monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", IDLE_TIMEOUT_S)
-    generating.join()
+    with ThreadPoolExecutor(1) as thread:
+        generating = thread.submit(real_engine.generate, "Hello", greedy(200))
+        while real_engine.scheduler.running_batch.is_empty() and not generating.done():
+            time.sleep(0.01)
+        with pytest.raises(EngineError, match=r"still busy after 0.2 s.*running 1"):
+            real_engine.flush()
+        monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", IDLE_TIMEOUT_S)
+        assert len(generating.result().token_ids) == 200
     assert real_engine.flush()["free_tokens"] == 1024
