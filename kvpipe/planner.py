@@ -80,9 +80,10 @@ def plan_for(
         tree = training.source_shapes(found.sources, found.params)
         sizes |= lay_out(tree, found.mesh, config.trainer).sizes
     ledgers = plan.plan_ledgers(planned, sizes, target.devices)
-    # On the CPU each virtual device's engine sees the whole host, with all devices' parameters.
+    # On the CPU each virtual device's engine sees the whole host, with the host's parameters.
+    on_host = target.devices // engine.nnodes
     sees, params = (
-        (target.hbm_bytes * target.devices, sum(sizes[Size.PARAMS]))
+        (target.hbm_bytes * on_host, sum(sizes[Size.PARAMS][:on_host]))
         if target.name == CPU
         else (target.hbm_bytes, max(sizes[Size.PARAMS]))
     )

@@ -66,9 +66,9 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
 
 
 def _host(engine: EngineConfig) -> Target:
-    """Return this host, whose virtual devices have an equal part of its memory each."""
+    """Return this host, or several like it; virtual devices have an equal part of their host each."""
     devices = cpu_devices(engine)
-    return Target(CPU, devices, psutil.virtual_memory().total // devices)
+    return Target(CPU, devices, psutil.virtual_memory().total // (devices // engine.nnodes))
 
 
 def _tpu(name: str) -> Target:

@@ -41,7 +41,7 @@ def check_devices(config: EngineConfig) -> None:
 def memory_bytes() -> int:
     """Return the bytes of memory that one device has.
 
-    The virtual devices of a CPU share the host's RAM, so each has an equal part of it.
+    The virtual devices of a CPU share their host's RAM, so each has an equal part of it.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
