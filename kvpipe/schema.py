@@ -348,8 +348,8 @@ class PlanConfig:
             planned one. It is for what a run does not plan: compiled programs, the sampler's and
             the runtime's small buffers. Parameters, KV cache and slots have none.
         format: how ``kvpipe plan`` prints.
-        target: what ``kvpipe plan`` plans for: ``cpu`` (this host) or a chip and its topology, e.g.
-            ``v5e:2x2x1``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
+        target: what ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its topology, e.g.
+            ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
             ``tpu``.
         file: where ``kvpipe plan`` writes instead of to stdout.
         compile: compile the engine's prefill and decode step for the TPU that is planned for, and
