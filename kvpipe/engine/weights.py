@@ -75,7 +75,7 @@ class HostWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the host; what the devices replicate is kept once."""
+        """Bytes on this host; what its devices replicate is kept once."""
         return sum(shard.nbytes for leaf in self.shards.values() for shard in leaf.values())
 
 

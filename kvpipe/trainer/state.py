@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import memory, placement
+from kvpipe.engine import lockstep, memory, placement
 from kvpipe.phase import Size
 from kvpipe.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
@@ -32,7 +32,7 @@ class SetChange:
         num_arrays: arrays of all three sets.
         set_bytes: their bytes over all devices, from their shapes and shardings.
         changed_bytes: change of the bytes in use over all devices, measured around it.
-        host_bytes: bytes that the host holds of them after it.
+        host_bytes: bytes that the hosts hold of them after it.
     """
 
     num_arrays: int
@@ -205,5 +205,5 @@ class Trainer:
             len(self._layout.leaves),
             sum(memory.bytes_of(self._layout.leaves)),
             memory.total_in_use() - before,
-            sum(shard.nbytes for shards in kept for shard in shards),
+            lockstep.total(sum(shard.nbytes for shards in kept for shard in shards)),
         )
