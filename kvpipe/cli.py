@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from kvpipe.credentials import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.errors import CHECK_FAILED, DEFECT, HELD, SIGNALLED, InputError, KvpipeError
+from kvpipe.hosts import check_hosts, is_first, node_rank, own_file
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.model_dir import check_model, check_shape
@@ -86,32 +87,39 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     """Carry the run out; everything that can be wrong with the input is refused before it."""
     from kvpipe import supervisor
+    from kvpipe.sinks.failed_records import FailedRecords
     from kvpipe.sinks.report import ReportPage, TimelinePicture
     from kvpipe.sinks.wandb import WandbSink
 
     steps = _checked_steps(config)
+    plain = plain | {"engine": plain["engine"] | {"node_rank": node_rank(config, os.environ)}}
+    config = from_plain(plain)
     jax_environment(config.engine, os.environ)
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
         plain = grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
         config = from_plain(plain)
     run_dir = Path(hydra_config.runtime.output_dir)
-    api_key = _api_key(plain)
+    first = is_first(config.engine)
+    api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)
     tracker = WandbSink(config.tracking, run_dir, api_key)
-    with _records_file(run_dir) as records:
-        # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
-        # The picture before it, because W&B shows it.
-        sinks = Sinks(
-            [
-                TimelinePicture(run_dir),
-                tracker,
-                ReportPage(run_dir),
-                records,
-                _screen(config.output),
-                *_heartbeat(config),
-            ]
-        )
+    with ExitStack() as files:
+        if first:
+            # W&B first: what it cannot take at the end has to stand in the other sinks' last
+            # record. The picture before it, because W&B shows it.
+            sinks = Sinks(
+                [
+                    TimelinePicture(run_dir),
+                    tracker,
+                    ReportPage(run_dir),
+                    files.enter_context(_records_file(run_dir)),
+                    _screen(config.output),
+                    *_heartbeat(config),
+                ]
+            )
+        else:
+            sinks = FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
         work = supervisor.Run(
             config,
             plain,
@@ -119,7 +127,7 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
             steps,
             run_dir,
             sinks,
-            start_tracking=partial(tracker.start, plain),
+            start_tracking=partial(tracker.start, plain) if first else dict,
             command=_command(),
             secrets=(API_KEY,),
             redactor=redact,
@@ -205,6 +213,7 @@ def _checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
     steps = build_steps(config)
     check_order(steps)
     check_mesh(config.engine)
+    check_hosts(config)
     check_model(config)
     read_prompt(config.prompt)
     return steps

@@ -1,4 +1,4 @@
-"""The environment variables that jax reads once, when it is imported."""
+"""The environment variables that jax and the engine read, most of them once when imported."""
 
 from collections.abc import Mapping
 
@@ -7,6 +7,14 @@ from kvpipe.schema import EngineConfig
 
 PLATFORMS = "JAX_PLATFORMS"
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+_SEVERAL_HOSTS = {
+    # How virtual devices of two processes reach each other.
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    # It would take SIGTERM, which has to end the process.
+    "JAX_ENABLE_PREEMPTION_SERVICE": "false",
+    # The engine's constructor returns on hosts after the first too.
+    "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
+}
 
 
 def check_mesh(engine: EngineConfig) -> None:
@@ -50,14 +58,22 @@ def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[st
             f"engine.device is {engine.device!r}, but the environment has {PLATFORMS}="
             f"{inherited}; unset it or set it to {engine.device}"
         )
+    several = _SEVERAL_HOSTS if engine.nnodes > 1 else {}
     if engine.device == "cpu":
-        return cpu_environment(cpu_devices(engine), environ)
-    return {PLATFORMS: engine.device}
+        return several | cpu_environment(cpu_devices(engine) // engine.nnodes, environ)
+    return several | {PLATFORMS: engine.device}
+
+
+def device_total(engine: EngineConfig) -> int | None:
+    """Return the number of devices that the mesh has on all hosts; None if it takes what is there."""
+    if engine.device == "cpu":
+        return cpu_devices(engine)
+    return engine.tp_size and engine.tp_size * engine.dp_size
 
 
 def cpu_devices(engine: EngineConfig) -> int:
-    """Return the number of virtual devices that the engine's mesh takes on the CPU."""
-    return engine.virtual_devices or (engine.tp_size or 1) * engine.dp_size
+    """Return the number of virtual devices that the engine's mesh takes on the CPUs of all hosts."""
+    return engine.virtual_devices or (engine.tp_size or engine.nnodes) * engine.dp_size
 
 
 def cpu_environment(devices: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ side.
 """
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -21,7 +22,7 @@ from kvpipe.ledger import Ledger, PerDevice
 from kvpipe.model_dir import cache_dir
 from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, PoolSize, Size
 from kvpipe.records import Program, RunPlanned
-from kvpipe.schema import Kvpipe, from_plain
+from kvpipe.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.steps import build_steps
 from kvpipe.targets import CPU, Target
 from kvpipe.trainer.layout import lay_out
@@ -51,6 +52,7 @@ def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> Plan:
     devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
     target = Target(config.engine.device, count, devices.memory_bytes())
+    check_heads(config.engine, model_dir, count)
     return plan_for(target, steps, config, model_dir)
 
 
@@ -80,9 +82,10 @@ def plan_for(
         tree = training.source_shapes(found.sources, found.params)
         sizes |= lay_out(tree, found.mesh, config.trainer).sizes
     ledgers = plan.plan_ledgers(planned, sizes, target.devices)
-    # On the CPU each virtual device's engine sees the whole host, with all devices' parameters.
+    # On the CPU each virtual device's engine sees the whole host, with the host's parameters.
+    on_host = target.devices // engine.nnodes
     sees, params = (
-        (target.hbm_bytes * target.devices, sum(sizes[Size.PARAMS]))
+        (target.hbm_bytes * on_host, sum(sizes[Size.PARAMS][:on_host]))
         if target.name == CPU
         else (target.hbm_bytes, max(sizes[Size.PARAMS]))
     )
@@ -102,6 +105,28 @@ def plan_for(
         programs=programs,
     )
     return Plan(record, ledgers)
+
+
+def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the model's attention heads.
+
+    Args:
+        engine: how the engine will be started.
+        model_dir: directory with the model's config.json.
+        devices: number of devices of the mesh.
+
+    Raises:
+        InputError: with the largest size that would fit the model and the devices.
+    """
+    heads = json.loads((model_dir / "config.json").read_text()).get("num_attention_heads")
+    tp_size = engine.tp_size or devices // engine.dp_size
+    if heads is None or heads % tp_size == 0:
+        return
+    most = math.gcd(heads, devices)
+    raise InputError(
+        f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it has to "
+        f"divide; {devices} devices take engine.tp_size={most} engine.dp_size={devices // most}"
+    )
 
 
 def trains(planned: Sequence[plan.PlannedStep]) -> bool:
@@ -165,6 +190,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         steps = build_steps(config)
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
+        check_heads(config.engine, model_dir, target.devices)
         programs = _programs(job, steps, config, target)
         record = plan_for(target, steps, config, model_dir, programs).record
     except KvpipeError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from kvpipe import probe, progress
 from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycles
+from kvpipe.engine import lockstep
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import KvpipeError, failure_of
@@ -24,6 +25,7 @@ from kvpipe.process_memory import process_memory
 from kvpipe.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records import Check, Memory, PhaseRecord, RunPlanned
 from kvpipe.schema import CONTINUE, PlanConfig
+from kvpipe.shares import Share, of_each_host, share_from_json, together
 from kvpipe.ticker import Ticker
 
 _TELL_EVERY_S = 0.25
@@ -56,12 +58,14 @@ class Events:
     """What the runner tells the parent.
 
     Attributes:
+        joined: called with the names of the hosts by rank; none if there is one.
         planned: called with the plan, before anything is started.
         started: called with a step's name and position as it begins.
         progressed: called while it runs, a few times a second, from another thread.
         finished: called with its record.
     """
 
+    joined: Callable[[Sequence[str]], None]
     planned: Callable[[RunPlanned], None]
     started: Callable[[str, int], None]
     progressed: Callable[[Progress], None]
@@ -87,7 +91,8 @@ def run(
     """Run the jobs in order, each with its record; return the first failure.
 
     After one only steps that clean are run. With ``runner.on_error=continue`` the failure of a step
-    that only measures does not count as one until the end.
+    that only measures does not count as one until the end. Several hosts run in lockstep: at the
+    end of each step every one knows what all have of it, and does the same.
 
     Args:
         jobs: the steps.
@@ -101,19 +106,19 @@ def run(
         loop = _Loop(ctx, run_began, threads)
         threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
         for job in jobs:
-            if stopped and not (job.phase.kind is Kind.CLEANS and ctx.engine_lives):
+            if stopped and not (job.phase.kind is Kind.CLEANS and loop.engine_lives):
                 continue
             error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
             if error is not None:
                 first = first or Failure(job.phase.step, error)
-                stopped = stopped or not _goes_on(job.phase, ctx)
+                stopped = stopped or not _goes_on(job.phase, loop)
     return first
 
 
-def _goes_on(phase: WorkerPhase, ctx: WorkerContext) -> bool:
+def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
     """Whether the run goes on after this step has failed."""
-    asked = ctx.config.runner.on_error == CONTINUE
-    return asked and phase.kind is Kind.MEASURES and ctx.engine_lives
+    asked = loop.ctx.config.runner.on_error == CONTINUE
+    return asked and phase.kind is Kind.MEASURES and loop.engine_lives
 
 
 def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
@@ -121,18 +126,50 @@ def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
     step = job.phase.step
     events.started(step, job.idx)
     loop.begin(step)
-    try:
-        record = loop.record(job, job.phase.run(loop.ctx))
-    except Exception as error:
-        traceback.print_exc()
-        events.finished(loop.failure_record(job, error))
-        return error if isinstance(error, KvpipeError) else failure_of(step, error)
+    own = loop.attempt(job)
+    told = lockstep.gather(own.failed | own.share.to_json() if lockstep.several() else {})
+    shares = [
+        own.share if host == lockstep.rank() else share_from_json(told[host])
+        for host in range(len(told))
+    ]
+    error = own.error
+    if lockstep.several():
+        error = lockstep.first_failure(told)
+    record = loop.record(job, own, shares, error)
     events.finished(record)
+    if error is not None:
+        return error
     return None if record.passed else CheckFailed(_explain(step, record.checks))
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """What this host has of a step.
+
+    Attributes:
+        timed: duration and compilations, by the record's names.
+        share: what it measured and asserted.
+        fields: what the phase reports.
+        error: why it failed; None if it did not.
+    """
+
+    timed: Mapping[str, Any]
+    share: Share
+    fields: Mapping[str, Any]
+    error: KvpipeError | None
+
+    @property
+    def failed(self) -> dict[str, Any]:
+        """The failure, for the other hosts."""
+        return lockstep.failure(self.error) if self.error else {}
+
+
 class _Loop:
-    """What the loop keeps from step to step: clocks, counts, the last measurement, past cycles."""
+    """What the loop keeps from step to step: clocks, counts, the last measurement, past cycles.
+
+    Attributes:
+        engine_lives: whether no engine of any host has failed.
+    """
 
     def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
         self.ctx = ctx
@@ -142,6 +179,7 @@ class _Loop:
         self._step_began = 0.0
         self._step = ""
         self._memory: Memory | None = None
+        self.engine_lives = True
         self._sampler: PeakSampler | None = None
         if ctx.config.runner.sample_peaks:
             self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
@@ -164,43 +202,86 @@ class _Loop:
             progressed(activity.progress(step))
         return _TELL_EVERY_S
 
-    def record(self, job: Job, result: Result) -> PhaseRecord:
-        """Measure after a step, compare with the plan and with the cycle before."""
-        timed = self._timed(job)
-        measured = probe.measure(self.ctx)
-        cycle = self._cycles.compare(job.phase.step, measured)
-        checks = (*result.checks, *cycle.checks)
-        errors: dict[str, int] = {}
-        if measured.ledger and job.planned:
-            errors = differences(job.planned, measured.ledger)
-            if self.ctx.config.plan.enforce:
-                checks += _plan_checks(job.planned, measured.ledger, errors)
-                checks += (_total_check(job.planned, measured.ledger, self.ctx.config.plan),)
-            errors["total"] = measured.ledger.total_bytes - job.planned.total_bytes
-        return PhaseRecord(
-            **timed,
-            **self._placed(measured),
-            plan_error_bytes=errors,
-            checks=checks,
-            fields={**result.fields, **cycle.fields},
-        )
-
-    def failure_record(self, job: Job, error: Exception) -> PhaseRecord:
-        """Measure after a step that failed, without waiting for the engine to settle."""
-        timed = self._timed(job)
-        told = str(error)
+    def attempt(self, job: Job) -> _Attempt:
+        """Run a step on this host and measure after it."""
+        result, error, measured = Result(), None, None
         try:
-            measured = probe.measure(self.ctx, settle=False)
+            result = job.phase.run(self.ctx)
+        except Exception as raised:
+            error = raised
+        timed = self._timed(job)
+        if error is None:
+            try:
+                measured = probe.measure(self.ctx)
+            except Exception as raised:
+                error = raised
+        checks = result.checks
+        if measured is None:
+            assert error is not None
+            traceback.print_exception(error)
+            measured, told = self._measured_after(error)
+            checks = (Check(job.phase.step, "completed", type(error).__name__, False, told),)
+        positions = lockstep.positions_here() if measured.ledger else ()
+        self._memory = measured.memory
+        peak = self._sampler.take(measured.memory) if self._sampler else None
+        share = Share(measured, peak, checks, self.ctx.engine_lives, positions)
+        if error is not None and not isinstance(error, KvpipeError):
+            error = failure_of(job.phase.step, error)
+        return _Attempt(timed, share, result.fields, error)
+
+    def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
+        """Measure after a step that failed, without waiting for the engine to settle."""
+        try:
+            return probe.measure(self.ctx, settle=False), str(error)
         except Exception as second:
             # The record of the failure must not be lost to what the failure has broken.
             traceback.print_exc()
-            told += f"; then nothing could be measured: {type(second).__name__}: {second}"
-            measured = Measurement(process_memory(), None)
+            told = f"{error}; then nothing could be measured: {type(second).__name__}: {second}"
+            return Measurement(process_memory(), None), told
+
+    def record(
+        self, job: Job, own: _Attempt, shares: Sequence[Share], error: KvpipeError | None
+    ) -> PhaseRecord:
+        """Return the record of what all hosts have of a step, held against the plan.
+
+        Args:
+            job: the step.
+            own: what this host has of it.
+            shares: what each host has of it.
+            error: why it failed; None if it did on no host.
+        """
+        labels = [lockstep.label(host) for host in range(len(shares))]
+        whole = together(shares, labels)
+        self.engine_lives = whole.engine_lives
+        compared = self._compared(job, whole) if error is None else Result(checks=whole.checks)
+        fields = {**own.fields, **compared.fields} if error is None else {}
+        if lockstep.several():
+            fields["hosts"] = of_each_host(shares, labels)
+        ledger = whole.measured.ledger
+        off: dict[str, int] = {}
+        if error is None and ledger and job.planned:
+            off = differences(job.planned, ledger)
+            off["total"] = ledger.total_bytes - job.planned.total_bytes
         return PhaseRecord(
-            **timed,
-            **self._placed(measured),
-            checks=(Check(job.phase.step, "completed", type(error).__name__, False, told),),
+            **own.timed,
+            elapsed_s=round(time.time() - self._run_began, 6),
+            memory=whole.measured.memory,
+            peak=whole.peak,
+            ledger=ledger.totals() if ledger else {},
+            plan_error_bytes=off,
+            checks=compared.checks,
+            fields=fields,
         )
+
+    def _compared(self, job: Job, whole: Share) -> Result:
+        """Return the checks, those against the plan and the cycle before too."""
+        cycle = self._cycles.compare(job.phase.step, whole.measured)
+        checks = (*whole.checks, *cycle.checks)
+        ledger, config = whole.measured.ledger, self.ctx.config.plan
+        if ledger and job.planned and config.enforce:
+            checks += _plan_checks(job.planned, ledger, differences(job.planned, ledger))
+            checks += (_total_check(job.planned, ledger, config),)
+        return Result(cycle.fields, checks)
 
     def _timed(self, job: Job) -> dict[str, Any]:
         """Stop the clock and the count of a step; return what they say, by the record's names."""
@@ -213,16 +294,6 @@ class _Loop:
             "duration_s": round(duration_s, 6),
             "compilations": compiled.count,
             "compile_s": round(compiled.seconds, 6),
-        }
-
-    def _placed(self, measured: Measurement) -> dict[str, Any]:
-        """Return a measurement, the time of it and the peak up to it, by the record's names."""
-        self._memory = measured.memory
-        return {
-            "elapsed_s": round(time.time() - self._run_began, 6),
-            "memory": measured.memory,
-            "peak": self._sampler.take(measured.memory) if self._sampler else None,
-            "ledger": measured.ledger.totals() if measured.ledger else {},
         }
 
 

@@ -105,9 +105,14 @@ class EngineConfig:
 
     Attributes:
         device: JAX platform, ``cpu`` or ``tpu``; has to agree with JAX_PLATFORMS.
-        virtual_devices: number of CPU devices that XLA pretends to have; for ``cpu`` only.
+        virtual_devices: number of CPU devices that XLA pretends to have, on all hosts together;
+            for ``cpu`` only.
         tp_size: tensor-parallel size; None takes the device count divided by ``dp_size``.
         dp_size: data-parallel size; tp_size × dp_size has to be the device count.
+        nnodes: number of hosts; tp_size × dp_size is the device count of all of them.
+        node_rank: which of the hosts this one is, from 0; None takes KVPIPE_NODE_RANK,
+            TPU_WORKER_ID or SLURM_PROCID from the environment, so that one command is typed on all.
+        dist_init_addr: ``HOST:PORT`` of host 0, where the hosts meet; needed if there are several.
         dtype: dtype of parameters and activations, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` starts with random weights, ``auto`` with those of the checkpoint.
         max_total_tokens: capacity of the KV cache in tokens; a cut by the engine is an error.
@@ -128,6 +133,9 @@ class EngineConfig:
     virtual_devices: int | None = None
     tp_size: int | None = None
     dp_size: int = 1
+    nnodes: int = 1
+    node_rank: int | None = None
+    dist_init_addr: str | None = None
     dtype: str = "bfloat16"
     load_format: str = "dummy"
     max_total_tokens: int = MISSING
@@ -151,6 +159,7 @@ class EngineConfig:
             "virtual_devices",
             "tp_size",
             "dp_size",
+            "nnodes",
             "max_total_tokens",
             "context_length",
             "page_size",
@@ -158,6 +167,7 @@ class EngineConfig:
             "max_prefill_tokens",
         ):
             _check_at_least(1, f"engine.{name}", getattr(self, name))
+        _check_at_least(0, "engine.node_rank", self.node_rank)
         _check_choice("engine.log_level", self.log_level, *_LOG_LEVELS)
         _check_seconds("engine.watchdog_timeout", self.watchdog_timeout)
         if not 0 < self.mem_fraction_static <= 1:
@@ -338,8 +348,8 @@ class PlanConfig:
             planned one. It is for what a run does not plan: compiled programs, the sampler's and
             the runtime's small buffers. Parameters, KV cache and slots have none.
         format: how ``kvpipe plan`` prints.
-        target: what ``kvpipe plan`` plans for: ``cpu`` (this host) or a chip and its topology, e.g.
-            ``v5e:2x2x1``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
+        target: what ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its topology, e.g.
+            ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
             ``tpu``.
         file: where ``kvpipe plan`` writes instead of to stdout.
         compile: compile the engine's prefill and decode step for the TPU that is planned for, and

@@ -22,6 +22,7 @@ from kvpipe.child import STACKS_FILE, Child, start_child
 from kvpipe.context import ParentContext
 from kvpipe.credentials import Redactor
 from kvpipe.errors import EngineError, KvpipeError, OutOfMemory, TimedOut, failure_of
+from kvpipe.hosts import own_file, who_ended
 from kvpipe.interrupts import Interrupted, Interrupts
 from kvpipe.jax_environment import jax_environment
 from kvpipe.libtpu_lock import LibtpuLock
@@ -102,6 +103,7 @@ class Run:
     _ledgers: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _plan: RunPlanned | None = None
     _tracking: dict[str, Any] | None = None
+    _hosts: tuple[str, ...] = ()
 
     def carry_out(self) -> RunFinished:
         """Carry the run out and return its last record, which every sink has got.
@@ -229,7 +231,7 @@ class Run:
                 return self._run_child()
             finally:
                 for name in (ENGINE_LOG, STACKS_FILE):
-                    self.redactor.file(self.run_dir / name)
+                    self.redactor.file(self._file(name))
 
     def _run_child(self) -> Ending:
         kills = oom_kills()
@@ -250,7 +252,7 @@ class Run:
             except Interrupted:
                 self._worker_memory = child_memory(child.process.pid)
                 raise
-            raise _died(child, self._current, oom_kills() > kills)
+            raise _died(child, self._current, oom_kills() > kills, self._hosts)
 
     def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
         """Take what the worker says; return the ending if it says that."""
@@ -260,6 +262,8 @@ class Run:
             self._on_record(phase_from_json(message["record"]))
         elif "started" in message:
             self._on_started(message["started"], message["idx"])
+        elif "hosts" in message:
+            self._on_hosts(message["hosts"])
         elif "progress" in message:
             self.sinks.phase_progressed(Progress(**message["progress"]))
         else:
@@ -281,7 +285,7 @@ class Run:
         stacks = child.write_stacks()
         if not stacks:
             return "its threads did not say what they do"
-        path = self.run_dir / STACKS_FILE
+        path = self._file(STACKS_FILE)
         path.write_text(stacks)
         return f"what its threads did stands in {path}"
 
@@ -289,21 +293,31 @@ class Run:
         inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
         return start_child(
             "kvpipe.worker_process",
-            self.run_dir / ENGINE_LOG,
+            self._file(ENGINE_LOG),
             inherited | jax_environment(self.config.engine, os.environ),
             self.config.runner.shutdown_timeout_s,
         )
+
+    def _file(self, name: str) -> Path:
+        return self.run_dir / own_file(name, self.config.engine)
 
     def _run_here(self) -> Ending:
         # A dynamic import: only here, for a debugger, does the parent load jax.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker")
         events = worker.runner.Events(
-            self._on_plan, self._on_started, self.sinks.phase_progressed, self._on_record
+            self._on_hosts,
+            self._on_plan,
+            self._on_started,
+            self.sinks.phase_progressed,
+            self._on_record,
         )
         with self._interrupts.allowed():
             outcome = worker.execute(self.config, events, self.began)
         return Ending(outcome.exit_code, outcome.error, outcome.failing_phase)
+
+    def _on_hosts(self, names: Sequence[str]) -> None:
+        self._hosts = tuple(names)
 
     def _on_plan(self, plan: RunPlanned) -> None:
         self._plan = plan
@@ -352,9 +366,14 @@ def _status(exit_code: int) -> str:
     return "failed" if exit_code else "passed"
 
 
-def _died(child: Child, step: str, memory_was_short: bool) -> KvpipeError:
+def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
     """Return the error of a worker that ended without a word."""
     tail = child.log_tail()
+    if other := who_ended(child.log.read_text(errors="replace"), hosts):
+        return EngineError(
+            f"{other}, so jax ended the engine's process here, in step {step!r}; its log "
+            f"{child.log} ends with:\n{tail}"
+        )
     told = f"the engine's process ended by {child.how_it_ended()} in step {step!r}"
     log = f"its log {child.log} ends with:\n{tail}"
     if child.ended_by() != -signal.SIGKILL:

@@ -26,6 +26,18 @@ _EXAMPLES = [CPU, *(f"{chip}:2x2x1" for chip in _HBM_BYTES)]
 
 _TOPOLOGY = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 
+# The topology that Google gives each accelerator type, from the same pages. The number in the name
+# of a v4 or v5p is that of its TensorCores, two a chip; in that of a v5e or v6e it is the chips.
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+_SQUARES = "1x1x1 2x2x1 2x4x1 4x4x1 4x8x1 8x8x1 8x16x1 16x16x1"
+_SHAPES = {"v4": (2, _CUBES), "v5p": (2, _CUBES), "v5e": (1, _SQUARES), "v6e": (1, _SQUARES)}
+_TYPES = {
+    f"{chip}-{cores * math.prod(map(int, shape.split('x')))}": f"{chip}:{shape}"
+    for chip, (cores, shapes) in _SHAPES.items()
+    for shape in shapes.split()
+}
+_TYPE = re.compile(r"(v\w+)-(\d+)")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -46,8 +58,9 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
     """Return the machine to plan for.
 
     Args:
-        name: ``cpu`` for this host, or a chip and its topology, e.g. ``v5e:2x2x1``; None is ``cpu``
-            for ``engine.device=cpu`` and :data:`DEFAULT_TPU` for ``tpu``.
+        name: ``cpu`` for this host, a chip and its topology, e.g. ``v5e:2x2x1``, or an accelerator
+            type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and :data:`DEFAULT_TPU`
+            for ``tpu``.
         engine: its mesh has to take all devices.
 
     Raises:
@@ -66,12 +79,13 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
 
 
 def _host(engine: EngineConfig) -> Target:
-    """Return this host, whose virtual devices have an equal part of its memory each."""
+    """Return this host, or several like it; virtual devices have an equal part of their host each."""
     devices = cpu_devices(engine)
-    return Target(CPU, devices, psutil.virtual_memory().total // devices)
+    return Target(CPU, devices, psutil.virtual_memory().total // (devices // engine.nnodes))
 
 
 def _tpu(name: str) -> Target:
+    name = _topology_of(name)
     chip, colon, topology = name.partition(":")
     if chip not in _HBM_BYTES:
         raise InputError(f"plan.target is {name!r}; {nearest(name, _EXAMPLES)}")
@@ -84,3 +98,19 @@ def _tpu(name: str) -> Target:
         sizes.append(1)
     canonical = f"{chip}:{'x'.join(map(str, sizes))}"
     return Target(canonical, math.prod(sizes), _HBM_BYTES[chip])
+
+
+def _topology_of(name: str) -> str:
+    """Return the chip and topology of an accelerator type; what is none is left as it is.
+
+    Raises:
+        InputError: Google gives the chip no type of this number.
+    """
+    wanted = name.replace("v5litepod-", "v5e-")
+    found = _TYPE.fullmatch(wanted)
+    if found is None or found[1] not in _HBM_BYTES:
+        return name
+    if wanted not in _TYPES:
+        types = [of_chip for of_chip in _TYPES if of_chip.startswith(f"{found[1]}-")]
+        raise InputError(f"plan.target is {name!r}; valid are: {', '.join(types)}")
+    return _TYPES[wanted]

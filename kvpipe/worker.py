@@ -16,12 +16,14 @@ from typing import Any
 from kvpipe import errors, planner, runner
 from kvpipe.child import send
 from kvpipe.context import WorkerContext
+from kvpipe.engine import lockstep
 from kvpipe.errors import KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
 from kvpipe.records import PhaseRecord
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
+from kvpipe.versions import installed_versions
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,36 @@ def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
+        events.joined(lockstep.join(config.engine, _common(ctx)))
         failure = runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
         outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
     except Exception as error:
         traceback.print_exc()
         outcome = _outcome(error)
-    return _shut_down(ctx, outcome)
+    outcome = _shut_down(ctx, outcome)
+    lockstep.leave()
+    return outcome
+
+
+def _common(ctx: WorkerContext) -> dict[str, Any]:
+    """Return what has to be the same on all hosts, by its key in the config.
+
+    Where a host keeps its files is its own business.
+    """
+    config = ctx.config
+    own = {"node_rank": None, "download_dir": None}
+    return {
+        "pipeline": list(config.pipeline),
+        "phases": config.phases,
+        "repeat": config.repeat and asdict(config.repeat),
+        "engine": asdict(config.engine) | own,
+        "trainer": asdict(config.trainer),
+        "prompt": ctx.prompt,
+        "sampling": asdict(config.sampling),
+        "runner.on_error": config.runner.on_error,
+        "plan.enforce": config.plan.enforce,
+        "versions": installed_versions(),
+    }
 
 
 def _outcome(error: Exception, step: str | None = None) -> Outcome:
@@ -93,6 +119,7 @@ def work(
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         events = runner.Events(
+            joined=lambda hosts: tell({"hosts": list(hosts)}),
             planned=lambda plan: tell({"plan": plan.to_json()}),
             started=lambda step, idx: tell({"started": step, "idx": idx}),
             progressed=lambda progress: tell({"progress": progress.to_json()}),
@@ -116,10 +143,15 @@ def _planned_jobs(
     """
     config = ctx.config
     steps = build_steps(config)
-    plan = planner.plan_here(steps, config, ctx.model_dir)
-    events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
-    if config.plan.enforce:
-        planner.refuse_misfit(plan.record)
+
+    def make() -> planner.Plan:
+        plan = planner.plan_here(steps, config, ctx.model_dir)
+        events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
+        if config.plan.enforce:
+            planner.refuse_misfit(plan.record)
+        return plan
+
+    plan = lockstep.in_stage(make)
     return [
         runner.Job(idx, use_of(step.step, config), step, ledger)
         for idx, (step, ledger) in enumerate(zip(steps, plan.ledgers, strict=True))

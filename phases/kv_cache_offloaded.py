@@ -27,7 +27,7 @@ class KvCacheOffloaded(WorkerPhase):
         Raises:
             EngineError: it is away already, or the engine stayed busy.
         """
-        from kvpipe.engine import kv_cache, memory
+        from kvpipe.engine import kv_cache, lockstep, memory
 
         change, ctx.kv = kv_cache.offload(ctx.engine)
         memory.give_back_host_memory()
@@ -37,7 +37,7 @@ class KvCacheOffloaded(WorkerPhase):
             "deleted_buffers": change.layers,
             "freed_bytes": -change.changed_bytes,
             "offloaded_tokens": len(ctx.kv.rows),
-            "offloaded_bytes": ctx.kv.nbytes,
+            "offloaded_bytes": lockstep.total(ctx.kv.nbytes),
         }
         freed = check_equal(
             "offload_frees_kv_bytes", change.fused_bytes_total, -change.changed_bytes

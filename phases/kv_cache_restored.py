@@ -29,7 +29,7 @@ class KvCacheRestored(WorkerPhase):
         Raises:
             EngineError: the cache is there, or was flushed meanwhile.
         """
-        from kvpipe.engine import kv_cache
+        from kvpipe.engine import kv_cache, lockstep
 
         if ctx.kv is None:
             raise PhaseError("there is no offloaded KV cache to restore")
@@ -40,7 +40,7 @@ class KvCacheRestored(WorkerPhase):
             "rebuilt_buffers": change.layers,
             "allocated_bytes": change.changed_bytes,
             "restored_tokens": len(ctx.kv.rows),
-            "restored_bytes": ctx.kv.nbytes,
+            "restored_bytes": lockstep.total(ctx.kv.nbytes),
         }
         ctx.kv = None
         back = check_equal(

@@ -29,7 +29,7 @@ class WeightsOffloaded(WorkerPhase):
         Raises:
             EngineError: they are away already, or the engine stayed busy.
         """
-        from kvpipe.engine import memory, weights
+        from kvpipe.engine import lockstep, memory, weights
 
         change, ctx.weights = weights.offload(ctx.engine)
         memory.give_back_host_memory()
@@ -37,7 +37,7 @@ class WeightsOffloaded(WorkerPhase):
             "num_params": change.num_params,
             "param_bytes": change.param_bytes,
             "freed_bytes": -change.changed_bytes,
-            "offloaded_bytes": ctx.weights.nbytes,
+            "offloaded_bytes": lockstep.total(ctx.weights.nbytes),
         }
         freed = check_equal("offload_frees_params", change.param_bytes, -change.changed_bytes)
         return Result(fields, (freed,))

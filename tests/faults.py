@@ -79,6 +79,19 @@ def exception(ctx):
     raise ValueError("a fault of the tests")
 
 
+def exception_on_host_1(ctx):
+    if ctx.config.engine.node_rank == 1:
+        raise ValueError("a fault of the tests")
+
+
+def more_bytes_on_host_1(ctx):
+    import jax
+    import jax.numpy as jnp
+
+    if ctx.config.engine.node_rank == 1:
+        ctx.slots["more"] = {"an array": jnp.zeros(25, device=jax.local_devices()[1])}
+
+
 def failed_check(ctx):
     return Result({}, (Check("a check of the tests", 1, 2, False),))
 

@@ -62,6 +62,7 @@ POSITIVE_INTEGERS = [
             "max_running_requests",
             "max_prefill_tokens",
             "virtual_devices",
+            "nnodes",
         ]
     ),
     "sampling.max_new_tokens",
@@ -229,6 +230,9 @@ def contradictions(draw):
                 ),
                 (["engine.device=tpu", f"engine.virtual_devices={tp}"], "engine.virtual_devices"),
                 (["runner.isolate=false", f"runner.{limit}={seconds}"], f"runner.{limit}"),
+                ([f"engine.nnodes={tp + 1}"], "engine.dist_init_addr"),
+                ([f"engine.nnodes={tp + 1}", "engine.dist_init_addr=zz"], "engine.dist_init_addr"),
+                ([f"engine.node_rank={tp}"], "engine.node_rank"),
                 (["prompt.file=nowhere.txt"], "prompt.file"),
                 (["prompt.text=null"], "prompt"),
                 ([f"prompt.sha256={draw(words)}"], "prompt.sha256"),

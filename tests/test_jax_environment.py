@@ -35,6 +35,18 @@ def test_the_cpu_gets_as_many_virtual_devices_as_the_mesh_takes(options, devices
     }
 
 
+def test_each_of_several_hosts_gets_its_part_of_the_virtual_devices_and_gloo():
+    for options in ({"tp_size": 4}, {"virtual_devices": 4}, {}):
+        engine = EngineConfig(device="cpu", nnodes=2, **options)
+        assert jax_environment(engine, {}) == {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{COUNT}={2 if options else 1}",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_ENABLE_PREEMPTION_SERVICE": "false",
+            "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
+        }
+
+
 def test_inherited_xla_flags_are_kept_and_the_count_comes_last_so_that_it_wins():
     environ = {"XLA_FLAGS": f"--xla_dump_to=/tmp/x {COUNT}=8"}
     variables = jax_environment(EngineConfig(device="cpu", tp_size=2), environ)

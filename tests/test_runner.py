@@ -54,6 +54,7 @@ def run(*phases, **options):
     ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
     records, told = [], []
     events = runner.Events(
+        joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,

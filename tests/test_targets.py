@@ -23,6 +23,12 @@ TPU = EngineConfig(device="tpu")
         ("v5e:2x2", Target("v5e:2x2x1", 4, 16 * GIB)),
         ("v5p:2x2x1", Target("v5p:2x2x1", 4, 95 * GIB)),
         ("v6e:1x1x1", Target("v6e:1x1x1", 1, 32 * GIB)),
+        ("v4-8", Target("v4:2x2x1", 4, 32 * GIB)),
+        ("v4-32", Target("v4:2x2x4", 16, 32 * GIB)),
+        ("v5p-128", Target("v5p:4x4x4", 64, 95 * GIB)),
+        ("v5e-16", Target("v5e:4x4x1", 16, 16 * GIB)),
+        ("v5litepod-256", Target("v5e:16x16x1", 256, 16 * GIB)),
+        ("v6e-8", Target("v6e:2x4x1", 8, 32 * GIB)),
     ],
 )
 def test_a_target_has_the_devices_of_its_topology_and_the_published_memory_of_its_chip(
@@ -43,6 +49,9 @@ def test_the_host_is_the_target_of_a_cpu_engine_and_its_devices_share_its_memory
         ("v7:2x2x1", "plan.target is 'v7:2x2x1'; did you mean 'v4:2x2x1' or "),
         ("gpu", "plan.target is 'gpu'; did you mean 'cpu'?"),
         ("v4", "plan.target is 'v4'; write the chip and its topology, e.g. v4:2x2x1"),
+        ("v4-30", "plan.target is 'v4-30'; valid are: v4-8, v4-16, v4-32, v4-64, v4-128, v4-256, "),
+        ("v5litepod-3", "plan.target is 'v5litepod-3'; valid are: v5e-1, v5e-4, v5e-8, v5e-16, "),
+        ("v7-8", "plan.target is 'v7-8'; valid are: cpu, v4:2x2x1, "),
         ("v4:", "write the chip and its topology"),
         ("v4:8", "write the chip and its topology"),
         ("v4:0x2x1", "write the chip and its topology"),

@@ -33,6 +33,8 @@ def in_force() -> list[str]:
         config_of_each_engine_is_its_own: True,
         failure_signals_stay_here: True,
         failure_does_not_kill: True,
+        starts_no_second_runtime: True,
+        scheduler_of_any_host: True,
     }
     return [patch.__name__ for patch, is_needed in needed.items() if is_needed]
 
@@ -188,3 +190,41 @@ def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
     from sgl_jax.srt.entrypoints import engine
 
     engine.kill_process_tree = lambda *args, **kwargs: on_kill()
+
+
+@contextmanager
+def starts_no_second_runtime() -> Iterator[None]:
+    """Let the scheduler's start of jax's distributed runtime do nothing: kvpipe has started it.
+
+    Defect: the scheduler starts it itself, and whoever has asked jax for its devices before, or has
+    started it with time limits of his own, cannot start an engine any more.
+    For: 0.0.2, bd09a87, HEAD. Goes when the engine takes a runtime that is there.
+    """
+    with replaced(jax.distributed, "initialize", lambda *args, **kwargs: None):
+        yield
+
+
+@contextmanager
+def scheduler_of_any_host() -> Iterator[list[Any]]:
+    """Give the scheduler that the engine's constructor makes, on hosts after the first too.
+
+    Defect: there the constructor never returns, or with SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which
+    :mod:`kvpipe.jax_environment` sets, it returns without the scheduler.
+    For: 0.0.2, bd09a87, HEAD. Goes when ``scheduler_info`` is there on every host.
+
+    Yields:
+        A list that has the scheduler once it is made.
+    """
+    from sgl_jax.srt.entrypoints import engine
+
+    made: list[Any] = []
+    make = engine.run_scheduler_loop_thread_after_create
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        info = make(*args, **kwargs)
+        if info is not None:
+            made.append(info["scheduler"])
+        return info
+
+    with replaced(engine, "run_scheduler_loop_thread_after_create", kept):
+        yield made

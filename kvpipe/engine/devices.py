@@ -36,12 +36,17 @@ def check_devices(config: EngineConfig) -> None:
             f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
             f"{count} {platform} devices; the product has to be {count}"
         )
+    if config.dp_size > 1 and not compat.shards_explicitly():
+        raise InputError(
+            f"engine.dp_size is {config.dp_size}, but sglang-jax {compat.sgl_jax_version()} starts "
+            "no engine with more than 1; a plan for another machine may have it"
+        )
 
 
 def memory_bytes() -> int:
     """Return the bytes of memory that one device has.
 
-    The virtual devices of a CPU share the host's RAM, so each has an equal part of it.
+    The virtual devices of a CPU share their host's RAM, so each has an equal part of it.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory, peaks
+from kvpipe.engine import memory, peaks, placement
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -27,7 +27,7 @@ _BLOCK_ROWS = 1024
 _NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
-HostRows = list[np.ndarray[Any, np.dtype[Any]]]
+HostRows = list[dict[placement.Index, np.ndarray[Any, np.dtype[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class HostKv:
     Attributes:
         rows: positions of the used tokens in the cache, int32 [used].
         starts: where each kept block begins in a layer's buffer.
-        blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
+        blocks: for each start, the block of each layer as unsigned integers of the dtype's width:
+            each distinct shard that is on this host's devices, by its index.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int32]]
@@ -63,8 +64,10 @@ class HostKv:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the host."""
-        return sum(layer.nbytes for block in self.blocks for layer in block)
+        """Bytes on this host."""
+        return sum(
+            shard.nbytes for block in self.blocks for layer in block for shard in layer.values()
+        )
 
 
 def buffers(engine: SglangEngine) -> list[jax.Array]:
@@ -189,7 +192,7 @@ def _needs_kv(engine: SglangEngine) -> None:
 def _delete(engine: SglangEngine, why: str) -> KvChange:
     engine.away[KV] = why
     pool = engine.runner.token_to_kv_pool
-    before = sum(memory.bytes_in_use())
+    before = memory.total_in_use()
     blueprint = tuple(
         jax.ShapeDtypeStruct(buffer.shape, buffer.dtype, sharding=buffer.sharding)
         for buffer in pool.kv_buffer
@@ -197,7 +200,7 @@ def _delete(engine: SglangEngine, why: str) -> KvChange:
     for buffer in pool.kv_buffer:
         buffer.delete()
     pool.kv_buffer[:] = blueprint
-    return _change(blueprint, sum(memory.bytes_in_use()) - before)
+    return _change(blueprint, memory.total_in_use() - before)
 
 
 def _needs_kv_away(engine: SglangEngine) -> None:
@@ -207,11 +210,11 @@ def _needs_kv_away(engine: SglangEngine) -> None:
 
 def _allocate(engine: SglangEngine) -> KvChange:
     pool = engine.runner.token_to_kv_pool
-    before = sum(memory.bytes_in_use())
+    before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
     pool.kv_buffer[:] = jax.block_until_ready(_allocator(blueprint)())
     del engine.away[KV]
-    return _change(blueprint, sum(memory.bytes_in_use()) - before)
+    return _change(blueprint, memory.total_in_use() - before)
 
 
 @lru_cache(maxsize=4)
@@ -285,7 +288,7 @@ def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRo
         if not copied:
             peaks.mark()  # the buffers and a block of each; the blocks are of one size
         with memory.uncounted():  # a block that is read keeps each of its shards as an array too
-            copied.append([np.array(block) for block in blocks])
+            copied.append([placement.to_host(block) for block in blocks])
             del blocks
     return copied
 
@@ -296,13 +299,20 @@ def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
     current = list(layers)
     for start, blocks in zip(kept.starts, kept.blocks, strict=True):
         placed = [
-            jax.device_put(block, layer.sharding)
+            placement.begin(block, _block_of(layer)).wait()
             for block, layer in zip(blocks, current, strict=True)
         ]
         if start == kept.starts[0]:
             peaks.mark()
         current = put(current, np.int32(start), placed)
     return jax.block_until_ready(current)
+
+
+def _block_of(layer: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return what :func:`_take` gives of a layer."""
+    shape = (_block_rows(layer.shape[0]), *layer.shape[1:])
+    dtype = jnp.dtype(f"uint{8 * layer.dtype.itemsize}")
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layer.sharding)
 
 
 def _change(blueprint: Blueprint, changed_bytes: int) -> KvChange:

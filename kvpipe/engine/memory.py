@@ -2,6 +2,8 @@
 
 Materialising ``addressable_shards`` to read sizes would create arrays that the next count finds;
 the sharding's ``shard_shape`` gives the same sizes from metadata alone.
+
+Each host counts what its own devices hold, so that a host that did not do as the others is seen.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 
+from kvpipe.engine import lockstep
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
 
 # Who lists the live arrays keeps them alive meanwhile. A list that is used and gone within this lock
@@ -51,11 +54,13 @@ def measure(
 ) -> Ledger:
     """Attribute every live array to the pool that owns it: params, then kv, slots, and other.
 
+    The ledger is of the devices of this host.
+
     An array that two pools name is counted for the first, so a slot whose arrays the engine
     computes with holds no bytes of its own. Where the backend counts bytes itself, what it counts
     beyond the arrays is ``program``: compiled code and the runtime's buffers.
     """
-    devices = jax.devices()
+    devices = jax.local_devices()
     rest = {id(array): array for array in live_arrays()}
     owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
     ledger = Ledger(len(devices))
@@ -79,22 +84,27 @@ def device_stats() -> list[dict[str, int]] | None:
 
 
 def bytes_in_use() -> PerDevice:
-    """Return the bytes in use on each device: the backend's count, or else of live arrays."""
+    """Return the bytes in use on each device here: the backend's count, or else of live arrays."""
     alive = live_arrays()
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
-    return per_device(alive, jax.devices())
+    return per_device(alive, jax.local_devices())
+
+
+def total_in_use() -> int:
+    """Return the bytes in use over the devices of all hosts; each host has to ask, at one point."""
+    return lockstep.total(sum(bytes_in_use()))
 
 
 def used_now() -> PerDevice:
-    """Return the bytes in use on each device at this moment, from any thread.
+    """Return the bytes in use on each device here at this moment, from any thread.
 
     Unlike :func:`bytes_in_use` it waits for no array and collects no garbage.
     """
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
     with _counting:
-        return per_device(jax.live_arrays(), jax.devices())
+        return per_device(jax.live_arrays(), jax.local_devices())
 
 
 @contextmanager
@@ -105,7 +115,7 @@ def uncounted() -> Iterator[None]:
 
 
 def bytes_of(arrays: Iterable[Any]) -> PerDevice:
-    """Return the bytes that ``arrays`` hold on each device."""
+    """Return the bytes that ``arrays`` hold on each device of all hosts, by their shardings."""
     return per_device(arrays, jax.devices())
 
 

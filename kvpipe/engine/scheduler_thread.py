@@ -12,11 +12,13 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
+from kvpipe.engine import lockstep
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.errors import EngineError
 
 _POLL_S = 0.05
 _IDLE_SLEEP_S = 0.001
+_BROADCAST_POLL_MS = 1
 
 
 class SchedulerThread:
@@ -30,6 +32,10 @@ class SchedulerThread:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         self._process_requests = scheduler.process_input_requests
         scheduler.process_input_requests = self._process_requests_then_ours
+        self._follows = lockstep.rank() > 0
+        if self._follows:
+            self._receive = scheduler.run_subscriber
+            scheduler.run_subscriber = self._receive_and_do_ours
 
     def call[T](self, function: Callable[[], T]) -> T:
         """Run ``function`` on the scheduler's thread once the engine is idle; return its result.
@@ -42,6 +48,7 @@ class SchedulerThread:
         deadline = time.monotonic() + self._idle_timeout_s
         while True:
             self._failure.raise_if_failed()
+            lockstep.raise_if_failed()
             try:
                 return future.result(timeout=_POLL_S)
             except TimeoutError:
@@ -66,10 +73,23 @@ class SchedulerThread:
 
     def _process_requests_then_ours(self, requests: list[Any]) -> None:
         self._process_requests(requests)
-        if not requests and self._queue.empty() and self._is_idle():
+        if not requests and self._queue.empty() and not self._follows and self._is_idle():
             # The engine's loop spins while it is idle: it would take a core, and Python's lock,
             # from the phase that is running.
             time.sleep(_IDLE_SLEEP_S)
+        self._do_ours()
+
+    def _receive_and_do_ours(self) -> Any:
+        """Wait for what the first host broadcasts in each round of its loop; do ours meanwhile.
+
+        The first host does ours within a round, and may wait in there for this host to do the same:
+        until then it broadcasts nothing.
+        """
+        while not self._scheduler.subscriber.poll(_BROADCAST_POLL_MS):
+            self._do_ours()
+        return self._receive()
+
+    def _do_ours(self) -> None:
         while not self._queue.empty() and self._is_idle():
             function, future = self._queue.get()
             if not future.set_running_or_notify_cancel():
@@ -122,6 +142,7 @@ class CallerThread:
         self._queue.put((function, future))
         while True:
             self._failure.raise_if_failed()
+            lockstep.raise_if_failed()
             try:
                 return future.result(timeout=_POLL_S)
             except TimeoutError:

@@ -14,7 +14,7 @@ import jax
 
 from kvpipe import progress
 from kvpipe.context import Output
-from kvpipe.engine import compat
+from kvpipe.engine import compat, lockstep
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
@@ -78,17 +78,30 @@ class SglangEngine:
         with progress.under_way(
             progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
         ):
-            raw = self.on_caller.call(
-                lambda: self.engine.generate(prompt=prompt, sampling_params=params)
-            )
+            raw = self._answer(prompt, params)
             self.wait_idle()
         return Output(
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
             prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
             cached_tokens=int(raw["meta_info"]["cached_tokens"]),
-            raw=_plain(raw),
+            raw=raw,
         )
+
+    def _answer(self, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the engine's answer as JSON types.
+
+        The first host asks; its engine hands the request on to those of the others, who compute
+        with it and take its answer for theirs.
+        """
+        raw = None
+        if lockstep.rank() == 0:
+            raw = _plain(
+                self.on_caller.call(
+                    lambda: self.engine.generate(prompt=prompt, sampling_params=params)
+                )
+            )
+        return lockstep.of_first(raw, self.failure.raise_if_failed)
 
     def _tokens_so_far(self) -> dict[str, int]:
         """Return how many tokens the requests under way have; any thread may look."""
@@ -147,6 +160,8 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         compat.pytree_registered_twice(),
         compat.failure_signals_stay_here(),
         failure.starting(),
+        compat.starts_no_second_runtime(),
+        compat.scheduler_of_any_host() as made,
     ):
         from sgl_jax.srt.entrypoints.engine import Engine
         from sgl_jax.srt.server_args import ServerArgs
@@ -156,7 +171,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
         engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))
-    scheduler = engine.scheduler_info["scheduler"]
+    (scheduler,) = made
     failure.watch()
     started = SglangEngine(
         engine=engine,
@@ -193,6 +208,9 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
         "device": config.device,
         "tp_size": config.tp_size or jax.device_count() // config.dp_size,
         "dp_size": config.dp_size,
+        "nnodes": config.nnodes,
+        "node_rank": config.node_rank or 0,
+        "dist_init_addr": config.dist_init_addr,
         "dtype": config.dtype,
         "load_format": config.load_format,
         "max_total_tokens": config.max_total_tokens,
@@ -227,6 +245,8 @@ def _guard_requests(started: SglangEngine) -> None:
     Without this a generate after a drop kills the engine's forward thread.
     """
     manager = started.engine.tokenizer_manager
+    if manager is None:  # on hosts after the first, which nobody asks
+        return
     generate_request = manager.generate_request
 
     def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -75,7 +75,7 @@ class HostWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the host; what the devices replicate is kept once."""
+        """Bytes on this host; what its devices replicate is kept once."""
         return sum(shard.nbytes for leaf in self.shards.values() for shard in leaf.values())
 
 
@@ -244,7 +244,7 @@ def replace_leaves(
         begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets.
         done: called with the path of each leaf that is in its place.
     """
-    before = sum(memory.bytes_in_use())
+    before = memory.total_in_use()
     blueprint = table.blueprint
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
@@ -277,7 +277,7 @@ def replace_leaves(
             finish()
     table.tell_model()
     del engine.away[WEIGHTS]
-    return _change(blueprint, sum(memory.bytes_in_use()) - before)
+    return _change(blueprint, memory.total_in_use() - before)
 
 
 def _loading(
@@ -307,7 +307,7 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
     """Free every leaf, after ``keep`` has seen it."""
     if WEIGHTS in engine.away:
         raise EngineError(f"the weights are not there: {engine.away[WEIGHTS]}")
-    before = sum(memory.bytes_in_use())
+    before = memory.total_in_use()
     table = ParamTable(engine)
     blueprint = table.blueprint
     engine.away[WEIGHTS] = _BROKEN_OFF
@@ -317,7 +317,7 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
             keep(path, table[path])
             table.put_in_step({path: shape})
     engine.away[WEIGHTS] = why
-    return _change(blueprint, sum(memory.bytes_in_use()) - before)
+    return _change(blueprint, memory.total_in_use() - before)
 
 
 def _change(blueprint: Mapping[str, Param], changed_bytes: int) -> WeightChange:

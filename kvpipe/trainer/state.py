@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import memory, placement
+from kvpipe.engine import lockstep, memory, placement
 from kvpipe.phase import Size
 from kvpipe.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
@@ -32,7 +32,7 @@ class SetChange:
         num_arrays: arrays of all three sets.
         set_bytes: their bytes over all devices, from their shapes and shardings.
         changed_bytes: change of the bytes in use over all devices, measured around it.
-        host_bytes: bytes that the host holds of them after it.
+        host_bytes: bytes that the hosts hold of them after it.
     """
 
     num_arrays: int
@@ -106,7 +106,7 @@ class Trainer:
         Args:
             weights: at least the arrays of its parameters, by Hugging Face name.
         """
-        before = sum(memory.bytes_in_use())
+        before = memory.total_in_use()
         for name, like in self._layout.params.items():
             self.params[name] = placement.begin(weights[name], like).wait()
             mapped.let_go(weights[name])
@@ -120,7 +120,7 @@ class Trainer:
         """Carry out one step; the three sets take over their own memory."""
         compiled = self._compiled
         devices = self._layout.devices
-        in_use = sum(memory.bytes_in_use())
+        in_use = memory.total_in_use()
         began = time.monotonic()
         for name, like in self._layout.gradients.items():
             given = gradient_inputs(name, self.steps)
@@ -143,7 +143,7 @@ class Trainer:
 
         The gradients are freed only: each step makes them anew.
         """
-        before = sum(memory.bytes_in_use())
+        before = memory.total_in_use()
         for size in (Size.TRAINER_PARAMS, Size.TRAINER_MOMENTS):
             self._kept[size] = []
             for leaf in self.sets[size]:
@@ -153,7 +153,7 @@ class Trainer:
 
     def restore(self) -> SetChange:
         """Bring what was offloaded back to the devices, leaf by leaf; the gradients are zeros."""
-        before = sum(memory.bytes_in_use())
+        before = memory.total_in_use()
         self.params = self._brought(Size.TRAINER_PARAMS, self._layout.params)
         self.gradients = self._zeros()
         self.moments = self._brought(Size.TRAINER_MOMENTS, self._layout.moments)
@@ -161,7 +161,7 @@ class Trainer:
 
     def drop(self) -> SetChange:
         """Free all that it holds, on the devices and on the host."""
-        before = sum(memory.bytes_in_use())
+        before = memory.total_in_use()
         self._kept = {}
         return self._freed(before)
 
@@ -204,6 +204,6 @@ class Trainer:
         return SetChange(
             len(self._layout.leaves),
             sum(memory.bytes_of(self._layout.leaves)),
-            sum(memory.bytes_in_use()) - before,
-            sum(shard.nbytes for shards in kept for shard in shards),
+            memory.total_in_use() - before,
+            lockstep.total(sum(shard.nbytes for shards in kept for shard in shards)),
         )

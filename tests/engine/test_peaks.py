@@ -148,6 +148,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     records: dict[str, PhaseRecord] = {}
     told: list[Any] = []
     events = runner.Events(
+        joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,

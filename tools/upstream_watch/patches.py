@@ -113,6 +113,21 @@ def _threads_signal_the_parent(model_dir: Path) -> str:
     return f"{NOT_NEEDED}: nothing sends SIGQUIT to the parent process"
 
 
+def _scheduler_starts_the_runtime(model_dir: Path) -> str:
+    starting = [p.name for p in _sources() if "jax.distributed.initialize(" in p.read_text("utf-8")]
+    if starting:
+        return f"{NEEDED}: {', '.join(starting)} starts jax's distributed runtime"
+    return f"{NOT_NEEDED}: nothing starts jax's distributed runtime"
+
+
+def _other_hosts_get_no_scheduler(model_dir: Path) -> str:
+    from sgl_jax.srt.entrypoints import engine
+
+    if "return None, None, None" in Path(engine.__file__).read_text("utf-8"):
+        return f"{NEEDED}: the engine's constructor gives hosts after the first no scheduler"
+    return f"{NOT_NEEDED}: the engine's constructor gives every host its scheduler"
+
+
 def _sources() -> Iterator[Path]:
     import sgl_jax
 
@@ -128,5 +143,7 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "kernel_sees": _kernel_asks_jax_for_devices,
     "failure_signals_stay_here": _threads_signal_the_parent,
     "failure_does_not_kill": _engine_kills_its_process,
+    "starts_no_second_runtime": _scheduler_starts_the_runtime,
+    "scheduler_of_any_host": _other_hosts_get_no_scheduler,
 }
 """Patch → what tells whether its defect is still there; no patch is without one."""
