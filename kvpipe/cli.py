@@ -342,7 +342,9 @@ def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
     from kvpipe.sweeps.summary import summary_of
 
     if len(paths) != 1:
-        raise InputError(f"report: name one run directory, not {len(paths)}: report RUN_DIR")
+        raise InputError(
+            f"report: name one directory of a run or a sweep, not {len(paths)}: report DIR"
+        )
     (path,) = paths
     if is_sweep(path):
         print(*write_sweep(summary_of(path), _report_folder(config, path)), sep="\n")

@@ -40,7 +40,8 @@ def picture(sweep: SweepFinished) -> Drawing | None:
 
 def name_of(job: SweepJob) -> str:
     """Return what a job is called: its values, or without any its number."""
-    return ", ".join(job.values.values()) or f"job {job.job}"
+    values = [f"{key.rpartition('.')[2]}={value}" for key, value in job.values.items()]
+    return ", ".join(values) or f"job {job.job}"
 
 
 def line_told(line: SweepLine) -> str:

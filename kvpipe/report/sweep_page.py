@@ -94,7 +94,8 @@ def _figure_section(sweep: SweepFinished) -> Iterator[Section]:
         return
     chart, keys = found
     caption = (
-        "Bytes over all devices, exactly: " + "; ".join(map(line_told, sweep.lines)) + "."
+        f"Bytes over all devices, exactly: {'; '.join(map(line_told, sweep.lines))}. The engine adds "
+        "a page to the capacity that it is asked for."
         if sweep.lines
         else "Bytes over all devices, when the engine is ready."
     )
@@ -103,13 +104,11 @@ def _figure_section(sweep: SweepFinished) -> Iterator[Section]:
 
 def _jobs_section(sweep: SweepFinished, folder: Path) -> Section:
     numbers = ["KV bytes", "freed", "peak", "rebuild"]
-    line = ["off the line"] if sweep.lines else []
     columns = [
         "job",
         *sweep.swept,
         "result",
         "KV bytes",
-        *line,
         "freed",
         "fits",
         "peak",
@@ -120,20 +119,19 @@ def _jobs_section(sweep: SweepFinished, folder: Path) -> Section:
     note = element(
         "p",
         "Bytes over all devices, measured; below them whether that is what was planned. The peak is "
-        "the most that the devices held, inside a phase or after it.",
+        "the most that they were seen to hold, inside a phase or after it.",
     )
-    whole = table("Jobs", columns, rows, numbers=[*numbers, *line])
+    whole = table("Jobs", columns, rows, numbers=numbers)
     return Section("jobs", "Jobs", [note, whole])
 
 
 def _row(sweep: SweepFinished, job: SweepJob, folder: Path) -> list[str | Cell]:
     cells: list[str | Cell] = [_link(job, folder)]
     cells += [Cell(element("code", breakable(job.values.get(key, NONE)))) for key in sweep.swept]
-    cells += [_result(job), number(job.kv_bytes, _planned(job))]
-    if sweep.lines:
-        cells.append(_off_line(job))
     return [
         *cells,
+        _result(job),
+        _kv(job),
         number(job.freed_bytes, _freed(job)),
         _fits(job),
         number(job.peak_bytes),
@@ -159,20 +157,20 @@ def _result(job: SweepJob) -> Cell:
     return Cell(f"{mark}{result_of(job)}", note, tone)
 
 
-def _planned(job: SweepJob) -> str:
-    if job.planned_kv_bytes is None:
-        return ""
+def _kv(job: SweepJob) -> Cell:
+    """Return the bytes of the KV cache, and whether they are where plan and line have them."""
     if job.kv_bytes is None:
-        return f"{job.planned_kv_bytes:,} planned"
-    off = job.kv_bytes - job.planned_kv_bytes
-    return f"{job.planned_kv_bytes:,} planned, {off:+,}" if off else "as planned"
-
-
-def _off_line(job: SweepJob) -> Cell:
-    off = job.line_error_bytes
-    if off is None:
-        return Cell(NONE, class_="number")
-    return Cell(str(off), class_="number bad-text" if off else "number")
+        planned = job.planned_kv_bytes
+        return number(None, "" if planned is None else f"{planned:,} planned")
+    notes, wrong = [], bool(job.line_error_bytes)
+    if job.planned_kv_bytes is not None:
+        off = job.kv_bytes - job.planned_kv_bytes
+        notes.append(f"{job.planned_kv_bytes:,} planned, {off:+,}" if off else "as planned")
+        wrong |= off != 0
+    if job.line_error_bytes is not None:
+        off_line = job.line_error_bytes
+        notes.append(f"{off_line} off the line" if off_line else "on the line")
+    return Cell(f"{job.kv_bytes:,}", ", ".join(notes), "number bad-text" if wrong else "number")
 
 
 def _freed(job: SweepJob) -> str:

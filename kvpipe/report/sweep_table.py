@@ -1,9 +1,11 @@
 """The table of a sweep for a terminal, and below it what failed and how to do it again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +15,18 @@ from kvpipe.report.sweep_words import counts_told, reason_of, result_of
 from kvpipe.units import sized
 
 _NONE = "–"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: its heading, its cell for a job, and whether a narrow window leaves it out."""
+
+    heading: str
+    cell: Callable[[SweepJob], Text]
+    number: bool = True
+    optional: bool = False
+
+
 _STYLES = {PASSED: "green", SKIPPED: "yellow"}
 
 
@@ -24,44 +38,37 @@ def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
         out: where to.
     """
     console = Console(file=out)
+    whole = _table(sweep, _COLUMNS)
+    # What it would like to have, were the window as wide as that.
+    wide = console.options.update_width(1000)
+    if Measurement.get(console, wide, whole).maximum > console.width:
+        whole = _table(sweep, [column for column in _COLUMNS if not column.optional])
     console.print()
-    console.print(_table(sweep))
+    console.print(whole)
     for line in _below(sweep):
         # The terminal wraps, not rich: people copy paths and commands.
         console.print(line, soft_wrap=True)
 
 
-def _table(sweep: SweepFinished) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("job", justify="right")
+def _table(sweep: SweepFinished, columns: Sequence[_Column]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("job", justify="right", no_wrap=True)
     for key in sweep.swept:
-        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
-    table.add_column("result")
-    for heading in ("KV bytes", "planned", "freed"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("fits")
-    for heading in ("peak", "rebuild"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("same output")
+        # Broken at its own marks, so that a long key does not make the column wide.
+        heading = key.rpartition(".")[2].replace("_", "_\n")
+        table.add_column(heading, justify="right", overflow="fold")
+    for column in columns:
+        justify = "right" if column.number else "left"
+        table.add_column(column.heading, justify=justify, overflow="fold")
     for job in sweep.jobs:
-        table.add_row(*_cells(sweep, job))
+        values = (Text(job.values.get(key, _NONE)) for key in sweep.swept)
+        table.add_row(Text(str(job.job)), *values, *(column.cell(job) for column in columns))
     return table
 
 
-def _cells(sweep: SweepFinished, job: SweepJob) -> Sequence[Text]:
-    result = f"{result_of(job)} *" if job.taken_from else result_of(job)
-    return [
-        Text(str(job.job)),
-        *(Text(job.values.get(key, _NONE)) for key in sweep.swept),
-        Text(result, _STYLES.get(job.status, "red")),
-        Text(_bytes(job.kv_bytes)),
-        _planned(job),
-        Text(_bytes(job.freed_bytes)),
-        Text(_yes(job.fits)),
-        Text(_NONE if job.peak_bytes is None else sized(job.peak_bytes)),
-        Text(_NONE if job.rebuild_s is None else f"{job.rebuild_s:.3f} s"),
-        Text(_yes(job.same_output), "red" if job.same_output is False else ""),
-    ]
+def _result(job: SweepJob) -> Text:
+    taken = " *" if job.taken_from else ""
+    return Text(f"{result_of(job)}{taken}", _STYLES.get(job.status, "red"))
 
 
 def _planned(job: SweepJob) -> Text:
@@ -76,8 +83,30 @@ def _bytes(size: int | None) -> str:
     return _NONE if size is None else f"{size:,}"
 
 
-def _yes(value: bool | None) -> str:
-    return _NONE if value is None else "yes" if value else "no"
+def _peak(job: SweepJob) -> Text:
+    return Text(_NONE if job.peak_bytes is None else sized(job.peak_bytes))
+
+
+def _rebuild(job: SweepJob) -> Text:
+    return Text(_NONE if job.rebuild_s is None else f"{job.rebuild_s:.3f} s")
+
+
+def _yes(value: bool | None, bad: str = "") -> Text:
+    if value is None:
+        return Text(_NONE)
+    return Text("yes") if value else Text("no", bad)
+
+
+_COLUMNS = (
+    _Column("result", _result, number=False),
+    _Column("KV bytes", lambda job: Text(_bytes(job.kv_bytes))),
+    _Column("planned", _planned),
+    _Column("freed", lambda job: Text(_bytes(job.freed_bytes))),
+    _Column("fits", lambda job: _yes(job.fits), number=False),
+    _Column("peak", _peak, optional=True),
+    _Column("rebuild", _rebuild),
+    _Column("same\noutput", lambda job: _yes(job.same_output, "red"), number=False),
+)
 
 
 def _below(sweep: SweepFinished) -> Iterator[Text]:
