@@ -6,13 +6,13 @@ Exit codes: :data:`kvpipe.errors.EXIT_CODES`.
 import itertools
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from kvpipe.phase import Phase
 from kvpipe.plan import check_order, misfit
 from kvpipe.planning import Planners
 from kvpipe.prompt import read_prompt
-from kvpipe.records import RECORDS_FILE, RunStarted
+from kvpipe.records import FAILED, RECORDS_FILE, RunFinished, RunStarted, SweepFinished
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.schema import (
     CompareConfig,
@@ -52,7 +52,8 @@ from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 from kvpipe.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
-from kvpipe.sweeps import grouped
+from kvpipe.sweeps.group import grouped
+from kvpipe.sweeps.jobs import SWEEP_CONFIG, NoteSweep, command_line, config_dir, is_sweep, jobs_of
 from kvpipe.targets import find_target
 from kvpipe.versions import installed_versions
 
@@ -87,8 +88,6 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     """Carry the run out; everything that can be wrong with the input is refused before it."""
     from kvpipe import supervisor
-    from kvpipe.sinks.failed_records import FailedRecords
-    from kvpipe.sinks.report import ReportPage, TimelinePicture
     from kvpipe.sinks.wandb import WandbSink
 
     steps = _checked_steps(config)
@@ -96,34 +95,23 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     config = from_plain(plain)
     jax_environment(config.engine, os.environ)
     hydra_config = HydraConfig.get()
-    if hydra_config.mode is RunMode.MULTIRUN:
+    if _is_job():
+        _refuse_hosts_in_a_sweep(config)
         plain = grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
         config = from_plain(plain)
     run_dir = Path(hydra_config.runtime.output_dir)
     first = is_first(config.engine)
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)
+    started = _started(config, json.loads(redact.text(json.dumps(plain))), steps)
+    if _is_job() and config.sweep.resume and _taken_over(started, run_dir):
+        return HELD
     tracker = WandbSink(config.tracking, run_dir, api_key)
-    with ExitStack() as files:
-        if first:
-            # W&B first: what it cannot take at the end has to stand in the other sinks' last
-            # record. The picture before it, because W&B shows it.
-            sinks = Sinks(
-                [
-                    TimelinePicture(run_dir),
-                    tracker,
-                    ReportPage(run_dir),
-                    files.enter_context(_records_file(run_dir)),
-                    _screen(config.output),
-                    *_heartbeat(config),
-                ]
-            )
-        else:
-            sinks = FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
+    with _sinks(config, run_dir, tracker) as sinks:
         work = supervisor.Run(
             config,
             plain,
-            _started(config, json.loads(redact.text(json.dumps(plain))), steps),
+            started,
             steps,
             run_dir,
             sinks,
@@ -136,6 +124,47 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
     return finished.exit_code
 
 
+@contextmanager
+def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
+    """Yield what takes the records: on the first host all sinks, on another what a failure leaves.
+
+    Raises:
+        InputError: the file of the records cannot be made.
+    """
+    from kvpipe.sinks.failed_records import FailedRecords
+    from kvpipe.sinks.report import ReportPage, TimelinePicture
+
+    if not is_first(config.engine):
+        yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
+        return
+    with _records_file(run_dir) as records:
+        # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
+        # The picture before it, because W&B shows it.
+        yield Sinks(
+            [
+                TimelinePicture(run_dir),
+                tracker,
+                ReportPage(run_dir),
+                records,
+                _screen(config.output),
+                *_heartbeat(config),
+            ]
+        )
+
+
+def _refuse_hosts_in_a_sweep(config: Kvpipe) -> None:
+    """Refuse a job over several hosts: those after the first have no records to tell a sweep from.
+
+    Raises:
+        InputError: it is one.
+    """
+    if config.engine.nnodes > 1:
+        raise InputError(
+            f"engine.nnodes is {config.engine.nnodes}, but a sweep's jobs run on one host each; "
+            "type a run for each size on the hosts instead"
+        )
+
+
 def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
     return RunStarted(
         experiment=config.experiment,
@@ -144,6 +173,23 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
         versions=installed_versions(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _taken_over(started: RunStarted, run_dir: Path) -> bool:
+    """Let a finished run stand for this job of a sweep, if there is one; say so."""
+    from kvpipe.sweeps.resume import finished_run, take_over
+
+    found = finished_run(started, run_dir, Path(HydraConfig.get().sweep.dir))
+    if found is None:
+        return False
+    take_over(found, run_dir)
+    _tell(f"kvpipe: not run again, its records are taken over from {found}\n")
+    return True
+
+
+def _is_job() -> bool:
+    """Whether this run is a job of a sweep."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def _refuse_secrets(plain: dict[str, Any]) -> None:
@@ -155,9 +201,12 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     try:
         refuse_secrets(plain, _api_key(plain))
     except InputError:
-        written = Path(HydraConfig.get().runtime.output_dir) / ".hydra"
+        hydra_config = HydraConfig.get()
+        written = Path(hydra_config.runtime.output_dir) / ".hydra"
         if written.is_dir():
             shutil.rmtree(written)
+        if _is_job():
+            (Path(hydra_config.sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
         raise
 
 
@@ -176,10 +225,7 @@ def _records_file(run_dir: Path) -> JsonFile:
 def _command() -> str:
     """Return the command line that does this run, or this job of a sweep, again."""
     hydra_config = HydraConfig.get()
-    flags: list[str] = []
-    if directory := _config_dir(hydra_config.runtime.config_sources):
-        flags = ["--config-dir", directory]
-    return shlex.join(["python", "-m", "kvpipe", *flags, *hydra_config.overrides.task])
+    return command_line(hydra_config, hydra_config.overrides.task)
 
 
 def _api_key(plain: dict[str, Any]) -> str | None:
@@ -191,13 +237,18 @@ def _api_key(plain: dict[str, Any]) -> str | None:
 
 def _screen(output: OutputFormat) -> Sink:
     """Return what shows the run on stdout: a table for people, JSON lines for pipes."""
-    if output is OutputFormat.auto:
-        output = OutputFormat.table if sys.stdout.isatty() else OutputFormat.json
-    if output is OutputFormat.json:
+    if _shown(output) is OutputFormat.json:
         return JsonLines(sys.stdout)
     from kvpipe.sinks.console import ConsoleTable
 
     return ConsoleTable()
+
+
+def _shown(output: OutputFormat) -> OutputFormat:
+    """Return what stdout shows."""
+    if output is not OutputFormat.auto:
+        return output
+    return OutputFormat.table if sys.stdout.isatty() else OutputFormat.json
 
 
 def _heartbeat(config: Kvpipe) -> list[Sink]:
@@ -278,7 +329,7 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
         before, after = revisions.sides(
             config.compare_plans,
             _common_overrides(hydra_config.overrides.task),
-            _config_dir(hydra_config.runtime.config_sources),
+            config_dir(hydra_config.runtime.config_sources),
             Path(scratch),
         )
         changes = revisions.changes(before, after, [chosen] if chosen else None)
@@ -292,11 +343,6 @@ def _common_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that both sides of a comparison have."""
     own = ("compare_plans.", "experiment=")
     return [text for text in overrides if not text.lstrip("+~").startswith(own)]
-
-
-def _config_dir(sources: Sequence[Any]) -> str | None:
-    """Return the directory of ``--config-dir``."""
-    return next((s.path for s in sources if s.provider == "command-line"), None)
 
 
 def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
@@ -319,23 +365,40 @@ def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
-    """Write the report of a run again, from its records.
+    """Write the report of a run or of a sweep again, from the records.
 
     Raises:
         KvpipeError: there are no records, or it cannot be written.
     """
     from kvpipe.report.run import read_run, records_file
     from kvpipe.sinks.report import write_page, write_timeline
+    from kvpipe.sinks.sweep import write_sweep
+    from kvpipe.sweeps.summary import summary_of
 
     if len(paths) != 1:
-        raise InputError(f"report: name one run directory, not {len(paths)}: report RUN_DIR")
+        raise InputError(
+            f"report: name one directory of a run or a sweep, not {len(paths)}: report DIR"
+        )
     (path,) = paths
+    if is_sweep(path):
+        print(*write_sweep(summary_of(path), _report_folder(config, path)), sep="\n")
+        return 0
     found = read_run(path)
-    folder = Path(config.report.dir) if config.report.dir else records_file(path).parent
-    if not folder.is_dir():
-        raise InputError(f"report.dir: there is no directory {folder}")
+    folder = _report_folder(config, records_file(path).parent)
     print(write_page(found, folder), write_timeline(found, folder), sep="\n")
     return 0
+
+
+def _report_folder(config: Kvpipe, own: Path) -> Path:
+    """Return where a report goes, ``own`` if the config names no directory.
+
+    Raises:
+        InputError: there is no such directory.
+    """
+    folder = Path(config.report.dir) if config.report.dir else own
+    if not folder.is_dir():
+        raise InputError(f"report.dir: there is no directory {folder}")
+    return folder
 
 
 def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
@@ -388,9 +451,9 @@ def doctor(config: Kvpipe, plain: dict[str, Any]) -> int:
     return HELD if could_run else CHECK_FAILED
 
 
-Action = Callable[[Kvpipe, dict[str, Any]], int]
+_RUN = "run"
 VERBS: dict[str, Callable[..., int]] = {
-    "run": run,
+    _RUN: run,
     "check": check,
     "plan": plan,
     "compare-plans": compare_plans,
@@ -405,13 +468,12 @@ _WORD_AFTER = {"phases": "describe.phase"}
 _TAKE_PATHS = ("report", "compare")
 
 
-def _action(verb: str, arguments: Sequence[str]) -> tuple[Action, list[str]]:
-    """Return what a verb does, and the arguments that are Hydra's."""
+def _split_paths(verb: str, arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Return the paths that a verb reads, and the arguments that are Hydra's."""
     if verb not in _TAKE_PATHS:
-        return VERBS[verb], list(arguments)
+        return [], list(arguments)
     given = list(itertools.takewhile(_is_path, arguments))
-    action = partial(VERBS[verb], paths=[Path(text) for text in given])
-    return action, list(arguments[len(given) :])
+    return [Path(text) for text in given], list(arguments[len(given) :])
 
 
 def _is_path(argument: str) -> bool:
@@ -426,7 +488,7 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
         InputError: there is no such verb.
     """
     if not arguments or not _is_word(arguments[0]):
-        return "run", list(arguments)
+        return _RUN, list(arguments)
     verb, *rest = arguments
     if verb not in VERBS:
         raise InputError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
@@ -447,48 +509,130 @@ def _is_word(argument: str) -> bool:
     return not argument.startswith(("-", "+", "~")) and "=" not in argument
 
 
+@dataclass
+class Task:
+    """What Hydra calls with each config that it has composed: once, or once for a job of a sweep.
+
+    A launcher may call a copy of it in another process, so a sweep's end is read from records;
+    ``codes`` has only what happened here.
+
+    Attributes:
+        verb: what is done with the config.
+        paths: what the verb reads, if it is one of those that take paths.
+        codes: the exit codes so far.
+    """
+
+    verb: str
+    paths: Sequence[Path] = ()
+    codes: list[int] = field(default_factory=list)
+
+    def __call__(self, composed: DictConfig) -> int:
+        """Act on a config and return the exit code.
+
+        Raises:
+            SystemExit: a signal ended the run: Ctrl-C ends a sweep, not only its current job.
+        """
+        self.codes.append(0)
+        # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
+        code = self.codes[-1] = _told(lambda: self._act(composed))
+        if code > SIGNALLED:
+            sys.exit(code)
+        return code
+
+    def _act(self, composed: DictConfig) -> int:
+        action = VERBS[self.verb]
+        if self.verb in _TAKE_PATHS:
+            action = partial(action, paths=self.paths)
+        try:
+            plain = to_plain(composed)
+            if self.verb == _RUN:
+                _refuse_secrets(plain)
+            return action(from_plain(plain), plain)
+        except (InputError, *COMPOSITION_ERRORS) as error:
+            if self.verb == _RUN and _is_job():
+                _record_refusal(error)
+            raise
+
+
+def _record_refusal(error: Exception) -> None:
+    """Leave the record of a job of a sweep that was refused before anything was started."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    told = _input_error(error)
+    redact = redactor(os.environ, None)
+    refused = RunFinished(
+        status=FAILED,
+        exit_code=told.exit_code,
+        run_dir=str(run_dir),
+        elapsed_s=0.0,
+        error=redact.text(str(told)),
+        command=redact.text(_command()),
+    )
+    with _records_file(run_dir) as records:
+        records.run_finished(refused)
+
+
 def _compose_and_act(arguments: Sequence[str]) -> int:
-    """Let Hydra compose each config and act on it; return the highest exit code of the jobs."""
+    """Let Hydra compose each config and act on it; return the exit code of all of it."""
     verb, rest = _split_verb(arguments)
-    action, overrides = _action(verb, rest)
+    paths, overrides = _split_paths(verb, rest)
     if _COMP_LINE in os.environ:
         os.environ[_COMP_LINE] = _without_verb(os.environ[_COMP_LINE])
-    codes: list[int] = []
-
-    def job(composed: DictConfig) -> None:
-        codes.append(0)
-        # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
-        codes[-1] = _told(lambda: _act(action, composed))
-        if codes[-1] > SIGNALLED:
-            sys.exit(codes[-1])  # Ctrl-C ends a sweep, not only its current job
-
+    task = Task(verb, paths)
+    NoteSweep.begun = None
     ConfigStore.instance().store(name="kvpipe_schema", node=schema())
     with _run_dir(verb) as where:
         sys.argv = ["kvpipe", *overrides, *where]
         try:
-            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
-        except COMPOSITION_ERRORS:
+            _let_hydra_call(task)
+        except BaseException as error:
+            sweep = _sweep_finished(verb)
+            told = isinstance(error, (KvpipeError, *COMPOSITION_ERRORS))
+            if sweep and sweep.exit_code and isinstance(error, Exception) and not told:
+                # What a launcher, or a defect, has thrown; the jobs and their records stand.
+                _tell(traceback.format_exc())
+                return sweep.exit_code
             raise
-        except (OSError, ValueError) as error:
-            if codes:
-                raise
-            # Before the first job: a run directory that cannot be made, GROUP=3, a YAML file that
-            # is not UTF-8.
-            raise InputError(str(error)) from None
-    return max(codes, default=0)
+    sweep = _sweep_finished(verb)
+    return sweep.exit_code if sweep else max(task.codes, default=HELD)
 
 
-def _act(action: Action, composed: DictConfig) -> int:
-    plain = to_plain(composed)
-    if action is run:
-        _refuse_secrets(plain)
-    return action(from_plain(plain), plain)
+def _let_hydra_call(task: Task) -> None:
+    try:
+        hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
+    except COMPOSITION_ERRORS:
+        raise
+    except (OSError, ValueError) as error:
+        if task.codes:
+            raise
+        # Before the first job: a run directory that cannot be made, GROUP=3, a YAML file that
+        # is not UTF-8.
+        raise InputError(str(error)) from None
+
+
+def _sweep_finished(verb: str) -> SweepFinished | None:
+    """Write and show what a sweep has found; None if there was no sweep, or no job of it began.
+
+    Raises:
+        KvpipeError: it cannot be written.
+    """
+    begun = NoteSweep.begun
+    if verb != _RUN or begun is None or not is_sweep(begun.directory):
+        return None
+    if not any(job.begun for job in jobs_of(begun.directory)):
+        return None
+    from kvpipe.sinks.sweep import show_sweep, write_sweep
+    from kvpipe.sweeps.summary import summary_of
+
+    sweep = summary_of(begun.directory)
+    write_sweep(sweep, begun.directory)
+    show_sweep(sweep, _shown(begun.output))
+    return sweep
 
 
 @contextmanager
 def _run_dir(verb: str) -> Iterator[list[str]]:
     """Yield the overrides that send Hydra's own files where they leave no trace, but for a run."""
-    if verb == "run":
+    if verb == _RUN:
         yield []
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -506,9 +650,14 @@ def _told(work: Callable[[], int]) -> int:
     except KvpipeError as error:
         told = error
     except COMPOSITION_ERRORS as error:
-        told = InputError(one_message(error))
+        told = _input_error(error)
     _tell("\n  ".join([f"kvpipe: {told}", *getattr(told, "__notes__", ())]) + "\n")
     return told.exit_code
+
+
+def _input_error(error: Exception) -> InputError:
+    """Return what is told of a config that is wrong."""
+    return error if isinstance(error, InputError) else InputError(one_message(error))
 
 
 def _tell(text: str) -> None:

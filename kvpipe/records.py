@@ -14,7 +14,12 @@ from typing import Any
 RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
 RUN_FINISHED = "run_finished"
+SWEEP_FINISHED = "sweep_finished"
 RECORDS_FILE = "records.jsonl"
+PASSED = "passed"
+FAILED = "failed"
+INTERRUPTED = "interrupted"
+SKIPPED = "skipped"
 SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
 
 
@@ -314,7 +319,8 @@ class RunFinished:
     """The last record: how the run ended.
 
     Attributes:
-        status: ``passed``, ``failed`` or ``interrupted`` (by a signal).
+        status: ``passed``, ``failed``, ``interrupted`` (by a signal) or ``skipped`` (its own plan
+            says that it does not fit, so nothing was started).
         exit_code: exit code of the process.
         run_dir: absolute path of the run directory.
         elapsed_s: seconds that the run took.
@@ -369,10 +375,116 @@ def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
     return RunFinished(**known)
 
 
+@dataclass(frozen=True)
+class SweepJob:
+    """A job of a sweep, as its records tell it; None is not known. Bytes are over all devices.
+
+    Attributes:
+        job: its number, from 0.
+        values: key that is swept → the job's value, as it was given.
+        overrides: all overrides of the job.
+        status: as in :class:`RunFinished`, or ``unfinished`` if its records have no end, or
+            ``not begun`` if there are none.
+        exit_code: exit code of its run.
+        run_dir: absolute path of its directory.
+        taken_from: run directory of the earlier run whose records stand for it; None if it ran.
+        error: why it failed, or was skipped.
+        command: the command line that does this job again, alone.
+        experiment: name of its experiment.
+        max_total_tokens: capacity of its KV cache in tokens, in whole pages.
+        kv_bytes: measured bytes of the KV cache after the first phase that has one.
+        planned_kv_bytes: bytes that were planned for it there.
+        line_error_bytes: ``kv_bytes`` minus the bytes of the line that it has to lie on; None if no
+            line is claimed for it.
+        plan_error_bytes: measured minus planned bytes of the pool and phase where that is largest,
+            0 if every phase held what was planned.
+        freed_bytes: bytes that the first drop of the KV cache gave back.
+        fits: whether its plan fits the devices.
+        largest_max_total_tokens: largest capacity that its plan says would fit.
+        peak_bytes: the most bytes in use, inside a phase or after one.
+        rebuild_s: seconds of the first rebuild.
+        same_output: whether every compared output was the same; None if none was compared.
+        elapsed_s: seconds that the run took.
+    """
+
+    job: int
+    values: Mapping[str, str]
+    overrides: Sequence[str]
+    status: str
+    run_dir: str
+    command: str
+    exit_code: int | None = None
+    taken_from: str | None = None
+    error: str | None = None
+    experiment: str | None = None
+    max_total_tokens: int | None = None
+    kv_bytes: int | None = None
+    planned_kv_bytes: int | None = None
+    line_error_bytes: int | str | None = None
+    plan_error_bytes: int | None = None
+    freed_bytes: int | None = None
+    fits: bool | None = None
+    largest_max_total_tokens: int | None = None
+    peak_bytes: int | None = None
+    rebuild_s: float | None = None
+    same_output: bool | None = None
+    elapsed_s: float | None = None
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """The straight line that the KV bytes of a sweep's jobs have to lie on, over their tokens.
+
+    Attributes:
+        values: swept key → value that the jobs on it share; empty if only the tokens are swept.
+        jobs: numbers of the jobs whose measured bytes are held against it.
+        bytes_per_token: its slope, exactly: an integer, or a fraction as text where it is none.
+        bytes_at_no_tokens: its bytes at 0 tokens, the same way.
+    """
+
+    values: Mapping[str, str]
+    jobs: Sequence[int]
+    bytes_per_token: int | str
+    bytes_at_no_tokens: int | str
+
+
+@dataclass(frozen=True)
+class SweepFinished:
+    """What the records of a sweep's jobs tell together.
+
+    Attributes:
+        experiment: names of the experiments.
+        status: ``passed`` if every job held or was skipped and no byte is off a line; ``failed``
+            or ``interrupted``.
+        exit_code: exit code of the process.
+        sweep_dir: absolute path of the sweep's directory.
+        swept: the keys whose values differ from job to job.
+        jobs: the jobs, in order.
+        lines: the lines of the KV bytes, if ``engine.max_total_tokens`` is swept.
+        checks: that each measured job's KV bytes lie on its line.
+    """
+
+    experiment: str
+    status: str
+    exit_code: int
+    sweep_dir: str
+    swept: Sequence[str]
+    jobs: Sequence[SweepJob]
+    lines: Sequence[SweepLine] = ()
+    checks: Sequence[Check] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        known = asdict(self)
+        for name in ("swept", "jobs", "lines", "checks"):
+            known[name] = list(known[name])
+        return {"phase": SWEEP_FINISHED, **known}
+
+
 Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 
-def dumps(record: Record) -> str:
+def dumps(record: Record | SweepFinished) -> str:
     """Return the record as one JSON line, without its newline."""
     # ASCII: U+2028 in a text would break the line for readers that split at it.
     return json.dumps(record.to_json(), allow_nan=False)

@@ -434,6 +434,19 @@ class ReportConfig:
 
 
 @dataclass
+class SweepConfig:
+    """How the jobs of a sweep (``-m``) are carried out.
+
+    Attributes:
+        resume: a job that an earlier sweep has carried out takes its records over instead of
+            running: same config (but for tracking and output), same versions, and it passed. The
+            sweeps beside this one's directory are looked through, and this one's own.
+    """
+
+    resume: bool = False
+
+
+@dataclass
 class DescribeConfig:
     """What ``kvpipe phases`` prints.
 
@@ -475,6 +488,7 @@ class Kvpipe:
     compare: CompareConfig = field(default_factory=CompareConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
 

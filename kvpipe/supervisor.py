@@ -31,7 +31,11 @@ from kvpipe.phase import ParentPhase, Phase, Result
 from kvpipe.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.progress import Progress
 from kvpipe.records import (
+    FAILED,
+    INTERRUPTED,
+    PASSED,
     RUN_PLANNED,
+    SKIPPED,
     Check,
     Memory,
     PhaseRecord,
@@ -135,7 +139,7 @@ class Run:
                 ending = replace(ending, error=f"{ending.error}; then: {error}")
         failing = (ending.failing_phase or self._current) if ending.exit_code else None
         return RunFinished(
-            status=_status(ending.exit_code),
+            status=self._status(ending.exit_code),
             exit_code=ending.exit_code,
             run_dir=str(self.run_dir),
             elapsed_s=round(time.time() - self.began, 6),
@@ -147,6 +151,15 @@ class Run:
             command=self.redactor.text(self.command),
             fields={"wandb": self._tracking} if self._tracking else {},
         )
+
+    def _status(self, exit_code: int) -> str:
+        if exit_code > errors.SIGNALLED:
+            return INTERRUPTED
+        # The worker starts nothing once the plan that it has told does not fit.
+        refused = self._plan is not None and not self._plan.fit.fits and self.config.plan.enforce
+        if refused and exit_code == errors.BAD_INPUT:
+            return SKIPPED
+        return FAILED if exit_code else PASSED
 
     def _told_in_full(self, ending: Ending) -> Ending:
         """Add to an out-of-memory what was held then, and what the plan had said."""
@@ -358,12 +371,6 @@ class Run:
 
 def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
     return Ending(exit_code, message or str(error), kind=type(error).__name__)
-
-
-def _status(exit_code: int) -> str:
-    if exit_code > errors.SIGNALLED:
-        return "interrupted"
-    return "failed" if exit_code else "passed"
 
 
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:

@@ -284,8 +284,11 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report"], "report: name one run directory, not 0: report RUN_DIR"),
-        (["report", SMALL, LARGE], "report: name one run directory, not 2: report RUN_DIR"),
+        (["report"], "report: name one directory of a run or a sweep, not 0: report DIR"),
+        (
+            ["report", SMALL, LARGE],
+            "report: name one directory of a run or a sweep, not 2: report DIR",
+        ),
         (["report", "nosuch"], "nosuch: there is no such directory or file"),
         (["report", "."], ".: there is no records.jsonl in it, so it is no run"),
         (["report", SMALL, "report.dir=nosuch"], "report.dir: there is no directory nosuch"),

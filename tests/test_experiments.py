@@ -137,6 +137,7 @@ TINY = {
     "compare": COMPARE,
     "describe": DESCRIBE,
     "report": REPORT,
+    "sweep": {"resume": False},
     "output": "auto",
     "cache_dir": None,
 }
@@ -194,6 +195,7 @@ BIGKV = {
     "compare": COMPARE,
     "describe": DESCRIBE,
     "report": REPORT,
+    "sweep": {"resume": False},
     "output": "auto",
     "cache_dir": None,
 }

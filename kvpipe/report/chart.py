@@ -223,7 +223,7 @@ def _bar(bar: Bar, label: str, y: float, height: float, layout: _Layout) -> Iter
 
 
 def _grid(chart: Chart, layout: _Layout, height: float) -> Iterator[Shape]:
-    for size, label in _ticks(layout.most, most_ticks=3 if layout.width < WIDE / 2 else 6):
+    for size, label in ticks(layout.most, most_ticks=3 if layout.width < WIDE / 2 else 6):
         x = layout.x(size)
         yield Line(x, _AXIS_HEIGHT - 6, x, height, "grid")
         anchor = "start" if size == 0 else "middle"
@@ -233,8 +233,13 @@ def _grid(chart: Chart, layout: _Layout, height: float) -> Iterator[Shape]:
         yield Line(x, _AXIS_HEIGHT - 6, x, height, "limit", 1.5)
 
 
-def _ticks(most: int, most_ticks: int) -> Iterator[tuple[float, str]]:
-    """Yield round amounts from 0 to ``most`` bytes, with their labels."""
+def ticks(most: int, most_ticks: int) -> Iterator[tuple[float, str]]:
+    """Yield round amounts from 0 to ``most`` bytes, with their labels.
+
+    Args:
+        most: the largest amount, at least 1.
+        most_ticks: how many there may be, 0 left aside.
+    """
     unit = unit_for(most)
     amount = most / unit.size
     power = 10.0 ** math.floor(math.log10(amount / most_ticks))

@@ -27,7 +27,7 @@ class Key:
     Attributes:
         role: the colour.
         text: what it stands for.
-        form: ``thin`` or ``whisker`` for what is drawn so.
+        form: ``thin``, ``pale``, ``line`` or ``whisker`` for what is drawn so.
     """
 
     role: str

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from kvpipe.ledger import KV, PARAMS, is_contracted
-from kvpipe.records import RECORDS_FILE, Check, PhaseRecord
+from kvpipe.records import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.chart import NARROW, WIDE
 from kvpipe.report.config_changes import flat, value_text
 from kvpipe.report.drawing import as_svg
@@ -72,7 +72,7 @@ def _origin(run: Run) -> Iterator[str]:
 
 
 def _verdict(run: Run) -> Markup:
-    tone = {"passed": "good", UNFINISHED: ""}.get(run.status, "bad")
+    tone = {PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad")
     failed = [(phase, check) for phase, check in run.checks if not check.passed]
     error = run.finished.error if run.finished else None
     if error and any(check.name in error or check.detail == error for _, check in failed):
@@ -90,8 +90,10 @@ def _verdict(run: Run) -> Markup:
 def _said(run: Run) -> str:
     if run.finished is None:
         return "It did not finish"
-    if run.status == "passed":
+    if run.status == PASSED:
         return "Passed"
+    if run.status == SKIPPED:
+        return f"Skipped, exit code {run.finished.exit_code}"
     return f"Failed, exit code {run.finished.exit_code}"
 
 

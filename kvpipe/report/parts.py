@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from kvpipe.report.chart import NARROW, WIDE, Chart
-from kvpipe.report.drawing import as_svg
+from kvpipe.report.chart import NARROW, WIDE
+from kvpipe.report.drawing import Drawing, as_svg
 from kvpipe.report.legend import Key
 from kvpipe.report.markup import Markup, Node, element, joined
 from kvpipe.report.style import page_css
@@ -13,6 +14,14 @@ from kvpipe.report.style import page_css
 NONE = "–"
 # No script, and nothing from elsewhere, whatever a text in the records says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+class Drawable(Protocol):
+    """A chart, for any width."""
+
+    def drawn(self, width: float) -> Drawing:
+        """Return it as a drawing of this width."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def _note(cell: Cell) -> Sequence[Markup]:
     return [element("small", cell.note)] if cell.note else []
 
 
-def figure(chart: Chart, name: str, keys: Sequence[Key], caption: Node) -> Markup:
+def figure(chart: Drawable, name: str, keys: Sequence[Key], caption: Node) -> Markup:
     """Return a chart with its legend, once for wide windows and once for narrow ones."""
     entries = [
         element("li", element("span", class_=f"key {key.role} {key.form}".rstrip()), key.text)
@@ -168,7 +177,7 @@ def figure(chart: Chart, name: str, keys: Sequence[Key], caption: Node) -> Marku
     )
 
 
-def both_widths(chart: Chart, name: str) -> Markup:
+def both_widths(chart: Drawable, name: str) -> Markup:
     """Return the SVGs of a chart for wide and for narrow windows; the page shows one."""
     return joined(
         as_svg(chart.drawn(width), f"{name}-{form}", form)

@@ -1,4 +1,4 @@
-"""The memory timeline as a picture that stands alone: heading, legend, chart."""
+"""Pictures that stand alone: heading, legend, chart; the memory timeline of a run is one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +17,17 @@ _LETTER = 7.4
 
 def timeline(run: Run) -> Drawing:
     """Return the memory timeline of a run with all that one has to know to read it."""
-    chart = memory_chart(run).drawn(WIDE)
-    legend, legend_height = _legend(memory_keys(run))
+    return framed(memory_chart(run).drawn(WIDE), memory_keys(run))
+
+
+def framed(chart: Drawing, keys: Sequence[Key]) -> Drawing:
+    """Return a chart with its title as heading and a legend, on a ground of its own.
+
+    Args:
+        chart: the chart, as wide as those of pages in wide windows.
+        keys: the entries of the legend.
+    """
+    legend, legend_height = _legend(keys)
     top = _MARGIN + _HEADING + legend_height
     width, height = WIDE + 2 * _MARGIN, top + chart.height + _MARGIN
     heading = Text(_MARGIN, _MARGIN + 14, chart.title, "ink", size=17)
@@ -47,6 +56,10 @@ def _key(key: Key, x: float, y: float) -> Iterator[Shape]:
     match key.form:
         case "thin":
             yield Rect(x, y + 4, 16, 4, key.role, faded=True)
+        case "pale":
+            yield Rect(x, y, 16, 12, key.role, faded=True)
+        case "line":
+            yield Line(x, y + 6, x + 16, y + 6, key.role, 1.5)
         case "whisker":
             yield Line(x, y + 6, x + 16, y + 6, key.role, 1.5)
             yield Line(x + 16, y + 2, x + 16, y + 10, key.role, 1.5)

@@ -46,7 +46,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``passed``, ``failed``, or ``unfinished`` if there is no last record."""
+        """As the last record has it; ``unfinished`` if there is none."""
         return self.finished.status if self.finished else UNFINISHED
 
     @property

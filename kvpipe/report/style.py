@@ -54,7 +54,8 @@ font-size:.9rem}
 .key{width:16px;height:12px;border-radius:2px;flex:none;forced-color-adjust:none;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .key.thin{height:4px;opacity:.45}
-.key.whisker{height:2px;border-radius:0}
+.key.pale{opacity:.45}
+.key.whisker,.key.line{height:2px;border-radius:0}
 .scroll{overflow-x:auto;margin:12px 0 0}
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--quiet);padding:0 0 6px}

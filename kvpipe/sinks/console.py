@@ -16,7 +16,16 @@ from rich.text import Text
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 from kvpipe.progress import Progress
-from kvpipe.records import RECORDS_FILE, Check, PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records import (
+    PASSED,
+    RECORDS_FILE,
+    SKIPPED,
+    Check,
+    PhaseRecord,
+    RunFinished,
+    RunPlanned,
+    RunStarted,
+)
 from kvpipe.units import gib
 
 _NAME_WIDTH = 32
@@ -176,11 +185,11 @@ def _summary(record: RunFinished, phases: int) -> Iterator[Text]:
     """Yield the lines below the table."""
     passed = sum(check.passed for check in record.checks)
     counts = f"{phases} phases, {passed}/{len(record.checks)} checks, {record.elapsed_s:.1f} s"
-    style = "bold green" if record.exit_code == 0 else "bold red"
+    style = {PASSED: "bold green", SKIPPED: "bold yellow"}.get(record.status, "bold red")
     yield Text()
     yield Text.assemble((record.status, style), f" ({counts}, exit code {record.exit_code})")
     if record.error:
-        yield Text(record.error, "red")
+        yield Text(record.error, "yellow" if record.status == SKIPPED else "red")
     for check in record.checks:
         if not check.passed:
             yield Text(f"✗ {check.name}", "red")

@@ -77,7 +77,7 @@ def write_timeline(run: Run, folder: Path) -> Path:
     from kvpipe.report.picture import timeline
     from kvpipe.report.png import as_png
 
-    return _written(folder / TIMELINE_FILE, as_png(timeline(run)))
+    return written(folder / TIMELINE_FILE, as_png(timeline(run)))
 
 
 def write_page(run: Run, folder: Path) -> Path:
@@ -88,10 +88,15 @@ def write_page(run: Run, folder: Path) -> Path:
     """
     from kvpipe.report.page import report_page
 
-    return _written(folder / PAGE_FILE, report_page(run).encode())
+    return written(folder / PAGE_FILE, report_page(run).encode())
 
 
-def _written(path: Path, content: bytes) -> Path:
+def written(path: Path, content: bytes) -> Path:
+    """Write a file of a report and return its path.
+
+    Raises:
+        KvpipeError: it cannot be written.
+    """
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -6,7 +6,7 @@ What W&B itself needs to log them is in :mod:`kvpipe.sinks.wandb`.
 from typing import Any
 
 from kvpipe.ledger import KV, PARAMS, slot_pool
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records import SKIPPED, PhaseRecord, RunFinished, RunPlanned
 
 PHASES_COLUMNS = (
     "phase",
@@ -64,9 +64,10 @@ def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:
 def alert_of(experiment: str, record: RunFinished) -> tuple[str, str] | None:
     """Return the title and the text of the alert that a run calls for.
 
-    None if it passed, and if a signal ended it: somebody wanted that.
+    None if it passed, if a signal ended it, because somebody wanted that, and if its own plan
+    skipped it, because nothing was started.
     """
-    if not 0 < record.exit_code < 128:
+    if not 0 < record.exit_code < 128 or record.status == SKIPPED:
         return None
     failed = [
         f"{check.name}: {check.detail or 'not as expected'}"

@@ -1,0 +1,47 @@
+"""What a sweep leaves in its directory (``sweep.json``, ``sweep.html``, ``sweep.png``) and shows."""
+
+import sys
+from pathlib import Path
+
+from kvpipe.records import SweepFinished, dumps
+from kvpipe.schema import OutputFormat
+from kvpipe.sinks.report import written
+
+JSON_FILE = "sweep.json"
+PAGE_FILE = "sweep.html"
+PICTURE_FILE = "sweep.png"
+
+
+def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
+    """Write record, page and picture of a sweep into a folder and return their paths.
+
+    Raises:
+        KvpipeError: one cannot be written.
+    """
+    from kvpipe.report.png import as_png
+    from kvpipe.report.sweep_figures import picture
+    from kvpipe.report.sweep_page import sweep_page
+
+    paths = [
+        written(folder / JSON_FILE, f"{dumps(sweep)}\n".encode()),
+        written(folder / PAGE_FILE, sweep_page(sweep, folder).encode()),
+    ]
+    # Without a measured KV cache there is nothing to draw.
+    if drawing := picture(sweep):
+        paths.append(written(folder / PICTURE_FILE, as_png(drawing)))
+    return paths
+
+
+def show_sweep(sweep: SweepFinished, output: OutputFormat) -> None:
+    """Show a sweep on stdout: a table for people, a JSON line for pipes.
+
+    Args:
+        sweep: what it has found.
+        output: ``table`` or ``json``.
+    """
+    if output is OutputFormat.json:
+        print(dumps(sweep), flush=True)
+        return
+    from kvpipe.report.sweep_table import print_sweep
+
+    print_sweep(sweep, sys.stdout)

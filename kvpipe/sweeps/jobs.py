@@ -1,0 +1,147 @@
+"""Which jobs a sweep has: what each was asked to do, and where its records are.
+
+Hydra writes the sweep's own config into its directory before the first job begins. The jobs are
+read from that, not from what there is, so that a job that never began is missed.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from kvpipe.schema import OutputFormat
+
+SWEEP_CONFIG = "multirun.yaml"
+_HYDRA_CONFIG = Path(".hydra") / "hydra.yaml"
+# The group of ready sweeps; a config that is chosen from it makes every command a sweep.
+_GROUP = "sweep"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The sweep that this process has begun.
+
+    Attributes:
+        directory: where it writes, absolute.
+        output: what stdout shows.
+    """
+
+    directory: Path
+    output: OutputFormat
+
+
+class NoteSweep(Callback):
+    """Notes the sweep that Hydra begins, which is known also if its launcher then fails.
+
+    Attributes:
+        begun: the sweep; None for a single run.
+    """
+
+    begun: ClassVar[Begun | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note it."""
+        NoteSweep.begun = Begun(Path(config.hydra.sweep.dir).absolute(), config.output)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep.
+
+    Attributes:
+        number: from 0.
+        overrides: its overrides.
+        directory: where its records are, if it has begun.
+        command: the command line that does it again, alone.
+    """
+
+    number: int
+    overrides: Sequence[str]
+    directory: Path
+    command: str
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Key → value of each override; a group that is added has its name as key."""
+        pairs = (text.partition("=") for text in self.overrides)
+        return {key.lstrip("+"): value for key, _, value in pairs}
+
+    @property
+    def begun(self) -> bool:
+        """Whether Hydra has made its directory."""
+        return self.directory.is_dir()
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory is that of a sweep."""
+    return (path / SWEEP_CONFIG).is_file()
+
+
+def jobs_of(sweep_dir: Path) -> tuple[Job, ...]:
+    """Return the jobs of a sweep, in order, those that have not begun too."""
+    hydra = OmegaConf.load(sweep_dir / SWEEP_CONFIG).hydra
+    params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    given = _parser(hydra).parse_overrides([*params, *hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(given, max_batch_size=None)
+    directories = _directories(sweep_dir)
+    return tuple(
+        Job(
+            number,
+            overrides,
+            directories.get(number, sweep_dir / str(number)),
+            command_line(hydra, overrides),
+        )
+        for number, overrides in enumerate(jobs)
+    )
+
+
+def command_line(hydra: HydraConf | DictConfig, overrides: Sequence[str]) -> str:
+    """Return the command line of a single run with these overrides.
+
+    Args:
+        hydra: Hydra's own part of the config, of the run or of its sweep.
+        overrides: the run's overrides.
+    """
+    directory = config_dir(hydra.runtime.config_sources)
+    flags = ["--config-dir", directory] if directory else []
+    # A ready sweep, once chosen, would make a sweep of this run too.
+    mode = ["hydra.mode=RUN"] if hydra.runtime.choices.get(_GROUP) else []
+    return shlex.join(["python", "-m", "kvpipe", *flags, *mode, *overrides])
+
+
+def config_dir(sources: Sequence[Any]) -> str | None:
+    """Return the directory of ``--config-dir``.
+
+    Args:
+        sources: where Hydra has looked for configs, ``hydra.runtime.config_sources``.
+    """
+    return next((s.path for s in sources if s.provider == "command-line"), None)
+
+
+def _parser(hydra: DictConfig) -> OverridesParser:
+    """Return what reads overrides as the sweep did; glob(*) looks through its choices."""
+    Plugins.instance()  # they register the kinds of sources
+    path = ConfigSearchPathImpl()
+    for source in hydra.runtime.config_sources:
+        path.append(source.provider, f"{source.schema}://{source.path}")
+    return OverridesParser.create(ConfigLoaderImpl(path))
+
+
+def _directories(sweep_dir: Path) -> Mapping[int, Path]:
+    """Return number → directory of the jobs that have begun, wherever ``sweep.subdir`` put them."""
+    found = {}
+    for path in sorted(sweep_dir.rglob(str(_HYDRA_CONFIG))):
+        job = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["job"]
+        found[job["num"]] = path.parent.parent
+    return found

@@ -1,0 +1,68 @@
+"""Finds a run that an earlier sweep has finished with the very config of a job, and takes it over."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from kvpipe.errors import InputError
+from kvpipe.records import PASSED, RECORDS_FILE, RunStarted
+from kvpipe.report.run import Run, read_run
+from kvpipe.sinks.report import write_page, write_timeline
+
+# What a run measures does not depend on these.
+_NOT_COMPARED = (
+    "compare",
+    "compare_plans",
+    "describe",
+    "output",
+    "report",
+    "sweep",
+    "tracking",
+)
+
+
+def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | None:
+    """Return the directory of a run that passed with the config and versions of ``started``.
+
+    Args:
+        started: the first record of the job, were it to run.
+        run_dir: the job's own directory, which may be that of an earlier attempt.
+        sweep_dir: the sweep's directory; those beside it are looked through, the newest first.
+    """
+    found = sorted(sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}"), key=_age, reverse=True)
+    for records in [run_dir / RECORDS_FILE, *found]:
+        run = _read(records)
+        if run and run.status == PASSED and run.started and _same(run.started, started):
+            return records.parent
+    return None
+
+
+def take_over(found: Path, run_dir: Path) -> None:
+    """Let the records of a finished run stand for the job whose directory is ``run_dir``."""
+    if found.absolute() != run_dir.absolute():
+        shutil.copyfile(found / RECORDS_FILE, run_dir / RECORDS_FILE)
+    run = read_run(run_dir)
+    write_timeline(run, run_dir)
+    write_page(run, run_dir)
+
+
+def _age(records: Path) -> float:
+    return records.stat().st_mtime
+
+
+def _read(records: Path) -> Run | None:
+    """Return the run of a file of records; None if it is none that this version can read."""
+    try:
+        return read_run(records)
+    except InputError:
+        return None
+
+
+def _same(one: RunStarted, other: RunStarted) -> bool:
+    return _compared(one) == _compared(other) and dict(one.versions) == dict(other.versions)
+
+
+def _compared(started: RunStarted) -> dict[str, Any]:
+    config = json.loads(json.dumps(started.to_json()["config"]))
+    return {key: value for key, value in config.items() if key not in _NOT_COMPARED}

@@ -1,0 +1,164 @@
+"""Sweeps of the real engine: no job inherits from another, and the bytes lie on a line.
+
+The ready sweep ``max_total_tokens`` runs as it ships, on a short pipeline. A second one has a job
+that fails, one that cannot fit, one that runs and one that the first has done.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvpipe.steps import build_steps
+from tests.helpers_config import ROOT, compose_plain, config_of
+from tests.report.html_page import Page
+from tests.test_run import environment
+
+SWEEPS = sorted(path.stem for path in (ROOT / "conf/sweep").glob("*.yaml"))
+TOKENS = "engine.max_total_tokens"
+SIZES = [1024, 2048, 4096, 8192, 16384]
+# 3 layers of keys and values, 2 KV heads, head_dim 128, bfloat16.
+TOKEN_BYTES = 3 * 2 * 2 * 128 * 2
+TOO_MANY = 100_000_000
+
+
+def kvpipe(cwd, *arguments):
+    config = ["--config-dir", str(cwd / "mine"), "pipeline=short", "tracking=disabled"]
+    return subprocess.run(
+        [sys.executable, "-m", "kvpipe", *config, *arguments],
+        cwd=cwd,
+        env=environment(cwd),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def ready(records, phase="engine_ready_dummy"):
+    lines = map(json.loads, Path(records).read_text().splitlines())
+    return next(line for line in lines if line["phase"] == phase)
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sweeps")
+    (directory / "mine/pipeline").mkdir(parents=True)
+    (directory / "mine/pipeline/short.yaml").write_text(
+        "# @package _global_\n"
+        "pipeline: [jax_ready, engine_ready_dummy, kv_cache_dropped, kv_cache_rebuilt]\n"
+        "phases: {}\n"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def five(cwd):
+    """The ready sweep of five sizes."""
+    return kvpipe(cwd, "+sweep=max_total_tokens")
+
+
+@pytest.fixture(scope="module")
+def mixed(cwd, five):
+    """Sizes of another choice: one fails, one is new, one the first sweep has done, one too large."""
+    sizes = f"{TOKENS}=1,512,1024,{TOO_MANY}"
+    return kvpipe(cwd, "+sweep=max_total_tokens", sizes, "sweep.resume=true")
+
+
+def end_of(done):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_bytes_of_five_sizes_lie_on_a_line_whose_slope_is_a_tokens_bytes(five):
+    end = end_of(five)
+    assert (five.returncode, end["status"]) == (0, "passed"), five.stderr
+    assert [job["max_total_tokens"] for job in end["jobs"]] == SIZES
+    (line,) = end["lines"]
+    assert line["bytes_per_token"] == line["bytes_at_no_tokens"] == TOKEN_BYTES
+    for job in end["jobs"]:
+        expected = TOKEN_BYTES * (job["max_total_tokens"] + 1)
+        assert job["kv_bytes"] == job["planned_kv_bytes"] == job["freed_bytes"] == expected
+        assert job["line_error_bytes"] == job["plan_error_bytes"] == 0
+        assert (job["fits"], job["same_output"]) == (True, None)
+        assert job["rebuild_s"] > 0
+    assert [check["passed"] for check in end["checks"]] == [True] * 5
+
+
+@pytest.mark.slow
+def test_a_job_holds_the_bytes_that_it_holds_on_its_own(cwd, five):
+    """The last but one job of five, after which a larger and before which smaller ones ran."""
+    alone = kvpipe(cwd, f"{TOKENS}=8192")
+    (job,) = (job for job in end_of(five)["jobs"] if job["max_total_tokens"] == 8192)
+    in_sweep = ready(Path(job["run_dir"]) / "records.jsonl")
+    on_its_own = ready(Path(end_of(alone)["run_dir"]) / "records.jsonl")
+    assert in_sweep["ledger"] == on_its_own["ledger"]
+    assert (
+        in_sweep["memory"]["jax_device_memory_stats"]
+        == (on_its_own["memory"]["jax_device_memory_stats"])
+    )
+
+
+@pytest.mark.slow
+def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
+    end = end_of(mixed)
+    assert (mixed.returncode, end["exit_code"], end["status"]) == (1, 1, "failed")
+    found = [(job["status"], job["exit_code"]) for job in end["jobs"]]
+    assert found == [("failed", 70), ("passed", 0), ("passed", 0), ("skipped", 2)]
+    failed, *_, skipped = end["jobs"]
+    assert "Memory pool size is too small" in failed["error"]
+    assert (skipped["fits"], skipped["kv_bytes"]) == (False, None)
+    assert skipped["planned_kv_bytes"] == TOKEN_BYTES * (TOO_MANY + 1)
+    assert "the plan does not fit" in skipped["error"]
+    assert f"{skipped['largest_max_total_tokens']} would fit" in skipped["error"]
+
+
+@pytest.mark.slow
+def test_a_job_that_an_earlier_sweep_has_done_is_taken_over_and_stands_on_the_line(five, mixed):
+    (taken,) = (job for job in end_of(mixed)["jobs"] if job["taken_from"])
+    assert taken["taken_from"] == end_of(five)["jobs"][0]["run_dir"]
+    assert taken["kv_bytes"] == TOKEN_BYTES * 1025
+    assert f"taken over from {taken['taken_from']}\n" in mixed.stderr
+    (line,) = end_of(mixed)["lines"]
+    assert (line["jobs"], line["bytes_per_token"]) == ([1, 2], TOKEN_BYTES)
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_that_was_skipped_calls_it_so(mixed):
+    page = Page((Path(end_of(mixed)["jobs"][3]["run_dir"]) / "report.html").read_text())
+    assert page.text_of("p", class_="said") == "Skipped, exit code 2"
+    assert page.all("div", class_="verdict")
+
+
+@pytest.mark.slow
+def test_the_command_of_a_job_of_a_ready_sweep_does_that_job_alone(cwd, mixed):
+    python, *words = shlex.split(end_of(mixed)["jobs"][3]["command"])
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment(cwd), capture_output=True, text=True
+    )
+    end = end_of(done)
+    assert (python, done.returncode, end["phase"]) == ("python", 2, "run_finished")
+    assert (end["status"], Path(end["run_dir"]).parts[-3:-1]) == ("skipped", ("outputs", "tiny"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_ready_sweep_says_how_it_is_run_and_each_of_its_jobs_is_accepted(name):
+    text = (ROOT / f"conf/sweep/{name}.yaml").read_text()
+    first, second, *_ = text.splitlines()
+    assert first == "# @package _global_"
+    assert second.startswith("# python -m kvpipe ")
+    assert second.endswith(f"+sweep={name}")
+    chosen = second.removeprefix("# python -m kvpipe ").split()
+    hydra = yaml.safe_load(text)["hydra"]
+    assert hydra["mode"] == "MULTIRUN"
+    ((key, values),) = hydra["sweeper"]["params"].items()
+    for value in str(values).split(","):
+        build_steps(config_of(compose_plain(*chosen, f"{key}={value}")))
+
+
+def test_the_sizes_of_the_ready_sweep_are_those_of_this_test():
+    text = (ROOT / "conf/sweep/max_total_tokens.yaml").read_text()
+    assert f"{TOKENS}: {','.join(map(str, SIZES))}" in text
