@@ -55,6 +55,16 @@ def swept(site, tmp_path_factory):
     return cwd, kvpipe(site, cwd, "pipeline=tracked", f"{SWEPT}=0,1,2")
 
 
+def test_a_job_over_several_hosts_is_refused(site, tmp_path):
+    """The hosts after the first keep no records of a run that passed, so no sweep can be told."""
+    address = "engine.dist_init_addr=127.0.0.1:9000"
+    hosts = ["engine.nnodes=2", "engine.node_rank=0", address]
+    done = kvpipe(site, tmp_path, "pipeline=tracked", *hosts)
+    (job,) = end_of(done)["jobs"]
+    assert (done.returncode, job["exit_code"]) == (1, 2)
+    assert job["error"].startswith("engine.nnodes is 2, but a sweep's jobs run on one host each")
+
+
 def test_a_refused_job_does_not_end_the_sweep_and_the_exit_code_is_1(swept, site):
     _, done = swept
     end = end_of(done)
