@@ -24,6 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from kvpipe import slurm
 from kvpipe.credentials import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.errors import CHECK_FAILED, DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.hosts import check_hosts, is_first, node_rank, own_file
@@ -598,7 +599,8 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
 
 def _let_hydra_call(task: Task) -> None:
     try:
-        hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
+        with slurm.jobs(_tell):
+            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
     except (OSError, ValueError) as error:
@@ -610,7 +612,7 @@ def _let_hydra_call(task: Task) -> None:
 
 
 def _sweep_finished(verb: str) -> SweepFinished | None:
-    """Write and show what a sweep has found; None if there was no sweep, or no job of it began.
+    """Write and show what a sweep has found; None if there was none, or no job got so far.
 
     Raises:
         KvpipeError: it cannot be written.
@@ -618,7 +620,7 @@ def _sweep_finished(verb: str) -> SweepFinished | None:
     begun = NoteSweep.begun
     if verb != _RUN or begun is None or not is_sweep(begun.directory):
         return None
-    if not any(job.begun for job in jobs_of(begun.directory)):
+    if not (slurm.submitted() or any(job.begun for job in jobs_of(begun.directory))):
         return None
     from kvpipe.sinks.sweep import show_sweep, write_sweep
     from kvpipe.sweeps.summary import summary_of

@@ -24,6 +24,8 @@ _NOT_CHOSEN = re.compile(
     r"Could not override '(.+)'\. No match in the defaults list\.\s"
     r"To append to your default list use (.+)"
 )
+# Files that come with a package which only an extra of kvpipe installs.
+_OF_EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "slurm"}
 
 
 def one_message(error: Exception) -> str:
@@ -54,6 +56,8 @@ def _no_such_file(error: MissingConfigException) -> str:
     group, _, name = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return _first_line(error)
+    if extra := _OF_EXTRAS.get(error.missing_cfg_file or ""):
+        return f"{group}: it needs kvpipe's extra {extra!r}; in a clone: pip install '.[{extra}]'"
     if error.options is None:
         return (
             f"{group}=[...] chooses files of conf/{group}, and {name!r} is none of them; a value "

@@ -14,7 +14,8 @@ from typing import Any, Self
 import psutil
 
 # SIGQUIT too: the engine's threads may send it, and its default would end the run without a record.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# SIGUSR2 is what submitit lets SLURM send some time before a job's time is over.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 # Some launchers pass on to a child the Ctrl-C that the terminal has sent it already.
 _SAME_PRESS_S = 0.25
 

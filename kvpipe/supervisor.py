@@ -52,6 +52,7 @@ from kvpipe.sinks import Sink, failed_by
 from kvpipe.steps import use_of
 
 ENGINE_LOG = "engine.log"
+_SAME_SIGNAL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,11 @@ class Run:
             except Interrupted:
                 self._worker_memory = child_memory(child.process.pid)
                 raise
-            raise _died(child, self._current, oom_kills() > kills, self._hosts)
+            died = _died(child, self._current, oom_kills() > kills, self._hosts)
+            with self._interrupts.allowed():
+                # A cluster sends its signal to both, and the worker may be the faster to end by it.
+                time.sleep(_SAME_SIGNAL_S)
+            raise died
 
     def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
         """Take what the worker says; return the ending if it says that."""

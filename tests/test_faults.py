@@ -130,6 +130,16 @@ def to_parent(signum):
     return act
 
 
+def to_both(signum):
+    """As a cluster does; the worker, which takes no signal, ends first."""
+
+    def act(run):
+        os.kill(run.worker(), signum)
+        run.process.send_signal(signum)
+
+    return act
+
+
 def interrupt_twice(run):
     """Ctrl-C, and again while W&B, whose server is stuck, is being finished."""
     run.worker()
@@ -210,6 +220,10 @@ CELLS = {
     "SIGTERM": Cell(143, "SIGTERM ended the run", "wait", act=to_parent(signal.SIGTERM)),
     "SIGHUP": Cell(129, "SIGHUP ended the run", "wait", act=to_parent(signal.SIGHUP)),
     "SIGQUIT": Cell(131, "SIGQUIT ended the run", "wait", act=to_parent(signal.SIGQUIT)),
+    "SIGUSR2": Cell(140, "SIGUSR2 ended the run", "wait", act=to_parent(signal.SIGUSR2)),
+    "SIGTERM to parent and worker": Cell(
+        143, "SIGTERM ended the run", "wait", act=to_both(signal.SIGTERM)
+    ),
     "SIGINT twice": Cell(
         130,
         "SIGINT ended the run",

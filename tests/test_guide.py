@@ -2,7 +2,8 @@
 
 The blocks are run as those of README.md are (``tests/test_readme.py``), in a directory with the files
 that the pages show and a run's records. ``compare-plans``, which plans twice, is checked like what
-needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``.
+needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``; the sweep on a
+cluster is run on one in ``tests/slurm``.
 """
 
 import ast
@@ -26,6 +27,7 @@ BLOCKS = {
     for name, text in PAGES.items()
 }
 OPERATIONS = "tpu.md"
+CLUSTER = "cluster.md"
 RECORDS = [pipeline_records.started(), *pipeline_records.pipeline(), pipeline_records.passed()]
 
 # The flags of the script at the SOP's commit.
@@ -86,7 +88,8 @@ def test_the_blocks_are_found():
     found = {name: len(blocks) for name, blocks in BLOCKS.items()}
     assert found == {name: text.count("```bash") for name, text in PAGES.items()}
     assert sum(found.values()) >= 16
-    assert not any(starts_an_engine(block) for blocks in BLOCKS.values() for block in blocks)
+    starting = [name for name in BLOCKS for block in BLOCKS[name] if starts_an_engine(block)]
+    assert starting == [CLUSTER]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_the_blocks_are_found():
         block
         for name, blocks in BLOCKS.items()
         for block in blocks
-        if name != OPERATIONS and block not in README_BLOCKS  # which are run as well
+        if name not in (OPERATIONS, CLUSTER) and block not in README_BLOCKS  # which are run as well
     ],
     ids=lambda block: block.splitlines()[0],
 )

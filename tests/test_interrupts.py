@@ -14,7 +14,9 @@ def send(signum):
 
 
 @pytest.mark.parametrize(
-    "signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], ids=str
+    "signum",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2],
+    ids=str,
 )
 def test_a_signal_is_raised_where_it_is_allowed(signum):
     before = signal.getsignal(signum)
