@@ -10,6 +10,8 @@ BIN := .venv/bin
 # Which sglang-jax upstream-watch looks at: that of this interpreter, by default the lock's.
 PYTHON ?=
 MAKEFLAGS += --no-print-directory
+# A file's tests share engines, so each file goes to one process. ARGS="-n 0" runs all in one.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 EXPERIMENTS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
 empty :=
@@ -29,10 +31,10 @@ plans: env ## renew the plan that is committed beside each experiment
 		plan.format=markdown 'plan.file=conf/experiment/$${experiment}.plan.md'
 
 test: env ## run every test, the ones that start an engine included
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: env ## run the tests that start no engine
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 bench: env ## measure KV cache and weights; the last line is JSON: make bench ARGS=weights
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -29,7 +29,8 @@ def at_checkpoint(four_devices: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     from kvpipe.engine import memory
 
-    mesh = Mesh(jax.devices(), ("tensor",))
+    devices = jax.local_devices()
+    mesh = Mesh(devices, ("tensor",))
     sharding = NamedSharding(mesh, PartitionSpec("tensor"))
 
     def go_to(checkpoint: str) -> dict[str, list[Any]]:
@@ -41,17 +42,24 @@ def at_checkpoint(four_devices: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         alive = [array for arrays in held.values() for array in arrays]
         stats = {"bytes_in_use": in_use // 4, "pool": "HBM"}
         monkeypatch.setattr(memory, "live_arrays", lambda: alive)
-        monkeypatch.setattr(jax, "local_devices", lambda: [_Counting(stats)] * 4)
+        monkeypatch.setattr(jax, "local_devices", lambda: [_Counting(d, stats) for d in devices])
         return held
 
     return go_to
 
 
 class _Counting:
-    """A device whose backend counts bytes."""
+    """A device whose backend counts bytes; to arrays that are on the device it is the same."""
 
-    def __init__(self, stats: dict[str, Any]) -> None:
+    def __init__(self, device: Any, stats: dict[str, Any]) -> None:
+        self._device = device
         self._stats = stats
+
+    def __eq__(self, other: object) -> bool:
+        return other == self._device
+
+    def __hash__(self) -> int:
+        return hash(self._device)
 
     def memory_stats(self) -> dict[str, Any]:
         return self._stats
