@@ -205,3 +205,22 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(tmp_path, shape):
     assert {"params", "kv", "slot:param_dict"} <= set(phases[3]["ledger"])
     kv = {line["phase"]: line["ledger"].get("kv", 0) for line in phases}
     assert 0 < kv["kv_cache_rebuilt"] < kv["rebuilt_again"] == kv["engine_ready_dummy"]
+
+
+def test_32_devices_are_planned_and_a_size_that_parts_a_head_is_refused_with_one_that_does_not(
+    tmp_path,
+):
+    answer = plan(
+        *["-m", "plan.target=v4-64", "engine.tp_size=32"],
+        "model.generate.num_attention_heads=32,16",
+        cwd=tmp_path,
+    )
+    (line,) = answer.lines
+    assert (line["target"], line["devices"]) == ("v4:2x4x4", 32)
+    ready = line["phases"][2]
+    assert ready["max_device_bytes"] * 32 == ready["total_bytes"]
+    assert answer.code == 2
+    assert answer.err.endswith(
+        "kvpipe: engine.tp_size is 32, but the model has 16 attention heads, which it has to "
+        "divide; 32 devices take engine.tp_size=16 engine.dp_size=2\n"
+    )

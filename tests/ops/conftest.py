@@ -31,6 +31,7 @@ case "$*" in
     *hydra.run.dir=*)
         dir=$(printf '%s\\n' "$@" | sed -n 's/^hydra.run.dir=//p')
         for word in "$@"; do printf '<%s>' "$word"; done >"$dir/records.jsonl"
+        echo "rank: ${KVPIPE_NODE_RANK:-none}"
         ps -o sid= -p $$ >"$dir/session"
         while [ ! -e may_end ]; do sleep 0.05; done
         exit 3

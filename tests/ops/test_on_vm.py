@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import stat
 import subprocess
 import time
@@ -176,6 +177,21 @@ def test_a_run_is_not_started_twice_when_gcloud_repeats_the_command(
         0,
         "run r1 was started before; nothing is started",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("t1v-n-1a2b3c4d-w-3", "3"), ("t1v-n-1a2b3c4d-w-x", "none"), ("vm", "none")]
+)
+def test_a_run_takes_its_rank_among_the_hosts_from_the_workers_name(
+    vm: Laptop, may_end: Path, name: str, rank: str
+) -> None:
+    real = shutil.which("uname")
+    uname = vm.stand_in / "bin/uname"
+    uname.write_text(f'#!/bin/sh\n[ "$*" = -n ] || exec {real} "$@"\necho {name}\n')
+    uname.chmod(0o755)
+    may_end.touch()
+    assert vm.make("tpu-run", **RUN).code == 0
+    assert f"rank: {rank}" in vm.make("tpu-logs", **VM, FOLLOW="1").out.splitlines()
 
 
 def test_a_run_has_a_name_of_its_own_with_the_time_and_the_experiment(
