@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +12,9 @@ from kvpipe import cli, supervisor
 from kvpipe.schema import Kvpipe
 from kvpipe.steps import phase_names
 from kvpipe.suggest import nearest
-from kvpipe.sweeps import grouped
+from kvpipe.sweeps.group import grouped
 from tests.helpers_config import EXPERIMENTS
+from tests.sinks.pipeline_records import passed
 
 STEPS = ", ".join(phase_names())
 TOP_KEYS = ", ".join(sorted(field.name for field in fields(Kvpipe)))
@@ -599,7 +599,9 @@ def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpi
     def carry_out(self):
         assert self.plain["tracking"]["group"] == self.config.tracking.group
         begun.append(self.config.tracking)
-        return SimpleNamespace(exit_code=0)
+        finished = passed(self.run_dir)
+        self.sinks.run_finished(finished)
+        return finished
 
     monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
     sizes = "engine.max_total_tokens=512,1024"

@@ -111,7 +111,7 @@ def workplace(tmp_path_factory):
 
 
 def test_the_blocks_are_found_and_all_verbs_and_files_are_among_them():
-    assert len(BLOCKS) == README.count("```bash") == 9
+    assert len(BLOCKS) == README.count("```bash") == 10
     assert sum(map(starts_an_engine, BLOCKS)) == 2
     assert list(named_files(README, "yaml")) == [
         "mine/experiment/kv_only.yaml",

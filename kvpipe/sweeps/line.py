@@ -37,9 +37,7 @@ def fitted(points: Iterable[tuple[int, int]]) -> Line | None:
         points: capacities in tokens, each with the bytes that were measured.
     """
     lines = Counter(
-        _through(one, other)
-        for one, other in combinations(sorted(set(points)), 2)
-        if one[0] != other[0]
+        _through(one, other) for one, other in combinations(sorted(points), 2) if one[0] != other[0]
     )
     return lines.most_common(1)[0][0] if lines else None
 

@@ -107,6 +107,14 @@ def test_a_run_that_failed_shows_the_failed_checks_and_why_it_is_offline():
     ]
 
 
+def test_a_run_that_its_plan_skipped_is_not_called_failed():
+    why = "the plan does not fit"
+    lines = shown(passed(status="skipped", exit_code=2, error=why, checks=()), records=[])
+    assert lines[-3].startswith("skipped (0 phases, 0/0 checks, 41.2 s, exit code 2)")
+    assert lines[-2] == why
+    assert "failed" not in "".join(lines)
+
+
 def test_a_long_value_of_a_failed_check_is_cut():
     last = failed()
     check = replace(last.checks[1], expected=list(range(4096)))

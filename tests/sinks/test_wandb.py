@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,7 @@ from kvpipe.errors import InputError, TrackingError
 from kvpipe.records import metrics
 from kvpipe.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.wandb import WandbSink
+from kvpipe.sinks.wandb_tables import alert_of
 
 # A thread of wandb that watches the network may outlive a teardown, and then says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -283,6 +285,12 @@ def test_the_run_has_its_group_and_tags(offline):
 
 def test_a_run_that_passed_alerts_nobody(offline):
     assert offline.file["alerts"] == []
+
+
+def test_a_run_that_its_plan_skipped_alerts_nobody():
+    refused = replace(failed(), exit_code=2)
+    assert alert_of("tiny", refused) is not None
+    assert alert_of("tiny", replace(refused, status="skipped")) is None
 
 
 def test_a_failed_run_alerts_once_with_its_failed_checks_offline_too(tmp_path, wandb_process):
