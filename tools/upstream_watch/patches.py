@@ -114,10 +114,11 @@ def _threads_signal_the_parent(model_dir: Path) -> str:
 
 
 def _scheduler_starts_the_runtime(model_dir: Path) -> str:
-    starting = [p.name for p in _sources() if "jax.distributed.initialize(" in p.read_text("utf-8")]
-    if starting:
-        return f"{NEEDED}: {', '.join(starting)} starts jax's distributed runtime"
-    return f"{NOT_NEEDED}: nothing starts jax's distributed runtime"
+    from sgl_jax.srt.managers import scheduler
+
+    if "jax.distributed.initialize(" in Path(scheduler.__file__).read_text("utf-8"):
+        return f"{NEEDED}: the scheduler starts jax's distributed runtime"
+    return f"{NOT_NEEDED}: the scheduler does not start jax's distributed runtime"
 
 
 def _other_hosts_get_no_scheduler(model_dir: Path) -> str:
