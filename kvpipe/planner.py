@@ -197,7 +197,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": str(error), "exit_code": error.exit_code}
     except Exception as error:
         traceback.print_exc()
-        told = f"the engine refuses this model or mesh: {type(error).__name__}: {error}"
+        told = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
         return {"error": told, "exit_code": EngineError.exit_code}
     return {"plan": record.to_json()}
 

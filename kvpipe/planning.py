@@ -56,7 +56,8 @@ class Planners:
             target: the machine to plan for.
 
         Raises:
-            EngineError: the engine refuses the model or the mesh, or the child died.
+            InputError: the engine refuses the model, the mesh or the capacity.
+            EngineError: its shapes cannot be had for another reason, or the child died.
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))

@@ -21,6 +21,7 @@ from kvpipe.engine.kv_capacity import abstract, in_whole_pages
 from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of
+from kvpipe.errors import InputError
 from kvpipe.ledger import PerDevice
 from kvpipe.phase import KvTokens, PoolSize, Size
 from kvpipe.schema import EngineConfig
@@ -102,6 +103,9 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         model_dir: directory with the model's config.json.
         mesh: the target's devices; they need not be this machine's.
         device: the target's platform, by which the engine chooses its attention backend.
+
+    Raises:
+        InputError: the engine does not take the model on this mesh, or a capacity so small.
     """
     with compat.pytree_registered_twice():
         importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
@@ -121,7 +125,11 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
             (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
         ):
             stack.enter_context(compat.replaced(owner, name, value))
-        return ModelWorker(arguments, mesh=mesh)
+        try:
+            return ModelWorker(arguments, mesh=mesh)
+        except (AssertionError, ValueError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise InputError(f"the engine refuses this model, mesh or capacity: {told}") from error
 
 
 class _AbstractLoader:
