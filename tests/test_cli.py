@@ -530,8 +530,17 @@ def command(*arguments, cwd, **environment):
     return Answer(done.returncode, done.stdout, done.stderr), seconds
 
 
+def measured(*arguments, cwd):
+    """Run a command; return its answer and its seconds of CPU, of three tries the least.
+
+    What else the machine does can make them more, and never less.
+    """
+    tries = [command(*arguments, cwd=cwd) for _ in range(3)]
+    return tries[0][0], min(seconds for _, seconds in tries)
+
+
 def test_help_names_verbs_experiments_examples_and_flags_on_one_page(tmp_path):
-    answer, seconds = command("--help", cwd=tmp_path)
+    answer, seconds = measured("--help", cwd=tmp_path)
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
     assert len(lines) <= 45
@@ -563,7 +572,7 @@ def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path):
 
     from tests.helpers_config import compose_plain
 
-    answer, seconds = command("--cfg", "job", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
+    answer, seconds = measured("--cfg", "job", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
     assert (answer.code, answer.err) == (0, "")
     assert OmegaConf.to_container(OmegaConf.create(answer.out)) == compose_plain(
         "+experiment=qwen25_3b_bigkv"
@@ -573,7 +582,7 @@ def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path):
 
 
 def test_check_takes_about_a_second(tmp_path):
-    answer, seconds = command("check", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
+    answer, seconds = measured("check", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
     assert answer == Answer(0, "qwen25_3b_bigkv: 16 steps, their order holds\n", "")
     assert seconds < 1.5
 
