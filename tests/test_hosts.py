@@ -258,7 +258,9 @@ def cells(tmp_path_factory, request):
     asked = {
         item.callspec.params["name"]
         for item in request.session.items
-        if item.module is request.module and hasattr(item, "callspec")
+        if item.module is request.module
+        and hasattr(item, "callspec")
+        and "name" in item.callspec.params
     }
 
     def carry_out(name):

@@ -95,6 +95,17 @@ class Cluster:
             command, env=os.environ | self.environ, check=True, capture_output=True, text=True
         ).stdout
 
+    def cancel_all(self) -> None:
+        """Cancel every job; one may end by itself between the look and the cancel."""
+        while jobs := self.queue():
+            done = subprocess.run(
+                ["scancel", *(job.job_id for job in jobs)],
+                env=os.environ | self.environ,
+                check=False,
+            )
+            if done.returncode == 0:
+                return
+
     def queue(self, name: str | None = None) -> list[Queued]:
         """Return the jobs that have not ended, of this name or all; those of an array one by one."""
         lines = self.ask("squeue", "--noheader", "--array", "--format=%i|%j|%T|%r").splitlines()
@@ -141,7 +152,7 @@ def start(folder: Path, cpus: int, memory_mb: int, kill_wait_s: int = 10) -> Ite
         try:
             yield cluster
         finally:
-            cluster.ask("scancel", f"--user={values['user']}")
+            cluster.cancel_all()
             _wait_for(lambda: not cluster.queue(), kill_wait_s + _END_S)
 
 

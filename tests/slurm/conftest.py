@@ -8,7 +8,7 @@ import pytest
 from tests.slurm import cluster as slurm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
     """A SLURM of one node with one TPU, and with processors enough for whatever is asked."""
     if lacking := slurm.missing():
