@@ -56,10 +56,10 @@ def compile_steps(
     devices = list(mesh.devices.flat)
     compat.bit_width_of_dtypes()
     worker = abstract_worker(config, model_dir, mesh, "tpu")
-    prefill_tokens = _padded(prompt_tokens, worker.precompile_token_paddings)
+    token_paddings, request_paddings, _ = worker.get_precompile_paddings()
     batches = [
-        ("prefill", "EXTEND", worker.precompile_bs_paddings[-1], prefill_tokens),
-        ("decode", "DECODE", worker.precompile_bs_paddings[0], None),
+        ("prefill", "EXTEND", request_paddings[-1], _padded(prompt_tokens, token_paddings)),
+        ("decode", "DECODE", request_paddings[0], None),
     ]
     return tuple(
         _compile(worker, devices, name, mode, requests, tokens or requests)
@@ -92,10 +92,10 @@ def _compile(
     from flax import nnx
 
     began = time.monotonic()
-    step = _closure(worker.model_runner.jitted_run_model)
-    mesh = worker.model_runner.mesh
+    runner = worker.model_runner
+    step, mesh = _closure(runner.jitted_run_model), runner.mesh
     forward_batch, metadata = _batch(worker, mode, requests, tokens)
-    state = nnx.split(worker.model_runner.model)[1]
+    state = nnx.split(runner.model)[1]
     try:
         with compat.kernel_sees(devices), jax.set_mesh(mesh):
             compiled = (
@@ -105,13 +105,18 @@ def _compile(
                     step["model_state_def"],
                     sharded_leaves(state, mesh),
                     forward_batch,
-                    worker.model_runner.token_to_kv_pool,
+                    # HEAD has the KV cache among other pools.
+                    getattr(runner, "memory_pools", runner.token_to_kv_pool),
                     metadata,
                 )
                 .compile()
             )
     except JaxRuntimeError as error:
         raise CompileFinding(_finding(name, requests, tokens, devices[0], error)) from error
+    except NotImplementedError as error:
+        raise CompileFinding(
+            f"the engine's kernels are not made for {devices[0].device_kind}: {error}"
+        ) from error
     used = compiled.memory_analysis()
     return Program(
         name=name,
@@ -141,7 +146,7 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
     target = runner.mesh
     here = compat.device_mesh(target.shape["tensor"])
     cache_loc = -(-requests * worker.max_req_len // page_size) * page_size
-    batch = worker.generate_model_worker_batch(requests, tokens, ForwardMode[mode], cache_loc)
+    batch = _dummy_batch(worker, requests, tokens, ForwardMode[mode], cache_loc)
     with compat.replaced(runner, "mesh", here), compat.replaced(runner.attn_backend, "mesh", here):
         runner.attn_backend.forward_metadata = runner.attn_backend.get_forward_metadata(batch)
         made = (
@@ -149,11 +154,21 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
             LogitsMetadata.from_model_worker_batch(batch, here),
         )
 
-    def described(array: jax.Array) -> jax.ShapeDtypeStruct:
+    def described(array: Any) -> Any:
+        if not isinstance(array, jax.Array):  # a flag
+            return array
         spec = getattr(array.sharding, "spec", PartitionSpec())
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(target, spec))
 
     return jax.tree.map(described, made)
+
+
+def _dummy_batch(worker: Any, requests: int, tokens: int, mode: Any, cache_loc: int) -> Any:
+    """Return the batch with which the engine precompiles; HEAD's manager of compilations makes it."""
+    if hasattr(worker, "generate_model_worker_batch"):
+        return worker.generate_model_worker_batch(requests, tokens, mode, cache_loc)
+    make = worker.compilation_manager._make_dummy_batch
+    return make(requests, tokens, mode, cache_loc, dp_size=1, per_dp_bs_size=requests)
 
 
 def _finding(name: str, requests: int, tokens: int, device: Any, error: Exception) -> str:

@@ -7,7 +7,7 @@ wrong as soon as a version places a leaf differently, as 0.0.2 and bd09a87 do wi
 
 import importlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,7 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         for owner, name, value in (
             (model_runner, "get_model_loader", _AbstractLoader),
             (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
+            (model_runner.ModelRunner, "initialize_jit", _placing_shapes(model_runner.ModelRunner)),
             (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
         ):
             stack.enter_context(compat.replaced(owner, name, value))
@@ -130,6 +131,23 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         except (AssertionError, ValueError) as error:
             told = f"{type(error).__name__}: {error}"
             raise InputError(f"the engine refuses this model, mesh or capacity: {told}") from error
+
+
+def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:
+    """Return ``initialize_jit`` that places shapes: HEAD puts an empty array for each abstract leaf.
+
+    A target that is not this machine takes no array.
+    """
+    initialize_jit = runner_class.initialize_jit
+
+    def shape(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    def initialize(runner: Any) -> None:
+        with compat.replaced(jax, "device_put", shape):
+            initialize_jit(runner)
+
+    return initialize
 
 
 class _AbstractLoader:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from tests.conftest import engine_config
 
 pytestmark = pytest.mark.slow
 
-TARGET = "v4:2x2x1"
+SGL_JAX = Path(str(distribution("sglang-jax").locate_file("sgl_jax")))
+# HEAD's attention kernel is for v5 and later.
+KERNEL_OF_HEAD = SGL_JAX / "srt/kernels/ragged_paged_attention/ragged_paged_attention_v3.py"
+TARGET, KIND = ("v5e:2x2x1", "TPU v5 lite") if KERNEL_OF_HEAD.exists() else ("v4:2x2x1", "TPU v4")
 
 
 @pytest.fixture(scope="module")
 def compiled(four_devices: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tiny model's steps, compiled for a v4-8, and the cache that they were put into."""
+    """The tiny model's steps, compiled for four chips, and the cache that they were put into."""
     from kvpipe.engine import program_cache
 
     cache = tmp_path_factory.mktemp("cache")
@@ -52,7 +56,7 @@ def test_another_capacity_or_prompt_is_another_program(compiled: Any, tiny_dir: 
         config = replace(engine_config(), max_total_tokens=512)
         program_cache.compiled(config, tiny_dir, TARGET, 100, cache)
         program_cache.compiled(engine_config(), tiny_dir, TARGET, 20, cache)
-        program_cache.compiled(engine_config(), tiny_dir, "v5e:2x2x1", 100, cache)
+        program_cache.compiled(engine_config(), tiny_dir, "v6e:2x2x1", 100, cache)
     assert len(asked) == 3
 
 
@@ -77,9 +81,28 @@ def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
     with pytest.raises(aot.CompileFinding) as caught:
         aot.compile_steps(config, tiny_dir, TARGET, 100)
     assert "the prefill step of 512 requests" in str(caught.value)
-    assert "does not compile for TPU v4: RESOURCE_EXHAUSTED" in str(caught.value)
+    assert f"does not compile for {KIND}: RESOURCE_EXHAUSTED" in str(caught.value)
     assert "a larger engine.page_size" in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
+    four_devices: None, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HEAD's refuses TPU v4 with these words."""
+    from kvpipe.engine import aot, compat
+
+    with compat.pytree_registered_twice():
+        from sgl_jax.srt.layers.attention.flashattention_backend import FlashAttention
+
+    def unknown(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("Unsupported tpu_version=4.")
+
+    monkeypatch.setattr(FlashAttention, "__call__", unknown)
+    with pytest.raises(aot.CompileFinding) as caught:
+        aot.compile_steps(engine_config(), tiny_dir, TARGET, 100)
+    expected = f"the engine's kernels are not made for {KIND}: Unsupported tpu_version=4."
+    assert str(caught.value) == expected
 
 
 def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
