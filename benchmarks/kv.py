@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.devices import DEVICES, use_virtual_devices
+from benchmarks.devices import DEVICES
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.schema import EngineConfig
 
@@ -23,7 +23,6 @@ _REPETITIONS = 5
 
 def measure() -> dict[str, float]:
     """Return the figures of the KV cache by their keys."""
-    use_virtual_devices()
     from kvpipe.engine import kv_cache, memory, sglang
 
     with tempfile.TemporaryDirectory() as directory:

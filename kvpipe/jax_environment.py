@@ -6,6 +6,9 @@ from kvpipe.errors import InputError
 from kvpipe.schema import EngineConfig
 
 PLATFORMS = "JAX_PLATFORMS"
+# Tunables of glibc; it reads them as a process starts.
+_TUNABLES = "GLIBC_TUNABLES"
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _SEVERAL_HOSTS = {
     # How virtual devices of two processes reach each other.
@@ -77,6 +80,15 @@ def cpu_devices(engine: EngineConfig) -> int:
 
 
 def cpu_environment(devices: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that let jax find ``devices`` virtual CPU devices and nothing else."""
+    """Return the variables that let jax find ``devices`` virtual CPU devices and nothing else.
+
+    Their memory is the host's, in huge pages where Linux gives them to who asks: a KV cache is
+    rebuilt and dropped several times as fast as page by page.
+    """
     flags = environ.get("XLA_FLAGS", "")
-    return {PLATFORMS: "cpu", "XLA_FLAGS": f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip()}
+    tunables = filter(None, [environ.get(_TUNABLES), _HUGE_PAGES])
+    return {
+        PLATFORMS: "cpu",
+        "XLA_FLAGS": f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip(),
+        _TUNABLES: ":".join(tunables),
+    }
