@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, Record, RunFinished, RunPlanned, RunStarted, dumps
+from kvpipe.records import RunFinished, RunStarted, dumps
+from kvpipe.sinks.collector import Collector
 
 
-class FailedRecords:
+class FailedRecords(Collector):
     """Says on a stream which host this is; writes the records of a run that failed.
 
     The first host writes those of every run. Where it is gone, these tell what happened.
@@ -19,9 +19,9 @@ class FailedRecords:
     """
 
     def __init__(self, path: Path, stream: TextIO) -> None:
+        super().__init__()
         self._path = path
         self._stream = stream
-        self._records: list[Record] = []
         self._host = ""
 
     def run_started(self, record: RunStarted) -> None:
@@ -29,21 +29,7 @@ class FailedRecords:
         engine = record.config["engine"]
         self._host = f"host {engine['node_rank']} of {engine['nnodes']}"
         self._say(f"{self._host}; host 0 writes the records")
-        self._records.append(record)
-
-    def run_planned(self, record: RunPlanned) -> None:
-        """Keep the plan."""
-        self._records.append(record)
-
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: host 0 shows it."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: host 0 shows it."""
-
-    def phase_finished(self, record: PhaseRecord) -> None:
-        """Keep the record."""
-        self._records.append(record)
+        super().run_started(record)
 
     def run_finished(self, record: RunFinished) -> None:
         """Write the records of a run that failed.

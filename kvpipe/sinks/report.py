@@ -3,48 +3,30 @@
 from pathlib import Path
 
 from kvpipe.errors import KvpipeError
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
+from kvpipe.records import RunFinished
 from kvpipe.report.run import Run, run_of
+from kvpipe.sinks.collector import Collector
 
 PAGE_FILE = "report.html"
 TIMELINE_FILE = "timeline.png"
 
 
-class _Collector:
-    """Keeps the records until the run has ended.
+class _Report(Collector):
+    """Makes something of the records in the run's directory.
 
     Args:
         run_dir: directory of the run.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        super().__init__()
         self._run_dir = run_dir
-        self._records: list[Record] = []
-
-    def run_started(self, record: RunStarted) -> None:
-        """Keep the first record."""
-        self._records.append(record)
-
-    def run_planned(self, record: RunPlanned) -> None:
-        """Keep the plan."""
-        self._records.append(record)
-
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: the report is of what has finished."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: progress is no record."""
-
-    def phase_finished(self, record: PhaseRecord) -> None:
-        """Keep the record."""
-        self._records.append(record)
 
     def _run(self, last: RunFinished) -> Run:
         return run_of(self._run_dir.name, [*self._records, last])
 
 
-class TimelinePicture(_Collector):
+class TimelinePicture(_Report):
     """Writes the picture of the memory timeline; it stands before W&B, which logs it."""
 
     def run_finished(self, record: RunFinished) -> None:
@@ -56,7 +38,7 @@ class TimelinePicture(_Collector):
         write_timeline(self._run(record), self._run_dir)
 
 
-class ReportPage(_Collector):
+class ReportPage(_Report):
     """Writes the page; it stands after W&B, whose failure the page has to tell."""
 
     def run_finished(self, record: RunFinished) -> None:

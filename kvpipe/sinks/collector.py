@@ -1,0 +1,29 @@
+"""What the sinks share that write nothing before the run has ended."""
+
+from kvpipe.progress import Progress
+from kvpipe.records import PhaseRecord, Record, RunPlanned, RunStarted
+
+
+class Collector:
+    """Keeps the records until the run has ended; a subclass says what becomes of them then."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def run_started(self, record: RunStarted) -> None:
+        """Keep the first record."""
+        self._records.append(record)
+
+    def run_planned(self, record: RunPlanned) -> None:
+        """Keep the plan."""
+        self._records.append(record)
+
+    def phase_started(self, step: str, idx: int, total: int) -> None:
+        """Do nothing: what is kept is of what has finished."""
+
+    def phase_progressed(self, progress: Progress) -> None:
+        """Do nothing: progress is no record."""
+
+    def phase_finished(self, record: PhaseRecord) -> None:
+        """Keep the record."""
+        self._records.append(record)
