@@ -64,6 +64,7 @@ find_uv() {
     done
     has_installer=no
     for python in python3 /usr/bin/python3 "$PYENV_VERSIONS"/3.1[0-9]*/bin/python; do
+        command -v "$python" >/dev/null || continue
         say "kvpipe set-up: no uv here; installing uv $UV_PINNED into .uv/ with $python"
         if install_uv_with "$python"; then
             uv=.uv/bin/uv

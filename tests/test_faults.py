@@ -1,6 +1,8 @@
 """Whatever goes wrong, a run leaves a truthful record and a clean machine: a matrix of faults.
 
-Each cell is a real run, of the command, that something happens to. Two run at a time.
+Each cell is a real run, of the command, that something happens to. They run in two places at a time,
+and in one place one after the other: each is the next run of the one before it, which it shows to
+have left nothing that disturbs.
 """
 
 import itertools
@@ -75,6 +77,11 @@ class Running:
         """The id of its worker, once that has come to the step that waits."""
         return int(self.wait_for(lambda: (self.cwd / "worker.pid").read_text()))
 
+    @property
+    def run_dir(self):
+        """Its run directory: the last, since one run after the other has this place."""
+        return max((self.cwd / "outputs/tiny").iterdir())
+
     def wait_for(self, read):
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
@@ -95,15 +102,10 @@ class Ended:
     exit_code: int
     stdout: str
     stderr: str
-    cwd: Path
+    run_dir: Path
     took_s: float
     survivors: list[str] = field(default_factory=list)
     temporary: list[str] = field(default_factory=list)
-
-    @property
-    def run_dir(self):
-        (path,) = (self.cwd / "outputs/tiny").iterdir()
-        return path
 
     @property
     def records(self):
@@ -145,14 +147,9 @@ def interrupt_twice(run):
     run.worker()
     run.server.respond = wandb_server.never
     run.process.send_signal(signal.SIGINT)
-    run.wait_for(lambda: '"phase": "fault"' in last_records(run.cwd))
+    run.wait_for(lambda: '"phase": "fault"' in (run.run_dir / "records.jsonl").read_text())
     time.sleep(1.0)
     run.process.send_signal(signal.SIGINT)
-
-
-def last_records(cwd):
-    (path,) = cwd.glob("outputs/tiny/*/records.jsonl")
-    return path.read_text()
 
 
 def server_goes(run):
@@ -298,6 +295,7 @@ CELLS = {
         3, "ValueError: a fault", "exception", pipeline="on_the_engine", cleaned=True
     ),
 }
+UNDISTURBED = Cell(0, "", pipeline="on_the_engine")
 
 
 @pytest.fixture(scope="module")
@@ -309,14 +307,28 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cells(request, site, tmp_path_factory):
+def places(tmp_path_factory):
+    """Working directories, each with a thread that does one run in it after the other."""
+    made = [(ThreadPoolExecutor(1), tmp_path_factory.mktemp("place")) for _ in range(2)]
+    yield made
+    for thread, _ in made:
+        thread.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def cells(request, site, places):
     """The runs of those cells that are asked for, each of which may have ended or not."""
     asked = [item.callspec.params["name"] for item in request.session.items if is_cell(item)]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(carry_out, CELLS[name], site, tmp_path_factory.mktemp("cell"))
-            for name in dict.fromkeys(asked)
-        }
+    turns = zip(dict.fromkeys(asked), itertools.cycle(places), strict=False)
+    return {
+        name: thread.submit(carry_out, CELLS[name], site, place) for name, (thread, place) in turns
+    }
+
+
+@pytest.fixture(scope="module")
+def last_runs(cells, site, places):
+    """A run in each place, after all the cells, that nothing happens to."""
+    return [thread.submit(carry_out, UNDISTURBED, site, place) for thread, place in places]
 
 
 def is_cell(item):
@@ -326,7 +338,8 @@ def is_cell(item):
 def carry_out(cell, site, cwd):
     """Do what the cell says, and look at what is left on the machine."""
     temporary = cwd / "tmp"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
+    (cwd / "worker.pid").unlink(missing_ok=True)
     with disk(cwd / "outputs", cell.disk_bytes), server(cell.respond) as served:
         running = start(arguments(cell), site, cwd, served)
         if cell.act:
@@ -337,9 +350,8 @@ def carry_out(cell, site, cwd):
         if cell.disk_bytes:
             subprocess.run(["cp", "-a", cwd / "outputs", cwd / "kept"], check=True)
     if cell.disk_bytes:
-        (cwd / "outputs").rmdir()
-        (cwd / "kept").rename(cwd / "outputs")
-    ended = Ended(running.process.returncode, stdout, stderr, cwd, took_s)
+        subprocess.run(["cp", "-a", cwd / "kept/.", cwd / "outputs"], check=True)
+    ended = Ended(running.process.returncode, stdout, stderr, running.run_dir, took_s)
     ended.survivors = survivors(cwd)
     ended.temporary = [path.name for path in temporary.iterdir()]
     return ended
@@ -383,7 +395,7 @@ def disk(directory, size):
     if size is None:
         yield
         return
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:
@@ -485,6 +497,13 @@ def test_after_a_fault_the_offline_file_of_wandb_can_be_read(name, cells):
             rows = [row["phase/name"] for row in logged["history"] if "phase/name" in row]
             assert rows == [p for p in expected_phases(cell) if not p.startswith("run_")]
             assert logged["summary"]["run/exit_code"] == (cell.exit_code if cell.failing else 0)
+
+
+def test_the_run_after_all_faults_of_a_place_passes_as_if_nothing_had_been(last_runs):
+    """So does each run in between: it ends as it should in the place of the one before it."""
+    for run in (future.result() for future in last_runs):
+        assert (run.exit_code, run.stderr, run.end["status"]) == (0, "", "passed")
+        assert (run.survivors, run.temporary) == ([], [])
 
 
 def test_a_hung_phase_leaves_the_stacks_of_all_threads(cells, request):
