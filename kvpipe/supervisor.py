@@ -188,10 +188,11 @@ class Run:
     def _end_of_phases(self) -> Ending:
         try:
             self.sinks.run_started(self.started)
-            self._run_parent_phases()
-            if any(step.runs_in == "worker" for step in self.steps):
+            has_worker = any(step.runs_in == "worker" for step in self.steps)
+            if has_worker and self.config.runner.isolate:
                 return self._run_worker()
-            return Ending()
+            self._run_parent_phases()
+            return self._run_here() if has_worker else Ending()
         except Interrupted as caught:
             return _ending(caught, errors.SIGNALLED + caught.signum)
         except KvpipeError as error:
@@ -238,8 +239,6 @@ class Run:
         )
 
     def _run_worker(self) -> Ending:
-        if not self.config.runner.isolate:
-            return self._run_here()
         with LibtpuLock(self.config.engine.device):
             try:
                 return self._run_child()
@@ -249,10 +248,13 @@ class Run:
 
     def _run_child(self) -> Ending:
         kills = oom_kills()
-        self._begin_stage(RUN_PLANNED)
         with self._start_worker() as child:
             scratch = str(child.scratch)
             child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
+            # W&B's answers take seconds, in which the worker imports jax and the engine.
+            self._run_parent_phases()
+            self._begin_stage(RUN_PLANNED)
+            child.send({"begin": RUN_PLANNED})
             try:
                 for line in child.lines(self._wait):
                     message = json.loads(line)

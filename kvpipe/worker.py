@@ -16,7 +16,7 @@ from typing import Any
 from kvpipe import errors, planner, runner
 from kvpipe.child import send
 from kvpipe.context import WorkerContext
-from kvpipe.engine import lockstep
+from kvpipe.engine import lockstep, shapes
 from kvpipe.errors import KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
@@ -41,16 +41,26 @@ class Outcome:
     failing_phase: str | None = None
 
 
-def execute(config: Kvpipe, events: runner.Events, run_began: float) -> Outcome:
+def execute(
+    config: Kvpipe,
+    events: runner.Events,
+    run_began: float,
+    may_begin: Callable[[], object] = lambda: None,
+) -> Outcome:
     """Run the worker's steps in this process; the engine is shut down at the end.
+
+    The engine is imported at once, but nothing is begun before the parent's own steps are done.
 
     Args:
         config: the config that runs.
         events: where starts and records go.
         run_began: ``time.time()`` when the run began.
+        may_begin: returns once the parent has done its own steps.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
+        shapes.import_engine()
+        may_begin()
         events.joined(lockstep.join(config.engine, _common(ctx)))
         failure = runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
         outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
@@ -97,7 +107,7 @@ def work(
     plain: Mapping[str, Any],
     run_began: float,
     descriptor: int,
-    recorded: Callable[[], object],
+    next_order: Callable[[], object],
 ) -> int:
     """Do the job and report on a descriptor; return the exit code.
 
@@ -105,7 +115,8 @@ def work(
         plain: the config that runs, as plain values.
         run_began: ``time.time()`` when the run began.
         descriptor: where plan, starts, records and the outcome go, a JSON line each.
-        recorded: returns once the parent has written the record that was sent to it.
+        next_order: returns once the parent sends the next line: first that its own steps are done,
+            then that it has written the record that was sent to it, each time.
     """
     whole_lines = threading.Lock()  # progress is told from a thread of its own
 
@@ -115,7 +126,7 @@ def work(
 
     def finish(record: PhaseRecord) -> None:
         tell({"record": record.to_json()})
-        recorded()
+        next_order()
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         events = runner.Events(
@@ -125,7 +136,7 @@ def work(
             progressed=lambda progress: tell({"progress": progress.to_json()}),
             finished=finish,
         )
-        outcome = execute(from_plain(dict(plain)), events, run_began)
+        outcome = execute(from_plain(dict(plain)), events, run_began, next_order)
         # The parent, once told, waits for nothing any more.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -18,9 +18,10 @@ def main() -> None:
     """Entry of ``python -m kvpipe.worker_process FD``: do the job on stdin, report on FD.
 
     The job is one line with the plain config (``config``), when the run began (``run_began``) and
-    the directory for temporary files (``scratch``). Then comes a line for each record that the
-    parent has written, before which no further step starts. Standard input stays open for as long
-    as the parent lives. SIGUSR1 writes the stacks of all threads into ``scratch``.
+    the directory for temporary files (``scratch``). A line follows when the parent's own steps are
+    done, and one for each record that the parent has written: before them no further step starts.
+    Standard input stays open for as long as the parent lives. SIGUSR1 writes the stacks of all
+    threads into ``scratch``.
     """
     # Ctrl-C is the parent's to take; one that is sent to this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,23 +29,23 @@ def main() -> None:
     scratch = Path(job["scratch"])
     with (scratch / STACKS_FILE).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-        recorded = threading.Semaphore(0)
-        threading.Thread(target=_listen, args=(recorded, scratch), daemon=True).start()
+        orders = threading.Semaphore(0)
+        threading.Thread(target=_listen, args=(orders, scratch), daemon=True).start()
         from kvpipe import worker
 
         descriptor = int(sys.argv[1])
-        exit_code = worker.work(job["config"], job["run_began"], descriptor, recorded.acquire)
+        exit_code = worker.work(job["config"], job["run_began"], descriptor, orders.acquire)
     # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
     os._exit(exit_code)
 
 
-def _listen(recorded: threading.Semaphore, scratch: Path) -> None:
-    """Count what the parent has written; once it is gone, end this process group.
+def _listen(orders: threading.Semaphore, scratch: Path) -> None:
+    """Count the lines that the parent sends; once it is gone, end this process group.
 
     No temporary file stays behind.
     """
     for _ in sys.stdin:
-        recorded.release()
+        orders.release()
     remove_tree(scratch)
     os.killpg(os.getpid(), signal.SIGKILL)
 

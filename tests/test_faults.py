@@ -316,13 +316,18 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cells(request, site, places):
-    """The runs of those cells that are asked for, each of which may have ended or not."""
+def cells(request, site, places, tmp_path_factory):
+    """The runs of those cells that are asked for, each of which may have ended or not.
+
+    One with a disk of its own has a place of its own: the disk would hide what is there.
+    """
     asked = [item.callspec.params["name"] for item in request.session.items if is_cell(item)]
     turns = zip(dict.fromkeys(asked), itertools.cycle(places), strict=False)
-    return {
-        name: thread.submit(carry_out, CELLS[name], site, place) for name, (thread, place) in turns
-    }
+    runs = {}
+    for name, (thread, shared) in turns:
+        place = tmp_path_factory.mktemp("disk") if CELLS[name].disk_bytes else shared
+        runs[name] = thread.submit(carry_out, CELLS[name], site, place)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +355,8 @@ def carry_out(cell, site, cwd):
         if cell.disk_bytes:
             subprocess.run(["cp", "-a", cwd / "outputs", cwd / "kept"], check=True)
     if cell.disk_bytes:
-        subprocess.run(["cp", "-a", cwd / "kept/.", cwd / "outputs"], check=True)
+        (cwd / "outputs").rmdir()
+        (cwd / "kept").rename(cwd / "outputs")
     ended = Ended(running.process.returncode, stdout, stderr, running.run_dir, took_s)
     ended.survivors = survivors(cwd)
     ended.temporary = [path.name for path in temporary.iterdir()]
@@ -395,7 +401,7 @@ def disk(directory, size):
     if size is None:
         yield
         return
-    directory.mkdir(exist_ok=True)
+    directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     done = subprocess.run(mount, capture_output=True, text=True)
     if done.returncode:

@@ -95,6 +95,14 @@ def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> E
     return EngineShapes(mesh, runner, dict(zip(paths, sharded_leaves(state, mesh), strict=True)))
 
 
+def import_engine() -> Any:
+    """Import what the shapes need of the engine, which takes seconds; return its worker's class."""
+    with compat.pytree_registered_twice():
+        importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
+        from sgl_jax.srt.managers.tp_worker import ModelWorker
+    return ModelWorker
+
+
 def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
     """Return the engine's own worker, whose parameters and KV buffers are shapes on ``mesh``.
 
@@ -107,9 +115,7 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
     Raises:
         InputError: the engine does not take the model on this mesh, or a capacity so small.
     """
-    with compat.pytree_registered_twice():
-        importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
-        from sgl_jax.srt.managers.tp_worker import ModelWorker
+    worker_class = import_engine()
     from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sgl_jax.srt.model_executor import model_runner
     from sgl_jax.srt.server_args import ServerArgs
@@ -127,7 +133,7 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         ):
             stack.enter_context(compat.replaced(owner, name, value))
         try:
-            return ModelWorker(arguments, mesh=mesh)
+            return worker_class(arguments, mesh=mesh)
         except (AssertionError, ValueError) as error:
             told = f"{type(error).__name__}: {error}"
             raise InputError(f"the engine refuses this model, mesh or capacity: {told}") from error

@@ -265,7 +265,8 @@ def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> Non
             compilations.take()
         in_use.add(memory.bytes_in_use())
         resident.append(process_memory().process_rss_bytes)
-    assert (len(seen), len(in_use)) == (1, 1)
+    assert len(seen) == 1, seen
+    assert len(in_use) == 1, in_use
     assert compilations.take().count == 0
     drift = resident[-1] - resident[9]
     print(f"RSS drift over 90 cycles: {drift} bytes")
