@@ -7,7 +7,7 @@ from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.schema import EngineConfig
 
 COUNT = "--xla_force_host_platform_device_count"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2097152"
 
 
 def refusal(environ=None, **options):
@@ -33,7 +33,7 @@ def test_the_cpu_gets_as_many_virtual_devices_as_the_mesh_takes(options, devices
     assert jax_environment(EngineConfig(device="cpu", **options), {}) == {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{COUNT}={devices}",
-        "GLIBC_TUNABLES": HUGE_PAGES,
+        "GLIBC_TUNABLES": MEMORY,
     }
 
 
@@ -43,7 +43,7 @@ def test_each_of_several_hosts_gets_its_part_of_the_virtual_devices_and_gloo():
         assert jax_environment(engine, {}) == {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{COUNT}={2 if options else 1}",
-            "GLIBC_TUNABLES": HUGE_PAGES,
+            "GLIBC_TUNABLES": MEMORY,
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
             "JAX_ENABLE_PREEMPTION_SERVICE": "false",
             "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
@@ -54,7 +54,7 @@ def test_inherited_xla_flags_are_kept_and_the_count_comes_last_so_that_it_wins()
     environ = {"XLA_FLAGS": f"--xla_dump_to=/tmp/x {COUNT}=8", "GLIBC_TUNABLES": "a.b=1"}
     variables = jax_environment(EngineConfig(device="cpu", tp_size=2), environ)
     assert variables["XLA_FLAGS"] == f"--xla_dump_to=/tmp/x {COUNT}=8 {COUNT}=2"
-    assert variables["GLIBC_TUNABLES"] == f"a.b=1:{HUGE_PAGES}"
+    assert variables["GLIBC_TUNABLES"] == f"a.b=1:{MEMORY}"
 
 
 def test_a_tpu_gets_no_flags_for_the_cpu():

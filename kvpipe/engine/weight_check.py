@@ -43,11 +43,13 @@ def check_weights(
             no float, or that has a value which is not finite in the engine's dtype.
     """
     check_shapes(leaves, blueprint, weights)
-    checks = [
-        (leaf.source, in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype))
-        for i, leaf in enumerate(leaves.values())
-    ]
-    refuse_infinite([name for name, finite in checks if not finite.result()])
+    # The largest first, so that no lane is left with one of them at the end.
+    by_size = sorted(leaves.values(), key=lambda leaf: -weights[leaf.source].nbytes)
+    checks = {
+        leaf.source: in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype)
+        for i, leaf in enumerate(by_size)
+    }
+    refuse_infinite([leaf.source for leaf in leaves.values() if not checks[leaf.source].result()])
 
 
 def check_shapes(
