@@ -4,8 +4,10 @@ The test process has four virtual CPU devices, so every engine here has tensor p
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from kvpipe.schema import EngineConfig, SamplingConfig
 
 IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 
 StartEngine = Callable[..., Any]
+own_programs = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for signum in ends:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *ends))
+    # Most engines and runs here compile the same programs; jax keeps them on disk for the next one.
+    # Only the first of pytest's processes makes the directory; the others inherit it.
+    if PROGRAMS not in os.environ:
+        config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what this process has made."""
+    if made := config.stash.get(own_programs, None):
+        shutil.rmtree(made)
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +112,12 @@ def engine_config(**options: Any) -> EngineConfig:
     return EngineConfig(**(small | options))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
-    """A shared bfloat16 engine that was started with dummy weights."""
+    """A shared bfloat16 engine that was started with dummy weights.
+
+    It ends with the module: its threads would take time from all the tests after it.
+    """
     from kvpipe.engine import sglang
 
     shared = sglang.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)

@@ -470,7 +470,7 @@ def test_a_wrong_setting_in_the_environment_is_named(tmp_path, wandb_process):
 
 
 def test_online_everything_reaches_the_server_and_the_key_no_file(tmp_path, server):
-    sink = online(tmp_path)
+    sink = online(tmp_path, finish_timeout_s=20.0)
     started = sink.start(CONFIG)
     for record in pipeline():
         sink.phase_finished(record)
