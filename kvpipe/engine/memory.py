@@ -11,6 +11,7 @@ import gc
 import math
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_po
 # Who lists the live arrays keeps them alive meanwhile. A list that is used and gone within this lock
 # cannot keep an array alive that another count finds.
 _counting = threading.Lock()
+_OLDEST = 2  # generation of Python's collector; a whole collection is one of it
+_OTHERS_COLLECTION_S = 0.001
 
 
 def shard_bytes(array: Any) -> int:
@@ -43,7 +46,7 @@ def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
 
 def live_arrays() -> list[jax.Array]:
     """Return every array that is alive, each one ready, after a garbage collection."""
-    gc.collect()
+    collect_garbage()
     with _counting:
         alive = [array for array in jax.live_arrays() if not array.is_deleted()]
     return jax.block_until_ready(alive)
@@ -119,12 +122,35 @@ def bytes_of(arrays: Iterable[Any]) -> PerDevice:
     return per_device(arrays, jax.devices())
 
 
+def collect_garbage() -> None:
+    """Collect what is unreachable now, in whichever thread it was made.
+
+    ``gc.collect`` returns at once, having done nothing, while another thread collects; and that one
+    lets others run, since jax gives Python's lock away whenever it frees an array.
+    """
+    this_thread, collected = threading.get_ident(), False
+
+    def note(phase: str, info: Mapping[str, int]) -> None:
+        nonlocal collected
+        mine = threading.get_ident() == this_thread
+        collected |= mine and phase == "stop" and info["generation"] == _OLDEST
+
+    gc.callbacks.append(note)
+    try:
+        while not collected:
+            gc.collect()
+            if not collected:
+                time.sleep(_OTHERS_COLLECTION_S)
+    finally:
+        gc.callbacks.remove(note)
+
+
 def give_back_host_memory() -> None:
     """Collect garbage and give freed pages back to the system.
 
     On the CPU the "device" buffers are host memory too: without this RSS hardly falls after a drop.
     """
-    gc.collect()
+    collect_garbage()
     give_back_free_pages()
 
 

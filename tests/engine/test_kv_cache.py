@@ -1,5 +1,6 @@
 """Drop and rebuild on a live engine: exact bytes, the same ids, no second compilation, no crash."""
 
+import gc
 import threading
 import time
 from pathlib import Path
@@ -247,6 +248,35 @@ def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
     kv_cache.drop(engine)
     memory.give_back_host_memory()
     assert before - process_memory().process_rss_bytes >= 0.95 * pool
+
+
+def test_garbage_is_not_counted_while_another_thread_is_collecting(four_devices: None) -> None:
+    """``gc.collect`` alone does nothing then, as when jax frees an array on the engine's thread."""
+    import jax.numpy as jnp
+
+    from kvpipe.engine import memory
+
+    class Slow:
+        """Takes its time to go, and lets other threads run meanwhile."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            going.set()
+            time.sleep(0.5)
+
+    before, going = memory.bytes_in_use(), threading.Event()
+    Slow()
+    other = threading.Thread(target=gc.collect)
+    other.start()
+    assert going.wait(10.0)
+    cycle: list[Any] = [jnp.zeros(1000)]
+    cycle.append(cycle)
+    del cycle
+    assert gc.collect() == 0 and other.is_alive()
+    assert memory.bytes_in_use() == before
+    other.join()
 
 
 def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> None:
