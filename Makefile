@@ -13,6 +13,7 @@ MAKEFLAGS += --no-print-directory
 # Without kept bytecode half of a run's time is spent on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share engines, so each file goes to one process. ARGS="-n 0" runs all in one.
+# Reordered, the files with few tests would come last, and those are the long ones.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 EXPERIMENTS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))

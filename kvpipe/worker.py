@@ -3,7 +3,6 @@
 :mod:`kvpipe.worker_process` is the process that it usually runs in.
 """
 
-import gc
 import os
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 from kvpipe import errors, planner, runner
 from kvpipe.child import send
 from kvpipe.context import WorkerContext
-from kvpipe.engine import lockstep, shapes
+from kvpipe.engine import lockstep, memory, shapes
 from kvpipe.errors import KvpipeError
 from kvpipe.phase import WorkerPhase
 from kvpipe.prompt import read_prompt
@@ -185,5 +184,5 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
             return Outcome(
                 errors.FAILED, f"the engine did not shut down: {type(error).__name__}: {error}"
             )
-    gc.collect()
+    memory.collect_garbage()
     return outcome

@@ -14,7 +14,7 @@ import jax
 
 from kvpipe import progress
 from kvpipe.context import Output
-from kvpipe.engine import compat, lockstep
+from kvpipe.engine import compat, lockstep, memory
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
@@ -184,7 +184,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     )
     _guard_requests(started)
     # What lives as long as the process need not be looked at in each of the probe's collections.
-    gc.collect()
+    memory.collect_garbage()  # what is frozen unreachable would stay for ever
     gc.freeze()
     _check_capacity(started, config)
     return started
