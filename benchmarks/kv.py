@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.devices import DEVICES
 from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.engine import kv_cache, memory, sglang
 from kvpipe.schema import EngineConfig
 
 _TOKENS = 360_000
@@ -23,8 +25,6 @@ _REPETITIONS = 5
 
 def measure() -> dict[str, float]:
     """Return the figures of the KV cache by their keys."""
-    from kvpipe.engine import kv_cache, memory, sglang
-
     with tempfile.TemporaryDirectory() as directory:
         engine = sglang.start(_config(), ensure(TinyModel(), Path(directory)), 60.0)
     size = sum(memory.bytes_of(kv_cache.buffers(engine)))
@@ -76,8 +76,6 @@ def _time(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> 
 
 def _per_layer(engine: Any) -> None:
     """Make the pool's buffers as the engine does, layer by layer, and let go of them."""
-    import jax
-
     pool = engine.runner.token_to_kv_pool
     current = pool.kv_buffer
     pool._create_buffers()
@@ -91,8 +89,6 @@ def _offload_and_restore(engine: Any, times: dict[str, list[float]]) -> None:
 
     On the scheduler's thread in one go: between two of its loops it would miss the tokens.
     """
-    from kvpipe.engine import kv_cache
-
     allocator = engine.runner.token_to_kv_pool_allocator
     taken = allocator.alloc(allocator.available_size())
     began = time.perf_counter()
