@@ -8,9 +8,14 @@ from kvpipe.schema import EngineConfig
 PLATFORMS = "JAX_PLATFORMS"
 # Tunables of glibc; it reads them as a process starts.
 _TUNABLES = "GLIBC_TUNABLES"
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# Without a size of its own glibc raises this one, and then keeps what is freed for each thread.
-_STRAIGHT_BACK = "glibc.malloc.mmap_threshold=2097152"
+# What is freed stays in one heap until kvpipe gives it back (:mod:`kvpipe.engine.memory`), so that a
+# new leaf takes over the pages of an old one: pages that are new to a process have to be zeroed.
+_ONE_HEAP = (
+    "glibc.malloc.hugetlb=1",
+    "glibc.malloc.arena_max=1",
+    "glibc.malloc.mmap_threshold=33554432",
+    "glibc.malloc.trim_threshold=1099511627776",
+)
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _SEVERAL_HOSTS = {
     # How virtual devices of two processes reach each other.
@@ -85,11 +90,10 @@ def cpu_environment(devices: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that let jax find ``devices`` virtual CPU devices and nothing else.
 
     Their memory is the host's, in huge pages where Linux gives them to who asks: a KV cache is
-    rebuilt and dropped several times as fast as page by page. What is freed of it, from a huge page
-    (2 MiB) on, goes straight back to the system.
+    rebuilt and dropped several times as fast as page by page.
     """
     flags = environ.get("XLA_FLAGS", "")
-    tunables = filter(None, [environ.get(_TUNABLES), _HUGE_PAGES, _STRAIGHT_BACK])
+    tunables = filter(None, [environ.get(_TUNABLES), *_ONE_HEAP])
     return {
         PLATFORMS: "cpu",
         "XLA_FLAGS": f"{flags} {_DEVICE_COUNT_FLAG}={devices}".strip(),

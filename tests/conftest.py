@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+def pytest_runtest_setup() -> None:
+    """Undo what libtpu does when a test loads it: SIGHUP is ignored from then on, by children too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what this process has made."""
     if made := config.stash.get(own_programs, None):

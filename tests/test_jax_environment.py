@@ -7,7 +7,10 @@ from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.schema import EngineConfig
 
 COUNT = "--xla_force_host_platform_device_count"
-MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2097152"
+MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
+    "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776"
+)
 
 
 def refusal(environ=None, **options):

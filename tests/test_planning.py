@@ -15,6 +15,7 @@ from kvpipe.schema import Kvpipe, ModelConfig, TinyModelConfig
 from kvpipe.targets import Target
 from tests.helpers_config import compose_plain, config_of
 from tests.report.test_plan import MARKDOWN, PLAN
+from tests.test_jax_environment import MEMORY
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():
     assert cpu_environment(8, inherited) == {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=8",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=2097152",
+        "GLIBC_TUNABLES": MEMORY,
     }
 
 

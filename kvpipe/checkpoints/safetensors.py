@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpipe.checkpoints.mapped import map_bytes
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
@@ -193,7 +194,7 @@ def _map_file(path: Path) -> dict[str, NDArray[Any]]:
     size = path.stat().st_size
     if size < _LENGTH_BYTES:
         raise InputError(f"{path} is truncated: {size} bytes, the header's length alone takes 8")
-    mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    mapped = map_bytes(path)
     length = int.from_bytes(mapped[:_LENGTH_BYTES].tobytes(), "little")
     if length > size - _LENGTH_BYTES:
         raise InputError(

@@ -21,7 +21,7 @@ from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
 
 _FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
-_CHUNK_BYTES = 1 << 20  # stays in a core's cache between the two reductions
+_BLOCK_BYTES = 1 << 20  # stays in a core's cache between the two reductions
 _NAMED = 8  # as many names of each kind stand in the message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old checkpoints hold and every model computes itself.
@@ -134,18 +134,13 @@ def is_finite(weight: HostArray, dtype: Any) -> bool:
     first value that the cast makes infinite. So two maxima over the bits decide: taken as signed
     numbers only the positive values count, as unsigned ones the negative values come out on top.
     """
-    flat = weight.ravel(order="K")
-    limit = _first_infinite(flat.dtype, np.dtype(dtype))
-    unsigned, signed = (flat.view(f"{kind}{flat.itemsize}") for kind in "ui")
-    sign = 1 << (8 * flat.itemsize - 1)
-    step = _CHUNK_BYTES // flat.itemsize
-    starts = range(0, flat.size, step)
-    finite = all(
-        signed[i : i + step].max() < limit and unsigned[i : i + step].max() < sign + limit
-        for i in starts
+    kind = weight.itemsize
+    limit = _first_infinite(weight.dtype, np.dtype(dtype))
+    sign = 1 << (8 * kind - 1)
+    return all(
+        block.view(f"i{kind}").max() < limit and block.view(f"u{kind}").max() < sign + limit
+        for block in mapped.blocks(weight, _BLOCK_BYTES)
     )
-    mapped.let_go(weight)
-    return finite
 
 
 @cache

@@ -24,6 +24,7 @@ from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
 from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
 from kvpipe.errors import EngineError
+from kvpipe.process_memory import process_memory
 from kvpipe.suggest import nearest
 
 __all__ = [
@@ -45,9 +46,9 @@ WEIGHTS = "weights"
 _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap others in first"
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
-# Where the devices' memory is the host's, its allocator keeps some of the old leaves for each thread;
-# it has to give them back after as many of the largest leaves.
-_LEAVES_UNTRIMMED = 1
+# Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
+# them back once the process has grown by as many of the largest leaves.
+_LEAVES_KEPT = 2
 
 HfWeights = Mapping[str, HostArray]
 
@@ -251,21 +252,20 @@ def replace_leaves(
     under_way: deque[tuple[str, placement.Pending]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
-    placed_bytes = 0
+    resident = process_memory().process_rss_bytes
     placed: list[str] = []
 
     def finish() -> None:
-        nonlocal placed_bytes
+        nonlocal resident
         path, placing = under_way.popleft()
         table.put_in_step({path: placing.wait()})
         if path == largest:
             peaks.mark()
         done(path)
         placed.append(path)
-        placed_bytes += sizes[path]
-        if placed_bytes > _LEAVES_UNTRIMMED * sizes[largest]:
+        if process_memory().process_rss_bytes - resident > _LEAVES_KEPT * sizes[largest]:
             memory.give_back_free_pages()
-            placed_bytes = 0
+            resident = process_memory().process_rss_bytes
 
     with _loading(blueprint, placed):
         for path, shape in sorted(blueprint.items(), key=_by_shape):
