@@ -254,15 +254,20 @@ def replace_leaves(
     largest = max(sizes, key=lambda path: sizes[path])
     resident = process_memory().process_rss_bytes
     placed: list[str] = []
+    placed_bytes = 0
 
     def finish() -> None:
-        nonlocal resident
+        nonlocal resident, placed_bytes
         path, placing = under_way.popleft()
         table.put_in_step({path: placing.wait()})
         if path == largest:
             peaks.mark()
         done(path)
         placed.append(path)
+        placed_bytes += sizes[path]
+        if placed_bytes < sizes[largest]:
+            return  # to ask for the resident bytes takes as long as to place a small leaf
+        placed_bytes = 0
         if process_memory().process_rss_bytes - resident > _LEAVES_KEPT * sizes[largest]:
             memory.give_back_free_pages()
             resident = process_memory().process_rss_bytes
