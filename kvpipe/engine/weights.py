@@ -48,7 +48,7 @@ _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap othe
 _AT_ONCE = 2
 # Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
 # them back once the process has grown by as many of the largest leaves.
-_LEAVES_KEPT = 2
+_LEAVES_KEPT = 1
 
 HfWeights = Mapping[str, HostArray]
 
