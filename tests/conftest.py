@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 
-StartEngine = Callable[..., Any]
+StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 
 
@@ -87,20 +88,22 @@ def tiny_weights(tiny_dir: Path) -> Checkpoint:
 
 
 @pytest.fixture
-def start_engine(four_devices: None) -> Iterator[StartEngine]:
-    """Start engines of a test's own, with options over small defaults; they end with the test."""
+def start_engine(four_devices: None) -> StartEngine:
+    """Start an engine of a test's own, with options over small defaults, for a with block.
+
+    It ends with the block: an engine that waits takes time from every other thread.
+    """
     from kvpipe.engine import sglang
 
-    started: list[sglang.SglangEngine] = []
+    @contextmanager
+    def start(model_dir: Path, **options: Any) -> Iterator[sglang.SglangEngine]:
+        started = sglang.start(engine_config(**options), model_dir, IDLE_TIMEOUT_S)
+        try:
+            yield started
+        finally:
+            started.shut_down()
 
-    def start(model_dir: Path, **options: Any) -> sglang.SglangEngine:
-        config = engine_config(**options)
-        started.append(sglang.start(config, model_dir, IDLE_TIMEOUT_S))
-        return started[-1]
-
-    yield start
-    for engine in started:
-        engine.shut_down()
+    return start
 
 
 def engine_config(**options: Any) -> EngineConfig:

@@ -240,14 +240,14 @@ def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
     from kvpipe.engine import kv_cache, memory
     from kvpipe.process_memory import process_memory
 
-    engine = start_engine(tiny_dir, max_total_tokens=180_000)
-    pool = sum(memory.bytes_of(kv_cache.buffers(engine)))
-    assert pool > 10**9
-    memory.bytes_in_use()  # waits until the engine's own zeros are written
-    before = process_memory().process_rss_bytes
-    kv_cache.drop(engine)
-    memory.give_back_host_memory()
-    assert before - process_memory().process_rss_bytes >= 0.95 * pool
+    with start_engine(tiny_dir, max_total_tokens=180_000) as engine:
+        pool = sum(memory.bytes_of(kv_cache.buffers(engine)))
+        assert pool > 10**9
+        memory.bytes_in_use()  # waits until the engine's own zeros are written
+        before = process_memory().process_rss_bytes
+        kv_cache.drop(engine)
+        memory.give_back_host_memory()
+        assert before - process_memory().process_rss_bytes >= 0.95 * pool
 
 
 def test_garbage_is_not_counted_while_another_thread_is_collecting(four_devices: None) -> None:
@@ -324,19 +324,19 @@ def test_blocks_hold_every_used_row_and_stay_inside_the_buffer(
 def test_whole_pages_are_offloaded_and_rebuilt(start_engine: StartEngine, tiny_dir: Path) -> None:
     from kvpipe.engine import kv_cache
 
-    engine = start_engine(tiny_dir, page_size=16)
-    prompt = "The KV cache is dropped and rebuilt, page by page."
-    first = engine.generate(prompt, greedy(8))
-    without = engine.generate(prompt, greedy(8))
-    dropped, kept = kv_cache.offload(engine)
-    assert len(kept.rows) % 16 == 0 < len(kept.rows)
-    assert kept.nbytes <= dropped.fused_bytes_total
-    kv_cache.restore(engine, kept)
-    again = engine.generate(prompt, greedy(8))
-    assert again.token_ids == without.token_ids
-    assert again.cached_tokens == without.cached_tokens >= 16
-    engine.flush()
-    kv_cache.drop(engine)
-    assert kv_cache.rebuild(engine, 500).changed_bytes == 3 * (496 + 16) * 2 * 4 * 128 * 2
-    assert engine.generate(prompt, greedy(8)).token_ids == first.token_ids
-    assert engine.flush()["free_tokens"] == 496
+    with start_engine(tiny_dir, page_size=16) as engine:
+        prompt = "The KV cache is dropped and rebuilt, page by page."
+        first = engine.generate(prompt, greedy(8))
+        without = engine.generate(prompt, greedy(8))
+        dropped, kept = kv_cache.offload(engine)
+        assert len(kept.rows) % 16 == 0 < len(kept.rows)
+        assert kept.nbytes <= dropped.fused_bytes_total
+        kv_cache.restore(engine, kept)
+        again = engine.generate(prompt, greedy(8))
+        assert again.token_ids == without.token_ids
+        assert again.cached_tokens == without.cached_tokens >= 16
+        engine.flush()
+        kv_cache.drop(engine)
+        assert kv_cache.rebuild(engine, 500).changed_bytes == 3 * (496 + 16) * 2 * 4 * 128 * 2
+        assert engine.generate(prompt, greedy(8)).token_ids == first.token_ids
+        assert engine.flush()["free_tokens"] == 496

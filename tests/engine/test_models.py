@@ -43,12 +43,14 @@ def test_streamed_weights_give_the_ids_of_the_engines_own_loader_and_of_transfor
     from kvpipe.engine import weights
 
     model_dir = ensure(spec(name), model_cache)
-    loaded = start_engine(model_dir, dtype="float32", load_format="auto")
-    streamed = start_engine(model_dir, dtype="float32")
-    weights.stream(streamed, Checkpoint.open(model_dir))
-    for answer in golden(name)["answers"]:
-        ids = streamed.generate(answer["prompt"], greedy(40)).token_ids
-        assert ids == loaded.generate(answer["prompt"], greedy(40)).token_ids
+    answers = golden(name)["answers"]
+    with start_engine(model_dir, dtype="float32", load_format="auto") as loaded:
+        own = [loaded.generate(answer["prompt"], greedy(40)).token_ids for answer in answers]
+    with start_engine(model_dir, dtype="float32") as streamed:
+        weights.stream(streamed, Checkpoint.open(model_dir))
+        found = [streamed.generate(answer["prompt"], greedy(40)).token_ids for answer in answers]
+    assert found == own
+    for answer, ids in zip(answers, found, strict=True):
         expected = comparable(answer)[: COMPARED[name]]
         assert list(ids[: len(expected)]) == expected
         assert len(expected) >= 16

@@ -67,8 +67,9 @@ def test_the_sampler_is_patched_in_the_version_that_needs_it_and_in_no_later_one
 def test_a_capacity_that_the_engine_cut_down_is_an_error(
     start_engine: StartEngine, tiny_dir: Path
 ) -> None:
-    with pytest.raises(EngineError, match="the engine cut 9000000 tokens down to"):
-        start_engine(tiny_dir, max_total_tokens=9_000_000, mem_fraction_static=0.03)
+    too_many = start_engine(tiny_dir, max_total_tokens=9_000_000, mem_fraction_static=0.03)
+    with pytest.raises(EngineError, match="the engine cut 9000000 tokens down to"), too_many:
+        pass
 
 
 def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(

@@ -40,11 +40,11 @@ def compilations() -> Any:
 def test_swapped_weights_give_the_ids_of_an_engine_that_loaded_the_checkpoint_itself(
     real_engine: Any, start_engine: StartEngine, tiny_dir: Path
 ) -> None:
-    loaded = start_engine(tiny_dir, load_format="auto")
-    for prompt in PROMPTS:
-        swapped_ids = real_engine.generate(prompt, greedy(64)).token_ids
-        assert len(swapped_ids) == 64
-        assert swapped_ids == loaded.generate(prompt, greedy(64)).token_ids
+    with start_engine(tiny_dir, load_format="auto") as loaded:
+        expected = [loaded.generate(prompt, greedy(64)).token_ids for prompt in PROMPTS]
+    found = [real_engine.generate(prompt, greedy(64)).token_ids for prompt in PROMPTS]
+    assert found == expected
+    assert {len(ids) for ids in found} == {64}
 
 
 def test_float32_ids_equal_those_of_hugging_face_transformers(
@@ -53,15 +53,15 @@ def test_float32_ids_equal_those_of_hugging_face_transformers(
     from kvpipe.engine import weights
 
     model_dir = ensure(TinyModel(**GOLDEN["spec"]), model_cache)
-    engine = start_engine(model_dir, dtype="float32")
-    weights.swap(engine, weights.build(engine, Checkpoint.open(model_dir)))
-    for answer in GOLDEN["answers"]:
-        expected = comparable(answer)
-        record_property(f"tokens compared for {answer['prompt']!r}", len(expected))
-        output = engine.generate(answer["prompt"], greedy(len(answer["output_ids"])))
-        assert output.prompt_tokens == len(answer["prompt_ids"])
-        assert len(expected) >= 32
-        assert list(output.token_ids[: len(expected)]) == expected
+    with start_engine(model_dir, dtype="float32") as engine:
+        weights.swap(engine, weights.build(engine, Checkpoint.open(model_dir)))
+        for answer in GOLDEN["answers"]:
+            expected = comparable(answer)
+            record_property(f"tokens compared for {answer['prompt']!r}", len(expected))
+            output = engine.generate(answer["prompt"], greedy(len(answer["output_ids"])))
+            assert output.prompt_tokens == len(answer["prompt_ids"])
+            assert len(expected) >= 32
+            assert list(output.token_ids[: len(expected)]) == expected
 
 
 def test_the_mllm_tree_gives_the_same_parameter_set_as_the_files(
