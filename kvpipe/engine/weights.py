@@ -47,8 +47,8 @@ _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap othe
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
 # Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
-# them back once the process has grown by as many of the largest leaves.
-_LEAVES_KEPT = 1
+# them back once the process has grown by this part of the largest leaf.
+_GROWTH_KEPT = 0.5
 
 HfWeights = Mapping[str, HostArray]
 
@@ -268,7 +268,7 @@ def replace_leaves(
         if placed_bytes < sizes[largest]:
             return  # to ask for the resident bytes takes as long as to place a small leaf
         placed_bytes = 0
-        if process_memory().process_rss_bytes - resident > _LEAVES_KEPT * sizes[largest]:
+        if process_memory().process_rss_bytes - resident > _GROWTH_KEPT * sizes[largest]:
             memory.give_back_free_pages()
             resident = process_memory().process_rss_bytes
 
