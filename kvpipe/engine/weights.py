@@ -24,7 +24,6 @@ from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
 from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
 from kvpipe.errors import EngineError
-from kvpipe.process_memory import process_memory
 from kvpipe.suggest import nearest
 
 __all__ = [
@@ -47,8 +46,8 @@ _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap othe
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
 # Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
-# them back once the process has grown by this part of the largest leaf.
-_GROWTH_KEPT = 0.5
+# them back after as many of the largest leaves.
+_LEAVES_UNTRIMMED = 1
 
 HfWeights = Mapping[str, HostArray]
 
@@ -252,12 +251,11 @@ def replace_leaves(
     under_way: deque[tuple[str, placement.Pending]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
-    resident = process_memory().process_rss_bytes
-    placed: list[str] = []
     placed_bytes = 0
+    placed: list[str] = []
 
     def finish() -> None:
-        nonlocal resident, placed_bytes
+        nonlocal placed_bytes
         path, placing = under_way.popleft()
         table.put_in_step({path: placing.wait()})
         if path == largest:
@@ -265,12 +263,9 @@ def replace_leaves(
         done(path)
         placed.append(path)
         placed_bytes += sizes[path]
-        if placed_bytes < sizes[largest]:
-            return  # to ask for the resident bytes takes as long as to place a small leaf
-        placed_bytes = 0
-        if process_memory().process_rss_bytes - resident > _GROWTH_KEPT * sizes[largest]:
+        if placed_bytes > _LEAVES_UNTRIMMED * sizes[largest]:
             memory.give_back_free_pages()
-            resident = process_memory().process_rss_bytes
+            placed_bytes = 0
 
     with _loading(blueprint, placed):
         for path, shape in sorted(blueprint.items(), key=_by_shape):
