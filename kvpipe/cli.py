@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -29,6 +28,7 @@ from kvpipe.credentials import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.errors import CHECK_FAILED, DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.hosts import check_hosts, is_first, node_rank, own_file
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
+from kvpipe.hydra_store import store_schema
 from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.model_dir import check_model, check_shape
 from kvpipe.phase import Phase
@@ -45,7 +45,6 @@ from kvpipe.schema import (
     PlanFormat,
     TrackingMode,
     from_plain,
-    schema,
     to_plain,
 )
 from kvpipe.sinks import Sink, Sinks
@@ -580,7 +579,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
         os.environ[_COMP_LINE] = _without_verb(os.environ[_COMP_LINE])
     task = Task(verb, paths)
     NoteSweep.begun = None
-    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    store_schema()
     with _run_dir(verb) as where:
         sys.argv = ["kvpipe", *overrides, *where]
         try:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 
+from kvpipe.hydra_store import store_schema
 from kvpipe.phase import Phase
-from kvpipe.schema import Kvpipe, from_plain, schema, to_plain
+from kvpipe.schema import Kvpipe, from_plain, to_plain
 from kvpipe.steps import build_steps
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +17,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.ya
 
 def compose_plain(*overrides: str) -> dict[str, Any]:
     """Return the composed config as plain values, which are the caller's own."""
-    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    store_schema()
     with initialize_config_module("conf", version_base="1.3"):
         return to_plain(compose("config", overrides=list(overrides)))
 

@@ -13,14 +13,14 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvpipe import cli
 from kvpipe.errors import InputError
 from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
-from kvpipe.schema import Kvpipe, from_plain, schema, to_plain
+from kvpipe.hydra_store import store_schema
+from kvpipe.schema import Kvpipe, from_plain, to_plain
 from kvpipe.steps import option_types, phase_class
 from tests.helpers_config import default_names
 from tests.test_layers import RUN_CLI, python
@@ -257,7 +257,7 @@ def refusal(overrides):
 @pytest.fixture(scope="module", autouse=True)
 def composed():
     default_names()  # composes too, which cannot be done inside another composition
-    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    store_schema()
     with initialize_config_module("conf", version_base="1.3"):
         yield
 

@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -519,11 +520,10 @@ QUICK = 6
 
 def timed(command, cwd, environment=None):
     """Run a command line; return what it left, and the seconds of CPU that it took."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    after = os.times()
-    user = after.children_user - before.children_user
-    return done, user + after.children_system - before.children_system
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def command(*arguments, cwd, **environment):

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 
-from kvpipe.schema import schema
+from kvpipe.hydra_store import store_schema
 from kvpipe.slurm_queue import QueueWatcher
 from tests.test_guide import table
 
@@ -86,7 +85,7 @@ def test_a_queue_that_does_not_answer_ends_no_job(watcher, monkeypatch, tmp_path
 
 
 def test_the_guide_tells_the_defaults_of_the_launcher():
-    ConfigStore.instance().store(name="kvpipe_schema", node=schema())
+    store_schema()
     with initialize_config_module("conf", version_base="1.3"):
         composed = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
     rows = table("cluster.md", "key, below `hydra.launcher`")
