@@ -22,5 +22,4 @@ def main() -> None:
     print(json.dumps({key: round(value, 4) for key, value in measured.items()}))
 
 
-if __name__ == "__main__":  # a benchmark's processes import this again
-    main()
+main()

@@ -1,19 +1,15 @@
 """How fast weights get into a live engine, beside the best that the machine can do.
 
-All ways start from the same files in the page cache and are measured in turns. Each has a process of
-its own, as it would have in a run: what another way leaves behind in the heap is not its doing.
-Memory is measured in a turn of its own, since sampling it costs time. ``sop_path`` is kvpipe's own phases with two sets
+All ways start from the same files in the page cache and are measured in turns. Memory is measured
+in a turn of its own, since sampling it costs time. ``sop_path`` is kvpipe's own phases with two sets
 alive, bfloat16 all the way; ``script_path`` goes through float16 in between, as the script does that
 kvpipe replaces.
 """
 
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +40,6 @@ MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat
     vocab_size=4096,
 )
 CACHE = cache_dir(Kvpipe())
-WAYS = ("swap", "engine_loader", "placement", "copy", "sop_path", "script_path")
 TURNS = 5
 _SHARE = 0.5  # of the time is for sampling: what is sampled is not timed
 WHOLE = (slice(None), slice(None))
@@ -52,31 +47,23 @@ WHOLE = (slice(None), slice(None))
 Run = Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Here:
-    """What a process has: its engine, and its way to do it."""
-
-    engine: sglang.SglangEngine
-    run: Run
-
-
-_HERE: list[Here] = []
-
-
 def measure() -> dict[str, float]:
     """Measure all ways, print a table, and return the ratios by key."""
     directory = ensure(MODEL, CACHE)
-    with ExitStack() as processes:
-        ways = {name: processes.enter_context(_process(name, directory)) for name in WAYS}
-        seconds = {name: [] for name in WAYS}
-        for turn in range(TURNS + 1):
-            for name, process in ways.items():
-                taken = process.submit(_timed).result()
-                if turn:  # the first turn warms up
-                    seconds[name].append(taken)
-        peaks = {name: process.submit(_peaks).result() for name, process in ways.items()}
-        set_bytes = ways["swap"].submit(_set_bytes).result()
+    engine = sglang.start(_config(), directory, idle_timeout_s=60.0)
+    ways = _ways(engine, directory)
+    seconds = {name: [] for name in ways}
+    for turn in range(TURNS + 1):
+        for name, run in ways.items():
+            memory.give_back_host_memory()
+            began = time.perf_counter()
+            run()
+            if turn:  # the first turn warms up
+                seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    set_bytes = weights.live_bytes(engine)
+    peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
+    engine.shut_down()
     host_bytes = Checkpoint.open(directory).nbytes
     _print_table(medians, peaks, host_bytes, set_bytes)
     return {
@@ -91,39 +78,6 @@ def measure() -> dict[str, float]:
             "rss_rise_over_checkpoint": peaks[way][1] / host_bytes,
         }.items()
     } | {f"swap.over_{way}": medians["swap"] / medians[way] for way in ("sop_path", "script_path")}
-
-
-@contextmanager
-def _process(way: str, directory: Path) -> Iterator[ProcessPoolExecutor]:
-    """Yield a process that has an engine of its own and does nothing but one way."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _start, (way, directory)) as process:
-        yield process
-        process.submit(_end).result()
-
-
-def _start(way: str, directory: Path) -> None:
-    """Begin such a process."""
-    engine = sglang.start(_config(), directory, idle_timeout_s=60.0)
-    _HERE.append(Here(engine, _ways(engine, directory)[way]))
-
-
-def _end() -> None:
-    """End what the process has begun."""
-    _HERE.pop().engine.shut_down()
-
-
-def _timed() -> float:
-    """Return the seconds that the way of this process takes."""
-    memory.give_back_host_memory()
-    began = time.perf_counter()
-    _HERE[0].run()
-    return time.perf_counter() - began
-
-
-def _set_bytes() -> int:
-    """Return the bytes of the engine's parameters over all devices."""
-    return weights.live_bytes(_HERE[0].engine)
 
 
 def _config() -> EngineConfig:
@@ -147,7 +101,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
     def swap() -> None:
         weights.stream(engine, Checkpoint.open(directory))
 
-    # The others run on the scheduler's thread too: its loop would take Python's lock now and then.
+    # The others run on the scheduler's thread too: its loop never sleeps, and would take its share.
     def engine_loader() -> None:
         model = _abstract_model(engine)
         model.load_weights(engine.runner.model_config, jax.random.key(0))
@@ -212,13 +166,13 @@ def _in_bfloat16(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _peaks() -> tuple[int, int]:
-    """Return the peak bytes of parameters on the devices, and how far RSS rises, meanwhile."""
+def _peaks(run: Run, set_bytes: int) -> tuple[int, int]:
+    """Return the peak bytes of parameters on the devices, and how far RSS rises, while it runs."""
     memory.give_back_host_memory()
-    before, set_bytes = _memory(), _set_bytes()
+    before = _memory()
     with PeakSampler(lambda: True, _SHARE) as sampler:
         sampler.begin(before)
-        _HERE[0].run()
+        run()
         peak = sampler.take(_memory())
     if peak.error:
         raise RuntimeError(f"the peak is not known: {peak.error}")
