@@ -101,7 +101,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
     def swap() -> None:
         weights.stream(engine, Checkpoint.open(directory))
 
-    # The others run on the scheduler's thread too: its loop never sleeps, and would take its share.
+    # The others run on the scheduler's thread too: its loop would take Python's lock now and then.
     def engine_loader() -> None:
         model = _abstract_model(engine)
         model.load_weights(engine.runner.model_config, jax.random.key(0))

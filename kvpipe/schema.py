@@ -535,6 +535,6 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any]) -> Kvpipe:
     """Return the typed config that :func:`to_plain` wrote, with every value checked again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Kvpipe), plain))
+    config = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(Kvpipe), plain))
     assert isinstance(config, Kvpipe)
     return config

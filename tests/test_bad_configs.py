@@ -6,6 +6,7 @@ rest. They are composed and checked in this process; a few go through the real c
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra._internal.config_repository import ConfigRepository
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -258,8 +260,24 @@ def refusal(overrides):
 def composed():
     default_names()  # composes too, which cannot be done inside another composition
     store_schema()
-    with initialize_config_module("conf", version_base="1.3"):
+    with (
+        initialize_config_module("conf", version_base="1.3"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(ConfigRepository, "load_config", once(ConfigRepository.load_config))
         yield
+
+
+def once(load_config):
+    """Let Hydra read each file once: it would read twenty for every one of the examples."""
+    read = {}
+
+    def load(repository, config_path):
+        if config_path not in read:
+            read[config_path] = load_config(repository, config_path)
+        return deepcopy(read[config_path])
+
+    return load
 
 
 bad_configs = st.one_of(

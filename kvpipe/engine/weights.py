@@ -4,8 +4,8 @@ A parameter set maps the path of each of the engine's parameters (``transformer.
 device array of the very shape, dtype and sharding that the engine's own leaf has, so that the
 compiled step takes it without a new compilation.
 
-Everything runs on the scheduler's thread, reading and checking too: its loop never sleeps, and two
-threads that copy would wait for Python's lock most of the time.
+Everything runs on the scheduler's thread, reading and checking too: until it is done, the engine's
+loop neither begins a step nor takes Python's lock from the threads that copy.
 """
 
 from collections import deque
