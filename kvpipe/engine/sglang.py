@@ -170,7 +170,8 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         compat.bit_width_of_dtypes()
         compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
-        engine = Engine(server_args=ServerArgs(**server_arguments(config, model_dir, ServerArgs)))
+        arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
+        engine = _constructed(Engine, arguments)
     (scheduler,) = made
     failure.watch()
     started = SglangEngine(
@@ -188,6 +189,20 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     gc.freeze()
     _check_capacity(started, config)
     return started
+
+
+def _constructed(engine_class: Any, arguments: Any) -> Any:
+    """Return the engine; one that fails leaves nothing behind for the end of the process.
+
+    Its constructor registers its shutdown first, which raises AttributeError where the rest failed.
+    """
+    engine = engine_class.__new__(engine_class)
+    try:
+        engine.__init__(server_args=arguments)
+    except BaseException:
+        atexit.unregister(engine.shutdown)
+        raise
+    return engine
 
 
 def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Starting and failing: wrong meshes, a cut capacity, a dying thread, a busy engine."""
 
 import asyncio
+import atexit
 import logging
 import signal
 import time
@@ -90,14 +91,18 @@ def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(
         engine.flush()
 
 
-def test_an_engine_that_fails_to_start_raises_its_reason(
-    four_devices: None, tmp_path: Path, alone: None
+def test_an_engine_that_fails_to_start_raises_its_reason_and_leaves_nothing_for_the_end(
+    four_devices: None, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvpipe.engine import sglang
 
     (tmp_path / "config.json").write_text("{}")
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda function, *_: at_exit.append(function))
+    monkeypatch.setattr(atexit, "unregister", at_exit.remove)
     with pytest.raises(EngineError, match="the engine failed"):
         sglang.start(engine_config(), tmp_path, IDLE_TIMEOUT_S)
+    assert [function for function in at_exit if "sgl_jax" in function.__module__] == []
 
 
 def test_a_busy_engine_is_waited_for_and_then_named(
