@@ -35,6 +35,7 @@ def in_force() -> list[str]:
         failure_does_not_kill: True,
         starts_no_second_runtime: True,
         scheduler_of_any_host: True,
+        contexts_stay_open: True,
     }
     return [patch.__name__ for patch, is_needed in needed.items() if is_needed]
 
@@ -228,3 +229,27 @@ def scheduler_of_any_host() -> Iterator[list[Any]]:
 
     with replaced(engine, "run_scheduler_loop_thread_after_create", kept):
         yield made
+
+
+_open_contexts: list[Any] = []
+
+
+@contextmanager
+def contexts_stay_open() -> Iterator[None]:
+    """Keep each ZeroMQ context that is made meanwhile for as long as the process lives.
+
+    Defect: the engine leaves its sockets open. Once it is garbage, pyzmq ends their context first and
+    waits in there for the sockets to be closed, which the same collection would do later: it never
+    returns, and no thread of the process collects garbage any more.
+    For: 0.0.2, bd09a87, HEAD with pyzmq 27.0.2. Goes when the engine closes its sockets itself.
+    """
+    import zmq
+
+    make = zmq.Context.__init__
+
+    def kept(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        _open_contexts.append(self)
+
+    with replaced(zmq.Context, "__init__", kept):
+        yield

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from kvpipe.engine import lockstep
+from kvpipe.errors import EngineError
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
 
 # Who lists the live arrays keeps them alive meanwhile. A list that is used and gone within this lock
@@ -26,6 +27,7 @@ from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_po
 _counting = threading.Lock()
 _OLDEST = 2  # generation of Python's collector; a whole collection is one of it
 _OTHERS_COLLECTION_S = 0.001
+_LONGEST_COLLECTION_S = 60.0
 
 
 def shard_bytes(array: Any) -> int:
@@ -127,8 +129,12 @@ def collect_garbage() -> None:
 
     ``gc.collect`` returns at once, having done nothing, while another thread collects; and that one
     lets others run, since jax gives Python's lock away whenever it frees an array.
+
+    Raises:
+        EngineError: another thread does not end its collection.
     """
     this_thread, collected = threading.get_ident(), False
+    deadline = time.monotonic() + _LONGEST_COLLECTION_S
 
     def note(phase: str, info: Mapping[str, int]) -> None:
         nonlocal collected
@@ -139,6 +145,11 @@ def collect_garbage() -> None:
     try:
         while not collected:
             gc.collect()
+            if not collected and time.monotonic() > deadline:
+                raise EngineError(
+                    f"bytes cannot be counted: for {_LONGEST_COLLECTION_S:g} s another thread has been "
+                    "collecting garbage, in a finalizer that does not return"
+                )
             if not collected:
                 time.sleep(_OTHERS_COLLECTION_S)
     finally:

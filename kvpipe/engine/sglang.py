@@ -161,6 +161,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         compat.failure_signals_stay_here(),
         failure.starting(),
         compat.starts_no_second_runtime(),
+        compat.contexts_stay_open(),
         compat.scheduler_of_any_host() as made,
     ):
         from sgl_jax.srt.entrypoints.engine import Engine

@@ -3,6 +3,8 @@
 import gc
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -250,15 +252,11 @@ def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
         assert before - process_memory().process_rss_bytes >= 0.95 * pool
 
 
-def test_garbage_is_not_counted_while_another_thread_is_collecting(four_devices: None) -> None:
-    """``gc.collect`` alone does nothing then, as when jax frees an array on the engine's thread."""
-    import jax.numpy as jnp
-
-    from kvpipe.engine import memory
+@contextmanager
+def another_thread_collecting() -> Iterator[threading.Thread]:
+    """Begin a collection in another thread that lasts half a second and lets others run."""
 
     class Slow:
-        """Takes its time to go, and lets other threads run meanwhile."""
-
         def __init__(self) -> None:
             self.itself = self
 
@@ -266,17 +264,41 @@ def test_garbage_is_not_counted_while_another_thread_is_collecting(four_devices:
             going.set()
             time.sleep(0.5)
 
-    before, going = memory.bytes_in_use(), threading.Event()
+    going = threading.Event()
     Slow()
     other = threading.Thread(target=gc.collect)
     other.start()
     assert going.wait(10.0)
-    cycle: list[Any] = [jnp.zeros(1000)]
-    cycle.append(cycle)
-    del cycle
-    assert gc.collect() == 0 and other.is_alive()
-    assert memory.bytes_in_use() == before
+    yield other
     other.join()
+
+
+def test_garbage_is_not_counted_while_another_thread_is_collecting(four_devices: None) -> None:
+    """``gc.collect`` alone does nothing then, as when jax frees an array on the engine's thread."""
+    import jax.numpy as jnp
+
+    from kvpipe.engine import memory
+
+    before = memory.bytes_in_use()
+    with another_thread_collecting() as other:
+        cycle: list[Any] = [jnp.zeros(1000)]
+        cycle.append(cycle)
+        del cycle
+        assert gc.collect() == 0 and other.is_alive()
+        assert memory.bytes_in_use() == before
+
+
+def test_a_collection_that_does_not_end_is_told_and_not_waited_for(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.engine import memory
+
+    monkeypatch.setattr(memory, "_LONGEST_COLLECTION_S", 0.1)
+    with (
+        another_thread_collecting(),
+        pytest.raises(EngineError, match=r"for 0\.1 s another thread has been collecting garbage"),
+    ):
+        memory.collect_garbage()
 
 
 def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> None:

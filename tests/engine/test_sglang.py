@@ -2,8 +2,10 @@
 
 import asyncio
 import atexit
+import itertools
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,11 +68,20 @@ def test_the_sampler_is_patched_in_the_version_that_needs_it_and_in_no_later_one
 
 
 def test_a_capacity_that_the_engine_cut_down_is_an_error(
-    start_engine: StartEngine, tiny_dir: Path
+    start_engine: StartEngine, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The engine looks twice, and another process may have taken memory in between.
+    free_memory(monkeypatch, itertools.repeat(16 << 30))
     too_many = start_engine(tiny_dir, max_total_tokens=9_000_000, mem_fraction_static=0.03)
     with pytest.raises(EngineError, match="the engine cut 9000000 tokens down to"), too_many:
         pass
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, looks: Iterator[int]) -> None:
+    """Let the engine find so many bytes free each time that it looks."""
+    from sgl_jax.srt.model_executor.model_runner import ModelRunner
+
+    monkeypatch.setattr(ModelRunner, "get_available_device_memory", lambda self: next(looks))
 
 
 def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(
@@ -103,6 +114,24 @@ def test_an_engine_that_fails_to_start_raises_its_reason_and_leaves_nothing_for_
     with pytest.raises(EngineError, match="the engine failed"):
         sglang.start(engine_config(), tmp_path, IDLE_TIMEOUT_S)
     assert [function for function in at_exit if "sgl_jax" in function.__module__] == []
+
+
+def test_an_engine_that_failed_to_start_can_be_collected(
+    four_devices: None, tiny_dir: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyzmq would end its contexts within the collection, and wait there for their sockets."""
+    from kvpipe.engine import memory, sglang
+
+    free_memory(monkeypatch, iter((16 << 30, 1 << 30)))
+    with pytest.raises(EngineError, match="Not enough memory") as failed:
+        sglang.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)
+    garbage: list[Any] = [failed]  # its traceback's frames have the engine's parts
+    garbage.append(garbage)
+    del failed, garbage
+    collector = threading.Thread(target=memory.collect_garbage, daemon=True)
+    collector.start()
+    collector.join(IDLE_TIMEOUT_S)
+    assert not collector.is_alive(), "the collection waits for ever"
 
 
 def test_a_busy_engine_is_waited_for_and_then_named(

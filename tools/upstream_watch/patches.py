@@ -26,6 +26,16 @@ except Exception as error:
 engine.shut_down()
 """
 _DEFECT = 9
+_OPEN_SOCKET_IN_GARBAGE = """
+import gc
+import zmq
+from types import SimpleNamespace
+context = zmq.Context()
+garbage = SimpleNamespace(context=context, socket=context.socket(zmq.PUSH))
+garbage.itself = garbage
+del garbage, context
+gc.collect()
+"""
 
 
 def needed(model_dir: Path) -> dict[str, str]:
@@ -129,6 +139,14 @@ def _other_hosts_get_no_scheduler(model_dir: Path) -> str:
     return f"{NOT_NEEDED}: the engine's constructor gives every host its scheduler"
 
 
+def _garbage_waits_for_itself(model_dir: Path) -> str:
+    try:
+        subprocess.run([sys.executable, "-c", _OPEN_SOCKET_IN_GARBAGE], check=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return f"{NEEDED}: a context and its open socket, both garbage, are never collected"
+    return f"{NOT_NEEDED}: a context and its open socket are collected"
+
+
 def _sources() -> Iterator[Path]:
     import sgl_jax
 
@@ -146,5 +164,6 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "failure_does_not_kill": _engine_kills_its_process,
     "starts_no_second_runtime": _scheduler_starts_the_runtime,
     "scheduler_of_any_host": _other_hosts_get_no_scheduler,
+    "contexts_stay_open": _garbage_waits_for_itself,
 }
 """Patch → what tells whether its defect is still there; no patch is without one."""
