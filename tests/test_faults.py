@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 TOKEN = "hf_" + "0Secret9" * 5
 MARK = "KVPIPE_TEST_CELL"
 PATIENCE_S = 120
+# Read once: pytest sets a variable for each test, and the cells run in threads beside it.
+INHERITED = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
 AFTER_FAULT = ["after", "cleaning"]
 Act = Callable[["Running"], None]
 
@@ -373,8 +375,7 @@ def arguments(cell):
 
 
 def environment(cwd, site, served=None):
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    return clean | {
+    return INHERITED | {
         MARK: str(cwd),
         "PYTHONPATH": str(site),
         "TMPDIR": str(cwd / "tmp"),
