@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from tests import faults
+from tests.environment import WITHOUT_JAX
 from tests.sinks import wandb_file, wandb_server
 from tests.test_run import FAKE_KEY
 
@@ -30,8 +31,6 @@ pytestmark = pytest.mark.slow
 TOKEN = "hf_" + "0Secret9" * 5
 MARK = "KVPIPE_TEST_CELL"
 PATIENCE_S = 120
-# Read once: pytest sets a variable for each test, and the cells run in threads beside it.
-INHERITED = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
 AFTER_FAULT = ["after", "cleaning"]
 Act = Callable[["Running"], None]
 
@@ -375,7 +374,7 @@ def arguments(cell):
 
 
 def environment(cwd, site, served=None):
-    return INHERITED | {
+    return WITHOUT_JAX | {
         MARK: str(cwd),
         "PYTHONPATH": str(site),
         "TMPDIR": str(cwd / "tmp"),

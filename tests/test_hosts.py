@@ -24,6 +24,7 @@ from kvpipe.schema import EngineConfig, Kvpipe, RunnerConfig
 from kvpipe.shares import Share, share_from_json, together
 from tests import faults
 from tests.conftest import greedy
+from tests.environment import WITHOUT_JAX
 from tests.sinks import wandb_file
 from tests.sop import STEPS
 
@@ -80,8 +81,7 @@ def start_pair(where, overrides, second=(), site=None):
     address = f"127.0.0.1:{free_port()}"
     several = ["engine.nnodes=2", f"engine.dist_init_addr={address}", "engine.tp_size=4"]
     config_dir = ["--config-dir", str(site / "conf")] if site else []
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    clean |= {"XDG_CACHE_HOME": str(where.parent / "cache"), "WANDB_API_KEY": ""}
+    clean = WITHOUT_JAX | {"XDG_CACHE_HOME": str(where.parent / "cache"), "WANDB_API_KEY": ""}
     hosts = []
     for rank in range(2):
         cwd = where / f"host{rank}"

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.environment import INHERITED
+
 # Debian installs the daemons where a user's PATH does not look.
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo")
@@ -92,7 +94,7 @@ class Cluster:
     def ask(self, *command: str) -> str:
         """Run one of SLURM's commands and return what it prints."""
         return subprocess.run(
-            command, env=os.environ | self.environ, check=True, capture_output=True, text=True
+            command, env=INHERITED | self.environ, check=True, capture_output=True, text=True
         ).stdout
 
     def cancel_all(self) -> None:
@@ -100,7 +102,7 @@ class Cluster:
         while jobs := self.queue():
             done = subprocess.run(
                 ["scancel", *(job.job_id for job in jobs)],
-                env=os.environ | self.environ,
+                env=INHERITED | self.environ,
                 check=False,
             )
             if done.returncode == 0:
@@ -180,7 +182,7 @@ def _daemon(command: Sequence[str], cluster: Cluster) -> Iterator[subprocess.Pop
         daemon = subprocess.Popen(
             [program, *command[1:]],
             cwd=cluster.folder,
-            env=os.environ | cluster.environ,
+            env=INHERITED | cluster.environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
