@@ -126,8 +126,14 @@ def leave(ctx):
     os._exit(0)
 
 
-def wait(ctx):
+def tell_worker():
+    # The parent is told of this step beside the test; what is done to it has to come later.
+    time.sleep(0.5)
     WORKER_ID.write_text(str(os.getpid()))
+
+
+def wait(ctx):
+    tell_worker()
     threading.Thread(target=time.sleep, args=(99,), name="a thread of the tests").start()
     hang()
 
@@ -139,7 +145,7 @@ def hang():
 def wait_for_signal(ctx):
     told = threading.Event()
     signal.signal(signal.SIGUSR2, lambda *_: told.set())
-    WORKER_ID.write_text(str(os.getpid()))
+    tell_worker()
     while ctx.engine_lives and not told.wait(0.05):
         pass
 
