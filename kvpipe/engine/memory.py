@@ -143,15 +143,16 @@ def collect_garbage() -> None:
 
     gc.callbacks.append(note)
     try:
-        while not collected:
+        while True:
             gc.collect()
-            if not collected and time.monotonic() > deadline:
+            if collected:
+                break
+            if time.monotonic() > deadline:
                 raise EngineError(
                     f"bytes cannot be counted: for {_LONGEST_COLLECTION_S:g} s another thread has been "
                     "collecting garbage, in a finalizer that does not return"
                 )
-            if not collected:
-                time.sleep(_OTHERS_COLLECTION_S)
+            time.sleep(_OTHERS_COLLECTION_S)
     finally:
         gc.callbacks.remove(note)
 
