@@ -21,7 +21,7 @@ empty :=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run plans test test-fast bench lint format lock release-check upstream-watch clean env
+.PHONY: help run plans test test-all test-fast bench lint format lock release-check upstream-watch clean env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +33,14 @@ plans: env ## renew the plan that is committed beside each experiment
 	@$(BIN)/python -m kvpipe plan -m +experiment=$(subst $(empty) ,$(comma),$(EXPERIMENTS)) \
 		plan.format=markdown 'plan.file=conf/experiment/$${experiment}.plan.md'
 
-test: env ## run every test, the ones that start an engine included
+test: env ## run what a commit can break, on real engines: at most 8 minutes on 2 cores
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not nightly" $(ARGS)
+
+test-all: env ## run every test, and the planted faults that some test has to notice
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: env ## run the tests that start no engine
-	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)
 
 bench: env ## measure KV cache and weights; the last line is JSON: make bench ARGS=weights
 	@$(BIN)/python -m benchmarks $(ARGS)

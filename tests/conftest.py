@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test of the second tier that does not say which fault it alone would find."""
+    for item in items:
+        for mark in item.iter_markers("nightly"):
+            if mark.args or not mark.kwargs.get("finds"):
+                raise pytest.UsageError(f"{item.nodeid}: say nightly(finds='a fault')")
+
+
 def pytest_runtest_setup() -> None:
     """Undo what libtpu does when a test loads it: SIGHUP is ignored from then on, by children too."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

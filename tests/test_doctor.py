@@ -12,8 +12,8 @@ from kvpipe import doctor
 from kvpipe.doctor import Level
 from kvpipe.libtpu_lock import Holder, holder
 from kvpipe.steps import build_steps
+from tests.command import FAKE_KEY, environment
 from tests.helpers_config import compose_plain, config_of
-from tests.test_run import FAKE_KEY, environment
 
 BIGKV = "+experiment=qwen25_3b_bigkv"
 Usage = namedtuple("Usage", "total used free")

@@ -22,9 +22,8 @@ import psutil
 import pytest
 
 from tests import faults
-from tests.environment import WITHOUT_JAX
+from tests.command import FAKE_KEY, WITHOUT_JAX
 from tests.sinks import wandb_file, wandb_server
-from tests.test_run import FAKE_KEY
 
 pytestmark = pytest.mark.slow
 

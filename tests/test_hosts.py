@@ -23,8 +23,8 @@ from kvpipe.records import Check, Memory, Peak
 from kvpipe.schema import EngineConfig, Kvpipe, RunnerConfig
 from kvpipe.shares import Share, share_from_json, together
 from tests import faults
+from tests.command import WITHOUT_JAX
 from tests.conftest import greedy
-from tests.environment import WITHOUT_JAX
 from tests.sinks import wandb_file
 from tests.sop import STEPS
 

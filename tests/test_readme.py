@@ -23,8 +23,8 @@ import pytest
 from kvpipe import cli, errors
 from kvpipe.credentials import wandb_api_key
 from kvpipe.records import record_from_json
+from tests.command import environment
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
-from tests.test_run import environment
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()

@@ -6,73 +6,26 @@ parallel 4 and the KV heads replicated as on the TPU.
 
 import html
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.command import FAKE_KEY, Finished, environment, kvpipe
 from tests.sinks import wandb_file
 from tests.sop import STEPS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-FAKE_KEY = "0123456789abcdef" * 2 + "deadbeef"
 PARAMS = 17_863_680
 KV = 3 * (2048 + 1) * 2 * 4 * 128 * 2
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run left."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-    cwd: Path
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.stdout.splitlines()]
-
-    @property
-    def end(self) -> dict[str, Any]:
-        return self.lines[-1]
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.end["run_dir"])
-
-    def phase(self, name: str) -> dict[str, Any]:
-        return next(line for line in self.lines if line["phase"] == name)
-
-
-def kvpipe(cwd: Path, *arguments: str, site: Path | None = None, **variables: str) -> FinishedRun:
-    """Run the command in ``cwd``; ``site`` is a folder whose installation of kvpipe comes first."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kvpipe", *arguments],
-        cwd=cwd,
-        env=environment(cwd, site) | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return FinishedRun(done.returncode, done.stdout, done.stderr, cwd)
-
-
-def environment(cwd: Path, site: Path | None = None) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    extra = {"WANDB_API_KEY": FAKE_KEY, "XDG_CACHE_HOME": str(cwd / "cache")}
-    return clean | extra | ({"PYTHONPATH": str(site)} if site else {})
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +41,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped."""
     cwd = tmp_path_factory.mktemp("elsewhere")
     return kvpipe(cwd, "+experiment=tiny", "engine.tp_size=4", site=installed)
 
 
-def test_the_wheel_runs_all_phases_in_order_and_passes(run: FinishedRun) -> None:
+def test_the_wheel_runs_all_phases_in_order_and_passes(run: Finished) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
     phases = ["run_started", "wandb_init", "run_planned", *STEPS[1:], "run_finished"]
     assert [line["phase"] for line in run.lines] == phases
@@ -115,26 +68,26 @@ def test_the_installed_wheel_is_what_ran(installed: Path, tmp_path: Path) -> Non
     assert done.stdout.count(str(installed)) == 3
 
 
-def test_the_records_file_holds_the_very_lines_of_stdout(run: FinishedRun) -> None:
+def test_the_records_file_holds_the_very_lines_of_stdout(run: Finished) -> None:
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout
     assert run.run_dir.is_relative_to(run.cwd / "outputs" / "tiny")
 
 
-def test_the_first_line_says_what_runs(run: FinishedRun) -> None:
+def test_the_first_line_says_what_runs(run: Finished) -> None:
     first = run.lines[0]
     assert (first["experiment"], first["steps"]) == ("tiny", STEPS)
     assert first["config"]["engine"]["tp_size"] == 4
     assert first["versions"]["sglang-jax"] == "0.0.2"
 
 
-def test_the_run_leaves_its_report_and_its_picture(run: FinishedRun) -> None:
+def test_the_run_leaves_its_report_and_its_picture(run: Finished) -> None:
     page = (run.run_dir / "report.html").read_text()
     assert ">Passed</p>" in page
     assert f"{PARAMS:,}" in page
     assert (run.run_dir / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: FinishedRun) -> None:
+def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: Finished) -> None:
     drop = run.phase("kv_cache_dropped")["drop_info"]
     rebuild = run.phase("kv_cache_rebuilt")["rebuild_info"]
     before, after = run.phase("flush_cache_before_kv_drop"), run.phase("kv_cache_dropped")
@@ -150,7 +103,7 @@ def test_freed_bytes_are_the_kv_bytes_are_the_engines_own_arrays(run: FinishedRu
     assert rebuild["allocated_bytes"] == rebuild["fused_bytes_total"] == KV
 
 
-def test_the_second_parameter_set_has_the_bytes_of_the_first(run: FinishedRun) -> None:
+def test_the_second_parameter_set_has_the_bytes_of_the_first(run: Finished) -> None:
     first = run.phase("sglang_param_dict_ready")["ledger"]
     second = run.phase("sglang_param_dict2_ready")["ledger"]
     assert first["params"] == first["slot:param_dict"] == PARAMS
@@ -158,7 +111,7 @@ def test_the_second_parameter_set_has_the_bytes_of_the_first(run: FinishedRun) -
     assert run.phase("after_drop_param_dict2")["ledger"].keys() == {"params", "kv", "other"}
 
 
-def test_every_leaf_is_shared_and_the_swap_changed_the_output(run: FinishedRun) -> None:
+def test_every_leaf_is_shared_and_the_swap_changed_the_output(run: Finished) -> None:
     sharing = run.phase("param_sharing_check")
     assert sharing["results"] == {"shared": 38, "apart": []}
     (changed,) = [c for c in run.end["checks"] if c["name"] == "swap_changed_output"]
@@ -166,7 +119,7 @@ def test_every_leaf_is_shared_and_the_swap_changed_the_output(run: FinishedRun) 
     assert len(changed["actual"]) == 8
 
 
-def test_the_same_text_comes_after_the_rebuild(run: FinishedRun) -> None:
+def test_the_same_text_comes_after_the_rebuild(run: Finished) -> None:
     first, second = run.phase("generate_result"), run.phase("generate_result_after_kv_rebuild")
     assert second["same_output"] == 1
     assert first["token_ids"] == second["token_ids"]
@@ -176,7 +129,7 @@ def test_the_same_text_comes_after_the_rebuild(run: FinishedRun) -> None:
     assert second["text_sha256"] == first["text_sha256"] == second["text_sha256_before"]
 
 
-def test_planned_bytes_are_measured_bytes_in_every_phase(run: FinishedRun) -> None:
+def test_planned_bytes_are_measured_bytes_in_every_phase(run: Finished) -> None:
     plan = {phase["name"]: phase["pools"] for phase in run.phase("run_planned")["phases"]}
     measured = {line["phase"]: line for line in run.lines if line["phase"] in STEPS[2:]}
     assert len(measured) == 14
@@ -189,7 +142,7 @@ def test_planned_bytes_are_measured_bytes_in_every_phase(run: FinishedRun) -> No
     assert run.phase("run_planned")["fit"]["fits"]
 
 
-def test_after_the_first_generate_only_the_rebuild_compiles(run: FinishedRun) -> None:
+def test_after_the_first_generate_only_the_rebuild_compiles(run: Finished) -> None:
     after = STEPS.index("weights_swapped_from_mllm") + 1
     compiled = {s: run.phase(s)["compilations"] for s in STEPS[after:]}
     assert {step for step, count in compiled.items() if count} == {"kv_cache_rebuilt"}
@@ -197,7 +150,7 @@ def test_after_the_first_generate_only_the_rebuild_compiles(run: FinishedRun) ->
 
 
 def test_every_record_has_the_scripts_memory_fields_and_its_own_duration(
-    run: FinishedRun,
+    run: Finished,
 ) -> None:
     elapsed = 0.0
     for step in STEPS:
@@ -214,7 +167,7 @@ def test_every_record_has_the_scripts_memory_fields_and_its_own_duration(
             assert _in_use(record) == sum(per_device) == sum(record["ledger"].values())
 
 
-def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: FinishedRun) -> None:
+def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finished) -> None:
     (path,) = run.run_dir.glob("wandb/*/*.wandb")
     logged = wandb_file.read(path)
     rows = {row["phase/name"]: row for row in logged["history"] if "phase/name" in row}
@@ -244,7 +197,7 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     assert logged["exit_code"] == 0
 
 
-def test_the_config_that_is_logged_is_the_one_that_ran(run: FinishedRun) -> None:
+def test_the_config_that_is_logged_is_the_one_that_ran(run: Finished) -> None:
     (path,) = run.run_dir.glob("wandb/*/*.wandb")
     config = wandb_file.read(path)["config"]
     ready = run.phase("engine_ready_dummy")
@@ -253,14 +206,14 @@ def test_the_config_that_is_logged_is_the_one_that_ran(run: FinishedRun) -> None
     assert config["pipeline"] == STEPS
 
 
-def test_the_wandb_key_is_nowhere_in_what_the_run_left(run: FinishedRun) -> None:
+def test_the_wandb_key_is_nowhere_in_what_the_run_left(run: Finished) -> None:
     assert FAKE_KEY not in run.stdout + run.stderr
     for path in run.cwd.rglob("*"):
         if path.is_file():
             assert FAKE_KEY.encode() not in path.read_bytes(), path
 
 
-def test_the_engines_log_is_a_file_of_its_own(run: FinishedRun) -> None:
+def test_the_engines_log_is_a_file_of_its_own(run: Finished) -> None:
     assert "KV Cache allocated" in (run.run_dir / "engine.log").read_text()
 
 

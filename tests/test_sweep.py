@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from kvpipe.steps import build_steps
+from tests.command import environment
 from tests.helpers_config import ROOT, compose_plain, config_of
 from tests.report.html_page import Page
-from tests.test_run import environment
 
 SWEEPS = sorted(path.stem for path in (ROOT / "conf/sweep").glob("*.yaml"))
 TOKENS = "engine.max_total_tokens"

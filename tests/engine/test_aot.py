@@ -108,7 +108,7 @@ def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
 def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
     tmp_path: Path,
 ) -> None:
-    from tests.test_run import kvpipe
+    from tests.command import kvpipe
 
     plan = kvpipe(
         tmp_path,

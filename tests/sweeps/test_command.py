@@ -13,8 +13,8 @@ import pytest
 
 from kvpipe import cli
 from tests import faults
+from tests.command import FAKE_KEY, environment
 from tests.sinks import wandb_file
-from tests.test_run import FAKE_KEY, environment
 
 SWEPT = "sampling.max_new_tokens"
 
