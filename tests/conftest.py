@@ -3,16 +3,21 @@
 The test process has four virtual CPU devices, so every engine here has tensor parallel 4.
 """
 
+import itertools
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
@@ -21,7 +26,18 @@ from kvpipe.schema import EngineConfig, SamplingConfig
 
 IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
+ENGINE_FIXTURES = frozenset({"engine", "start_engine"})
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+
+SMALL_ENGINE: dict[str, Any] = {
+    "device": "cpu",
+    "tp_size": DEVICES,
+    "max_total_tokens": 1024,
+    "context_length": 256,
+    "max_running_requests": 2,
+    "max_prefill_tokens": 128,
+    "log_level": "error",
+}
 
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
@@ -29,6 +45,9 @@ own_programs = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start as from a terminal: what runs tests may ignore or block signals, for children too."""
+    # A busy machine takes any time for an example.
+    hypothesis.settings.register_profile("any time", deadline=None)
+    hypothesis.settings.load_profile("any time")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ends = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
     for signum in ends:
@@ -41,9 +60,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test of the second tier that does not say which fault it alone would find."""
+    """Mark what starts an engine here; refuse a nightly test that does not say what it alone finds."""
     for item in items:
+        if not ENGINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
         for mark in item.iter_markers("nightly"):
             if mark.args or not mark.kwargs.get("finds"):
                 raise pytest.UsageError(f"{item.nodeid}: say nightly(finds='a fault')")
@@ -116,23 +138,15 @@ def start_engine(four_devices: None) -> StartEngine:
 
 def engine_config(**options: Any) -> EngineConfig:
     """Return a small engine's options, with ``options`` over them."""
-    small = {
-        "device": "cpu",
-        "tp_size": DEVICES,
-        "max_total_tokens": 1024,
-        "context_length": 256,
-        "max_running_requests": 2,
-        "max_prefill_tokens": 128,
-        "log_level": "error",
-    }
-    return EngineConfig(**(small | options))
+    return EngineConfig(**(SMALL_ENGINE | options))
 
 
 @pytest.fixture(scope="module")
 def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
-    """A shared bfloat16 engine that was started with dummy weights.
+    """A bfloat16 engine that was started with dummy weights, shared by the tests of a module.
 
-    It ends with the module: its threads would take time from all the tests after it.
+    It ends with the module. Once the engine is imported, a start costs half a second; the threads
+    of an idle engine cost a tenth of a core in all the tests after it.
     """
     from kvpipe.engine import sglang
 
@@ -141,18 +155,82 @@ def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
     shared.shut_down()
 
 
-@pytest.fixture
-def real_engine(engine: Any, tiny_weights: Checkpoint) -> Any:
-    """The shared engine with the checkpoint's weights, an empty prefix cache and a KV cache."""
-    from kvpipe.engine import kv_cache, weights
+class RealWeights:
+    """The checkpoint's weights in the shared engine, placed again only after a test that changed them.
 
-    if kv_cache.KV in engine.away:
-        kv_cache.rebuild(engine)
-    engine.flush()
-    weights.swap(engine, weights.build(engine, tiny_weights))
+    What the engine computes with decides, not what a test says: the weights are unchanged if each
+    parameter is the very array that was placed here. The references are weak, so that an array that
+    a test replaces is freed as if nobody else knew it.
+    """
+
+    def __init__(self, engine: Any, weights: Checkpoint) -> None:
+        self._engine = engine
+        self._weights = weights
+        self._placed: dict[str, weakref.ref[Any]] = {}
+
+    def put_back(self) -> None:
+        """Let the engine have the checkpoint's weights, a whole KV cache and no prefix."""
+        from kvpipe.engine import kv_cache, weights
+
+        engine, capacity = self._engine, engine_config().max_total_tokens
+        engine.flush()
+        if kv_cache.KV not in engine.away and engine.max_total_tokens != capacity:
+            kv_cache.drop(engine)
+        if kv_cache.KV in engine.away:
+            kv_cache.rebuild(engine, capacity)
+        if not self._unchanged():
+            weights.swap(engine, weights.build(engine, self._weights))
+            placed = weights.parameters(engine)
+            self._placed = {path: weakref.ref(array) for path, array in placed.items()}
+
+    def _unchanged(self) -> bool:
+        from kvpipe.engine import weights
+
+        now = weights.parameters(self._engine)
+        return bool(self._placed) and all(
+            self._placed[path]() is array and not array.is_deleted() for path, array in now.items()
+        )
+
+
+@pytest.fixture(scope="module")
+def real_weights(engine: Any, tiny_weights: Checkpoint) -> RealWeights:
+    """The checkpoint's weights, for the module's engine."""
+    return RealWeights(engine, tiny_weights)
+
+
+@pytest.fixture
+def real_engine(engine: Any, real_weights: RealWeights) -> Any:
+    """The shared engine with the checkpoint's weights, an empty prefix cache and a KV cache."""
+    real_weights.put_back()
     return engine
 
 
 def greedy(max_new_tokens: int) -> SamplingConfig:
     """Return greedy sampling of exactly ``max_new_tokens`` tokens."""
     return SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0, ignore_eos=True)
+
+
+@contextmanager
+def busy(engine: Any) -> Iterator[Callable[[], None]]:
+    """Keep the engine in the middle of a request; gives what lets it go on, as the end does.
+
+    The engine's own thread waits after the first decode step, however fast the machine is.
+    """
+    reached, go_on, run_batch = threading.Event(), threading.Event(), engine.scheduler.run_batch
+    steps = itertools.count()
+
+    def held(batch: Any) -> Any:
+        if next(steps) == 2:
+            reached.set()
+            go_on.wait(IDLE_TIMEOUT_S)
+        return run_batch(batch)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as thread:
+        patch.setattr(engine.scheduler, "run_batch", held)
+        generating = thread.submit(engine.generate, "Hello", greedy(6))
+        try:
+            assert reached.wait(IDLE_TIMEOUT_S)
+            yield go_on.set
+        finally:
+            go_on.set()
+        assert len(generating.result().token_ids) == 6

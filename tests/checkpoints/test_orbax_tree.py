@@ -10,7 +10,6 @@ from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.errors import InputError
 
 
-@pytest.mark.slow  # orbax asks jax for its devices, which the engine tests have to set up first
 def test_the_saved_tree_holds_the_tensors_of_the_files_it_was_made_of(tmp_path, four_devices):
     import jax
     from orbax import checkpoint

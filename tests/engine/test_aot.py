@@ -1,6 +1,5 @@
 """Compiling for a TPU on a machine that has none: real libtpu, real kernel, the tiny model."""
 
-import json
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import engine_config
-
-pytestmark = pytest.mark.slow
+from kvpipe.records import Program
+from tests.command import Finished, kvpipe
+from tests.conftest import DEVICES, SMALL_ENGINE, engine_config
 
 SGL_JAX = Path(str(distribution("sglang-jax").locate_file("sgl_jax")))
 # HEAD's attention kernel is for v5 and later.
@@ -19,38 +18,55 @@ TARGET, KIND = ("v5e:2x2x1", "TPU v5 lite") if KERNEL_OF_HEAD.exists() else ("v4
 
 
 @pytest.fixture(scope="module")
-def compiled(four_devices: None, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tiny model's steps, compiled for four chips, and the cache that they were put into."""
-    from kvpipe.engine import program_cache
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A plan with the tiny model's steps, compiled for four chips; its cache lies below it."""
+    cwd = tmp_path_factory.mktemp("plan")
+    return kvpipe(
+        cwd,
+        *("plan", "plan.compile=true", "plan.format=json", f"plan.target={TARGET}"),
+        *("plan.prompt_tokens=100", f"cache_dir={cwd}"),
+        *(f"engine.{name}={value}" for name, value in SMALL_ENGINE.items()),
+    )
 
-    cache = tmp_path_factory.mktemp("cache")
-    programs = program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, cache)
-    return programs, cache
+
+@pytest.fixture(scope="module")
+def compiled(four_devices: None, plan: Finished, tiny_dir: Path) -> tuple[Program, ...]:
+    """The same steps, which come from the plan's cache without a compilation."""
+    from kvpipe.engine import aot, program_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
+        return program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, plan.cwd)
 
 
-def test_prefill_and_decode_compile_with_the_engines_own_paddings(compiled: Any) -> None:
-    prefill, decode = compiled[0]
+def test_prefill_and_decode_compile_with_the_engines_own_paddings(
+    compiled: tuple[Program, ...],
+) -> None:
+    prefill, decode = compiled
     assert (prefill.name, prefill.requests, prefill.tokens) == ("prefill", 2, 128)
     assert (decode.name, decode.requests, decode.tokens) == ("decode", 1, 1)
     assert prefill.code_bytes > 100_000
     assert decode.code_bytes > 100_000
 
 
-def test_the_same_steps_come_from_the_cache_without_a_compilation(
-    compiled: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
+    plan: Finished, compiled: tuple[Program, ...]
+) -> None:
+    assert plan.exit_code == 0, plan.stderr
+    phases = {phase["name"]: phase["pools"] for phase in plan.end["phases"]}
+    assert "program" not in phases["sglang_param_dict_ready"]
+    code = DEVICES * sum(program.code_bytes for program in compiled)
+    assert phases["weights_swapped_from_mllm"]["program"] == code
+    assert phases["after_drop_param_dict2"]["program"] == code
+
+
+def test_another_capacity_or_prompt_is_another_program(
+    compiled: tuple[Program, ...], plan: Finished, tiny_dir: Path
 ) -> None:
     from kvpipe.engine import aot, program_cache
 
-    monkeypatch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
-    programs, cache = compiled
-    assert program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, cache) == programs
-
-
-def test_another_capacity_or_prompt_is_another_program(compiled: Any, tiny_dir: Path) -> None:
-    from kvpipe.engine import aot, program_cache
-
     asked: list[Any] = []
-    _, cache = compiled
+    cache = plan.cwd
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: asked.append(args) or ())
         config = replace(engine_config(), max_total_tokens=512)
@@ -103,24 +119,3 @@ def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
         aot.compile_steps(engine_config(), tiny_dir, TARGET, 100)
     expected = f"the engine's kernels are not made for {KIND}: Unsupported tpu_version=4."
     assert str(caught.value) == expected
-
-
-def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
-    tmp_path: Path,
-) -> None:
-    from tests.command import kvpipe
-
-    plan = kvpipe(
-        tmp_path,
-        "plan",
-        "engine.tp_size=4",
-        f"plan.target={TARGET}",
-        "plan.compile=true",
-        "plan.format=json",
-    )
-    assert plan.exit_code == 0, plan.stderr
-    phases = {phase["name"]: phase["pools"] for phase in json.loads(plan.stdout)["phases"]}
-    assert "program" not in phases["sglang_param_dict_ready"]
-    code = phases["weights_swapped_from_mllm"]["program"]
-    assert code > 400_000
-    assert phases["after_drop_param_dict2"]["program"] == code

@@ -159,7 +159,6 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     return {"records": records, "told": told}
 
 
-@pytest.mark.slow
 def test_the_way_over_a_second_set_peaks_at_two_sets_and_the_streamed_one_at_one(
     outcome: dict[str, Any],
 ) -> None:
@@ -180,7 +179,6 @@ def test_the_way_over_a_second_set_peaks_at_two_sets_and_the_streamed_one_at_one
     assert streamed.samples >= 1  # the mark, whatever the thread managed
 
 
-@pytest.mark.slow
 def test_an_offload_and_a_restore_of_the_kv_cache_peak_at_the_cache_and_its_blocks(
     outcome: dict[str, Any],
 ) -> None:
@@ -193,7 +191,6 @@ def test_an_offload_and_a_restore_of_the_kv_cache_peak_at_the_cache_and_its_bloc
         assert peak.process_rss_bytes > 0
 
 
-@pytest.mark.slow
 def test_the_progress_of_a_generate_counts_its_tokens(outcome: dict[str, Any]) -> None:
     told = [p for p in outcome["told"] if p.step == "generate" and p.activity == "generating"]
     counts = [p.done["tokens"] for p in told]
@@ -201,11 +198,9 @@ def test_the_progress_of_a_generate_counts_its_tokens(outcome: dict[str, Any]) -
     assert counts[:-1] == sorted(counts[:-1])  # the last one may find the requests gone
     assert 0 < max(counts) <= 24
     assert {p.total["tokens"] for p in told} == {24}
-    elapsed = [p.elapsed_s for p in told]
-    assert all(later - earlier > 0.19 for earlier, later in itertools.pairwise(elapsed))
+    assert all(earlier.elapsed_s < later.elapsed_s for earlier, later in itertools.pairwise(told))
 
 
-@pytest.mark.slow
 def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
     real_engine: Any, tiny_weights: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +227,6 @@ def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
     assert progress.now() is None
 
 
-@pytest.mark.slow
 def test_samples_at_any_moment_do_not_change_what_a_phase_measures(
     real_engine: Any, tiny_weights: Checkpoint
 ) -> None:
@@ -258,23 +252,22 @@ def test_samples_at_any_moment_do_not_change_what_a_phase_measures(
     assert whole <= highest[0] <= whole + largest
 
 
-@pytest.mark.slow
-def test_sampling_costs_less_than_one_percent_of_a_core(real_engine: Any) -> None:
-    """Of the thread's own time: what it waits for, the engine computes with."""
-    real_engine.generate("Hello", greedy(8))
+def test_beside_a_generate_each_sample_is_followed_by_a_hundred_times_its_cost_without_one(
+    real_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick = PeakSampler._tick
+    turns: list[tuple[float, float]] = []
+
+    def noted(sampler: PeakSampler) -> float:
+        before = sampler.spent_s
+        wait = tick(sampler)
+        turns.append((sampler.spent_s - before, wait))
+        return wait
+
+    monkeypatch.setattr(PeakSampler, "_tick", noted)
     with PeakSampler(lambda: True) as sampler:
-        # From the end of a sample to that of another: whole turns of sampling and waiting.
-        began, spent = end_of_a_sample(sampler)
-        real_engine.generate("Hello", greedy(32))
-        ended, spent_by_then = end_of_a_sample(sampler)
-        assert sampler.take(memory(0, 0, 0, 0)).samples > 3
-    share = (spent_by_then - spent) / (ended - began)
-    assert share < 0.011
-
-
-def end_of_a_sample(sampler: PeakSampler) -> tuple[float, float]:
-    """Return when the next sample has ended, and the seconds spent up to then."""
-    spent = sampler.spent_s
-    while sampler.spent_s == spent:
-        time.sleep(0.0005)
-    return time.monotonic(), sampler.spent_s
+        real_engine.generate("Hello", greedy(24))
+        assert sampler.take(memory(0, 0, 0, 0)).samples >= len(turns) > 1
+    for spent, wait in turns:
+        assert spent > 0
+        assert wait == pytest.approx(min(max(100 * spent, 0.01), 2.0))

@@ -6,18 +6,14 @@ import itertools
 import logging
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvpipe.errors import EngineError, InputError
-from tests.conftest import IDLE_TIMEOUT_S, StartEngine, engine_config, greedy
-
-pytestmark = pytest.mark.slow
+from tests.conftest import IDLE_TIMEOUT_S, StartEngine, busy, engine_config, greedy
 
 
 @pytest.fixture
@@ -71,9 +67,9 @@ def test_a_capacity_that_the_engine_cut_down_is_an_error(
     start_engine: StartEngine, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The engine looks twice, and another process may have taken memory in between.
-    free_memory(monkeypatch, itertools.repeat(16 << 30))
-    too_many = start_engine(tiny_dir, max_total_tokens=9_000_000, mem_fraction_static=0.03)
-    with pytest.raises(EngineError, match="the engine cut 9000000 tokens down to"), too_many:
+    free_memory(monkeypatch, itertools.repeat(2 << 30))
+    too_many = start_engine(tiny_dir, max_total_tokens=900_000, mem_fraction_static=0.03)
+    with pytest.raises(EngineError, match="the engine cut 900000 tokens down to"), too_many:
         pass
 
 
@@ -84,6 +80,7 @@ def free_memory(monkeypatch: pytest.MonkeyPatch, looks: Iterator[int]) -> None:
     monkeypatch.setattr(ModelRunner, "get_available_device_memory", lambda self: next(looks))
 
 
+@pytest.mark.slow
 def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(
     four_devices: None, tiny_dir: Path, alone: None
 ) -> None:
@@ -102,6 +99,7 @@ def test_a_dying_engine_thread_raises_its_reason_instead_of_hanging(
         engine.flush()
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_to_start_raises_its_reason_and_leaves_nothing_for_the_end(
     four_devices: None, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +114,7 @@ def test_an_engine_that_fails_to_start_raises_its_reason_and_leaves_nothing_for_
     assert [function for function in at_exit if "sgl_jax" in function.__module__] == []
 
 
+@pytest.mark.slow
 def test_an_engine_that_failed_to_start_can_be_collected(
     four_devices: None, tiny_dir: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,13 +136,8 @@ def test_an_engine_that_failed_to_start_can_be_collected(
 def test_a_busy_engine_is_waited_for_and_then_named(
     real_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", 0.2)
-    with ThreadPoolExecutor(1) as thread:
-        generating = thread.submit(real_engine.generate, "Hello", greedy(200))
-        while real_engine.scheduler.running_batch.is_empty() and not generating.done():
-            time.sleep(0.01)
+    with busy(real_engine), monkeypatch.context() as patch:
+        patch.setattr(real_engine.on_scheduler, "_idle_timeout_s", 0.2)
         with pytest.raises(EngineError, match=r"still busy after 0.2 s.*running 1"):
             real_engine.flush()
-        monkeypatch.setattr(real_engine.on_scheduler, "_idle_timeout_s", IDLE_TIMEOUT_S)
-        assert len(generating.result().token_ids) == 200
     assert real_engine.flush()["free_tokens"] == 1024

@@ -13,8 +13,6 @@ from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.errors import EngineError
 from tests.conftest import greedy
 
-pytestmark = pytest.mark.slow
-
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 

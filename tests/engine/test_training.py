@@ -11,8 +11,6 @@ from kvpipe.errors import EngineError
 from kvpipe.schema import TrainerConfig
 from tests.conftest import greedy
 
-pytestmark = pytest.mark.slow
-
 NAME = "model.layers.1.mlp.up_proj.weight"
 PROMPT = "The KV cache is dropped and rebuilt."
 

@@ -10,8 +10,6 @@ from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.schema import TrainerConfig
 from tests.conftest import engine_config
 
-pytestmark = pytest.mark.slow
-
 TARGET = "v5e:2x2x1"
 
 

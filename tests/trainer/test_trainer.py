@@ -13,14 +13,13 @@ from kvpipe.phase import Size
 from kvpipe.schema import TrainerConfig
 from tests.conftest import DEVICES, engine_config
 
-pytestmark = pytest.mark.slow
-
 PRECISIONS = {
     "float32": TrainerConfig(),
     "bfloat16_gradients": TrainerConfig(gradients_dtype="bfloat16", mu_dtype="bfloat16"),
     "float32_gradients": TrainerConfig(dtype="bfloat16", gradients_dtype="float32"),
     "bfloat16": TrainerConfig(dtype="bfloat16"),
 }
+MIXED = pytest.mark.nightly(finds="a trainer whose parameters are bfloat16 and are rounded twice")
 SHAPES = {"matrix": (12, 8), "odd": (5, 3)}
 
 
@@ -75,8 +74,8 @@ def test_each_axis_of_the_mesh_parts_the_longest_dimension_that_it_divides_and_n
     [
         ("float32", 1, 4),
         ("bfloat16_gradients", 2, 2),
-        ("float32_gradients", 2, 2),
-        ("bfloat16", 4, 1),
+        pytest.param("float32_gradients", 2, 2, marks=MIXED),
+        pytest.param("bfloat16", 4, 1, marks=MIXED),
     ],
 )
 def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_every_device(
