@@ -158,19 +158,21 @@ def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
 class RealWeights:
     """The checkpoint's weights in the shared engine, placed again only after a test that changed them.
 
-    What the engine computes with decides, not what a test says: the weights are unchanged if each
-    parameter is the very array that was placed here. The references are weak, so that an array that
-    a test replaces is freed as if nobody else knew it.
+    What is on the devices decides, not what a test says: the weights are unchanged if each parameter
+    is the very array that was placed here, and if the devices hold as many bytes as they did then.
+    An array that a test has read on the host keeps its shards as further arrays, which such a count
+    finds. The references are weak, so that what a test replaces is freed as if nobody else knew it.
     """
 
     def __init__(self, engine: Any, weights: Checkpoint) -> None:
         self._engine = engine
         self._weights = weights
         self._placed: dict[str, weakref.ref[Any]] = {}
+        self._in_use: tuple[int, ...] = ()
 
     def put_back(self) -> None:
         """Let the engine have the checkpoint's weights, a whole KV cache and no prefix."""
-        from kvpipe.engine import kv_cache, weights
+        from kvpipe.engine import kv_cache, memory, weights
 
         engine, capacity = self._engine, engine_config().max_total_tokens
         engine.flush()
@@ -182,14 +184,16 @@ class RealWeights:
             weights.swap(engine, weights.build(engine, self._weights))
             placed = weights.parameters(engine)
             self._placed = {path: weakref.ref(array) for path, array in placed.items()}
+            self._in_use = memory.bytes_in_use()
 
     def _unchanged(self) -> bool:
-        from kvpipe.engine import weights
+        from kvpipe.engine import memory, weights
 
         now = weights.parameters(self._engine)
-        return bool(self._placed) and all(
-            self._placed[path]() is array and not array.is_deleted() for path, array in now.items()
+        same = bool(self._placed) and all(
+            self._placed[path]() is leaf for path, leaf in now.items()
         )
+        return same and memory.used_now() == self._in_use
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PARAMS = 17_863_680
+# A busy machine takes longer for a phase than the time after which a line on stderr says so.
+QUIET = "runner.heartbeat_s=null"
 KV = 3 * (2048 + 1) * 2 * 4 * 128 * 2
 
 
@@ -44,7 +46,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped."""
     cwd = tmp_path_factory.mktemp("elsewhere")
-    return kvpipe(cwd, "+experiment=tiny", "engine.tp_size=4", site=installed)
+    options = ("engine.tp_size=4", "sampling.max_new_tokens=32", QUIET)
+    return kvpipe(cwd, "+experiment=tiny", *options, site=installed)
 
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: Finished) -> None:
@@ -123,7 +126,7 @@ def test_the_same_text_comes_after_the_rebuild(run: Finished) -> None:
     first, second = run.phase("generate_result"), run.phase("generate_result_after_kv_rebuild")
     assert second["same_output"] == 1
     assert first["token_ids"] == second["token_ids"]
-    assert len(first["token_ids"]) == 64
+    assert len(first["token_ids"]) == 32
     assert len(set(first["token_ids"])) > 20
     assert first["text"] == second["text"] != ""
     assert second["text_sha256"] == first["text_sha256"] == second["text_sha256_before"]
@@ -225,7 +228,7 @@ def test_at_other_tensor_parallel_sizes_the_procedure_gives_the_ids_of_transform
     tmp_path: Path, tp_size: int
 ) -> None:
     float32 = ("engine.dtype=float32", "model.generate.torch_dtype=float32")
-    run = kvpipe(tmp_path, "+experiment=tiny", f"engine.tp_size={tp_size}", *float32)
+    run = kvpipe(tmp_path, "+experiment=tiny", f"engine.tp_size={tp_size}", QUIET, *float32)
     assert (run.exit_code, run.stderr, run.end["status"]) == (0, "", "passed")
     assert [line["phase"] for line in run.lines if line["phase"] in STEPS] == STEPS
     assert len(run.phase("engine_ready_dummy")["memory"]["jax_device_memory_stats"]) == tp_size
@@ -241,7 +244,7 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
         tmp_path,
         "engine.tp_size=1",
         "tracking.mode=disabled",
-        "runner.heartbeat_s=0.2",
+        "runner.heartbeat_s=1",
         "phases.generate_result.max_new_tokens=6",
         "phases.generate_result_after_kv_rebuild.max_new_tokens=5",
         # Programs that another test has compiled would leave no time for a beat about compiling.

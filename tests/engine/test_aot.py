@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.records import Program
 from tests.command import Finished, kvpipe
 from tests.conftest import DEVICES, SMALL_ENGINE, engine_config
@@ -18,25 +19,31 @@ TARGET, KIND = ("v5e:2x2x1", "TPU v5 lite") if KERNEL_OF_HEAD.exists() else ("v4
 
 
 @pytest.fixture(scope="module")
+def model_dir(model_cache: Path) -> Path:
+    """A model of one layer: the compiler takes as long for each layer."""
+    return ensure(TinyModel(num_hidden_layers=1), model_cache)
+
+
+@pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A plan with the tiny model's steps, compiled for four chips; its cache lies below it."""
     cwd = tmp_path_factory.mktemp("plan")
     return kvpipe(
         cwd,
         *("plan", "plan.compile=true", "plan.format=json", f"plan.target={TARGET}"),
-        *("plan.prompt_tokens=100", f"cache_dir={cwd}"),
+        *("plan.prompt_tokens=100", f"cache_dir={cwd}", "model.generate.num_hidden_layers=1"),
         *(f"engine.{name}={value}" for name, value in SMALL_ENGINE.items()),
     )
 
 
 @pytest.fixture(scope="module")
-def compiled(four_devices: None, plan: Finished, tiny_dir: Path) -> tuple[Program, ...]:
+def compiled(four_devices: None, plan: Finished, model_dir: Path) -> tuple[Program, ...]:
     """The same steps, which come from the plan's cache without a compilation."""
     from kvpipe.engine import aot, program_cache
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
-        return program_cache.compiled(engine_config(), tiny_dir, TARGET, 100, plan.cwd)
+        return program_cache.compiled(engine_config(), model_dir, TARGET, 100, plan.cwd)
 
 
 def test_prefill_and_decode_compile_with_the_engines_own_paddings(
@@ -61,7 +68,7 @@ def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
 
 
 def test_another_capacity_or_prompt_is_another_program(
-    compiled: tuple[Program, ...], plan: Finished, tiny_dir: Path
+    compiled: tuple[Program, ...], plan: Finished, model_dir: Path
 ) -> None:
     from kvpipe.engine import aot, program_cache
 
@@ -70,14 +77,14 @@ def test_another_capacity_or_prompt_is_another_program(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: asked.append(args) or ())
         config = replace(engine_config(), max_total_tokens=512)
-        program_cache.compiled(config, tiny_dir, TARGET, 100, cache)
-        program_cache.compiled(engine_config(), tiny_dir, TARGET, 20, cache)
-        program_cache.compiled(engine_config(), tiny_dir, "v6e:2x2x1", 100, cache)
+        program_cache.compiled(config, model_dir, TARGET, 100, cache)
+        program_cache.compiled(engine_config(), model_dir, TARGET, 20, cache)
+        program_cache.compiled(engine_config(), model_dir, "v6e:2x2x1", 100, cache)
     assert len(asked) == 3
 
 
 def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
-    four_devices: None, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+    four_devices: None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine's own limit keeps from it; without that limit the compiler says no."""
     from kvpipe.engine import aot, compat
@@ -95,7 +102,7 @@ def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
         max_total_tokens=4096,
     )
     with pytest.raises(aot.CompileFinding) as caught:
-        aot.compile_steps(config, tiny_dir, TARGET, 100)
+        aot.compile_steps(config, model_dir, TARGET, 100)
     assert "the prefill step of 512 requests" in str(caught.value)
     assert f"does not compile for {KIND}: RESOURCE_EXHAUSTED" in str(caught.value)
     assert "a larger engine.page_size" in str(caught.value)
@@ -103,7 +110,7 @@ def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
 
 
 def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
-    four_devices: None, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+    four_devices: None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HEAD's refuses TPU v4 with these words."""
     from kvpipe.engine import aot, compat
@@ -116,6 +123,6 @@ def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
 
     monkeypatch.setattr(FlashAttention, "__call__", unknown)
     with pytest.raises(aot.CompileFinding) as caught:
-        aot.compile_steps(engine_config(), tiny_dir, TARGET, 100)
+        aot.compile_steps(engine_config(), model_dir, TARGET, 100)
     expected = f"the engine's kernels are not made for {KIND}: Unsupported tpu_version=4."
     assert str(caught.value) == expected
