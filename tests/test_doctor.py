@@ -1,8 +1,6 @@
 """The doctor: what it finds on machines that are made up piece by piece, and on this one."""
 
 import os
-import subprocess
-import sys
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ from kvpipe import doctor
 from kvpipe.doctor import Level
 from kvpipe.libtpu_lock import Holder, holder
 from kvpipe.steps import build_steps
-from tests.command import FAKE_KEY, environment
+from tests.command import FAKE_KEY, kvpipe
 from tests.helpers_config import compose_plain, config_of
 
 BIGKV = "+experiment=qwen25_3b_bigkv"
@@ -192,21 +190,9 @@ def test_the_devices_the_patches_and_the_plan_are_told():
     assert (error.level, error.found) == (Level.BAD, "no devices")
 
 
-def command(cwd, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kvpipe", "doctor", *arguments],
-        cwd=cwd,
-        env=environment(cwd),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.mark.slow
 def test_the_tiny_experiment_could_run_here(tmp_path):
-    done = command(tmp_path, "engine.tp_size=2")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = kvpipe(tmp_path, "doctor")
+    assert (done.exit_code, done.stderr) == (0, "")
     *findings, verdict = done.stdout.splitlines()
     assert verdict == "tiny could run here"
     assert {line.split()[0] for line in findings} <= {"ok", "warn"}
@@ -216,10 +202,9 @@ def test_the_tiny_experiment_could_run_here(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_an_experiment_for_a_tpu_could_not_run_on_a_machine_without_one(tmp_path):
-    done = command(tmp_path, BIGKV, "tracking=offline")
-    assert (done.returncode, done.stderr) == (1, "")
+    done = kvpipe(tmp_path, "doctor", BIGKV, "tracking=offline")
+    assert (done.exit_code, done.stderr) == (1, "")
     assert done.stdout.splitlines()[-1] == "qwen25_3b_bigkv could not run here"
     (bad,) = (line for line in done.stdout.splitlines() if line.startswith("bad"))
     # The tests that compile for a TPU leave libtpu's lock to this very process.

@@ -1,9 +1,9 @@
 """Every command in the guide is run, and what it says of names, flags and checks is so.
 
 The blocks are run as those of README.md are (``tests/test_readme.py``), in a directory with the files
-that the pages show and a run's records. ``compare-plans``, which plans twice, is checked like what
-needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``; the sweep on a
-cluster is run on one in ``tests/slurm``.
+that the pages show and a run's records. In ``make test`` ``compare-plans``, which plans twice, is
+checked like what needs a TPU. The operations on a TPU VM and their page are tested in ``tests/ops``;
+the sweep on a cluster is run on one in ``tests/slurm``.
 """
 
 import ast
@@ -92,20 +92,37 @@ def test_the_blocks_are_found():
     assert starting == [CLUSTER]
 
 
+def parameter(block):
+    # The ready sweeps are composed by tests/test_sweep.py, each of their jobs.
+    ready_sweeps = "check +sweep=" in block
+    finds = "a command on a ready sweep whose words the command line refuses"
+    marks = [pytest.mark.nightly(finds=finds)] if ready_sweeps else []
+    return pytest.param(block, marks=marks, id=block.splitlines()[0])
+
+
 @pytest.mark.parametrize(
     "block",
     [
-        block
+        parameter(block)
         for name, blocks in BLOCKS.items()
         for block in blocks
         if name not in (OPERATIONS, CLUSTER) and block not in README_BLOCKS  # which are run as well
     ],
-    ids=lambda block: block.splitlines()[0],
 )
 def test_every_command_in_the_guide_works(block, workplace):
     done = run_block(block.replace("kvpipe compare-plans", "kvpipe check"), workplace)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout or "!" in block
+
+
+@pytest.mark.nightly(
+    finds="a comparison within its budget that does not say so, or does not end in 0"
+)
+def test_the_comparison_of_plans_in_the_guide_is_within_its_budget(workplace):
+    (block,) = (b for blocks in BLOCKS.values() for b in blocks if "kvpipe compare-plans" in b)
+    done = run_block(block, workplace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| `engine.max_total_tokens` | `2048` | `4096` |" in done.stdout
 
 
 def test_the_migration_table_has_all_flags_of_the_script():

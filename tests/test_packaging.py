@@ -95,6 +95,7 @@ def test_make_help_is_the_default_and_lists_every_target(arguments):
         "run",
         "plans",
         "test",
+        "test-all",
         "test-fast",
         "bench",
         "lint",

@@ -1,9 +1,9 @@
 """Every command in README.md is run, and what README.md says of names and codes is so.
 
 The commands are taken from its ```bash blocks and its files from its ```yaml blocks. A block is run
-as it stands, in one directory, after these changes and no others: a command that needs a TPU is
-checked instead of run, make only prints what it would run, and the installation is replaced by the
-wheel that it would build.
+as it stands, once and in one directory, after these changes and no others: a command that needs a
+TPU is checked instead of run, make only prints what it would run, and the installation is replaced
+by the wheel that it would build.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,17 +24,12 @@ import pytest
 from kvpipe import cli, errors
 from kvpipe.credentials import wandb_api_key
 from kvpipe.records import record_from_json
-from tests.command import environment
+from tests.command import environment, kvpipe
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
 
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-ON_TPU = [
-    name
-    for name in EXPERIMENTS
-    if compose_plain(f"+experiment={name}")["engine"]["device"] == "tpu"
-]
 NO_RUN = "|".join(["--help", "--cfg", *(verb for verb in cli.VERBS if verb != "run")])
 WHEEL = f"'{sys.executable}' -m hatchling build -t wheel -d '{{cwd}}/dist' >&2"
 
@@ -44,11 +40,21 @@ def named_files(text, language):
     return dict(found)
 
 
+@cache
+def composed(experiment):
+    return compose_plain(f"+experiment={experiment}")
+
+
+def needs_tpu(experiment):
+    return experiment in EXPERIMENTS and composed(experiment)["engine"]["device"] == "tpu"
+
+
 def checked_on_cpu(line):
     """Return the kvpipe command of a line with the verb check if it needs a TPU."""
-    needs_tpu = any(f"+experiment={name}" in line.split() for name in ON_TPU)
     runs = not re.search(rf"kvpipe ({NO_RUN})\b", line)
-    return line.replace("kvpipe", "kvpipe check", 1) if needs_tpu and runs else line
+    if runs and any(map(needs_tpu, re.findall(r"\+experiment=(\w+)", line))):
+        return line.replace("kvpipe", "kvpipe check", 1)
+    return line
 
 
 def printed_by_make(line):
@@ -114,6 +120,19 @@ def workplace(tmp_path_factory):
     return cwd
 
 
+@pytest.fixture(scope="module")
+def ran(workplace):
+    """Run a block there if it was not run yet; return what it left, and its runs' records."""
+
+    @cache
+    def run_once(block):
+        before = set(workplace.rglob("records.jsonl"))
+        done = run_block(block, workplace)
+        return done, set(workplace.rglob("records.jsonl")) - before
+
+    return run_once
+
+
 def test_the_blocks_are_found_and_all_verbs_and_files_are_among_them():
     assert len(BLOCKS) == README.count("```bash") == 10
     assert sum(map(starts_an_engine, BLOCKS)) == 2
@@ -125,11 +144,9 @@ def test_the_blocks_are_found_and_all_verbs_and_files_are_among_them():
 
 
 @pytest.mark.parametrize("block", [parameter(block) for block in BLOCKS])
-def test_every_command_in_the_readme_works(block, workplace):
-    before = set(workplace.rglob("records.jsonl"))
-    done = run_block(block, workplace)
+def test_every_command_in_the_readme_works(block, ran):
+    done, runs = ran(block)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = set(workplace.rglob("records.jsonl")) - before
     assert bool(runs) == starts_an_engine(block)
     for records in runs:
         assert json.loads(records.read_text().splitlines()[-1])["status"] == "passed"
@@ -140,7 +157,10 @@ def test_make_runs_the_default_pipeline_and_the_tests(block):
     commands = [printed_by_make(line) for line in block.splitlines()]
     parallel = "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
     assert commands in (
-        [".venv/bin/python -m kvpipe", f".venv/bin/python -m pytest {parallel}"],
+        [
+            ".venv/bin/python -m kvpipe",
+            f'.venv/bin/python -m pytest {parallel} -m "not nightly"',
+        ],
         [".venv/bin/python -m kvpipe +experiment=qwen25_3b_bigkv"],
     )
 
@@ -154,23 +174,21 @@ def test_the_env_file_that_the_readme_makes_is_one_that_is_accepted(tmp_path):
     assert wandb_api_key(tmp_path, {}) == "abc"
 
 
-def test_the_wheel_that_is_installed_has_the_command(tmp_path):
+def test_the_wheel_that_is_installed_has_the_command(ran, workplace):
     (block,) = (b for b in BLOCKS if "install" in b)
-    assert run_block(block, tmp_path).returncode == 0
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert ran(block)[0].returncode == 0
+    (wheel,) = (workplace / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         (points,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
         assert b"kvpipe = kvpipe.__main__:main" in files.read(points)
 
 
 @pytest.fixture(scope="module")
-def records(workplace):
+def records(ran, workplace):
     """The lines that the README's command gives in a pipe."""
-    path = workplace / "run.jsonl"
-    if not path.exists():
-        (block,) = (b for b in BLOCKS if "tee run.jsonl" in b)
-        assert run_block(block, workplace).returncode == 0
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    (block,) = (b for b in BLOCKS if "tee run.jsonl" in b)
+    assert ran(block)[0].returncode == 0
+    return [json.loads(line) for line in (workplace / "run.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -193,10 +211,10 @@ def test_the_readme_lists_the_phases_of_the_default_pipeline_in_their_order():
 def test_the_readme_lists_every_experiment_with_its_model_and_capacity():
     assert sorted(first_column("experiment")) == EXPERIMENTS
     for name in EXPERIMENTS:
-        config = compose_plain(f"+experiment={name}")
+        config = composed(name)
         (row,) = re.findall(rf"^\| `{name}` .*$", README, re.MULTILINE)
         assert f"| {config['engine']['max_total_tokens']:,} |" in row
-        if name in ON_TPU:
+        if needs_tpu(name):
             assert f"| {config['model']['id'].partition('/')[2]} |" in row
 
 
@@ -284,16 +302,6 @@ def tree(tmp_path_factory):
     return copy
 
 
-def kvpipe_of(tree, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kvpipe", *arguments],
-        cwd=tree,
-        env=environment(tree, site=tree),
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("target", re.findall(r"^make (\S+)$", CONTRIBUTING, re.MULTILINE))
 def test_the_targets_in_contributing_are_there(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True)
@@ -301,7 +309,7 @@ def test_the_targets_in_contributing_are_there(target):
 
 
 def test_the_phase_in_contributing_passes_the_check_and_the_linter(tree):
-    done = kvpipe_of(tree, "check")
+    done = kvpipe(tree, "check", site=tree)
     assert (done.stdout, done.stderr) == ("tiny: 17 steps, their order holds\n", "")
     ruff = [sys.executable, "-m", "ruff"]
     for command in (["check"], ["format", "--check"]):
@@ -310,13 +318,14 @@ def test_the_phase_in_contributing_passes_the_check_and_the_linter(tree):
 
 
 def test_the_order_of_the_phase_in_contributing_is_checked(tree):
-    done = kvpipe_of(tree, "check", "pipeline.13=kv_cache_is_zero", "pipeline.14=kv_cache_rebuilt")
-    assert done.returncode == 2
+    order = ("pipeline.13=kv_cache_is_zero", "pipeline.14=kv_cache_rebuilt")
+    done = kvpipe(tree, "check", *order, site=tree)
+    assert done.exit_code == 2
     assert "'kv_cache_is_zero' needs the KV cache on the devices" in done.stderr
 
 
 def test_a_model_takes_one_file_of_yaml(tree):
-    assert kvpipe_of(tree, "check", "model=own").returncode == 0
+    assert kvpipe(tree, "check", "model=own", site=tree).exit_code == 0
 
 
 @pytest.mark.slow
@@ -328,11 +337,7 @@ def test_the_phase_in_contributing_runs_on_the_engine(tree):
         "pipeline: [jax_ready, engine_ready_dummy, kv_cache_dropped, kv_cache_rebuilt, "
         "kv_cache_is_zero]\n"
     )
-    done = kvpipe_of(tree, "--config-dir", "mine", "pipeline=short")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (check,) = (
-        check
-        for check in json.loads(done.stdout.splitlines()[-1])["checks"]
-        if check["name"] == "kv_values_not_zero"
-    )
+    done = kvpipe(tree, "--config-dir", "mine", "pipeline=short", site=tree)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    (check,) = (check for check in done.end["checks"] if check["name"] == "kv_values_not_zero")
     assert (check["actual"], check["passed"]) == (0, True)

@@ -1,30 +1,17 @@
 """What kvpipe tells of a SLURM where there is none. The real one is in ``tests/slurm``."""
 
 import logging
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from hydra import compose, initialize_config_module
 
 from kvpipe.hydra_store import store_schema
 from kvpipe.slurm_queue import QueueWatcher
+from tests.command import kvpipe
 from tests.test_guide import table
 
-SWEEP = ["-m", "kvpipe", "-m", "hydra/launcher=slurm", "engine.max_total_tokens=512,1024"]
-
-
-def kvpipe(cwd, *arguments, **environ):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+SWEEP = ("-m", "hydra/launcher=slurm", "engine.max_total_tokens=512,1024")
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "submitit_slurm", "submitit_local"])
@@ -32,9 +19,8 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path, launcher):
     """The plugin is hidden by a package of its name, in the place of the namespace."""
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins/__init__.py").touch()
-    arguments = [*SWEEP[:3], f"hydra/launcher={launcher}"]
-    done = kvpipe(tmp_path, *arguments, PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (
+    done = kvpipe(tmp_path, "-m", f"hydra/launcher={launcher}", site=tmp_path)
+    assert (done.exit_code, done.stdout, done.stderr) == (
         2,
         "",
         "kvpipe: hydra/launcher: it needs kvpipe's extra 'slurm'; in a clone: "
@@ -44,7 +30,7 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path, launcher):
 
 def test_without_slurm_the_sweep_is_refused_in_one_message(tmp_path):
     done = kvpipe(tmp_path, *SWEEP, PATH=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     told = [line for line in done.stderr.splitlines() if not line.startswith("[INFO]")]
     assert told == [
         'kvpipe: hydra/launcher: SLURM took no job: Could not detect "srun", are you indeed on a '

@@ -1,20 +1,19 @@
 """Sweeps of the real engine: no job inherits from another, and the bytes lie on a line.
 
-The ready sweep ``max_total_tokens`` runs as it ships, on a short pipeline. A second one has a job
-that fails, one that cannot fit, one that runs and one that the first has done.
+All are of a short pipeline. A sweep of one job is followed by one that has a job that fails, one
+that cannot fit, one that runs and one that the first has done. ``make test-all`` runs the ready
+sweep ``max_total_tokens`` as it ships, too.
 """
 
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from kvpipe.steps import build_steps
-from tests.command import environment
+from tests import command
 from tests.helpers_config import ROOT, compose_plain, config_of
 from tests.report.html_page import Page
 
@@ -24,18 +23,14 @@ SIZES = [1024, 2048, 4096, 8192, 16384]
 # 3 layers of keys and values, 2 KV heads, head_dim 128, bfloat16.
 TOKEN_BYTES = 3 * 2 * 2 * 128 * 2
 TOO_MANY = 100_000_000
+ALL_SIZES = pytest.mark.nightly(
+    finds="a job whose bytes depend on the jobs before it, or a ready sweep that fails on an engine"
+)
 
 
 def kvpipe(cwd, *arguments):
-    config = ["--config-dir", str(cwd / "mine"), "pipeline=short", "tracking=disabled"]
-    return subprocess.run(
-        [sys.executable, "-m", "kvpipe", *config, *arguments],
-        cwd=cwd,
-        env=environment(cwd),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    config = ("--config-dir", "mine", "pipeline=short", "tracking=disabled")
+    return command.kvpipe(cwd, *config, *arguments)
 
 
 def ready(records, phase="engine_ready_dummy"):
@@ -43,9 +38,16 @@ def ready(records, phase="engine_ready_dummy"):
     return next(line for line in lines if line["phase"] == phase)
 
 
-@pytest.fixture(scope="module")
-def cwd(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sweeps")
+def holds_what_was_planned(job):
+    expected = TOKEN_BYTES * (job["max_total_tokens"] + 1)
+    assert job["kv_bytes"] == job["planned_kv_bytes"] == job["freed_bytes"] == expected
+    assert job["line_error_bytes"] == job["plan_error_bytes"] == 0
+    assert (job["fits"], job["same_output"]) == (True, None)
+    assert job["rebuild_s"] > 0
+
+
+def place(directory):
+    """Return a directory with the short pipeline."""
     (directory / "mine/pipeline").mkdir(parents=True)
     (directory / "mine/pipeline/short.yaml").write_text(
         "# @package _global_\n"
@@ -56,45 +58,46 @@ def cwd(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def five(cwd):
+def five(tmp_path_factory):
     """The ready sweep of five sizes."""
-    return kvpipe(cwd, "+sweep=max_total_tokens")
+    return kvpipe(place(tmp_path_factory.mktemp("five")), "+sweep=max_total_tokens")
 
 
 @pytest.fixture(scope="module")
-def mixed(cwd, five):
+def first(tmp_path_factory):
+    """The ready sweep, of one size alone."""
+    cwd = place(tmp_path_factory.mktemp("sweeps"))
+    return kvpipe(cwd, "+sweep=max_total_tokens", f"{TOKENS}=1024")
+
+
+@pytest.fixture(scope="module")
+def mixed(first):
     """Sizes of another choice: one fails, one is new, one the first sweep has done, one too large."""
     sizes = f"{TOKENS}=1,512,1024,{TOO_MANY}"
-    return kvpipe(cwd, "+sweep=max_total_tokens", sizes, "sweep.resume=true")
-
-
-def end_of(done):
-    return json.loads(done.stdout.splitlines()[-1])
+    return kvpipe(first.cwd, "+sweep=max_total_tokens", sizes, "sweep.resume=true")
 
 
 @pytest.mark.slow
+@ALL_SIZES
 def test_the_bytes_of_five_sizes_lie_on_a_line_whose_slope_is_a_tokens_bytes(five):
-    end = end_of(five)
-    assert (five.returncode, end["status"]) == (0, "passed"), five.stderr
+    end = five.end
+    assert (five.exit_code, end["status"]) == (0, "passed"), five.stderr
     assert [job["max_total_tokens"] for job in end["jobs"]] == SIZES
     (line,) = end["lines"]
     assert line["bytes_per_token"] == line["bytes_at_no_tokens"] == TOKEN_BYTES
     for job in end["jobs"]:
-        expected = TOKEN_BYTES * (job["max_total_tokens"] + 1)
-        assert job["kv_bytes"] == job["planned_kv_bytes"] == job["freed_bytes"] == expected
-        assert job["line_error_bytes"] == job["plan_error_bytes"] == 0
-        assert (job["fits"], job["same_output"]) == (True, None)
-        assert job["rebuild_s"] > 0
+        holds_what_was_planned(job)
     assert [check["passed"] for check in end["checks"]] == [True] * 5
 
 
 @pytest.mark.slow
-def test_a_job_holds_the_bytes_that_it_holds_on_its_own(cwd, five):
+@ALL_SIZES
+def test_a_job_holds_the_bytes_that_it_holds_on_its_own(five):
     """The last but one job of five, after which a larger and before which smaller ones ran."""
-    alone = kvpipe(cwd, f"{TOKENS}=8192")
-    (job,) = (job for job in end_of(five)["jobs"] if job["max_total_tokens"] == 8192)
+    alone = kvpipe(five.cwd, f"{TOKENS}=8192")
+    (job,) = (job for job in five.end["jobs"] if job["max_total_tokens"] == 8192)
     in_sweep = ready(Path(job["run_dir"]) / "records.jsonl")
-    on_its_own = ready(Path(end_of(alone)["run_dir"]) / "records.jsonl")
+    on_its_own = ready(alone.run_dir / "records.jsonl")
     assert in_sweep["ledger"] == on_its_own["ledger"]
     assert (
         in_sweep["memory"]["jax_device_memory_stats"]
@@ -104,11 +107,13 @@ def test_a_job_holds_the_bytes_that_it_holds_on_its_own(cwd, five):
 
 @pytest.mark.slow
 def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
-    end = end_of(mixed)
-    assert (mixed.returncode, end["exit_code"], end["status"]) == (1, 1, "failed")
+    end = mixed.end
+    assert (mixed.exit_code, end["exit_code"], end["status"]) == (1, 1, "failed")
     found = [(job["status"], job["exit_code"]) for job in end["jobs"]]
     assert found == [("failed", 2), ("passed", 0), ("passed", 0), ("skipped", 2)]
-    failed, *_, skipped = end["jobs"]
+    failed, *passed, skipped = end["jobs"]
+    for job in passed:
+        holds_what_was_planned(job)
     refused = "the engine refuses this model, mesh or capacity: AssertionError: Memory pool size"
     assert failed["error"].startswith(refused)
     assert (skipped["fits"], skipped["kv_bytes"]) == (False, None)
@@ -118,34 +123,28 @@ def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
 
 
 @pytest.mark.slow
-def test_a_job_that_an_earlier_sweep_has_done_is_taken_over_and_stands_on_the_line(five, mixed):
-    (taken,) = (job for job in end_of(mixed)["jobs"] if job["taken_from"])
-    assert taken["taken_from"] == end_of(five)["jobs"][0]["run_dir"]
+def test_a_job_that_an_earlier_sweep_has_done_is_taken_over_and_stands_on_the_line(first, mixed):
+    (taken,) = (job for job in mixed.end["jobs"] if job["taken_from"])
+    assert taken["taken_from"] == first.end["jobs"][0]["run_dir"]
     assert taken["kv_bytes"] == TOKEN_BYTES * 1025
     assert f"taken over from {taken['taken_from']}\n" in mixed.stderr
-    (line,) = end_of(mixed)["lines"]
+    (line,) = mixed.end["lines"]
     assert (line["jobs"], line["bytes_per_token"]) == ([1, 2], TOKEN_BYTES)
 
 
 @pytest.mark.slow
 def test_the_page_of_a_run_that_was_skipped_calls_it_so(mixed):
-    page = Page((Path(end_of(mixed)["jobs"][3]["run_dir"]) / "report.html").read_text())
+    page = Page((Path(mixed.end["jobs"][3]["run_dir"]) / "report.html").read_text())
     assert page.text_of("p", class_="said") == "Skipped, exit code 2"
     assert page.all("div", class_="verdict")
 
 
 @pytest.mark.slow
-def test_the_command_of_a_job_of_a_ready_sweep_does_that_job_alone(cwd, mixed):
+def test_the_command_of_a_job_of_a_ready_sweep_does_that_job_alone(mixed):
     """The verb ``check`` stands for the run; as a sweep it would check four jobs."""
-    python, dash_m, program, *words = shlex.split(end_of(mixed)["jobs"][3]["command"])
+    python, dash_m, program, *words = shlex.split(mixed.end["jobs"][3]["command"])
     assert (python, dash_m, program) == ("python", "-m", "kvpipe")
-    done = subprocess.run(
-        [sys.executable, "-m", "kvpipe", "check", *words],
-        cwd=cwd,
-        env=environment(cwd),
-        capture_output=True,
-        text=True,
-    )
+    done = command.kvpipe(mixed.cwd, "check", *words)
     assert (done.stdout, done.stderr) == ("tiny: 4 steps, their order holds\n", "")
 
 

@@ -141,6 +141,7 @@ def test_a_description_has_the_signature_without_annotations_and_addresses():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly(finds="a name of the engine that the adapter reaches only while it runs")
 def test_the_adapter_touches_what_is_committed_and_all_its_steps_work(tmp_path):
     file = tmp_path / "found.json"
     done = subprocess.run(

@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -89,7 +90,10 @@ def test_at_a_terminal_the_key_is_asked_for_and_not_shown(vm: Laptop) -> None:
     shown = b""
     while b"WANDB_API_KEY: " not in shown:
         shown += os.read(ours, 1000)
-    time.sleep(0.3)  # the echo is turned off after the question
+    deadline = time.monotonic() + 20
+    while termios.tcgetattr(ours)[3] & termios.ECHO:  # it is turned off after the question
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.write(ours, b"typed-key\n")
     try:
         while piece := os.read(ours, 1000):

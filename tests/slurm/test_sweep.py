@@ -1,6 +1,7 @@
 """Sweeps through submitit on a real SLURM: where its jobs end up, and what becomes of lost ones.
 
-The sweep that goes well is the one of the guide, as it stands there.
+The sweep that goes well has jobs without an engine; ``make test-all`` runs the one of the guide, as
+it stands there, and those whose jobs are ended from outside.
 """
 
 import json
@@ -8,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +22,21 @@ from tests.slurm.cluster import Queued
 from tests.test_faults import environment, survivors
 from tests.test_readme import README, named_files
 
-pytestmark = pytest.mark.slow
-
 GUIDE = (ROOT / "docs/guide/cluster.md").read_text()
 (COMMAND,) = re.findall(r"^```bash\n(.*-m hydra/launcher=slurm.*)\n```", GUIDE, re.MULTILINE)
+WITHOUT_AN_ENGINE = (
+    "python -m kvpipe --config-dir mine -m hydra/launcher=slurm hydra.launcher.gres=tpu:1 "
+    "hydra.launcher.array_parallelism=8 tracking=disabled pipeline=none "
+    "engine.max_total_tokens=512,1024"
+)
+OF_THE_GUIDE = pytest.param(
+    COMMAND,
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.nightly(finds="a guide's command, or a job with an engine, that fails there"),
+    ],
+)
+LOST = pytest.mark.nightly(finds="a job that was killed or cancelled and hangs the sweep or stays")
 PATIENCE_S = 300
 
 
@@ -60,51 +71,59 @@ def wait_for(read, launcher):
 
 @dataclass
 class Going:
-    """The guide's sweep under way, and the queue as it was several times a second."""
+    """A sweep under way, and the queue as it was twice a second."""
 
     cwd: Path
     launcher: subprocess.Popen
     queues: list[list[Queued]] = field(default_factory=list)
 
     def watch(self, cluster):
-        while self.launcher.poll() is None:
-            self.queues.append(cluster.queue())
-            time.sleep(0.2)
+        """Look until it has ended."""
+        deadline = time.monotonic() + PATIENCE_S
+        try:
+            while self.launcher.poll() is None:
+                assert time.monotonic() < deadline, "the sweep did not end"
+                self.queues.append(cluster.queue())
+                time.sleep(0.5)
+        finally:
+            self.launcher.terminate()
 
 
-@pytest.fixture(scope="module")
-def going(cluster, tmp_path_factory):
-    """The guide's sweep, just begun."""
+@pytest.fixture(scope="module", params=[WITHOUT_AN_ENGINE, OF_THE_GUIDE], ids=["bare", "guide"])
+def swept(cluster, tmp_path_factory, request):
+    """A sweep that goes well, ended; its directory has the README's files."""
     cwd = tmp_path_factory.mktemp("swept")
-    for name, content in named_files(README, "yaml").items():
+    bare = "# @package _global_\npipeline: [jax_ready]\nphases: {}\n"
+    for name, content in {**named_files(README, "yaml"), "mine/pipeline/none.yaml": bare}.items():
         path = cwd / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     python = str(Path(sys.executable).parent)
-    sweep = Going(cwd, start(cluster, cwd, "bash", "-c", f"PATH={python}:$PATH; {COMMAND}"))
-    watching = threading.Thread(target=sweep.watch, args=(cluster,))
-    watching.start()
-    yield sweep
-    sweep.launcher.terminate()
-    watching.join()
+    line = f"PATH={python}:$PATH; {request.param}"
+    sweep = Going(cwd, start(cluster, cwd, "bash", "-c", line))
+    sweep.watch(cluster)
+    assert sweep.launcher.returncode == 0, (cwd / "stderr").read_text()
+    return sweep
 
 
-@pytest.fixture(scope="module")
-def swept(going, lost):
-    """The same, ended; what is done to other sweeps is done meanwhile."""
-    assert going.launcher.wait(PATIENCE_S) == 0, (going.cwd / "stderr").read_text()
-    return going
+def sizes_of(sweep):
+    """Return the values of its jobs, as its command line has them."""
+    (sizes,) = re.findall(r"max_total_tokens=(\S+)", sweep.launcher.args[-1])
+    return sizes.split(",")
 
 
-def test_every_job_of_the_guides_sweep_passes_and_is_in_its_summary(swept):
+def test_every_job_of_a_sweep_passes_and_is_in_its_summary(swept):
     sweep = sweep_of(swept.cwd)
     assert (sweep["phase"], sweep["status"], sweep["exit_code"]) == ("sweep_finished", "passed", 0)
     found = [(job["values"]["engine.max_total_tokens"], job["status"]) for job in sweep["jobs"]]
-    assert found == [("512", "passed"), ("1024", "passed"), ("2048", "passed")]
-    assert all(check["passed"] for check in sweep["checks"])
-    assert len(sweep["checks"]) == 3
+    assert found == [(size, "passed") for size in sizes_of(swept)]
     page = (Path(sweep["sweep_dir"]) / "sweep.html").read_text()
     assert all(f">{tokens}<" in page or f"{int(tokens):,}" in page for tokens, _ in found)
+
+
+@pytest.mark.parametrize("swept", [OF_THE_GUIDE], indirect=True)
+def test_the_bytes_of_the_guides_jobs_are_held_against_each_other(swept):
+    assert [check["passed"] for check in sweep_of(swept.cwd)["checks"]] == [True] * 3
 
 
 def test_the_records_and_logs_of_each_job_are_in_the_sweeps_directory(swept):
@@ -114,18 +133,13 @@ def test_the_records_and_logs_of_each_job_are_in_the_sweeps_directory(swept):
         records = (sweep_dir / f"{number}/records.jsonl").read_text()
         assert json.loads(records.splitlines()[-1])["run_dir"] == str(sweep_dir / f"{number}")
         assert records in log.read_text()
-    assert len(logs) == 3
+    assert len(logs) == len(sizes_of(swept))
 
 
 def test_jobs_that_ask_for_the_one_tpu_wait_for_each_other(swept):
     jobs = [[job for job in queue if job.name == "kvpipe"] for queue in swept.queues]
     assert max(sum(job.state == "RUNNING" for job in queue) for queue in jobs) == 1
     assert "Resources" in {job.reason for queue in jobs for job in queue if job.state == "PENDING"}
-
-
-def test_jobs_that_ask_for_no_tpu_run_beside_one_that_has_it(swept):
-    running = [{job.name for job in queue if job.state == "RUNNING"} for queue in swept.queues]
-    assert {"kvpipe", "lost", "interrupted"} in running
 
 
 def test_what_the_cluster_does_is_told_while_the_sweep_waits(swept):
@@ -142,14 +156,14 @@ def test_a_resource_that_the_cluster_lacks_is_refused_at_once(cluster, tmp_path)
     assert "Requested node configuration is not available" in message
 
 
-def started_waiting(cluster, cwd, name):
+def started_waiting(cluster, cwd, name, *overrides):
     """Start a sweep whose jobs wait in a step, without an engine, until something ends them."""
     faults.write_site(cwd / "site")
     return start(
         cluster,
         cwd,
         *(sys.executable, "-m", "kvpipe", "--config-dir", "site/conf", "-m"),
-        *("hydra/launcher=slurm", f"hydra.launcher.name={name}"),
+        *("hydra/launcher=slurm", f"hydra.launcher.name={name}", *overrides),
         *("pipeline=no_wandb", "phases.fault.how=wait", "engine.max_total_tokens=512,1024,2048"),
     )
 
@@ -172,30 +186,41 @@ class Lost:
         exit_code: that of its command.
         interrupted_cwd: where one was begun whose command got Ctrl-C during the first job.
         interrupted_exit_code: that of its command.
+        queue: the cluster's when both ran.
     """
 
     cwd: Path
     exit_code: int
     interrupted_cwd: Path
     interrupted_exit_code: int
+    queue: list[Queued]
 
 
 @pytest.fixture(scope="module")
-def lost(cluster, going, tmp_path_factory):
+def lost(cluster, tmp_path_factory):
     cwd, interrupted_cwd = tmp_path_factory.mktemp("lost"), tmp_path_factory.mktemp("interrupted")
-    launcher = started_waiting(cluster, cwd, "lost")
+    launcher = started_waiting(cluster, cwd, "lost", "hydra.launcher.gres=tpu:1")
     interrupted = started_waiting(cluster, interrupted_cwd, "interrupted")
     first = waiting_worker(cwd, launcher)
     waiting_worker(interrupted_cwd, interrupted)
-    array = cluster.queue("lost")[0].job_id.partition("_")[0]
+    queue = cluster.queue()
+    array = next(job for job in queue if job.name == "lost").job_id.partition("_")[0]
     cluster.ask("scancel", f"{array}_1")
     first.parent().kill()
     interrupted.send_signal(signal.SIGINT)
     waiting_worker(cwd, launcher)
     cluster.ask("scancel", f"{array}_2")
-    return Lost(cwd, launcher.wait(PATIENCE_S), interrupted_cwd, interrupted.wait(PATIENCE_S))
+    ended = launcher.wait(PATIENCE_S)
+    return Lost(cwd, ended, interrupted_cwd, interrupted.wait(PATIENCE_S), queue)
 
 
+@LOST
+def test_jobs_that_ask_for_no_tpu_run_beside_one_that_has_it(lost):
+    running = [job.name for job in lost.queue if job.state == "RUNNING"]
+    assert sorted(running) == ["interrupted", "lost"]
+
+
+@LOST
 def test_jobs_that_left_no_result_hang_nothing_and_are_named(lost):
     sweep = sweep_of(lost.cwd)
     assert [job["status"] for job in sweep["jobs"]] == ["unfinished", "not begun", "interrupted"]
@@ -203,6 +228,7 @@ def test_jobs_that_left_no_result_hang_nothing_and_are_named(lost):
     assert "kvpipe: a job left no result: Job " in (lost.cwd / "stderr").read_text()
 
 
+@LOST
 def test_a_cancelled_job_ends_its_run_in_order(lost):
     job = sweep_of(lost.cwd)["jobs"][2]
     last = json.loads((Path(job["run_dir"]) / "records.jsonl").read_text().splitlines()[-1])
@@ -210,6 +236,7 @@ def test_a_cancelled_job_ends_its_run_in_order(lost):
     assert last["error"].startswith("SIGTERM ended the run")
 
 
+@LOST
 def test_ctrl_c_cancels_the_jobs_and_waits_for_their_records(lost):
     sweep = sweep_of(lost.interrupted_cwd)
     assert [job["status"] for job in sweep["jobs"]] == ["interrupted", "not begun", "not begun"]
@@ -217,5 +244,6 @@ def test_ctrl_c_cancels_the_jobs_and_waits_for_their_records(lost):
     assert "Traceback" not in (lost.interrupted_cwd / "stderr").read_text()
 
 
+@LOST
 def test_no_process_of_a_lost_or_cancelled_job_stays(lost):
     assert survivors(lost.cwd) == survivors(lost.interrupted_cwd) == []
