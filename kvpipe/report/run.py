@@ -1,4 +1,4 @@
-"""A run as its records tell it: read from a file, or collected while it is under way."""
+"""A run, built from its records: read from a file, or collected while it is under way."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,19 @@ from kvpipe.records import (
     RunStarted,
     record_from_json,
 )
+from kvpipe.report.rows import PhaseRow, phase_row
 
+PAGE_FILE = "report.html"
 UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The records of a run by their kind; of one that was killed the last ones are missing.
+    """The records of a run by their kind; a run that was killed lacks the last ones.
 
     Attributes:
-        name: what the run is called: its directory or file.
-        started, planned, finished: the records of the run as a whole, None if there is none.
+        name: name of its directory or file.
+        started, planned, finished: the records of the run as a whole; None if missing.
         phases: the records of the phases, in order.
     """
 
@@ -46,13 +48,18 @@ class Run:
 
     @property
     def status(self) -> str:
-        """As the last record has it; ``unfinished`` if there is none."""
+        """The status in the last record; ``unfinished`` without one."""
         return self.finished.status if self.finished else UNFINISHED
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The resolved config."""
         return self.started.config if self.started else {}
+
+    @cached_property
+    def rows(self) -> list[PhaseRow]:
+        """The summary of each phase, in order."""
+        return [phase_row(phase) for phase in self.phases]
 
     @property
     def checks(self) -> list[tuple[str, Check]]:
@@ -73,7 +80,7 @@ class Run:
 
 
 def run_of(name: str, records: Sequence[Record]) -> Run:
-    """Return the run that ``records`` tell of."""
+    """Return the run of these records."""
     return Run(
         name=name,
         started=next((r for r in records if isinstance(r, RunStarted)), None),

@@ -1,0 +1,303 @@
+"""A comparison as Markdown and as a page: one list of sections, two layouts.
+
+``compare`` reports one comparison, ``compare-plans`` one for each experiment.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvpipe.ledger import is_contracted
+from kvpipe.report.chart import Bar, Chart, Part
+from kvpipe.report.chart import Row as ChartRow
+from kvpipe.report.comparison import FULLEST, SHORTEST_S, Comparison, PlanChange, Row
+from kvpipe.report.config_changes import KeyChange
+from kvpipe.report.palette import Key, pool_keys, pool_name, pool_roles
+from kvpipe.report.plan import verdict
+from kvpipe.report.side import SidePhase
+from kvpipe.report.tables import NONE, Cell, Table, number
+from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
+from kvpipe.schema import CompareConfig
+from kvpipe.units import sized
+
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True)
+class TokenDiff:
+    """Two outputs around where they differ; on pages only.
+
+    Attributes:
+        phase: name of the phase.
+        before, after: labels of the sides.
+        pieces: what agrees and what does not.
+    """
+
+    phase: str
+    before: str
+    after: str
+    pieces: Sequence[Stretch | Omitted]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: its anchor, its heading, its sentences and tables."""
+
+    key: str
+    title: str
+    content: Sequence[str | Table | TokenDiff]
+
+
+def as_markdown(comparison: Comparison, config: CompareConfig) -> str:
+    """Return a comparison, and its differences beyond the thresholds, as Markdown."""
+    sides = [f"- {label}: `{side.name}` ({side.label})" for label, side in comparison.labelled]
+    beyond = [f"- {why}" for why in comparison.beyond(config)]
+    told = (
+        ["Beyond the thresholds:", "", *beyond] if beyond else ["Nothing is beyond the thresholds."]
+    )
+    lines = ["# Runs compared", "", *sides, "", *told, ""]
+    for section in _sections(comparison):
+        lines += [f"## {section.title}", "", *_markdown(section.content)]
+    return "\n".join(lines)
+
+
+def plans_as_markdown(changes: Sequence[PlanChange], before: str, after: str) -> str:
+    """Return the changes of plans, experiment by experiment.
+
+    Args:
+        changes: the experiments.
+        before: name of the one side.
+        after: name of the other.
+    """
+    lines = ["# Plans compared", "", f"Before: {before}. After: {after}.", ""]
+    for change in changes:
+        if change.differs:
+            lines += [f"## `{change.experiment}`", "", *_plan_change(change), ""]
+    if same := [f"`{change.experiment}`" for change in changes if not change.differs]:
+        lines += [f"Unchanged: {', '.join(same)}.", ""]
+    return "\n".join(lines)
+
+
+def comparison_page(comparison: Comparison, config: CompareConfig) -> str:
+    """Return the page of a comparison as HTML."""
+    from kvpipe.report.render import rendered
+
+    sections = list(_sections(comparison))
+    return rendered(
+        "comparison.html.j2",
+        comparison=comparison,
+        beyond=comparison.beyond(config),
+        cards=list(_cards(comparison)),
+        chart=_chart(comparison),
+        legend=_legend(comparison),
+        sections={"memory": "Memory side by side"} | {one.key: one.title for one in sections},
+        content={one.key: one.content for one in sections},
+    )
+
+
+def _sections(comparison: Comparison) -> Iterator[Section]:
+    yield Section("config", "Config and versions", list(_config(comparison)))
+    yield Section("bytes", "Bytes", list(_sizes(comparison)))
+    yield Section("outputs", "Outputs", list(_outputs(comparison)))
+    yield Section("times", "Time and compilation", list(_times(comparison)))
+
+
+def _markdown(content: Iterable[str | Table | TokenDiff]) -> Iterator[str]:
+    """Yield the lines of sentences and tables, each with an empty line after it."""
+    for part in content:
+        if isinstance(part, str):
+            yield from (part, "")
+        elif isinstance(part, Table):
+            yield from (*part.markdown(), "")
+
+
+def _plan_change(change: PlanChange) -> Iterator[str]:
+    old, new = change.plans
+    if new is None:
+        yield "It is gone."
+    elif old is None:
+        yield f"It is new. {verdict(new)}."
+    elif change.before and change.after:
+        comparison = Comparison([change.before, change.after], ["before", "after"])
+        for content in (_config(comparison), _sizes(comparison)):
+            yield from _markdown(content)
+        yield f"- Before: {verdict(old)}."
+        yield f"- After: {verdict(new)}."
+
+
+def _config(comparison: Comparison) -> Iterator[str | Table]:
+    (base, _), *others = comparison.labelled
+    for label, side in others:
+        changes = comparison.config_changes(side)
+        if changes is None:
+            yield f"The config of {base} or {label} is unknown."
+        elif changes:
+            yield _changes_table("config key", changes, base, label)
+        else:
+            yield f"No config key differs between {base} and {label}."
+        if versions := comparison.version_changes(side):
+            yield _changes_table("version of", versions, base, label)
+
+
+def _changes_table(what: str, changes: Sequence[KeyChange], base: str, label: str) -> Table:
+    rows = [
+        [Cell(codes=[one.key]), Cell(codes=one.before), Cell(codes=one.after)] for one in changes
+    ]
+    return Table(f"{what}: {base} and {label}", [what, base, label], rows, texts=3)
+
+
+def _sizes(comparison: Comparison) -> Iterator[str | Table]:
+    rows = [*comparison.sizes, *comparison.device_sizes]
+    # A phase of one plan alone shows its bytes on a device, too.
+    differing = [row for row in rows if row.differs or (row.name == FULLEST and None in row.values)]
+    if differing:
+        yield _sizes_table("Bytes that differ", comparison, differing)
+    else:
+        yield "No phase differs in its bytes."
+    if same := [row for row in rows if row not in differing]:
+        summary = f"{len(same)} figures that are the same, or known of one side only"
+        yield _sizes_table("Other bytes", comparison, same, summary)
+    for label, side in comparison.labelled:
+        if alone := comparison.only_in(side):
+            yield f"Not on every side, but in {label}: {', '.join(f'`{name}`' for name in alone)}."
+
+
+def _sizes_table(
+    name: str, comparison: Comparison, rows: Sequence[Row], summary: str = ""
+) -> Table:
+    base, *others = [label for label, _ in comparison.labelled]
+    columns = ["bytes of", "phase", base, *others, *(f"{other} − {base}" for other in others)]
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.name, *row.values), []).append(row)
+    return Table(name, columns, [_size_row(group) for group in groups.values()], 2, summary)
+
+
+def _size_row(group: Sequence[Row]) -> list[Cell]:
+    """Return one row for a figure that has the same values in several phases."""
+    row, more = group[0], len(group) - _MOST_NAMES
+    codes = [one.phase for one in group[:_MOST_NAMES]]
+    names = Cell(f"and {more} more" if more > 0 else "", codes=codes)
+    grown = [_growth(row, index) for index in range(1, len(row.values))]
+    return [Cell(pool_name(row.name)), names, *map(number, row.values), *grown]
+
+
+def _growth(row: Row, index: int) -> Cell:
+    base = row.values[0]
+    if base is None or row.values[index] is None:
+        return Cell(NONE)
+    more = row.growth(index)
+    share = f"{100 * more / base:+.2f} %" if base and more else ""
+    return Cell(
+        f"{more:+,}", note=share, tone="bad" if is_contracted(row.name) and more > 0 else ""
+    )
+
+
+def _outputs(comparison: Comparison) -> Iterator[str | Table | TokenDiff]:
+    rows = [row for row in comparison.outputs if None not in row.values]
+    if not rows:
+        yield "No output is known of every side."
+        return
+    base = comparison.labels[0]
+    columns = ["phase", "side", f"compared with {base}", "SHA-256 of the text"]
+    cells = [cells for row in rows for cells in _output_rows(comparison, row)]
+    yield Table("Outputs", columns, cells, texts=4)
+    for row in rows:
+        before = comparison.sides[0].phases[row.phase].token_ids
+        for label, side in comparison.labelled[1:]:
+            after = side.phases[row.phase].token_ids
+            if before and after and before != after:
+                pieces = list(shortened(stretches(before, after)))
+                yield TokenDiff(row.phase, base, label, pieces)
+
+
+def _output_rows(comparison: Comparison, row: Row) -> Iterator[list[Cell]]:
+    for (label, side), sha256 in zip(comparison.labelled, row.values, strict=True):
+        why = comparison.difference(row.phase, side)
+        result = Cell(why, tone="bad") if why else Cell("the same", tone="good")
+        result = Cell(NONE) if side is comparison.sides[0] else result
+        yield [Cell(codes=[row.phase]), Cell(label), result, Cell(codes=[sha256])]
+
+
+def _times(comparison: Comparison) -> Iterator[str | Table]:
+    if not any(row.comparable for row in comparison.durations):
+        yield "No durations are known of two sides."
+        return
+    compiled = {row.phase: row for row in comparison.compilations}
+    base, *others = [label for label, _ in comparison.labelled]
+    columns = [
+        "phase",
+        *(f"{label}, seconds" for label in (base, *others)),
+        *(f"{label} / {base}" for label in others),
+        *(f"{label}, programs" for label in (base, *others)),
+    ]
+    short: list[list[Cell]] = []
+    rows: list[list[Cell]] = []
+    for row in comparison.durations:
+        programs = compiled[row.phase]
+        brief = max(value or 0.0 for value in row.values) < SHORTEST_S and not programs.differs
+        (short if brief else rows).append(_times_row(row, programs))
+    yield Table("Durations and compilations", columns, rows)
+    if short:
+        summary = (
+            f"{len(short)} phases of less than {SHORTEST_S} s with the same number of programs"
+        )
+        yield Table("Short phases", columns, short, summary=summary)
+
+
+def _times_row(row: Row, programs: Row) -> list[Cell]:
+    factors = [row.factor(index) for index in range(1, len(row.values))]
+    texts = [
+        *(NONE if value is None else f"{value:.3f}" for value in row.values),
+        *(NONE if factor is None else f"{factor:.2f}" for factor in factors),
+        *(str(value or NONE) for value in programs.values),
+    ]
+    return [Cell(codes=[row.phase]), *map(Cell, texts)]
+
+
+def _cards(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
+    for label, side in comparison.labelled:
+        totals = {name: phase.total for name, phase in side.phases.items() if phase.total}
+        if totals:
+            phase = max(totals, key=totals.__getitem__)
+            yield f"{label}: most on the devices", sized(totals[phase]), f"after {phase}"
+
+
+def _chart(comparison: Comparison) -> Chart:
+    roles = pool_roles(_pools(comparison))
+    rows = []
+    for name in comparison.phases:
+        phases = [(label, side.phase(name)) for label, side in comparison.labelled]
+        bars = [
+            Bar(_parts(phase, roles), label, peak=phase.peak, lettered=True)
+            for label, phase in phases
+            if phase.total
+        ]
+        if bars:
+            rows.append(ChartRow(name, bars))
+    labels = ", ".join(label for label, _ in comparison.labelled)
+    return Chart(
+        title="Device memory after each phase, side by side",
+        description=f"For each of {len(rows)} phases a bar for each side, in the order {labels}. "
+        "The table of bytes has every number.",
+        rows=rows,
+    )
+
+
+def _legend(comparison: Comparison) -> list[Key]:
+    phases = [phase for side in comparison.sides for phase in side.phases.values()]
+    unknown = any(phase.total and phase.pools is None for phase in phases)
+    more = [Key("pool-total", "bytes in use, pools not known")] if unknown else []
+    return [*pool_keys(_pools(comparison)), *more]
+
+
+def _pools(comparison: Comparison) -> list[str]:
+    """Return every pool of every side, those that a plan holds to the byte first."""
+    phases = [phase for side in comparison.sides for phase in side.phases.values()]
+    found = dict.fromkeys(pool for phase in phases for pool in phase.pools or ())
+    return sorted(found, key=lambda pool: not is_contracted(pool))
+
+
+def _parts(phase: SidePhase, roles: dict[str, str]) -> list[Part]:
+    if phase.pools is None:
+        return [Part("bytes in use", "pool-total", phase.total or 0)]
+    return [Part(pool, roles[pool], phase.pools[pool]) for pool in roles if phase.pools.get(pool)]
