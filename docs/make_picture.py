@@ -4,8 +4,8 @@ make run
 .venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs
 
 The table is printed by the very sink that prints it at a terminal, the timeline is that of the
-report; this file only chooses the frames. The run directory stands in the first picture, so use a
-run from a directory that may be shown.
+report; this file only chooses the frames. The first picture shows the run directory, so use a run
+from a directory that may be published.
 """
 
 import io

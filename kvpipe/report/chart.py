@@ -72,13 +72,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """The bars of a phase.
+    """The bars of a phase, its label and the label's role.
 
-    Attributes:
-        label: name of the phase.
-        bars: its bars, from top to bottom.
-        role: role of the label: ``ink``, ``quiet`` or ``bad``.
-        group: name that a dense chart writes once for all rows of the group.
+    A dense chart writes ``group`` once for all rows that share it.
     """
 
     label: str
@@ -89,14 +85,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, for any width.
-
-    Attributes:
-        title: its subject, in a few words.
-        description: a text for people who cannot see it.
-        rows: a row for each phase.
-        limit: capacity in bytes, drawn if it is not far beyond the bars; None without one.
-    """
+    """A row for each phase; the capacity ``limit`` is drawn if it is not far beyond the bars."""
 
     title: str
     description: str

@@ -1,6 +1,6 @@
 """Diff runs and plans against the first of them, and hold the differences to thresholds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -10,24 +10,26 @@ from kvpipe.ledger import is_contracted
 from kvpipe.records import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
 from kvpipe.report.plan import peak_of
-from kvpipe.report.side import Side, SidePhase
+from kvpipe.report.side import Side
 from kvpipe.report.tokens import first_difference
 from kvpipe.schema import CompareConfig
 
 TOTAL, PEAK, FULLEST = "total", "peak inside", "fullest device"
+SECONDS, PROGRAMS, TEXT = "seconds", "programs", "text"
+# Figure -> the attribute of a phase that has it.
+FIGURES = {
+    FULLEST: "fullest",
+    SECONDS: "duration_s",
+    PROGRAMS: "compilations",
+    TEXT: "text_sha256",
+}
 # Shorter phases differ from run to run by more than they take.
 SHORTEST_S = 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of a phase, on each side.
-
-    Attributes:
-        phase: name of the phase.
-        name: name of the figure, e.g. a pool.
-        values: its value on each side; None is unknown.
-    """
+    """A figure of a phase, e.g. a pool, with its value on each side; None is unknown."""
 
     phase: str
     name: str
@@ -99,7 +101,7 @@ class Comparison:
         return names
 
     def only_in(self, side: Side) -> list[str]:
-        """Return the phases that a side has and another has not."""
+        """Return the phases of a side that another side lacks."""
         return [name for name in side.phases if not all(name in s.phases for s in self.sides)]
 
     def config_changes(self, side: Side) -> list[KeyChange] | None:
@@ -118,26 +120,13 @@ class Comparison:
         """Bytes of each pool over all devices, their total and the peak, after each phase."""
         return [row for name in self.phases for row in self._sizes_of(name)]
 
-    @cached_property
-    def device_sizes(self) -> list[Row]:
-        """Bytes of the fullest device after each phase, if all sides are plans."""
-        plans = all(side.plan for side in self.sides)
-        return self._rows(FULLEST, lambda phase: phase.fullest) if plans else []
-
-    @cached_property
-    def durations(self) -> list[Row]:
-        """Seconds of each phase."""
-        return self._rows("seconds", lambda phase: phase.duration_s)
-
-    @cached_property
-    def compilations(self) -> list[Row]:
-        """Programs compiled in each phase."""
-        return self._rows("programs", lambda phase: phase.compilations)
-
-    @cached_property
-    def outputs(self) -> list[Row]:
-        """SHA-256 of the text of each output."""
-        return self._rows("text", lambda phase: phase.text_sha256)
+    def rows(self, figure: str) -> list[Row]:
+        """Return a figure of :data:`FIGURES` for each phase of which a side knows it."""
+        rows = [
+            Row(name, figure, [getattr(side.phase(name), FIGURES[figure]) for side in self.sides])
+            for name in self.phases
+        ]
+        return [row for row in rows if any(value is not None for value in row.values)]
 
     def difference(self, name: str, side: Side) -> str | None:
         """Return where a side's output differs from the first side's; None if it does not."""
@@ -168,9 +157,9 @@ class Comparison:
             "config": {side.name: _as_dicts(self.config_changes(side)) for side in others},
             "versions": {side.name: _as_dicts(self.version_changes(side)) for side in others},
             "bytes": _as_dicts(self.sizes),
-            "durations_s": _as_dicts(self.durations),
-            "compilations": _as_dicts(self.compilations),
-            "outputs": _as_dicts(self.outputs),
+            "durations_s": _as_dicts(self.rows(SECONDS)),
+            "compilations": _as_dicts(self.rows(PROGRAMS)),
+            "outputs": _as_dicts(self.rows(TEXT)),
             "beyond": self.beyond(config),
         }
 
@@ -184,28 +173,21 @@ class Comparison:
         if any(phase.peak is not None for phase in phases):
             yield Row(name, PEAK, [phase.peak for phase in phases])
 
-    def _rows(self, figure: str, value: Callable[[SidePhase], Any]) -> list[Row]:
-        rows = [
-            Row(name, figure, [value(side.phase(name)) for side in self.sides])
-            for name in self.phases
-        ]
-        return [row for row in rows if any(value is not None for value in row.values)]
-
     def _beyond(self, side: Side, index: int, config: CompareConfig) -> Iterator[str]:
         base = self.sides[0]
         if base.status == "passed" and side.status not in ("passed", None):
             yield f"its status is {side.status}, that of {base.name} is passed"
         yield from _grown_sizes(self.sizes, index, config)
         if config.outputs:
-            for row in self.outputs:
+            for row in self.rows(TEXT):
                 if why := self.difference(row.phase, side):
                     yield f"the output of {row.phase!r} is another: {why} (compare.outputs)"
         if (most := config.compilations) is not None:
-            for row in self.compilations:
+            for row in self.rows(PROGRAMS):
                 if (more := row.growth(index)) > most:
                     yield f"{row.phase!r} compiled {more} more, compare.compilations is {most}"
         if (slowest := config.duration_factor) is not None:
-            for row in self.durations:
+            for row in self.rows(SECONDS):
                 if (factor := row.factor(index) or 0.0) > slowest:
                     yield (
                         f"{row.phase!r} took {factor:.2f} times as long, compare.duration_factor "

@@ -3,16 +3,27 @@
 ``compare`` reports one comparison, ``compare-plans`` one for each experiment.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from kvpipe.ledger import is_contracted
-from kvpipe.report.chart import Bar, Chart, Part
+from kvpipe.report.chart import Chart
 from kvpipe.report.chart import Row as ChartRow
-from kvpipe.report.comparison import FULLEST, SHORTEST_S, Comparison, PlanChange, Row
+from kvpipe.report.comparison import (
+    FULLEST,
+    PROGRAMS,
+    SECONDS,
+    SHORTEST_S,
+    TEXT,
+    Comparison,
+    PlanChange,
+    Row,
+)
 from kvpipe.report.config_changes import KeyChange
-from kvpipe.report.palette import Key, pool_keys, pool_name, pool_roles
-from kvpipe.report.plan import verdict
+from kvpipe.report.figures import pools_bar
+from kvpipe.report.palette import pool_keys, pool_name, pool_roles
+from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, number
 from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
@@ -20,17 +31,12 @@ from kvpipe.schema import CompareConfig
 from kvpipe.units import sized
 
 _MOST_NAMES = 3
+_UNKNOWN_POOLS = "bytes in use, pools not known"
 
 
 @dataclass(frozen=True)
 class TokenDiff:
-    """Two outputs around where they differ; on pages only.
-
-    Attributes:
-        phase: name of the phase.
-        before, after: labels of the sides.
-        pieces: what agrees and what does not.
-    """
+    """The token ids of a phase around where the sides ``before`` and ``after`` differ."""
 
     phase: str
     before: str
@@ -38,25 +44,18 @@ class TokenDiff:
     pieces: Sequence[Stretch | Omitted]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a report: its anchor, its heading, its sentences and tables."""
-
-    key: str
-    title: str
-    content: Sequence[str | Table | TokenDiff]
+Content = Iterator[str | Table | TokenDiff]
 
 
 def as_markdown(comparison: Comparison, config: CompareConfig) -> str:
     """Return a comparison, and its differences beyond the thresholds, as Markdown."""
     sides = [f"- {label}: `{side.name}` ({side.label})" for label, side in comparison.labelled]
-    beyond = [f"- {why}" for why in comparison.beyond(config)]
-    told = (
-        ["Beyond the thresholds:", "", *beyond] if beyond else ["Nothing is beyond the thresholds."]
-    )
-    lines = ["# Runs compared", "", *sides, "", *told, ""]
-    for section in _sections(comparison):
-        lines += [f"## {section.title}", "", *_markdown(section.content)]
+    verdict = ["Nothing is beyond the thresholds."]
+    if beyond := comparison.beyond(config):
+        verdict = ["Beyond the thresholds:", "", *(f"- {why}" for why in beyond)]
+    lines = ["# Runs compared", "", *sides, "", *verdict, ""]
+    for title, content in _sections(comparison).values():
+        lines += [f"## {title}", "", *_markdown(content)]
     return "\n".join(lines)
 
 
@@ -81,27 +80,30 @@ def comparison_page(comparison: Comparison, config: CompareConfig) -> str:
     """Return the page of a comparison as HTML."""
     from kvpipe.report.render import rendered
 
-    sections = list(_sections(comparison))
+    sections, pools = _sections(comparison), _pools(comparison)
     return rendered(
         "comparison.html.j2",
         comparison=comparison,
         beyond=comparison.beyond(config),
         cards=list(_cards(comparison)),
-        chart=_chart(comparison),
-        legend=_legend(comparison),
-        sections={"memory": "Memory side by side"} | {one.key: one.title for one in sections},
-        content={one.key: one.content for one in sections},
+        chart=_chart(comparison, pools),
+        legend=pool_keys(pools),
+        sections={"memory": "Memory side by side"} | {key: sections[key][0] for key in sections},
+        content={key: content for key, (_, content) in sections.items()},
     )
 
 
-def _sections(comparison: Comparison) -> Iterator[Section]:
-    yield Section("config", "Config and versions", list(_config(comparison)))
-    yield Section("bytes", "Bytes", list(_sizes(comparison)))
-    yield Section("outputs", "Outputs", list(_outputs(comparison)))
-    yield Section("times", "Time and compilation", list(_times(comparison)))
+def _sections(comparison: Comparison) -> dict[str, tuple[str, Content]]:
+    """Return heading and content of each section, by its anchor."""
+    return {
+        "config": ("Config and versions", _config(comparison)),
+        "bytes": ("Bytes", _sizes(comparison)),
+        "outputs": ("Outputs", _outputs(comparison)),
+        "times": ("Time and compilation", _times(comparison)),
+    }
 
 
-def _markdown(content: Iterable[str | Table | TokenDiff]) -> Iterator[str]:
+def _markdown(content: Content) -> Iterator[str]:
     """Yield the lines of sentences and tables, each with an empty line after it."""
     for part in content:
         if isinstance(part, str):
@@ -115,16 +117,15 @@ def _plan_change(change: PlanChange) -> Iterator[str]:
     if new is None:
         yield "It is gone."
     elif old is None:
-        yield f"It is new. {verdict(new)}."
+        yield f"It is new. {plan_verdict(new)}."
     elif change.before and change.after:
         comparison = Comparison([change.before, change.after], ["before", "after"])
-        for content in (_config(comparison), _sizes(comparison)):
-            yield from _markdown(content)
-        yield f"- Before: {verdict(old)}."
-        yield f"- After: {verdict(new)}."
+        yield from _markdown(chain(_config(comparison), _sizes(comparison)))
+        yield f"- Before: {plan_verdict(old)}."
+        yield f"- After: {plan_verdict(new)}."
 
 
-def _config(comparison: Comparison) -> Iterator[str | Table]:
+def _config(comparison: Comparison) -> Content:
     (base, _), *others = comparison.labelled
     for label, side in others:
         changes = comparison.config_changes(side)
@@ -145,8 +146,9 @@ def _changes_table(what: str, changes: Sequence[KeyChange], base: str, label: st
     return Table(f"{what}: {base} and {label}", [what, base, label], rows, texts=3)
 
 
-def _sizes(comparison: Comparison) -> Iterator[str | Table]:
-    rows = [*comparison.sizes, *comparison.device_sizes]
+def _sizes(comparison: Comparison) -> Content:
+    plans = all(side.plan for side in comparison.sides)
+    rows = [*comparison.sizes, *(comparison.rows(FULLEST) if plans else ())]
     # A phase of one plan alone shows its bytes on a device, too.
     differing = [row for row in rows if row.differs or (row.name == FULLEST and None in row.values)]
     if differing:
@@ -192,8 +194,8 @@ def _growth(row: Row, index: int) -> Cell:
     )
 
 
-def _outputs(comparison: Comparison) -> Iterator[str | Table | TokenDiff]:
-    rows = [row for row in comparison.outputs if None not in row.values]
+def _outputs(comparison: Comparison) -> Content:
+    rows = [row for row in comparison.rows(TEXT) if None not in row.values]
     if not rows:
         yield "No output is known of every side."
         return
@@ -218,11 +220,12 @@ def _output_rows(comparison: Comparison, row: Row) -> Iterator[list[Cell]]:
         yield [Cell(codes=[row.phase]), Cell(label), result, Cell(codes=[sha256])]
 
 
-def _times(comparison: Comparison) -> Iterator[str | Table]:
-    if not any(row.comparable for row in comparison.durations):
+def _times(comparison: Comparison) -> Content:
+    durations = comparison.rows(SECONDS)
+    if not any(row.comparable for row in durations):
         yield "No durations are known of two sides."
         return
-    compiled = {row.phase: row for row in comparison.compilations}
+    compiled = {row.phase: row for row in comparison.rows(PROGRAMS)}
     base, *others = [label for label, _ in comparison.labelled]
     columns = [
         "phase",
@@ -232,7 +235,7 @@ def _times(comparison: Comparison) -> Iterator[str | Table]:
     ]
     short: list[list[Cell]] = []
     rows: list[list[Cell]] = []
-    for row in comparison.durations:
+    for row in durations:
         programs = compiled[row.phase]
         brief = max(value or 0.0 for value in row.values) < SHORTEST_S and not programs.differs
         (short if brief else rows).append(_times_row(row, programs))
@@ -262,15 +265,13 @@ def _cards(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
             yield f"{label}: most on the devices", sized(totals[phase]), f"after {phase}"
 
 
-def _chart(comparison: Comparison) -> Chart:
-    roles = pool_roles(_pools(comparison))
+def _chart(comparison: Comparison, pools: Sequence[str]) -> Chart:
     rows = []
     for name in comparison.phases:
-        phases = [(label, side.phase(name)) for label, side in comparison.labelled]
         bars = [
-            Bar(_parts(phase, roles), label, peak=phase.peak, lettered=True)
-            for label, phase in phases
-            if phase.total
+            pools_bar(_held(phase), pool_roles(pools), label, phase.peak, lettered=True)
+            for label, side in comparison.labelled
+            if (phase := side.phase(name)).total
         ]
         if bars:
             rows.append(ChartRow(name, bars))
@@ -283,21 +284,15 @@ def _chart(comparison: Comparison) -> Chart:
     )
 
 
-def _legend(comparison: Comparison) -> list[Key]:
-    phases = [phase for side in comparison.sides for phase in side.phases.values()]
-    unknown = any(phase.total and phase.pools is None for phase in phases)
-    more = [Key("pool-total", "bytes in use, pools not known")] if unknown else []
-    return [*pool_keys(_pools(comparison)), *more]
-
-
 def _pools(comparison: Comparison) -> list[str]:
     """Return every pool of every side, those that a plan holds to the byte first."""
     phases = [phase for side in comparison.sides for phase in side.phases.values()]
-    found = dict.fromkeys(pool for phase in phases for pool in phase.pools or ())
+    found = dict.fromkeys(pool for phase in phases for pool in _held(phase))
     return sorted(found, key=lambda pool: not is_contracted(pool))
 
 
-def _parts(phase: SidePhase, roles: dict[str, str]) -> list[Part]:
+def _held(phase: SidePhase) -> Mapping[str, int]:
+    """Return the bytes of a phase by pool; bytes of unknown pools are one more pool."""
     if phase.pools is None:
-        return [Part("bytes in use", "pool-total", phase.total or 0)]
-    return [Part(pool, roles[pool], phase.pools[pool]) for pool in roles if phase.pools.get(pool)]
+        return {_UNKNOWN_POOLS: phase.total} if phase.total else {}
+    return phase.pools

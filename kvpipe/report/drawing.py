@@ -1,4 +1,4 @@
-"""A drawing as a list of shapes, each with a role for its colour.
+"""A drawing as a list of shapes in pixels; the role of each is a key of the palette.
 
 A chart is drawn once: ``templates/drawing.svg.j2`` writes the shapes as SVG,
 :mod:`kvpipe.report.png` paints them as PNG.
@@ -11,14 +11,7 @@ from typing import ClassVar, Protocol
 
 @dataclass(frozen=True)
 class Rect:
-    """A rectangle, in pixels at a scale of 1.
-
-    Attributes:
-        x, y, width, height: its place and size.
-        role: a key of the palette.
-        faded: whether it is pale, as planned bytes are beside measured ones.
-        tip: the tooltip, or empty.
-    """
+    """A rectangle; ``faded`` makes it pale, as planned bytes are, ``tip`` is its tooltip."""
 
     tag: ClassVar[str] = "rect"
     x: float
@@ -45,15 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Text:
-    """A line of text.
-
-    Attributes:
-        x, y: the place of its anchor; ``y`` is its baseline.
-        text: the text.
-        role: a key of the palette.
-        anchor: ``start``, ``middle`` or ``end`` of the text.
-        size: height of the letters.
-    """
+    """A line of text; its ``anchor`` (``start``, ``middle``, ``end``) is at x on the baseline y."""
 
     tag: ClassVar[str] = "text"
     x: float
@@ -69,14 +54,7 @@ Shape = Rect | Line | Text
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture.
-
-    Attributes:
-        width, height: its size in pixels at a scale of 1.
-        title: its subject, in a few words.
-        description: a text for people who cannot see it.
-        shapes: the shapes, the lowest first.
-    """
+    """Shapes, the lowest first, and a title and a description for people who cannot see them."""
 
     width: float
     height: float

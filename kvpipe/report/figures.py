@@ -14,6 +14,7 @@ from kvpipe.units import sized
 
 # Bytes that the devices count beyond the live arrays: compiled programs, the runtime's own.
 BEYOND_ARRAYS = "in use beyond arrays"
+_PLANNED = "planned"
 _DEVICE_HEIGHT = 74
 
 
@@ -29,7 +30,7 @@ def memory_chart(run: Run) -> Chart:
         for phase, row in zip(run.phases, run.rows, strict=True)
     ]
     rows += [
-        Row(name, [_pools_bar(phase.pools, roles, planned=True)], "quiet", _group(name))
+        Row(name, [pools_bar(phase.pools, roles, _PLANNED)], "quiet", _group(name))
         for name, phase in run.plan.items()
         if name not in done
     ]
@@ -43,9 +44,8 @@ def memory_chart(run: Run) -> Chart:
 
 def memory_keys(run: Run) -> list[Key]:
     """Return the legend of the memory timeline."""
-    keys = pool_keys(run.pools)
-    if any(row.in_use > (row.held.total or 0) for row in run.rows):
-        keys.append(Key("pool-total", BEYOND_ARRAYS))
+    beyond = any(row.in_use > (row.held.total or 0) for row in run.rows)
+    keys = pool_keys([*run.pools, *([BEYOND_ARRAYS] if beyond else [])])
     if run.planned:
         said = "pale: planned, not reached" if memory_chart(run).dense else "thin and pale: planned"
         keys.append(Key("pool-total", said, "thin"))
@@ -83,20 +83,29 @@ def _memory_bars(
 ) -> Iterator[Bar]:
     beyond = row.in_use - (row.held.total or 0)
     measured = dict(phase.ledger) | ({BEYOND_ARRAYS: beyond} if beyond else {})
-    yield _pools_bar(measured, roles, peak=row.peak)
+    yield pools_bar(measured, roles, "measured", row.peak)
     if row.step in run.plan:
-        yield _pools_bar(run.plan[row.step].pools, roles, planned=True)
+        yield pools_bar(run.plan[row.step].pools, roles, _PLANNED)
 
 
-def _pools_bar(
+def pools_bar(
     pools: Mapping[str, int],
     roles: Mapping[str, str],
-    planned: bool = False,
+    name: str,
     peak: int | None = None,
+    lettered: bool = False,
 ) -> Bar:
-    """Return a bar of pools in the order of the whole run, so that colours keep their places."""
+    """Return a bar of pools in the order of ``roles``, so that colours keep their places.
+
+    Args:
+        pools: bytes by pool.
+        roles: the role of each pool of the whole chart.
+        name: the subject; ``planned`` is drawn thin.
+        peak: the most bytes in use inside the phase.
+        lettered: whether the name is written beside the bar.
+    """
     parts = [Part(pool, role, pools[pool]) for pool, role in roles.items() if pools.get(pool)]
-    return Bar(parts, "planned" if planned else "measured", thin=planned, peak=peak)
+    return Bar(parts, name, thin=name == _PLANNED, peak=peak, lettered=lettered)
 
 
 def _chart_row(row: PhaseRow, bars: Sequence[Bar] | Iterator[Bar]) -> Row:

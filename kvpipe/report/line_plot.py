@@ -17,15 +17,7 @@ _MEASURED, _PLANNED = 8.0, 15.0
 
 @dataclass(frozen=True)
 class Point:
-    """A job.
-
-    Attributes:
-        name: its name.
-        series: the planned bytes of points of one series are joined by a line.
-        tokens: its place on the horizontal axis.
-        measured: measured bytes.
-        planned: planned bytes; None if unknown.
-    """
+    """The bytes of a job; a line joins the planned bytes of the jobs of one ``series``."""
 
     name: str
     series: object
@@ -46,14 +38,7 @@ class Point:
 
 @dataclass(frozen=True)
 class LinePlot:
-    """A plot, for any width.
-
-    Attributes:
-        title: its subject, in a few words.
-        description: a text for people who cannot see it.
-        axis: name of the horizontal axis.
-        points: the jobs, at least one.
-    """
+    """A plot of at least one point; ``axis`` is the name of the horizontal axis."""
 
     title: str
     description: str

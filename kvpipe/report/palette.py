@@ -9,49 +9,30 @@ from dataclasses import dataclass
 
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 
-LIGHT: Mapping[str, str] = {
-    "ground": "#ffffff",
-    "raised": "#f5f6f7",
-    "ink": "#1b1f24",
-    "quiet": "#57606a",
-    "grid": "#dfe3e8",
-    "good": "#0b6b3a",
-    "bad": "#b42318",
-    "link": "#0b5cad",
-    "pool-params": "#0072b2",
-    "pool-kv": "#d98200",
-    "pool-slot0": "#009e73",
-    "pool-slot1": "#00664b",
-    "pool-slot2": "#7d4bb0",
-    "pool-program": "#b2548c",
-    "pool-other": "#7d8590",
-    "pool-total": "#4b5563",
-    "pool-host": "#6b5b95",
-    "peak": "#1b1f24",
-    "limit": "#b42318",
+# Role -> its colour on a light and on a dark ground.
+_COLOURS = {
+    "ground": ("#ffffff", "#14171a"),
+    "raised": ("#f5f6f7", "#1d2125"),
+    "ink": ("#1b1f24", "#e8eaed"),
+    "quiet": ("#57606a", "#a4adb8"),
+    "grid": ("#dfe3e8", "#343a41"),
+    "good": ("#0b6b3a", "#5fd08d"),
+    "bad": ("#b42318", "#ff8a7d"),
+    "link": ("#0b5cad", "#7cb8ff"),
+    "pool-params": ("#0072b2", "#4ba3dd"),
+    "pool-kv": ("#d98200", "#f0a52e"),
+    "pool-slot0": ("#009e73", "#2fc498"),
+    "pool-slot1": ("#00664b", "#a5ecd8"),
+    "pool-slot2": ("#7d4bb0", "#c9a4f2"),
+    "pool-program": ("#b2548c", "#d88ab6"),
+    "pool-other": ("#7d8590", "#9aa4af"),
+    "pool-total": ("#4b5563", "#aab4c0"),
+    "pool-host": ("#6b5b95", "#a797d6"),
+    "peak": ("#1b1f24", "#e8eaed"),
+    "limit": ("#b42318", "#ff8a7d"),
 }
-
-DARK: Mapping[str, str] = {
-    "ground": "#14171a",
-    "raised": "#1d2125",
-    "ink": "#e8eaed",
-    "quiet": "#a4adb8",
-    "grid": "#343a41",
-    "good": "#5fd08d",
-    "bad": "#ff8a7d",
-    "link": "#7cb8ff",
-    "pool-params": "#4ba3dd",
-    "pool-kv": "#f0a52e",
-    "pool-slot0": "#2fc498",
-    "pool-slot1": "#a5ecd8",
-    "pool-slot2": "#c9a4f2",
-    "pool-program": "#d88ab6",
-    "pool-other": "#9aa4af",
-    "pool-total": "#aab4c0",
-    "pool-host": "#a797d6",
-    "peak": "#e8eaed",
-    "limit": "#ff8a7d",
-}
+LIGHT: Mapping[str, str] = {role: light for role, (light, _) in _COLOURS.items()}
+DARK: Mapping[str, str] = {role: dark for role, (_, dark) in _COLOURS.items()}
 
 FADED = 0.45
 # A trainer has three slots: parameters, gradients, moments.
@@ -67,13 +48,7 @@ _POOLS = {
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend.
-
-    Attributes:
-        role: its colour.
-        text: the meaning.
-        form: ``thin``, ``pale``, ``line`` or ``whisker`` for a mark of that form.
-    """
+    """An entry of a legend; ``form`` may be ``thin``, ``pale``, ``line`` or ``whisker``."""
 
     role: str
     text: str

@@ -37,8 +37,8 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     for line in compiled(plan):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
     # The terminal wraps, not rich: people copy names and numbers.
-    told = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
-    console.print(told, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
+    line = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
+    console.print(line, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
 
 
 def _cells(phase: PlannedPhase, with_programs: bool) -> list[str]:

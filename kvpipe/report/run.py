@@ -97,7 +97,7 @@ def read_run(path: Path) -> Run:
         InputError: there is no such directory or file, or a line of it is no record.
     """
     file = records_file(path)
-    lines = json_lines(file)
+    lines = _json_lines(file)
     if not lines:
         raise InputError(f"{file}: it has no records")
     return run_of(path.name or str(path), [_record(line, where) for where, line in lines])
@@ -134,7 +134,7 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+def _json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return each line's place and object; a last line that was cut off by a kill is left out.
 
     Raises:
@@ -152,16 +152,17 @@ def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(line, dict) or not isinstance(line.get("phase"), str):
             raise InputError(f"{where}: not a record: it has no 'phase'")
         found.append((where, line))
-    return found + _last(cut_off, f"{file}, line {len(lines) + 1}")
+    last = phase_line(cut_off)
+    return found + ([(f"{file}, line {len(lines) + 1}", last)] if last else [])
 
 
-def _last(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the line without a newline at the end of a file, if it is whole."""
+def phase_line(text: str) -> dict[str, Any] | None:
+    """Return the object of a JSON line with a phase; None if the line is something else."""
     try:
         line = json.loads(text)
     except ValueError:
-        return []
-    return [(where, line)] if isinstance(line, dict) and "phase" in line else []
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
 
 
 def _record(line: Mapping[str, Any], where: str) -> Record:

@@ -22,7 +22,7 @@ from kvpipe.records import (
     planned_from_json,
 )
 from kvpipe.report.rows import phase_row
-from kvpipe.report.run import Run, read_run, read_text, records_file
+from kvpipe.report.run import Run, phase_line, read_run, read_text, records_file
 
 RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
 
@@ -100,7 +100,7 @@ def read_side(path: Path) -> Side:
     text = read_text(file)
     if (plan := _plan(text, file)) is not None:
         return plan_side(str(path), plan)
-    lines = [line for line in map(_phase_line, text.split("\n")) if line]
+    lines = [line for line in map(phase_line, text.split("\n")) if line]
     if not lines:
         raise InputError(
             f"{file}: it has no JSON line with a 'phase', so it is neither a run's records nor a "
@@ -108,7 +108,7 @@ def read_side(path: Path) -> Side:
         )
     if any(_is_kvpipes(line) for line in lines):
         return _of_run(str(path), read_run(file))
-    return _of_script(str(path), lines)
+    return Side(str(path), SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
 
 
 def _file(path: Path) -> Path:
@@ -131,16 +131,6 @@ def _plan(text: str, file: Path) -> RunPlanned | None:
         return planned_from_json(data)
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: not a plan: {type(error).__name__}: {error}") from None
-
-
-def _phase_line(text: str) -> dict[str, Any] | None:
-    if not text.startswith("{"):
-        return None
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
 
 
 def _is_kvpipes(line: Mapping[str, Any]) -> bool:
@@ -184,10 +174,6 @@ def plan_side(name: str, plan: RunPlanned, config: Mapping[str, Any] | None = No
     }
     versions = {"sglang-jax": plan.sglang_jax}
     return Side(name, PLAN, phases, config=config, versions=versions, plan=plan)
-
-
-def _of_script(name: str, lines: Sequence[Mapping[str, Any]]) -> Side:
-    return Side(name, SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
 
 
 def _of_script_line(line: Mapping[str, Any]) -> SidePhase:

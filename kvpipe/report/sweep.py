@@ -108,7 +108,7 @@ def job_row(job: SweepJob) -> list[Cell]:
         _planned(job),
         number(job.freed_bytes, _freed_note(job)),
         _fits(job),
-        Cell(NONE) if job.peak_bytes is None else _peak(job.peak_bytes),
+        _peak(job.peak_bytes),
         Cell(NONE if job.rebuild_s is None else f"{job.rebuild_s:.3f} s"),
         same[job.same_output],
     ]
@@ -164,8 +164,8 @@ def _fits(job: SweepJob) -> Cell:
     return Cell("no", note=f"{job.largest_max_total_tokens:,} tokens would")
 
 
-def _peak(size: int) -> Cell:
-    return Cell(sized(size), note=f"{size:,} bytes")
+def _peak(size: int | None) -> Cell:
+    return Cell(NONE) if size is None else Cell(sized(size), note=f"{size:,} bytes")
 
 
 def _jobs_table(sweep: SweepFinished, folder: Path) -> Table:
@@ -215,10 +215,10 @@ def _plot(sweep: SweepFinished) -> LinePlot:
         if job.max_total_tokens is not None and job.kv_bytes is not None
     ]
     token = bytes_a_token(sweep)
-    told = f" {token} bytes a token." if token else ""
+    each = f" {token} bytes a token." if token else ""
     return LinePlot(
         title=f"Bytes of the KV cache over its tokens, {sweep.experiment}",
-        description=f"{len(points)} jobs.{told} The table of the jobs has every number.",
+        description=f"{len(points)} jobs.{each} The table of the jobs has every number.",
         axis="capacity in tokens",
         points=points,
     )

@@ -1,4 +1,4 @@
-"""What people at a terminal see: a line for the phase that runs, a row for each that has finished.
+"""Show the run at a terminal: a line for the running phase, a row for each finished one.
 
 Rows are printed as phases finish and stay above the live line, so a run that is killed, and a
 window with fewer lines than the pipeline has steps, lose nothing. Sizes are GiB here and only here.
@@ -61,7 +61,7 @@ class ConsoleTable:
     """Shows the run at a terminal.
 
     Args:
-        console: where to; None is stdout.
+        console: the console; None is stdout.
     """
 
     def __init__(self, console: Console | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep has found, read from the records of its jobs and from nothing else.
+"""Summarise a sweep from the records of its jobs, and from nothing else.
 
 Its jobs may have run in other processes and on other machines, so what they returned does not count.
 """
@@ -29,7 +29,7 @@ _HELD = (PASSED, SKIPPED)
 
 
 def summary_of(sweep_dir: Path) -> SweepFinished:
-    """Return what the records of a sweep's jobs tell.
+    """Return the summary of a sweep.
 
     Args:
         sweep_dir: the sweep's directory.
@@ -70,30 +70,30 @@ def _job(job: Job, swept: Sequence[str]) -> SweepJob:
     if not (job.directory / RECORDS_FILE).is_file():
         return replace(row, error="it has left no records")
     try:
-        return replace(row, **_told(read_run(job.directory), job.directory))
+        return replace(row, **_figures(read_run(job.directory), job.directory))
     except InputError as error:
         return replace(row, error=str(error))
 
 
-def _told(run: Run, directory: Path) -> dict[str, Any]:
-    """Return what a run's records tell, by the names of the row's fields."""
+def _figures(run: Run, directory: Path) -> dict[str, Any]:
+    """Return the figures of a run, by the names of the row's fields."""
     last = (
         f"after {run.phases[-1].phase!r}" if run.phases else "before its first phase had finished"
     )
-    told: dict[str, Any] = {"status": run.status, "error": f"its records end {last}"}
+    found: dict[str, Any] = {"status": run.status, "error": f"its records end {last}"}
     if run.finished:
-        told |= {
+        found |= {
             "exit_code": run.finished.exit_code,
             "error": run.finished.error,
             "elapsed_s": run.finished.elapsed_s,
             "taken_from": _taken_from(run.finished.run_dir, directory),
         }
     if run.started:
-        told["experiment"] = run.started.experiment
+        found["experiment"] = run.started.experiment
     if run.planned:
         fit = run.planned.fit
-        told |= {"fits": fit.fits, "largest_max_total_tokens": fit.max_total_tokens}
-    return told | _measured(run)
+        found |= {"fits": fit.fits, "largest_max_total_tokens": fit.max_total_tokens}
+    return found | _measured(run)
 
 
 def _taken_from(ran_in: str, directory: Path) -> str | None:
