@@ -149,18 +149,22 @@ def _changes_table(what: str, changes: Sequence[KeyChange], base: str, label: st
 def _sizes(comparison: Comparison) -> Content:
     plans = all(side.plan for side in comparison.sides)
     rows = [*comparison.sizes, *(comparison.rows(FULLEST) if plans else ())]
-    # A phase of one plan alone shows its bytes on a device, too.
-    differing = [row for row in rows if row.differs or (row.name == FULLEST and None in row.values)]
+    differing = [row for row in rows if _is_change(row)]
     if differing:
         yield _sizes_table("Bytes that differ", comparison, differing)
     else:
         yield "No phase differs in its bytes."
-    if same := [row for row in rows if row not in differing]:
+    if same := [row for row in rows if not _is_change(row)]:
         summary = f"{len(same)} figures that are the same, or known of one side only"
         yield _sizes_table("Other bytes", comparison, same, summary)
     for label, side in comparison.labelled:
         if alone := comparison.only_in(side):
             yield f"Not on every side, but in {label}: {', '.join(f'`{name}`' for name in alone)}."
+
+
+def _is_change(row: Row) -> bool:
+    """Return whether two sides disagree, or a phase is in one plan alone."""
+    return row.differs or (row.name == FULLEST and None in row.values)
 
 
 def _sizes_table(
@@ -189,9 +193,8 @@ def _growth(row: Row, index: int) -> Cell:
         return Cell(NONE)
     more = row.growth(index)
     share = f"{100 * more / base:+.2f} %" if base and more else ""
-    return Cell(
-        f"{more:+,}", note=share, tone="bad" if is_contracted(row.name) and more > 0 else ""
-    )
+    tone = "bad" if is_contracted(row.name) and more > 0 else ""
+    return Cell(f"{more:+,}", note=share, tone=tone)
 
 
 def _outputs(comparison: Comparison) -> Content:
@@ -207,7 +210,7 @@ def _outputs(comparison: Comparison) -> Content:
         before = comparison.sides[0].phases[row.phase].token_ids
         for label, side in comparison.labelled[1:]:
             after = side.phases[row.phase].token_ids
-            if before and after and before != after:
+            if before is not None and after is not None and before != after:
                 pieces = list(shortened(stretches(before, after)))
                 yield TokenDiff(row.phase, base, label, pieces)
 
@@ -216,7 +219,7 @@ def _output_rows(comparison: Comparison, row: Row) -> Iterator[list[Cell]]:
     for (label, side), sha256 in zip(comparison.labelled, row.values, strict=True):
         why = comparison.difference(row.phase, side)
         result = Cell(why, tone="bad") if why else Cell("the same", tone="good")
-        result = Cell(NONE) if side is comparison.sides[0] else result
+        result = Cell(NONE) if label == comparison.labels[0] else result
         yield [Cell(codes=[row.phase]), Cell(label), result, Cell(codes=[sha256])]
 
 
@@ -239,11 +242,11 @@ def _times(comparison: Comparison) -> Content:
         programs = compiled[row.phase]
         brief = max(value or 0.0 for value in row.values) < SHORTEST_S and not programs.differs
         (short if brief else rows).append(_times_row(row, programs))
-    yield Table("Durations and compilations", columns, rows)
+    if rows:
+        yield Table("Durations and compilations", columns, rows)
     if short:
-        summary = (
-            f"{len(short)} phases of less than {SHORTEST_S} s with the same number of programs"
-        )
+        count = f"{len(short)} phases of less than {SHORTEST_S} s"
+        summary = f"{count} with the same number of programs"
         yield Table("Short phases", columns, short, summary=summary)
 
 
