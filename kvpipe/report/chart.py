@@ -36,14 +36,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Bar:
-    """Pieces side by side.
+    """Pieces side by side, and a whisker to the ``peak`` inside the phase if that is known.
 
-    Attributes:
-        parts: the pieces.
-        name: the subject, e.g. ``planned``.
-        thin: whether it is drawn thin, pale and without its value.
-        peak: the most bytes in use inside the phase; None if unknown.
-        lettered: whether its name is written before its value, in a row of several full bars.
+    A ``thin`` bar is pale and has no value; a ``lettered`` one has its name before its value.
     """
 
     parts: Sequence[Part]

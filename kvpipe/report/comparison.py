@@ -18,6 +18,8 @@ TOTAL, PEAK, FULLEST = "total", "peak inside", "fullest device"
 SECONDS, PROGRAMS, TEXT = "seconds", "programs", "text"
 # Figure -> the attribute of a phase that has it.
 FIGURES = {
+    TOTAL: "total",
+    PEAK: "peak",
     FULLEST: "fullest",
     SECONDS: "duration_s",
     PROGRAMS: "compilations",
@@ -168,10 +170,10 @@ class Comparison:
         pools = dict.fromkeys(pool for phase in phases for pool in phase.pools or ())
         for pool in pools:
             yield Row(name, pool, [phase.held(pool) for phase in phases])
-        if any(phase.total is not None for phase in phases):
-            yield Row(name, TOTAL, [phase.total for phase in phases])
-        if any(phase.peak is not None for phase in phases):
-            yield Row(name, PEAK, [phase.peak for phase in phases])
+        for figure in (TOTAL, PEAK):
+            values = [getattr(phase, FIGURES[figure]) for phase in phases]
+            if any(value is not None for value in values):
+                yield Row(name, figure, values)
 
     def _beyond(self, side: Side, index: int, config: CompareConfig) -> Iterator[str]:
         base = self.sides[0]

@@ -95,15 +95,7 @@ def pools_bar(
     peak: int | None = None,
     lettered: bool = False,
 ) -> Bar:
-    """Return a bar of pools in the order of ``roles``, so that colours keep their places.
-
-    Args:
-        pools: bytes by pool.
-        roles: the role of each pool of the whole chart.
-        name: the subject; ``planned`` is drawn thin.
-        peak: the most bytes in use inside the phase.
-        lettered: whether the name is written beside the bar.
-    """
+    """Return a bar of pools in the order of the whole chart's ``roles``; a planned one is thin."""
     parts = [Part(pool, role, pools[pool]) for pool, role in roles.items() if pools.get(pool)]
     return Bar(parts, name, thin=name == _PLANNED, peak=peak, lettered=lettered)
 

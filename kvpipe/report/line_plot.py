@@ -17,7 +17,7 @@ _MEASURED, _PLANNED = 8.0, 15.0
 
 @dataclass(frozen=True)
 class Point:
-    """The bytes of a job; a line joins the planned bytes of the jobs of one ``series``."""
+    """The bytes of a job; a line joins the planned bytes of the points of one ``series``."""
 
     name: str
     series: object

@@ -21,20 +21,15 @@ class PoolSizes:
 
 @dataclass(frozen=True)
 class PhaseRow:
-    """The figures of a finished phase; None is unknown.
+    """The figures of a finished phase, sizes in bytes over all devices; None is unknown.
 
     Attributes:
-        step: name of the phase.
-        seconds: its duration.
-        held: bytes over all devices after it, in live arrays.
-        in_use: bytes over all devices after it, as the devices count them if they do.
-        peak: the most bytes over all devices inside it.
-        rss: resident memory of its process.
-        rss_peak: the most resident memory inside it.
-        compilations, compile_s: programs compiled in it, and the seconds on all threads.
+        held: live arrays after it.
+        in_use: bytes in use after it, as the devices count them if they do.
+        peak, rss_peak: the most bytes in use, and the most resident memory, inside it.
+        compile_s: seconds of its compilations, on all threads.
         elapsed_s: seconds from the start of the run to its end.
-        checks: number of its checks.
-        checks_held: number of its checks that hold.
+        checks, checks_held: number of its checks, and of those that hold.
     """
 
     step: str

@@ -31,15 +31,8 @@ RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
 class SidePhase:
     """The figures of a phase on one side; None is unknown.
 
-    Attributes:
-        pools: bytes over all devices, by pool.
-        total: bytes over all pools and devices.
-        fullest: bytes of the fullest device.
-        peak: the most bytes in use inside the phase.
-        duration_s: its seconds.
-        compilations: programs compiled in it.
-        text_sha256: SHA-256 of its output's text.
-        token_ids: its output.
+    ``pools`` and ``total`` are bytes over all devices, ``fullest`` those of the fullest device, and
+    ``peak`` the most in use inside the phase. The last two are of its output.
     """
 
     pools: Mapping[str, int] | None = None

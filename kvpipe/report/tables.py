@@ -10,14 +10,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
+    """A cell: names and values set as ``codes``, then ``text``; on pages also a link and a note.
 
-    Attributes:
-        text: plain text, after the codes if there are any.
-        codes: names and values, set as code.
-        note: a second, quiet line, on pages only.
-        tone: ``good``, ``bad`` or ``quiet``.
-        href: the link of a cell on a page, or empty.
+    The note is a second, quiet line; the tone is ``good``, ``bad``, ``quiet`` or empty.
     """
 
     text: str = ""

@@ -149,8 +149,3 @@ def _ending(rows: Sequence[SweepJob]) -> tuple[str, int]:
         return INTERRUPTED, signalled[0]
     held = all(row.status in _HELD for row in rows)
     return (PASSED, errors.HELD) if held else (FAILED, errors.CHECK_FAILED)
-
-
-def failed_jobs(sweep: SweepFinished) -> list[SweepJob]:
-    """Return the jobs that neither held nor were skipped."""
-    return [row for row in sweep.jobs if row.status not in _HELD]
