@@ -117,6 +117,7 @@ def test_an_error_that_no_check_tells_is_shown():
 def test_a_run_without_a_last_record_did_not_finish():
     page = page_of(WITH_RECORDS["killed"])
     assert page.text_of("p", class_="said") == "It did not finish"
+    assert len(page.all("div", class_="verdict")) == 1
     assert "The records end after 'mllm_params_cpu_ready': 4 of 16 phases" in page.text_of("header")
 
 
