@@ -4,8 +4,8 @@ make run
 .venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs
 
 The table is printed by the very sink that prints it at a terminal, the timeline is that of the
-report; this file only chooses the frames. The run directory stands in the first picture, so use a
-run from a directory that may be shown.
+report; this file only chooses the frames. The first picture shows the run directory, so use a run
+from a directory that may be published.
 """
 
 import io
@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
 from kvpipe.records import Record, RunFinished, RunPlanned, RunStarted, record_from_json
-from kvpipe.report.drawing import as_svg
 from kvpipe.report.picture import timeline
+from kvpipe.report.render import as_svg
 from kvpipe.report.run import run_of
-from kvpipe.report.style import picture_css
 from kvpipe.sinks.console import ConsoleTable
 
 # Rich's own frame draws a window and loads a font from the network; this one does neither.
@@ -69,7 +68,7 @@ def svg(records: Sequence[Record]) -> str:
 
 def timeline_svg(records: Sequence[Record]) -> str:
     """Return the memory timeline of the run, in the colours of who looks at it."""
-    return as_svg(timeline(run_of("run", records)), "timeline", style=picture_css())
+    return as_svg(timeline(run_of("run", records)))
 
 
 def main(records_file: Path, folder: Path) -> None:

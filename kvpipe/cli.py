@@ -321,7 +321,7 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
         KvpipeError: it costs more than the budget.
     """
     from kvpipe import revisions
-    from kvpipe.report import plan_changes
+    from kvpipe.report.comparison_report import plans_as_markdown
 
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices.get("experiment")
@@ -333,7 +333,7 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
             Path(scratch),
         )
         changes = revisions.changes(before, after, [chosen] if chosen else None)
-    print(plan_changes.as_markdown(changes, before.name, after.name), end="")
+    print(plans_as_markdown(changes, before.name, after.name), end="")
     if beyond := [why for c in changes if (why := c.excess(config.compare_plans.budget_bytes))]:
         raise KvpipeError("; ".join(beyond))
     return 0
@@ -415,7 +415,7 @@ def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int
         raise InputError(
             f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
         )
-    comparison = Comparison([read_side(path) for path in paths])
+    comparison = Comparison.of([read_side(path) for path in paths])
     with _opened("compare.file", config.compare.file) as out:
         out.write(_compared(comparison, config.compare))
     if beyond := comparison.beyond(config.compare):
@@ -424,17 +424,15 @@ def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int
 
 
 def _compared(comparison: "Comparison", config: CompareConfig) -> str:
+    from kvpipe.report import comparison_report
+
     match config.format:
         case CompareFormat.json:
             return json.dumps(comparison.to_json(config)) + "\n"
         case CompareFormat.markdown:
-            from kvpipe.report import comparison_markdown
-
-            return comparison_markdown.as_markdown(comparison, config)
+            return comparison_report.as_markdown(comparison, config)
         case CompareFormat.html:
-            from kvpipe.report.comparison_page import comparison_page
-
-            return comparison_page(comparison, config)
+            return comparison_report.comparison_page(comparison, config)
 
 
 def doctor(config: Kvpipe, plain: dict[str, Any]) -> int:

@@ -394,8 +394,6 @@ class SweepJob:
         max_total_tokens: capacity of its KV cache in tokens, in whole pages.
         kv_bytes: measured bytes of the KV cache after the first phase that has one.
         planned_kv_bytes: bytes that were planned for it there.
-        line_error_bytes: ``kv_bytes`` minus the bytes of the line that it has to lie on; None if no
-            line is claimed for it.
         plan_error_bytes: measured minus planned bytes of the pool and phase where that is largest,
             0 if every phase held what was planned.
         freed_bytes: bytes that the first drop of the KV cache gave back.
@@ -420,7 +418,6 @@ class SweepJob:
     max_total_tokens: int | None = None
     kv_bytes: int | None = None
     planned_kv_bytes: int | None = None
-    line_error_bytes: int | str | None = None
     plan_error_bytes: int | None = None
     freed_bytes: int | None = None
     fits: bool | None = None
@@ -432,36 +429,16 @@ class SweepJob:
 
 
 @dataclass(frozen=True)
-class SweepLine:
-    """The straight line that the KV bytes of a sweep's jobs have to lie on, over their tokens.
-
-    Attributes:
-        values: swept key → value that the jobs on it share; empty if only the tokens are swept.
-        jobs: numbers of the jobs whose measured bytes are held against it.
-        bytes_per_token: its slope, exactly: an integer, or a fraction as text where it is none.
-        bytes_at_no_tokens: its bytes at 0 tokens, the same way.
-    """
-
-    values: Mapping[str, str]
-    jobs: Sequence[int]
-    bytes_per_token: int | str
-    bytes_at_no_tokens: int | str
-
-
-@dataclass(frozen=True)
 class SweepFinished:
     """What the records of a sweep's jobs tell together.
 
     Attributes:
         experiment: names of the experiments.
-        status: ``passed`` if every job held or was skipped and no byte is off a line; ``failed``
-            or ``interrupted``.
+        status: ``passed`` if every job held or was skipped; ``failed`` or ``interrupted``.
         exit_code: exit code of the process.
         sweep_dir: absolute path of the sweep's directory.
         swept: the keys whose values differ from job to job.
         jobs: the jobs, in order.
-        lines: the lines of the KV bytes, if ``engine.max_total_tokens`` is swept.
-        checks: that each measured job's KV bytes lie on its line.
     """
 
     experiment: str
@@ -470,13 +447,11 @@ class SweepFinished:
     sweep_dir: str
     swept: Sequence[str]
     jobs: Sequence[SweepJob]
-    lines: Sequence[SweepLine] = ()
-    checks: Sequence[Check] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record."""
         known = asdict(self)
-        for name in ("swept", "jobs", "lines", "checks"):
+        for name in ("swept", "jobs"):
             known[name] = list(known[name])
         return {"phase": SWEEP_FINISHED, **known}
 

@@ -1,8 +1,8 @@
-"""The two sides of a comparison of plans: files of a git revision, or those that are here.
+"""Plan the experiments of two git revisions, or of the files here, to compare them.
 
 A revision's code, phases and configs are unpacked into a scratch folder and planned by its own
-command line, with the engine that is installed here: so a change of a phase's declared effect shows
-as well as one of a config. The user's work tree and index are never touched.
+command line, with the installed engine, so that a change of a phase's declared effect shows as well
+as a change of a config. The user's work tree and index stay untouched.
 """
 
 import io
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +21,21 @@ import yaml
 import kvpipe
 from kvpipe.errors import InputError
 from kvpipe.records import planned_from_json
-from kvpipe.report.plan_changes import Change, Planned
+from kvpipe.report.comparison import PlanChange
+from kvpipe.report.side import Side, plan_side
 from kvpipe.schema import ComparePlansConfig
 
 _PACKAGES = ("kvpipe", "phases", "conf")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side.
+class Revision:
+    """The files of one side, and how to plan them.
 
     Attributes:
-        name: what it is called, e.g. ``origin/main (1a2b3c4)``.
+        name: its name, e.g. ``origin/main (1a2b3c4)``.
         root: folder with kvpipe, phases and conf.
-        arguments: overrides and flags that its plans have.
+        arguments: overrides and flags of its plans.
     """
 
     name: str
@@ -42,11 +43,11 @@ class Side:
     arguments: Sequence[str]
 
     def experiments(self) -> list[str]:
-        """Return the names of the experiments that it has."""
+        """Return the names of its experiments."""
         return sorted(path.stem for path in (self.root / "conf/experiment").glob("*.yaml"))
 
-    def plan(self, experiments: Sequence[str]) -> dict[str, Planned]:
-        """Return the config and the plan of each experiment.
+    def plan(self, experiments: Sequence[str]) -> dict[str, Side]:
+        """Return each experiment's side of the comparison.
 
         Raises:
             InputError: one of them cannot be planned.
@@ -58,20 +59,19 @@ class Side:
         shown = self._kvpipe("plan", "-m", *self.arguments, chosen, "plan.format=json")
         plans = [planned_from_json(json.loads(line)) for line in shown.splitlines()]
         return {
-            name: Planned(self._config(name), plan)
+            name: plan_side(self.name, plan, self._config(name))
             for name, plan in zip(experiments, plans, strict=True)
         }
 
-    def _config(self, experiment: str) -> Mapping[str, object]:
-        chosen = f"+experiment={experiment}"
-        shown = self._kvpipe("--cfg", "job", "--resolve", *self.arguments, chosen)
-        return yaml.safe_load(shown)
+    def _config(self, name: str) -> dict[str, object]:
+        chosen = f"+experiment={name}"
+        return yaml.safe_load(self._kvpipe("--cfg", "job", "--resolve", *self.arguments, chosen))
 
     def _kvpipe(self, *arguments: str) -> str:
-        """Return the stdout of this side's command line; a plan that does not fit is no error."""
+        """Return the stdout of this revision's command line, also of a plan that does not fit."""
         done = subprocess.run(
             [sys.executable, "-m", "kvpipe", *arguments],
-            # Safe path: the working directory may hold another side's packages.
+            # Safe path: the working directory may hold another revision's packages.
             env=os.environ | {"PYTHONPATH": str(self.root), "PYTHONSAFEPATH": "1"},
             capture_output=True,
             text=True,
@@ -84,13 +84,13 @@ class Side:
 
 def sides(
     config: ComparePlansConfig, overrides: Sequence[str], config_dir: str | None, scratch: Path
-) -> tuple[Side, Side]:
-    """Return the sides before and after the change.
+) -> tuple[Revision, Revision]:
+    """Return the files before and after the change.
 
     Args:
         config: which revisions and overrides.
-        overrides: overrides that both sides have.
-        config_dir: directory of further configs, of both sides.
+        overrides: overrides of both sides.
+        config_dir: directory of further configs of both sides.
         scratch: folder to unpack revisions in.
 
     Raises:
@@ -103,45 +103,46 @@ def sides(
     before, after = _side(base, common, scratch), _side(config.head, common, scratch)
     if config.overrides:
         name = f"{after.name} with {', '.join(f'`{text}`' for text in config.overrides)}"
-        after = Side(name, after.root, [*common, *config.overrides])
+        after = Revision(name, after.root, [*common, *config.overrides])
     return before, after
 
 
-def changes(before: Side, after: Side, experiments: Sequence[str] | None) -> list[Change]:
-    """Return the change of each experiment.
+def changes(
+    before: Revision, after: Revision, experiments: Sequence[str] | None
+) -> list[PlanChange]:
+    """Return the change of each experiment; both sides are planned at the same time.
 
     Args:
         before: the one side.
-        after: the other; both are planned at the same time.
-        experiments: which; None are all of both sides.
+        after: the other.
+        experiments: names; None for all of both sides.
 
     Raises:
         InputError: one of them cannot be planned.
     """
-    chosen = [experiments or side.experiments() for side in (before, after)]
+    chosen = [experiments or revision.experiments() for revision in (before, after)]
     with ThreadPoolExecutor() as pool:
-        old, new = pool.map(Side.plan, (before, after), chosen)
-    return [Change(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
+        old, new = pool.map(Revision.plan, (before, after), chosen)
+    return [PlanChange(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
 
 
-def _side(revision: str | None, arguments: Sequence[str], scratch: Path) -> Side:
-    """Return the side of a git revision, or without one of the files that this process runs."""
+def _side(revision: str | None, arguments: Sequence[str], scratch: Path) -> Revision:
+    """Return the files of a git revision, or without one those of this process."""
     if revision is None:
-        return Side("the files here", Path(kvpipe.__file__).parents[1], arguments)
+        return Revision("the files here", Path(kvpipe.__file__).parents[1], arguments)
     found = _git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
     commit = found.decode().strip()
-    root = scratch / commit
     top = _git("rev-parse", "--show-toplevel").decode().strip()
     archive = _git("-C", top, "archive", commit, *_PACKAGES)
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(root, filter="data")
-    return Side(f"{revision} ({commit[:7]})", root, arguments)
+        files.extractall(scratch / commit, filter="data")
+    return Revision(f"{revision} ({commit[:7]})", scratch / commit, arguments)
 
 
 def _git(*arguments: str) -> bytes:
     try:
         return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
     except FileNotFoundError:
-        raise InputError("compare: there is no git here") from None
+        raise InputError("compare-plans: there is no git here") from None
     except subprocess.CalledProcessError as error:
-        raise InputError(f"compare: git says: {error.stderr.decode().strip()}") from None
+        raise InputError(f"compare-plans: git says: {error.stderr.decode().strip()}") from None

@@ -1,1 +1,1 @@
-"""What people read: plans and their changes. It reads records and nothing else."""
+"""Reports for people: pages, pictures, comparisons, tables. They read records and nothing else."""

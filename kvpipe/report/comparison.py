@@ -1,31 +1,37 @@
-"""What differs between runs, and which of it is beyond what may differ."""
+"""Diff runs and plans against the first of them, and hold the differences to thresholds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from kvpipe.errors import InputError
 from kvpipe.ledger import is_contracted
+from kvpipe.records import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
-from kvpipe.report.side import Side, SidePhase
+from kvpipe.report.plan import peak_of
+from kvpipe.report.side import Side
 from kvpipe.report.tokens import first_difference
 from kvpipe.schema import CompareConfig
 
-TOTAL, PEAK = "total", "peak inside"
+TOTAL, PEAK, FULLEST = "total", "peak inside", "fullest device"
+SECONDS, PROGRAMS, TEXT = "seconds", "programs", "text"
+# Figure -> the attribute of a phase that has it.
+FIGURES = {
+    TOTAL: "total",
+    PEAK: "peak",
+    FULLEST: "fullest",
+    SECONDS: "duration_s",
+    PROGRAMS: "compilations",
+    TEXT: "text_sha256",
+}
 # Shorter phases differ from run to run by more than they take.
 SHORTEST_S = 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of a phase, on each side.
-
-    Attributes:
-        phase: name of the phase.
-        name: what it is, e.g. a pool.
-        values: its value on each side; None where it is not known.
-    """
+    """A figure of a phase, e.g. a pool, with its value on each side; None is unknown."""
 
     phase: str
     name: str
@@ -41,50 +47,48 @@ class Row:
         """Whether two sides know it and disagree."""
         return len({value for value in self.values if value is not None}) > 1
 
+    def growth(self, index: int) -> int:
+        """Return how much more it is on a side than on the first; 0 if unknown."""
+        base, other = self.values[0], self.values[index]
+        return 0 if None in (base, other) else other - base
 
-@dataclass(frozen=True)
-class Group:
-    """Phases that have the same values of a figure on every side.
-
-    Attributes:
-        phases: their names.
-        name: what the figure is.
-        values: its value on each side.
-    """
-
-    phases: Sequence[str]
-    name: str
-    values: Sequence[Any]
-
-    def named(self) -> str:
-        """Return the phases in a few words."""
-        first, *others = self.phases
-        return f"{first} and {len(others)} more" if others else first
-
-
-def grouped(rows: Sequence[Row]) -> list[Group]:
-    """Return rows with the same figure and values as one, in the order of their first."""
-    found: dict[tuple[Any, ...], list[str]] = {}
-    for row in rows:
-        found.setdefault((row.name, *row.values), []).append(row.phase)
-    return [Group(phases, name, values) for (name, *values), phases in found.items()]
+    def factor(self, index: int) -> float | None:
+        """Return how many times as many seconds a side took; None if both took too few."""
+        base, other = self.values[0], self.values[index]
+        if base is None or other is None or max(base, other) < SHORTEST_S:
+            return None
+        return other / max(base, SHORTEST_S)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sides, the first of which is what the others are held against.
+    """Sides, each compared with the first.
 
     Attributes:
         sides: at least two.
+        labels: a short name for each; by default A, B and so on.
     """
 
     sides: Sequence[Side]
+    labels: Sequence[str] = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
-    def __post_init__(self) -> None:
-        base, *others = self.sides
+    @classmethod
+    def of(cls, sides: Sequence[Side]) -> "Comparison":
+        """Return the comparison of these sides.
+
+        Raises:
+            InputError: one has no phase in common with the first.
+        """
+        base, *others = sides
         for other in others:
             if not base.phases.keys() & other.phases.keys():
                 raise InputError(f"{base.name} and {other.name} have no phase in common")
+        return cls(sides)
+
+    @property
+    def labelled(self) -> list[tuple[str, Side]]:
+        """The sides with their labels."""
+        return list(zip(self.labels, self.sides, strict=False))
 
     @cached_property
     def phases(self) -> list[str]:
@@ -98,52 +102,38 @@ class Comparison:
                 before = name
         return names
 
-    @cached_property
-    def common(self) -> list[str]:
-        """The phases that every side has."""
-        return [name for name in self.phases if all(name in side.phases for side in self.sides)]
-
     def only_in(self, side: Side) -> list[str]:
-        """Return the phases that a side has and another has not."""
-        return [name for name in side.phases if name not in self.common]
+        """Return the phases of a side that another side lacks."""
+        return [name for name in side.phases if not all(name in s.phases for s in self.sides)]
 
     def config_changes(self, side: Side) -> list[KeyChange] | None:
-        """Return what differs from the first side's config; None if one is not known."""
-        base = self.sides[0].config
-        if base is None or side.config is None:
-            return None
-        return config_changes(base, side.config)
+        """Return the differences from the first side's config; None if one is unknown."""
+        base, other = self.sides[0].config, side.config
+        return None if base is None or other is None else config_changes(base, other)
 
     def version_changes(self, side: Side) -> list[KeyChange]:
         """Return the packages that both sides know, with another version."""
-        base = self.sides[0].versions
-        both = base.keys() & side.versions.keys()
-        return config_changes(_of(base, both), _of(side.versions, both))
+        base, other = self.sides[0].versions, side.versions
+        both = base.keys() & other.keys()
+        return config_changes({n: base[n] for n in both}, {n: other[n] for n in both})
 
     @cached_property
     def sizes(self) -> list[Row]:
-        """Bytes of each pool, their total and the peak, after each phase."""
+        """Bytes of each pool over all devices, their total and the peak, after each phase."""
         return [row for name in self.phases for row in self._sizes_of(name)]
 
-    @cached_property
-    def durations(self) -> list[Row]:
-        """Seconds of each phase."""
-        return self._rows("seconds", lambda phase: phase.duration_s)
+    def rows(self, figure: str) -> list[Row]:
+        """Return a figure of :data:`FIGURES` for each phase of which a side knows it."""
+        rows = [
+            Row(name, figure, [getattr(side.phase(name), FIGURES[figure]) for side in self.sides])
+            for name in self.phases
+        ]
+        return [row for row in rows if any(value is not None for value in row.values)]
 
-    @cached_property
-    def compilations(self) -> list[Row]:
-        """Programs compiled in each phase."""
-        return self._rows("programs", lambda phase: phase.compilations)
-
-    @cached_property
-    def outputs(self) -> list[Row]:
-        """SHA-256 of the text of each output."""
-        return self._rows("text", lambda phase: phase.text_sha256)
-
-    def difference(self, phase: str, side: Side) -> str | None:
+    def difference(self, name: str, side: Side) -> str | None:
         """Return where a side's output differs from the first side's; None if it does not."""
-        base, other = self.sides[0].phases.get(phase), side.phases.get(phase)
-        if base is None or other is None or None in (base.text_sha256, other.text_sha256):
+        base, other = self.sides[0].phase(name), side.phase(name)
+        if None in (base.text_sha256, other.text_sha256):
             return None
         if base.token_ids is not None and other.token_ids is not None:
             at = first_difference(base.token_ids, other.token_ids)
@@ -151,12 +141,12 @@ class Comparison:
         return None if base.text_sha256 == other.text_sha256 else "the texts differ"
 
     def beyond(self, config: CompareConfig) -> list[str]:
-        """Return what is beyond the thresholds, one message for each."""
-        base = self.sides[0]
-        found: list[str] = []
-        for index, side in enumerate(self.sides[1:], start=1):
-            found += [f"{side.name}: {why}" for why in self._beyond(base, side, index, config)]
-        return found
+        """Return one message for each difference beyond the thresholds."""
+        return [
+            f"{side.name}: {why}"
+            for index, side in enumerate(self.sides[1:], start=1)
+            for why in self._beyond(side, index, config)
+        ]
 
     def to_json(self, config: CompareConfig) -> dict[str, Any]:
         """Return everything as a JSON object."""
@@ -166,94 +156,102 @@ class Comparison:
                 {"name": side.name, "kind": side.kind, "status": side.status} for side in self.sides
             ],
             "only_in": {side.name: self.only_in(side) for side in self.sides},
-            "config": {side.name: _changes(self.config_changes(side)) for side in others},
-            "versions": {side.name: _changes(self.version_changes(side)) for side in others},
-            "bytes": [asdict(row) for row in self.sizes],
-            "durations_s": [asdict(row) for row in self.durations],
-            "compilations": [asdict(row) for row in self.compilations],
-            "outputs": [asdict(row) for row in self.outputs],
+            "config": {side.name: _as_dicts(self.config_changes(side)) for side in others},
+            "versions": {side.name: _as_dicts(self.version_changes(side)) for side in others},
+            "bytes": _as_dicts(self.sizes),
+            "durations_s": _as_dicts(self.rows(SECONDS)),
+            "compilations": _as_dicts(self.rows(PROGRAMS)),
+            "outputs": _as_dicts(self.rows(TEXT)),
             "beyond": self.beyond(config),
         }
 
     def _sizes_of(self, name: str) -> Iterator[Row]:
-        phases = [side.phases.get(name, SidePhase()) for side in self.sides]
+        phases = [side.phase(name) for side in self.sides]
         pools = dict.fromkeys(pool for phase in phases for pool in phase.pools or ())
         for pool in pools:
             yield Row(name, pool, [phase.held(pool) for phase in phases])
-        if any(phase.total is not None for phase in phases):
-            yield Row(name, TOTAL, [phase.total for phase in phases])
-        if any(phase.peak is not None for phase in phases):
-            yield Row(name, PEAK, [phase.peak for phase in phases])
+        for figure in (TOTAL, PEAK):
+            values = [getattr(phase, FIGURES[figure]) for phase in phases]
+            if any(value is not None for value in values):
+                yield Row(name, figure, values)
 
-    def _rows(self, what: str, value: Callable[[SidePhase], Any]) -> list[Row]:
-        rows = [
-            Row(name, what, [value(side.phases.get(name, SidePhase())) for side in self.sides])
-            for name in self.phases
-        ]
-        return [row for row in rows if any(value is not None for value in row.values)]
-
-    def _beyond(self, base: Side, side: Side, index: int, config: CompareConfig) -> Iterator[str]:
+    def _beyond(self, side: Side, index: int, config: CompareConfig) -> Iterator[str]:
+        base = self.sides[0]
         if base.status == "passed" and side.status not in ("passed", None):
             yield f"its status is {side.status}, that of {base.name} is passed"
         yield from _grown_sizes(self.sizes, index, config)
         if config.outputs:
-            for row in self.outputs:
+            for row in self.rows(TEXT):
                 if why := self.difference(row.phase, side):
                     yield f"the output of {row.phase!r} is another: {why} (compare.outputs)"
-        if config.compilations is not None:
-            for row in self.compilations:
-                more = _growth(row, index)
-                if more > config.compilations:
+        if (most := config.compilations) is not None:
+            for row in self.rows(PROGRAMS):
+                if (more := row.growth(index)) > most:
+                    yield f"{row.phase!r} compiled {more} more, compare.compilations is {most}"
+        if (slowest := config.duration_factor) is not None:
+            for row in self.rows(SECONDS):
+                if (factor := row.factor(index) or 0.0) > slowest:
                     yield (
-                        f"{row.phase!r} compiled {more} more, compare.compilations is "
-                        f"{config.compilations}"
+                        f"{row.phase!r} took {factor:.2f} times as long, compare.duration_factor "
+                        f"is {slowest}"
                     )
-        if config.duration_factor is not None:
-            yield from _slower(self.durations, index, config.duration_factor)
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """The plans of an experiment before and after a change.
+
+    Attributes:
+        experiment: its name.
+        before, after: the two sides, of the kind ``plan``; None if it does not exist there.
+    """
+
+    experiment: str
+    before: Side | None
+    after: Side | None
+
+    @property
+    def plans(self) -> tuple[RunPlanned | None, RunPlanned | None]:
+        """The two plans."""
+        return self.before and self.before.plan, self.after and self.after.plan
+
+    @property
+    def differs(self) -> bool:
+        """Whether the plans or the configs differ."""
+        old, new = self.plans
+        return old != new or (self.before and self.before.config) != (
+            self.after and self.after.config
+        )
+
+    def excess(self, budget_bytes: int) -> str | None:
+        """Return why the change is beyond a budget of bytes on a device; None if it is not."""
+        old, new = self.plans
+        if old and new:
+            grown = peak_of(new).max_device_bytes - peak_of(old).max_device_bytes
+            if grown > budget_bytes:
+                return (
+                    f"{self.experiment}: the peak of a device grew by {grown} bytes, the budget "
+                    f"(compare_plans.budget_bytes) is {budget_bytes}"
+                )
+        if new and not new.fit.fits and (old is None or old.fit.fits):
+            return f"{self.experiment}: it does not fit"
+        return None
 
 
 def _grown_sizes(rows: Sequence[Row], index: int, config: CompareConfig) -> Iterator[str]:
-    """Yield what grew too much, one message for each pool, with the phase of the most growth."""
+    """Yield one message for each pool that grew too much, with the phase of the most growth."""
     names = dict.fromkeys(row.name for row in rows)
     for name in sorted(names, key=lambda name: not is_contracted(name)):
         exact = is_contracted(name)
         key = "compare.budget_bytes" if exact else "compare.allowance_bytes"
         budget = config.budget_bytes if exact else config.allowance_bytes
-        grown = {row.phase: _growth(row, index) for row in rows if row.name == name}
+        grown = {row.phase: row.growth(index) for row in rows if row.name == name}
         beyond = {phase: more for phase, more in grown.items() if more > budget}
         if beyond:
             phase = max(beyond, key=beyond.__getitem__)
-            where = f"after {phase!r}" + (
-                f" and in {len(beyond) - 1} more" if beyond.keys() - {phase} else ""
-            )
-            yield f"{name} grew by {beyond[phase]:,} bytes {where}, {key} is {budget:,}"
+            more = f" and in {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            yield f"{name} grew by {beyond[phase]:,} bytes after {phase!r}{more}, {key} is {budget:,}"
 
 
-def _slower(rows: Sequence[Row], index: int, most: float) -> Iterator[str]:
-    for row in rows:
-        factor = duration_factor(row, index)
-        if factor is not None and factor > most:
-            yield (
-                f"{row.phase!r} took {factor:.2f} times as long, compare.duration_factor is {most}"
-            )
-
-
-def duration_factor(row: Row, index: int) -> float | None:
-    """Return how many times as long a side took as the first; None if both took too little."""
-    base, other = row.values[0], row.values[index]
-    if base is None or other is None or max(base, other) < SHORTEST_S:
-        return None
-    return other / max(base, SHORTEST_S)
-
-
-def _growth(row: Row, index: int) -> int:
-    base, other = row.values[0], row.values[index]
-    return 0 if base is None or other is None else other - base
-
-
-def _of(versions: Mapping[str, str], names: set[str]) -> dict[str, str]:
-    return {name: versions[name] for name in names}
-
-
-def _changes(changes: Sequence[KeyChange] | None) -> list[dict[str, Any]] | None:
-    return None if changes is None else [asdict(change) for change in changes]
+def _as_dicts(values: Sequence[Any] | None) -> list[Mapping[str, Any]] | None:
+    return None if values is None else [asdict(value) for value in values]

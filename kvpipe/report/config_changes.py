@@ -1,13 +1,10 @@
-"""What differs between two configs, key by key."""
+"""Diff two configs, key by key."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpipe.report.plan import markdown_table
-
-ABSENT = "–"
 _NOTHING = object()
 
 
@@ -17,8 +14,8 @@ class KeyChange:
 
     Attributes:
         key: its dotted name.
-        before, after: its values as texts; of two lists with different items one text for each
-            item that the other lacks; empty where there is no value.
+        before, after: its values as JSON; of two lists only the items that the other lacks, unless
+            they differ in their order alone; empty without a value.
     """
 
     key: str
@@ -49,21 +46,6 @@ def value_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def changes_table(
-    changes: Sequence[KeyChange], before: str, after: str, what: str = "config key"
-) -> list[str]:
-    """Return the lines of a Markdown table of what differs.
-
-    Args:
-        changes: what differs.
-        before: heading of the one side's values.
-        after: heading of the other's.
-        what: heading of the keys.
-    """
-    rows = [[f"`{change.key}`", _cell(change.before), _cell(change.after)] for change in changes]
-    return markdown_table([what, before, after], rows, texts=3)
-
-
 def _texts(old: Any, new: Any) -> tuple[list[str], list[str]]:
     if isinstance(old, list) and isinstance(new, list):
         gone, came = [x for x in old if x not in new], [x for x in new if x not in old]
@@ -74,8 +56,3 @@ def _texts(old: Any, new: Any) -> tuple[list[str], list[str]]:
 
 def _of_one(value: Any) -> list[str]:
     return [] if value is _NOTHING else [value_text(value)]
-
-
-def _cell(texts: Sequence[str]) -> str:
-    quoted = ["`" + text.replace("|", "\\|").replace("`", "'") + "`" for text in texts]
-    return ", ".join(quoted) or ABSENT

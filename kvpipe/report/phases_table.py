@@ -19,7 +19,7 @@ def print_phases(phases: Sequence[PhaseDoc], out: TextIO) -> None:
 
     Args:
         phases: the phases.
-        out: where to.
+        out: the stream.
     """
     console = Console(file=out)
     for phase in phases:

@@ -1,4 +1,4 @@
-"""Pictures that stand alone: heading, legend, chart; the memory timeline of a run is one."""
+"""Pictures of their own: heading, legend, chart; the memory timeline of a run is one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from kvpipe.report.chart import WIDE
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
 from kvpipe.report.figures import memory_chart, memory_keys
-from kvpipe.report.legend import Key
+from kvpipe.report.palette import Key
 from kvpipe.report.run import Run
 
 _MARGIN = 24
@@ -16,7 +16,7 @@ _LETTER = 7.4
 
 
 def timeline(run: Run) -> Drawing:
-    """Return the memory timeline of a run with all that one has to know to read it."""
+    """Return the memory timeline of a run with its heading and legend."""
     return framed(memory_chart(run).drawn(WIDE), memory_keys(run))
 
 
@@ -24,7 +24,7 @@ def framed(chart: Drawing, keys: Sequence[Key]) -> Drawing:
     """Return a chart with its title as heading and a legend, on a ground of its own.
 
     Args:
-        chart: the chart, as wide as those of pages in wide windows.
+        chart: the chart, of the width :data:`WIDE`.
         keys: the entries of the legend.
     """
     legend, legend_height = _legend(keys)
@@ -53,18 +53,14 @@ def _legend(keys: Sequence[Key]) -> tuple[list[Shape], float]:
 
 
 def _key(key: Key, x: float, y: float) -> Iterator[Shape]:
-    match key.form:
-        case "thin":
-            yield Rect(x, y + 4, 16, 4, key.role, faded=True)
-        case "pale":
-            yield Rect(x, y, 16, 12, key.role, faded=True)
-        case "line":
-            yield Line(x, y + 6, x + 16, y + 6, key.role, 1.5)
-        case "whisker":
-            yield Line(x, y + 6, x + 16, y + 6, key.role, 1.5)
-            yield Line(x + 16, y + 2, x + 16, y + 10, key.role, 1.5)
-        case _:
-            yield Rect(x, y, 16, 12, key.role)
+    if key.form in ("line", "whisker"):
+        yield Line(x, y + 6, x + 16, y + 6, key.role, 1.5)
+    elif key.form == "thin":
+        yield Rect(x, y + 4, 16, 4, key.role, faded=True)
+    else:
+        yield Rect(x, y, 16, 12, key.role, faded=key.form == "pale")
+    if key.form == "whisker":
+        yield Line(x + 16, y + 2, x + 16, y + 10, key.role, 1.5)
     yield Text(x + 23, y + 11, key.text, "ink")
 
 

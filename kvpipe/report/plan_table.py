@@ -5,12 +5,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from kvpipe.ledger import KV, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
 from kvpipe.records import PlannedPhase, RunPlanned
 from kvpipe.report.plan import compiled, verdict
+from kvpipe.report.rows import pool_sizes
+from kvpipe.report.tables import NONE
 from kvpipe.units import gib
-
-_NONE = "–"
 
 
 def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
@@ -19,7 +18,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     Args:
         experiment: name of the experiment.
         plan: its plan.
-        out: where to.
+        out: the stream.
     """
     console = Console(file=out)
     table = Table(
@@ -38,16 +37,12 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     for line in compiled(plan):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
     # The terminal wraps, not rich: people copy names and numbers.
-    told = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
-    console.print(told, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
+    line = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
+    console.print(line, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
 
 
-def _cells(phase: PlannedPhase, with_program: bool) -> list[str]:
-    slots = sum(size for pool, size in phase.pools.items() if pool.startswith(slot_pool("")))
-    pools = phase.pools
-    sizes = [pools.get(PARAMS), pools.get(KV), slots or None]
-    if with_program:
-        code = [pools[pool] for pool in (PROGRAM, TRAINER_PROGRAM) if pool in pools]
-        sizes.append(sum(code) if code else None)
-    shown = [_NONE if size is None else gib(size) for size in sizes]
+def _cells(phase: PlannedPhase, with_programs: bool) -> list[str]:
+    held = pool_sizes(phase.pools)
+    sizes = [held.params, held.kv, held.slots, *([held.programs] if with_programs else [])]
+    shown = [NONE if size is None else gib(size) for size in sizes]
     return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]

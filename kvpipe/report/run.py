@@ -1,4 +1,4 @@
-"""A run as its records tell it: read from a file, or collected while it is under way."""
+"""A run, built from its records: read from a file, or collected while it is under way."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,19 @@ from kvpipe.records import (
     RunStarted,
     record_from_json,
 )
+from kvpipe.report.rows import PhaseRow, phase_row
 
+PAGE_FILE = "report.html"
 UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The records of a run by their kind; of one that was killed the last ones are missing.
+    """The records of a run by their kind; a run that was killed lacks the last ones.
 
     Attributes:
-        name: what the run is called: its directory or file.
-        started, planned, finished: the records of the run as a whole, None if there is none.
+        name: name of its directory or file.
+        started, planned, finished: the records of the run as a whole; None if missing.
         phases: the records of the phases, in order.
     """
 
@@ -46,13 +48,18 @@ class Run:
 
     @property
     def status(self) -> str:
-        """As the last record has it; ``unfinished`` if there is none."""
+        """The status in the last record; ``unfinished`` without one."""
         return self.finished.status if self.finished else UNFINISHED
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The resolved config."""
         return self.started.config if self.started else {}
+
+    @cached_property
+    def rows(self) -> list[PhaseRow]:
+        """The summary of each phase, in order."""
+        return [phase_row(phase) for phase in self.phases]
 
     @property
     def checks(self) -> list[tuple[str, Check]]:
@@ -73,7 +80,7 @@ class Run:
 
 
 def run_of(name: str, records: Sequence[Record]) -> Run:
-    """Return the run that ``records`` tell of."""
+    """Return the run of these records."""
     return Run(
         name=name,
         started=next((r for r in records if isinstance(r, RunStarted)), None),
@@ -90,7 +97,7 @@ def read_run(path: Path) -> Run:
         InputError: there is no such directory or file, or a line of it is no record.
     """
     file = records_file(path)
-    lines = json_lines(file)
+    lines = _json_lines(file)
     if not lines:
         raise InputError(f"{file}: it has no records")
     return run_of(path.name or str(path), [_record(line, where) for where, line in lines])
@@ -127,7 +134,7 @@ def read_text(file: Path) -> str:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+def _json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return each line's place and object; a last line that was cut off by a kill is left out.
 
     Raises:
@@ -145,16 +152,17 @@ def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(line, dict) or not isinstance(line.get("phase"), str):
             raise InputError(f"{where}: not a record: it has no 'phase'")
         found.append((where, line))
-    return found + _last(cut_off, f"{file}, line {len(lines) + 1}")
+    last = phase_line(cut_off)
+    return found + ([(f"{file}, line {len(lines) + 1}", last)] if last else [])
 
 
-def _last(text: str, where: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the line without a newline at the end of a file, if it is whole."""
+def phase_line(text: str) -> dict[str, Any] | None:
+    """Return the object of a JSON line with a phase; None if the line is something else."""
     try:
         line = json.loads(text)
     except ValueError:
-        return []
-    return [(where, line)] if isinstance(line, dict) and "phase" in line else []
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
 
 
 def _record(line: Mapping[str, Any], where: str) -> Record:

@@ -1,7 +1,7 @@
-"""One side of a comparison: a run, a plan, or the log of the script that kvpipe replaces.
+"""One side of a comparison: a run, a plan, or a log of the script that kvpipe replaces.
 
-The script wrote a JSON line for each phase among the lines of other logs. It has the sum of the
-bytes in use but no pools, so what is not known of a side is None and is not compared.
+The script wrote a JSON line for each phase among the lines of other logs, with the sum of the bytes
+in use but without pools. Unknown figures are None and are not compared.
 """
 
 import json
@@ -18,32 +18,26 @@ from kvpipe.records import (
     RUN_PLANNED,
     RUN_STARTED,
     PhaseRecord,
-    PlannedPhase,
     RunPlanned,
     planned_from_json,
 )
-from kvpipe.report.figures import total_of
-from kvpipe.report.run import Run, read_run, read_text, records_file
+from kvpipe.report.rows import phase_row
+from kvpipe.report.run import Run, phase_line, read_run, read_text, records_file
 
 RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
 
 
 @dataclass(frozen=True)
 class SidePhase:
-    """What a side says of a phase; None is not known.
+    """The figures of a phase on one side; None is unknown.
 
-    Attributes:
-        pools: bytes over all devices, by pool.
-        total: bytes over all pools and devices.
-        peak: the most bytes that were held inside the phase.
-        duration_s: its seconds.
-        compilations: programs that were compiled in it.
-        text_sha256: SHA-256 of its output's text.
-        token_ids: its output.
+    ``pools`` and ``total`` are bytes over all devices, ``fullest`` those of the fullest device, and
+    ``peak`` the most in use inside the phase. The last two are of its output.
     """
 
     pools: Mapping[str, int] | None = None
     total: int | None = None
+    fullest: int | None = None
     peak: int | None = None
     duration_s: float | None = None
     compilations: int | None = None
@@ -51,7 +45,7 @@ class SidePhase:
     token_ids: Sequence[int] | None = None
 
     def held(self, pool: str) -> int | None:
-        """Return the bytes of a pool; a pool that is held to the byte and not named has none."""
+        """Return the bytes of a pool; 0 if a pool that plans hold to the byte is not named."""
         if self.pools is None:
             return None
         return self.pools.get(pool, 0 if is_contracted(pool) else None)
@@ -62,12 +56,13 @@ class Side:
     """One side.
 
     Attributes:
-        name: what it is called: its path.
+        name: its path, or another name.
         kind: :data:`RUN`, :data:`PLAN` or :data:`SCRIPT`.
-        phases: what it says of each phase, in order.
-        status: of a run how it ended, else None.
-        config: the resolved config, None if it is not known.
-        versions: of packages, as far as they are known.
+        phases: its phases by name, in order.
+        status: how a run ended; None of others.
+        config: the resolved config; None if unknown.
+        versions: known versions of packages.
+        plan: the plan, of the kind :data:`PLAN`.
     """
 
     name: str
@@ -76,6 +71,16 @@ class Side:
     status: str | None = None
     config: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    plan: RunPlanned | None = None
+
+    @property
+    def label(self) -> str:
+        """Its kind, and how a run ended."""
+        return f"{self.kind}, {self.status}" if self.status else self.kind
+
+    def phase(self, name: str) -> SidePhase:
+        """Return the figures of a phase, all unknown if it has no such phase."""
+        return self.phases.get(name, SidePhase())
 
 
 def read_side(path: Path) -> Side:
@@ -87,8 +92,8 @@ def read_side(path: Path) -> Side:
     file = _file(path)
     text = read_text(file)
     if (plan := _plan(text, file)) is not None:
-        return _of_plan(str(path), plan)
-    lines = [line for line in map(_phase_line, text.split("\n")) if line]
+        return plan_side(str(path), plan)
+    lines = [line for line in map(phase_line, text.split("\n")) if line]
     if not lines:
         raise InputError(
             f"{file}: it has no JSON line with a 'phase', so it is neither a run's records nor a "
@@ -96,7 +101,7 @@ def read_side(path: Path) -> Side:
         )
     if any(_is_kvpipes(line) for line in lines):
         return _of_run(str(path), read_run(file))
-    return _of_script(str(path), lines)
+    return Side(str(path), SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
 
 
 def _file(path: Path) -> Path:
@@ -121,16 +126,6 @@ def _plan(text: str, file: Path) -> RunPlanned | None:
         raise InputError(f"{file}: not a plan: {type(error).__name__}: {error}") from None
 
 
-def _phase_line(text: str) -> dict[str, Any] | None:
-    if not text.startswith("{"):
-        return None
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
-
-
 def _is_kvpipes(line: Mapping[str, Any]) -> bool:
     return "use" in line or line["phase"] in (RUN_STARTED, RUN_PLANNED, RUN_FINISHED)
 
@@ -149,7 +144,7 @@ def _of_run(name: str, run: Run) -> Side:
 def _of_record(phase: PhaseRecord) -> SidePhase:
     return SidePhase(
         pools=phase.ledger if phase.ledger else None,
-        total=total_of(phase) if phase.ledger else None,
+        total=phase_row(phase).in_use if phase.ledger else None,
         peak=phase.peak.bytes_in_use_total if phase.peak else None,
         duration_s=phase.duration_s,
         compilations=phase.compilations,
@@ -158,17 +153,20 @@ def _of_record(phase: PhaseRecord) -> SidePhase:
     )
 
 
-def _of_plan(name: str, plan: RunPlanned) -> Side:
-    phases = {phase.name: _of_planned(phase) for phase in plan.phases}
-    return Side(name, PLAN, phases, versions={"sglang-jax": plan.sglang_jax})
+def plan_side(name: str, plan: RunPlanned, config: Mapping[str, Any] | None = None) -> Side:
+    """Return the side of a plan.
 
-
-def _of_planned(phase: PlannedPhase) -> SidePhase:
-    return SidePhase(pools=phase.pools, total=phase.total_bytes)
-
-
-def _of_script(name: str, lines: Sequence[Mapping[str, Any]]) -> Side:
-    return Side(name, SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
+    Args:
+        name: its name.
+        plan: the plan.
+        config: the config that it is of, if that is known.
+    """
+    phases = {
+        phase.name: SidePhase(phase.pools, phase.total_bytes, phase.max_device_bytes)
+        for phase in plan.phases
+    }
+    versions = {"sglang-jax": plan.sglang_jax}
+    return Side(name, PLAN, phases, config=config, versions=versions, plan=plan)
 
 
 def _of_script_line(line: Mapping[str, Any]) -> SidePhase:

@@ -1,4 +1,4 @@
-"""Where two lists of token ids differ, and how to show it without showing all of them."""
+"""Diff two lists of token ids, and shorten the stretches that agree."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,15 @@ _MOST_MATCHED = 1024
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens next to each other that are all the same in both outputs, or all not.
+    """Adjacent tokens that all agree, or all do not.
 
     Attributes:
         before: the ids of the one output.
-        after: the ids of the other; the same as ``before`` where they agree.
-        start: index of the first of them in the one output.
+        after: the ids of the other; equal to ``before`` where they agree.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    start: int
 
     @property
     def same(self) -> bool:
@@ -31,11 +29,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Omitted:
-    """Tokens that agree and are not shown.
-
-    Attributes:
-        count: how many.
-    """
+    """A number of tokens that agree and are not shown."""
 
     count: int
 
@@ -51,42 +45,33 @@ def stretches(before: Sequence[int], after: Sequence[int]) -> list[Stretch]:
     head = _common_prefix(before, after)
     tail = _common_prefix(before[head:][::-1], after[head:][::-1])
     old, new = before[head : len(before) - tail], after[head : len(after) - tail]
-    found = [Stretch(tuple(before[:head]), tuple(before[:head]), 0)]
-    found += _matched(old, new, head)
-    ending = tuple(before[len(before) - tail :])
-    found.append(Stretch(ending, ending, len(before) - tail))
+    beginning, ending = tuple(before[:head]), tuple(before[len(before) - tail :])
+    found = [Stretch(beginning, beginning), *_matched(old, new), Stretch(ending, ending)]
     return [stretch for stretch in found if stretch.before or stretch.after]
 
 
 def shortened(found: Sequence[Stretch]) -> Iterator[Stretch | Omitted]:
-    """Yield the stretches, of those that agree only the ends next to a difference."""
+    """Yield the stretches; of those that agree only the ends next to a difference."""
     for index, stretch in enumerate(found):
-        if not stretch.same:
-            yield stretch
-            continue
+        ids = stretch.before
         lead = _CONTEXT if index > 0 else 0
         trail = _CONTEXT if index < len(found) - 1 else 0
-        hidden = len(stretch.before) - lead - trail
-        if hidden <= 1:
+        hidden = len(ids) - lead - trail
+        if not stretch.same or hidden <= 1:
             yield stretch
             continue
         if lead:
-            yield _piece(stretch, 0, lead)
+            yield Stretch(ids[:lead], ids[:lead])
         yield Omitted(hidden)
         if trail:
-            yield _piece(stretch, len(stretch.before) - trail, len(stretch.before))
+            yield Stretch(ids[-trail:], ids[-trail:])
 
 
-def _piece(stretch: Stretch, start: int, stop: int) -> Stretch:
-    ids = stretch.before[start:stop]
-    return Stretch(ids, ids, stretch.start + start)
-
-
-def _matched(old: Sequence[int], new: Sequence[int], offset: int) -> list[Stretch]:
+def _matched(old: Sequence[int], new: Sequence[int]) -> list[Stretch]:
     if len(old) > _MOST_MATCHED or len(new) > _MOST_MATCHED:
-        return [Stretch(tuple(old), tuple(new), offset)]
+        return [Stretch(tuple(old), tuple(new))]
     blocks = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    return [Stretch(tuple(old[a:b]), tuple(new[c:d]), offset + a) for _tag, a, b, c, d in blocks]
+    return [Stretch(tuple(old[a:b]), tuple(new[c:d])) for _tag, a, b, c, d in blocks]
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""What people at a terminal see: a line for the phase that runs, a row for each that has finished.
+"""Show the run at a terminal: a line for the running phase, a row for each finished one.
 
 Rows are printed as phases finish and stay above the live line, so a run that is killed, and a
 window with fewer lines than the pipeline has steps, lose nothing. Sizes are GiB here and only here.
@@ -14,7 +14,6 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 from kvpipe.progress import Progress
 from kvpipe.records import (
     PASSED,
@@ -26,6 +25,7 @@ from kvpipe.records import (
     RunPlanned,
     RunStarted,
 )
+from kvpipe.report.rows import PhaseRow, phase_row
 from kvpipe.units import gib
 
 _NAME_WIDTH = 32
@@ -61,7 +61,7 @@ class ConsoleTable:
     """Shows the run at a terminal.
 
     Args:
-        console: where to; None is stdout.
+        console: the console; None is stdout.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -122,7 +122,8 @@ class ConsoleTable:
         """Print the row of the phase."""
         self._clear()
         self._phases += 1
-        self._print_row(record.phase, _cells(record), "" if record.passed else "red")
+        row = phase_row(record)
+        self._print_row(row.step, _cells(row), "" if row.passed else "red")
         if record.peak and record.peak.error:
             self._console.print(Text(f"  its peak is not known: {record.peak.error}", "red"))
 
@@ -157,23 +158,21 @@ def _width(columns: Sequence[_Column]) -> int:
     return sum(1 + column.width for column in columns)
 
 
-def _cells(record: PhaseRecord) -> list[str]:
+def _cells(row: PhaseRow) -> list[str]:
     """Return the cells of a row, one for each of :data:`_COLUMNS`."""
-    ledger = record.ledger
-    slots = [size for pool, size in ledger.items() if pool.startswith(slot_pool(""))]
-    rest = [ledger[pool] for pool in (OTHER, PROGRAM) if pool in ledger]
-    passed = sum(check.passed for check in record.checks)
+    held = row.held
+    other = [size for size in (held.other, held.programs) if size is not None]
     return [
-        f"{record.duration_s:.2f}",
-        _gib(ledger.get(PARAMS)),
-        _gib(ledger.get(KV)),
-        _gib(sum(slots) if slots else None),
-        _gib(sum(rest) if rest else None),
-        _gib(sum(ledger.values()) if ledger else None),
-        _gib(record.peak.bytes_in_use_total if record.peak and record.peak.bytes_in_use else None),
-        _gib(record.memory.process_rss_bytes),
-        str(record.compilations or _NONE),
-        f"{passed}/{len(record.checks)}" if record.checks else _NONE,
+        f"{row.seconds:.2f}",
+        _gib(held.params),
+        _gib(held.kv),
+        _gib(held.slots),
+        _gib(sum(other) if other else None),
+        _gib(held.total),
+        _gib(row.peak),
+        _gib(row.rss),
+        str(row.compilations or _NONE),
+        f"{row.checks_held}/{row.checks}" if row.checks else _NONE,
     ]
 
 

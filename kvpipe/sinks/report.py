@@ -4,15 +4,14 @@ from pathlib import Path
 
 from kvpipe.errors import KvpipeError
 from kvpipe.records import RunFinished
-from kvpipe.report.run import Run, run_of
+from kvpipe.report.run import PAGE_FILE, Run, run_of
 from kvpipe.sinks.collector import Collector
 
-PAGE_FILE = "report.html"
 TIMELINE_FILE = "timeline.png"
 
 
 class _Report(Collector):
-    """Makes something of the records in the run's directory.
+    """Writes a report of the records into the run's directory.
 
     Args:
         run_dir: directory of the run.
@@ -27,7 +26,7 @@ class _Report(Collector):
 
 
 class TimelinePicture(_Report):
-    """Writes the picture of the memory timeline; it stands before W&B, which logs it."""
+    """Writes the picture of the memory timeline; it comes before W&B, which logs it."""
 
     def run_finished(self, record: RunFinished) -> None:
         """Write the picture.
@@ -39,7 +38,7 @@ class TimelinePicture(_Report):
 
 
 class ReportPage(_Report):
-    """Writes the page; it stands after W&B, whose failure the page has to tell."""
+    """Writes the page; it comes after W&B, so that the page shows a failure of W&B."""
 
     def run_finished(self, record: RunFinished) -> None:
         """Write the page.

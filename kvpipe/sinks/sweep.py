@@ -19,8 +19,7 @@ def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
         KvpipeError: one cannot be written.
     """
     from kvpipe.report.png import as_png
-    from kvpipe.report.sweep_figures import picture
-    from kvpipe.report.sweep_page import sweep_page
+    from kvpipe.report.sweep import picture, sweep_page
 
     paths = [
         written(folder / JSON_FILE, f"{dumps(sweep)}\n".encode()),
@@ -36,7 +35,7 @@ def show_sweep(sweep: SweepFinished, output: OutputFormat) -> None:
     """Show a sweep on stdout: a table for people, a JSON line for pipes.
 
     Args:
-        sweep: what it has found.
+        sweep: its record.
         output: ``table`` or ``json``.
     """
     if output is OutputFormat.json:

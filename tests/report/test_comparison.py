@@ -8,11 +8,10 @@ import pytest
 
 from kvpipe.errors import InputError
 from kvpipe.records import dumps
-from kvpipe.report.comparison import Comparison, Row, grouped
-from kvpipe.report.comparison_markdown import as_markdown
-from kvpipe.report.comparison_page import comparison_page
+from kvpipe.report.comparison import Comparison
+from kvpipe.report.comparison_report import as_markdown, comparison_page
 from kvpipe.report.plan import as_json
-from kvpipe.report.side import PLAN, RUN, SCRIPT, SidePhase, read_side
+from kvpipe.report.side import PLAN, RUN, SCRIPT, Side, SidePhase, read_side
 from kvpipe.schema import CompareConfig
 from tests.report.html_page import Page
 from tests.report.test_page import planned
@@ -167,7 +166,7 @@ def test_a_peak_inside_a_phase_counts_as_what_no_plan_holds(tmp_path, base):
 def test_runs_without_a_common_phase_are_refused(tmp_path, base):
     other = side(tmp_path / "b", phase(2, "mine"))
     with pytest.raises(InputError, match="have no phase in common"):
-        Comparison([base, other])
+        Comparison.of([base, other])
 
 
 def test_steps_of_one_side_stand_in_their_place_and_are_told(tmp_path, base):
@@ -181,11 +180,15 @@ def test_steps_of_one_side_stand_in_their_place_and_are_told(tmp_path, base):
 
 
 def test_phases_with_the_same_figures_are_one_line():
-    rows = [Row("a", "kv", [1, 2]), Row("b", "kv", [1, 2]), Row("c", "kv", [1, 3])]
-    assert [(g.named(), g.values) for g in grouped(rows)] == [
-        ("a and 1 more", [1, 2]),
-        ("c", [1, 3]),
+    names = ["a", "b", "c", "d", "e"]
+    kv = [*[(1, 2)] * 4, (1, 3)]
+    sides = [
+        Side(str(i), PLAN, {n: SidePhase({"kv": v[i]}) for n, v in zip(names, kv, strict=True)})
+        for i in (0, 1)
     ]
+    shown = as_markdown(Comparison(sides), STRICT)
+    assert "| KV cache | `a`, `b`, `c` and 1 more | 1 | 2 | +1 |\n" in shown
+    assert "| KV cache | `e` | 1 | 3 | +2 |\n" in shown
 
 
 def test_the_markdown_of_two_tiny_runs_that_differ_in_their_kv_cache(monkeypatch):
@@ -195,7 +198,7 @@ def test_the_markdown_of_two_tiny_runs_that_differ_in_their_kv_cache(monkeypatch
     shown = as_markdown(Comparison(sides), CompareConfig())
     assert shown == (TINY / "compared.md").read_text()
     tokens = 1024 * 3 * 2 * 2 * 128 * 2  # tokens, layers, K and V, heads, head_dim, bf16
-    assert f"| kv | engine_ready_dummy and 10 more | 3,148,800 | 6,294,528 | +{tokens:,} |" in shown
+    assert f"and 8 more | 3,148,800 | 6,294,528 | +{tokens:,} |" in shown
 
 
 def test_the_json_has_every_figure_of_every_side(tmp_path, base):
@@ -264,7 +267,7 @@ def test_the_published_run_and_its_plan_stand_side_by_side_on_a_page():
     assert "A 14.82 GiB" in wide["text"]
     assert "B 14.82 GiB" in wide["text"]
     rows = page.table("Bytes that differ")
-    assert rows[0] == ["bytes of", "after", "A", "B", "B − A"]
+    assert rows[0] == ["bytes of", "phase", "A", "B", "B − A"]
     assert rows[1][:4] == ["total", "engine_ready_dummy", "15,912,722,432", "15,912,880,128"]
     assert rows[1][4].startswith("+157,696")
 
@@ -278,7 +281,7 @@ def test_the_page_of_two_runs_has_their_outputs_times_and_configs(tmp_path, base
     assert page.text_of("p", class_="said") == "Beyond the thresholds"
     assert [e["text"] for e in page.all("del") + page.all("ins")] == ["2", "9"]
     assert page.table("Durations and compilations")[1][:3] == ["wandb_init", "1.250", "1.250"]
-    assert ["engine.max_total_tokens", "131072 ", "4 "] in page.table("config key: A and B")
+    assert ["engine.max_total_tokens", "131072", "4"] in page.table("config key: A and B")
 
 
 def test_a_plan_is_a_side_with_the_pools_that_it_plans(tmp_path):

@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 
 from kvpipe.records import Check, Fit, PlannedPhase, RunPlanned
-from kvpipe.report.markup import element
 from kvpipe.report.page import report_page
 from kvpipe.report.run import run_of
 from tests.report.html_page import Page
@@ -118,6 +117,7 @@ def test_an_error_that_no_check_tells_is_shown():
 def test_a_run_without_a_last_record_did_not_finish():
     page = page_of(WITH_RECORDS["killed"])
     assert page.text_of("p", class_="said") == "It did not finish"
+    assert len(page.all("div", class_="verdict")) == 1
     assert "The records end after 'mllm_params_cpu_ready': 4 of 16 phases" in page.text_of("header")
 
 
@@ -191,9 +191,10 @@ def test_the_config_and_the_versions_are_there():
     assert ["kvpipe", "0.1.0"] in page.table("Versions")
 
 
-def test_text_is_escaped_and_markup_is_not_escaped_twice():
-    inner = element("b", '1 < 2 & "3"', title='"<')
-    assert inner == '<b title="&quot;&lt;">1 &lt; 2 &amp; "3"</b>'
-    assert (
-        element("p", inner, class_="x", hidden=True, id=None) == f'<p class="x" hidden>{inner}</p>'
-    )
+def test_text_is_escaped_once_wherever_it_stands():
+    name = '<b title="&amp;">a_b'
+    check = Check(name, name, name, False, name)
+    page = page_of([*RECORDS[:2], replace(phase(0), phase=name, checks=(check,))])
+    assert page.table("Checks")[1] == [name, name, "✗ fails", name, name, name]
+    assert page.all("b") == []
+    assert any(e["text"] == name for e in page.all("text"))

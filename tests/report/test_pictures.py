@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kvpipe.report.chart import NARROW, WIDE, Bar, Chart, Part, Row
-from kvpipe.report.drawing import Drawing, Line, Rect, Text, as_svg
-from kvpipe.report.figures import devices_drawing, memory_chart
+from kvpipe.report.drawing import Drawing, Line, Rect, Text
+from kvpipe.report.figures import DevicesChart, memory_chart
 from kvpipe.report.palette import DARK, LIGHT
 from kvpipe.report.picture import timeline
 from kvpipe.report.png import as_png
+from kvpipe.report.render import as_svg
 from kvpipe.report.run import run_of
 from tests.sinks.pipeline_records import STEPS, ledger, passed, phase, pipeline, started, with_peak
 
@@ -91,7 +92,7 @@ def test_hundreds_of_phases_are_thin_rows_with_a_name_for_each_cycle():
 def test_a_run_of_few_records_has_its_pictures_too(phases):
     run = run_of("r", [started(), *pipeline()[:phases]])
     assert as_png(timeline(run)).startswith(b"\x89PNG")
-    assert (devices_drawing(run, WIDE) is None) == (phases < 2)
+    assert bool(DevicesChart.of(run).series) == (phases >= 2)
 
 
 @given(st.integers(1, 1 << 50))
@@ -110,10 +111,10 @@ def test_the_limit_of_the_devices_is_drawn_where_it_is_near():
 
 
 def test_an_svg_says_what_it_shows_to_those_who_cannot_see_it():
-    svg = as_svg(Drawing(10, 20, "a < b", 'c & "d"', [Text(1, 2, "x<y", "ink")]), "n", "wide")
+    svg = as_svg(Drawing(10, 20, "a < b", 'c & "d"', [Text(1, 2, "x<y", "ink")]))
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img"
-    assert root.get("aria-labelledby").split() == ["n-title", "n-description"]
+    assert root.get("aria-labelledby").split() == ["picture-title", "picture-description"]
     assert root.find(f"{SVG}title").text == "a < b"
     assert root.find(f"{SVG}desc").text == 'c & "d"'
     assert root.find(f"{SVG}text").text == "x<y"

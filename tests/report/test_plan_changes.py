@@ -3,7 +3,9 @@ from dataclasses import replace
 import pytest
 
 from kvpipe.records import Fit, PlannedPhase, RunPlanned
-from kvpipe.report.plan_changes import Change, Planned, as_markdown
+from kvpipe.report.comparison import PlanChange
+from kvpipe.report.comparison_report import plans_as_markdown
+from kvpipe.report.side import plan_side
 
 CONFIG = {"experiment": "mine", "engine": {"max_total_tokens": 64}, "pipeline": ["a", "b", "c"]}
 
@@ -15,11 +17,12 @@ def plan(peak=300, fits=True, names=("a", "b")):
 
 
 def change(before, after, config=CONFIG):
-    return Change("mine", before and Planned(CONFIG, before), after and Planned(config, after))
+    sides = (before and plan_side("b", before, CONFIG), after and plan_side("a", after, config))
+    return PlanChange("mine", *sides)
 
 
 def shown(*changes):
-    return as_markdown(changes, "main (1a2b3c4)", "the files here")
+    return plans_as_markdown(changes, "main (1a2b3c4)", "the files here")
 
 
 def test_an_unchanged_experiment_is_named_and_no_more():
@@ -38,10 +41,10 @@ def test_changed_keys_bytes_and_verdicts_stand_before_and_after():
         "| --- | --- | --- |\n"
         "| `engine.max_total_tokens` | `64` | `128` |\n"
         "| `engine.page_size` | – | `16` |\n\n"
-        "| phase, bytes of the fullest device | before | after | change |\n"
-        "| --- | ---: | ---: | ---: |\n"
-        "| `b` | 300 | 1,500 | +1,200 |\n\n"
-        "Phases that keep their bytes: 1.\n\n"
+        "| bytes of | phase | before | after | after − before |\n"
+        "| --- | --- | ---: | ---: | ---: |\n"
+        "| fullest device | `b` | 300 | 1,500 | +1,200 |\n\n"
+        "4 figures that are the same, or known of one side only.\n\n"
         "- Before: It fits: the peak is 300 of a device's 1,000 bytes after `b`; the largest "
         "`engine.max_total_tokens` that fits is 64.\n"
         "- After: It does not fit: the peak is 1,500 of a device's 1,000 bytes after `b`; the "
@@ -51,8 +54,8 @@ def test_changed_keys_bytes_and_verdicts_stand_before_and_after():
 
 def test_phases_that_came_or_went_have_no_change_in_bytes():
     text = shown(change(plan(), plan(names=("a", "z"))))
-    assert "| `z` | – | 300 | – |" in text
-    assert "| `b` | 300 | – | – |" in text
+    assert "| fullest device | `z` | – | 300 | – |" in text
+    assert "| fullest device | `b` | 300 | – | – |" in text
 
 
 def test_of_a_changed_list_only_what_came_and_went_is_shown():

@@ -11,9 +11,6 @@ def test_the_stretches_are_both_outputs_whole(before, after):
     found = stretches(before, after)
     assert [i for stretch in found for i in stretch.before] == before
     assert [i for stretch in found for i in stretch.after] == after
-    assert [s.start for s in found] == [
-        sum(len(s.before) for s in found[:k]) for k in range(len(found))
-    ]
 
 
 @given(ids, ids)
@@ -40,9 +37,9 @@ def test_far_from_a_difference_tokens_are_counted_and_not_shown():
     pieces = list(shortened(stretches(before, after)))
     assert pieces == [
         Omitted(44),
-        Stretch(tuple(range(44, 50)), tuple(range(44, 50)), 44),
-        Stretch((50,), (-1,), 50),
-        Stretch(tuple(range(51, 57)), tuple(range(51, 57)), 51),
+        Stretch(tuple(range(44, 50)), tuple(range(44, 50))),
+        Stretch((50,), (-1,)),
+        Stretch(tuple(range(51, 57)), tuple(range(51, 57))),
         Omitted(43),
     ]
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from kvpipe.records import Check, SweepFinished, SweepJob, SweepLine, record_from_json
+from kvpipe.records import SweepFinished, SweepJob, record_from_json
 from tests.helpers_config import ROOT
 
 RUNS = {tokens: ROOT / f"tests/data/tiny_runs/{tokens}.jsonl" for tokens in (1024, 2048)}
@@ -29,7 +29,6 @@ def job(number, tokens, **more):
         "max_total_tokens": tokens,
         "kv_bytes": 3072 * tokens + 3072,
         "planned_kv_bytes": 3072 * tokens + 3072,
-        "line_error_bytes": 0,
         "plan_error_bytes": 0,
         "freed_bytes": 3072 * tokens + 3072,
         "fits": True,
@@ -46,7 +45,6 @@ def unmeasured(number, tokens, **more):
     nothing = dict.fromkeys(
         (
             "kv_bytes",
-            "line_error_bytes",
             "plan_error_bytes",
             "freed_bytes",
             "peak_bytes",
@@ -63,6 +61,12 @@ def failed(number, tokens, **more):
     )
 
 
+def off_the_plan(number, tokens, by):
+    error = "engine_ready_dummy: the check 'plan/kv' failed"
+    more = {"kv_bytes": 3072 * tokens + 3072 + by, "plan_error_bytes": by, "error": error}
+    return job(number, tokens, status="failed", exit_code=1, **more)
+
+
 def skipped(number, tokens):
     error = "the plan does not fit: step 'engine_ready_dummy' needs 2 bytes on a device"
     return unmeasured(number, tokens, status="skipped", exit_code=2, fits=False, error=error)
@@ -70,8 +74,6 @@ def skipped(number, tokens):
 
 def sweep(*jobs, **more):
     """Return the record of a sweep of the tokens with these jobs."""
-    measured = [one for one in jobs if one.line_error_bytes is not None]
-    line = SweepLine({}, tuple(one.job for one in measured), 3072, 3072)
     given = {
         "experiment": "tiny",
         "status": "passed",
@@ -79,11 +81,6 @@ def sweep(*jobs, **more):
         "sweep_dir": "/sweeps/1",
         "swept": (KEY,),
         "jobs": jobs,
-        "lines": (line,),
-        "checks": tuple(
-            Check("kv_bytes_on_line", 0, one.line_error_bytes, not one.line_error_bytes)
-            for one in measured
-        ),
     }
     return SweepFinished(**given | more)
 
@@ -93,7 +90,7 @@ def mixed():
     return sweep(
         job(0, 1024),
         replace(job(1, 2048), taken_from="/sweeps/0/7"),
-        job(2, 4096, kv_bytes=3072 * 4097 + 512, line_error_bytes=512),
+        off_the_plan(2, 4096, by=512),
         failed(3, 8192),
         skipped(4, 1 << 30),
         status="failed",

@@ -4,14 +4,15 @@ import io
 import json
 import subprocess
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from kvpipe.records import dumps
+from kvpipe.report.drawing import Line
 from kvpipe.report.png import as_png
-from kvpipe.report.sweep_figures import picture
-from kvpipe.report.sweep_page import sweep_page
+from kvpipe.report.sweep import bytes_a_token, picture, sweep_page
 from kvpipe.report.sweep_table import print_sweep
 from tests.report.html_page import Page
 from tests.report.test_page_in_browser import BROWSER, needs_browser
@@ -25,7 +26,7 @@ def table_of(record, monkeypatch, columns=140):
     return out.getvalue()
 
 
-def test_the_table_has_a_row_for_each_job_and_the_line(monkeypatch):
+def test_the_table_has_a_row_for_each_job_and_the_bytes_of_a_token(monkeypatch):
     text = table_of(sweep(job(0, 1024), job(1, 2048)), monkeypatch)
     rows = [line.split() for line in text.splitlines()]
     assert [rows[1], rows[2], rows[3][:5]] == [
@@ -49,7 +50,7 @@ def test_the_table_has_a_row_for_each_job_and_the_line(monkeypatch):
             "yes",
         ]
     )
-    assert "the KV cache takes 3,072 bytes a token, and 3,072 bytes at none\n" in text
+    assert "the KV cache takes 3,072 bytes a token\n" in text
     assert "passed (2 jobs: 2 held, exit code 0)\n" in text
     assert text.endswith("sweep  /sweeps/1\n")
 
@@ -67,10 +68,10 @@ def test_a_narrow_terminal_gets_every_number_but_the_peak(monkeypatch):
 def test_below_the_table_stand_what_failed_and_the_command_that_does_it_again(monkeypatch):
     text = table_of(mixed(), monkeypatch)
     assert "* not run again: records of an earlier sweep\n" in text
-    assert "✗ max_total_tokens=4096: 512 bytes off that line\n" in text
+    assert "✗ max_total_tokens=4096: engine_ready_dummy: the check 'plan/kv' failed\n" in text
     assert "✗ max_total_tokens=8192: <it> broke badly\n  again: python -m kvpipe " in text
     assert "skipped max_total_tokens=1073741824: the plan does not fit: step" in text
-    counts = "5 jobs: 3 held, 1 failed, 1 skipped; 1 taken over from earlier sweeps"
+    counts = "5 jobs: 2 held, 2 failed, 1 skipped; 1 taken over from earlier sweeps"
     assert f"failed ({counts}, exit code 1)\n" in text
     (row,) = (line for line in text.splitlines() if line.strip().startswith("2 "))
     assert "+512" in row
@@ -79,9 +80,6 @@ def test_below_the_table_stand_what_failed_and_the_command_that_does_it_again(mo
 def test_the_record_is_one_line_of_exact_numbers():
     line = json.loads(dumps(mixed()))
     assert (line["phase"], line["exit_code"], len(line["jobs"])) == ("sweep_finished", 1, 5)
-    assert line["lines"] == [
-        {"values": {}, "jobs": [0, 1, 2], "bytes_per_token": 3072, "bytes_at_no_tokens": 3072}
-    ]
     assert not any(isinstance(job["kv_bytes"], float) for job in line["jobs"])
 
 
@@ -90,17 +88,21 @@ def test_the_page_tells_the_verdict_each_job_and_how_to_do_it_again(tmp_path):
     assert page.text_of("p", class_="said") == "Failed"
     told = [e["text"] for e in page.all("li")]
     assert "max_total_tokens=8192: <it> broke badly" in told
-    assert "max_total_tokens=4096: 512 B off the line" in told
+    assert "max_total_tokens=4096: engine_ready_dummy: the check 'plan/kv' failed" in told
+    assert page.all("text", text="12.00 MiB, +512 B off the plan")
     heading, *rows = page.table("Jobs")
     assert heading == [
-        *("job", KEY, "result", "KV bytes", "freed", "fits", "peak", "rebuild", "same output")
+        *("job", KEY, "result", "KV bytes", "planned", "freed", "fits", "peak", "rebuild"),
+        "same output",
     ]
-    assert rows[0][:4] == ["0", "1024", "✓ held", "3,148,800as planned, on the line"]
+    assert rows[0][:4] == ["0", "1024", "✓ held", "3,148,800"]
     assert rows[1][2] == "✓ heldtaken over from /sweeps/0/7"
-    assert rows[2][3] == "12,586,496" + "12,585,984 planned, +512, 512 off the line"
-    assert rows[3][2:4] == ["✗ failed", "–25,168,896 planned"]
-    assert rows[4][5] == "no8,000,000 tokens would"
-    assert page.text_of("pre", class_="text") == f"python -m kvpipe {KEY}=8192"
+    assert [row[4] for row in rows[:3]] == ["exact", "exact", "+512" + "12,585,984 planned"]
+    assert rows[2][3] == "12,586,496"
+    assert rows[3][2:5] == ["✗ failed", "–", "25,168,896"]
+    assert rows[4][6] == "no8,000,000 tokens would"
+    commands = [f"python -m kvpipe {KEY}={tokens}" for tokens in (4096, 8192)]
+    assert [e["text"] for e in page.all("pre", class_="text")] == commands
 
 
 def test_the_page_of_a_sweep_that_held_has_no_part_about_doing_it_again(tmp_path):
@@ -124,20 +126,32 @@ def test_a_job_is_linked_to_its_page_if_it_has_one(tmp_path):
     assert page.all("a", href="../0/report.html")
 
 
-def test_without_a_line_the_jobs_are_bars_and_nothing_is_said_of_a_line(tmp_path):
+def test_without_tokens_among_what_is_swept_the_jobs_are_bars(tmp_path):
     jobs = [
-        replace(job(n, 2048, line_error_bytes=None), values={"engine.page_size": str(size)})
+        replace(job(n, 2048), values={"engine.page_size": str(size)})
         for n, size in enumerate((1, 16))
     ]
-    record = sweep(*jobs, lines=(), checks=(), swept=("engine.page_size",))
+    record = sweep(*jobs, swept=("engine.page_size",))
     page = Page(sweep_page(record, tmp_path))
     assert {"page_size=1", "page_size=16"} <= {e["text"] for e in page.all("text")}
-    assert "the line" not in sweep_page(record, tmp_path)
-    assert page.table("Jobs")[1][3] == "6,294,528as planned"
+    assert "bytes a token" not in sweep_page(record, tmp_path)
+    assert page.table("Jobs")[1][3:5] == ["6,294,528", "exact"]
+
+
+def test_the_plot_joins_the_plans_of_jobs_that_differ_in_their_tokens_alone():
+    swept = ("engine.page_size", KEY)
+    jobs = [
+        replace(job(number, tokens), values={"engine.page_size": page, KEY: str(tokens)})
+        for number, (page, tokens) in enumerate(product(("1", "16"), (1024, 2048, 4096)))
+    ]
+    shapes = picture(sweep(*jobs, swept=swept)).shapes
+    plans = [s for s in shapes if isinstance(s, Line) and s.role == "peak" and s.x1 > s.x2 > 90]
+    assert len(plans) == 4
+    assert bytes_a_token(sweep(*jobs, swept=swept)) is None
 
 
 def test_a_sweep_that_has_measured_nothing_has_no_picture(tmp_path):
-    record = sweep(failed(0, 1), failed(1, 2), lines=(), checks=())
+    record = sweep(failed(0, 1), failed(1, 2))
     assert picture(record) is None
     assert Page(sweep_page(record, tmp_path)).all("figure") == []
 
