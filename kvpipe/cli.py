@@ -162,7 +162,7 @@ def _refuse_hosts_in_a_sweep(config: Kvpipe) -> None:
     if config.engine.nnodes > 1:
         raise InputError(
             f"engine.nnodes is {config.engine.nnodes}, but a sweep's jobs run on one host each; "
-            "type a run for each size on the hosts instead"
+            "start one run per size on the hosts instead"
         )
 
 
