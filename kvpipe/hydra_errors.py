@@ -69,7 +69,7 @@ def _no_such_file(error: MissingConfigException) -> str:
 def _unreadable(error: OverrideParseException) -> str:
     argument = error.override
     if "=" not in argument and not argument.startswith("~"):
-        return f"cannot read the argument {argument!r}: write KEY=VALUE; a verb stands first"
+        return f"cannot read the argument {argument!r}: write KEY=VALUE; a verb comes first"
     return (
         f"cannot read the argument {argument!r}; put quotes around a value with special "
         "characters, once for the shell and once for Hydra: 'KEY=\"VALUE\"'"

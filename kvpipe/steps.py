@@ -66,7 +66,7 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
         if isinstance(step, ParentPhase) and in_worker:
             raise InputError(
                 f"pipeline: {step.step!r} runs before the engine's process is started, "
-                f"so it has to stand before {in_worker!r}"
+                f"so it must come before {in_worker!r}"
             )
         if not isinstance(step, ParentPhase):
             in_worker = in_worker or step.step
@@ -95,8 +95,8 @@ def _check_names(config: Kvpipe) -> None:
             )
         if config.pipeline.count(name) > 1:
             raise InputError(
-                f"pipeline: {name!r} stands in it {config.pipeline.count(name)} times; "
-                f"give each its own name and say 'phases.<name>.use: {use_of(name, config)}'"
+                f"pipeline: {name!r} occurs {config.pipeline.count(name)} times; "
+                f"give each its own name and set 'phases.<name>.use: {use_of(name, config)}'"
             )
     for key, names in (
         ("phases", config.phases),
