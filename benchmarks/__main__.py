@@ -1,6 +1,6 @@
 """Run the benchmarks: ``make bench``. The last line is one JSON object with every number.
 
-Numbers of different runs are not comparable on a shared machine; what is compared is measured in
+Numbers of different runs are not comparable on a shared machine, so alternatives are measured in
 turns within one run.
 """
 
@@ -14,7 +14,7 @@ MODULES = ("weights", "kv", "supervision")
 
 
 def main() -> None:
-    """Measure what is named on the command line, by default everything."""
+    """Run the benchmarks named on the command line, by default all."""
     use_virtual_devices()
     measured: dict[str, float] = {}
     for name in sys.argv[1:] or MODULES:

@@ -1,4 +1,4 @@
-"""The virtual CPU devices of every benchmark: one a core of the machine that the goals are for."""
+"""The virtual CPU devices of every benchmark: one per core of the goals' machine."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ _READY = "KVPIPE_BENCHMARK"
 
 
 def use_virtual_devices() -> None:
-    """Let jax find :data:`DEVICES` CPU devices, in the environment that a run's worker has.
+    """Restart in a worker's environment with :data:`DEVICES` virtual CPU devices; call this first.
 
-    It is read as a process starts, so the benchmarks begin anew in it; to be called first.
+    Some variables are read only at process start, so the benchmarks re-execute themselves.
     """
     if _READY in os.environ:
         return

@@ -1,7 +1,7 @@
-"""Drop, rebuild, offload and restore of a KV pool of 1 GB, beside plain copies and fills of memory.
+"""Drop, rebuild, offload and restore of a 1 GB KV pool, next to plain copies and fills of memory.
 
-Each figure is the median of interleaved repetitions in one run: the machine is noisy, and only
-ratios within one run mean something.
+Each figure is the median of interleaved repetitions in one run: the machine is noisy, so only
+ratios within one run are meaningful.
 """
 
 import statistics
@@ -24,7 +24,7 @@ _REPETITIONS = 5
 
 
 def measure() -> dict[str, float]:
-    """Return the figures of the KV cache by their keys."""
+    """Return the figures of the KV cache by key."""
     with tempfile.TemporaryDirectory() as directory:
         engine = sglang.start(_config(), ensure(TinyModel(), Path(directory)), 60.0)
     size = sum(memory.bytes_of(kv_cache.buffers(engine)))
@@ -75,7 +75,7 @@ def _time(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> 
 
 
 def _per_layer(engine: Any) -> None:
-    """Make the pool's buffers as the engine does, layer by layer, and let go of them."""
+    """Create the pool's buffers as the engine does, layer by layer, and free them."""
     pool = engine.runner.token_to_kv_pool
     current = pool.kv_buffer
     pool._create_buffers()
@@ -85,9 +85,9 @@ def _per_layer(engine: Any) -> None:
 
 
 def _offload_and_restore(engine: Any, times: dict[str, list[float]]) -> None:
-    """Take every token, move the whole pool out and in, give the tokens back.
+    """Take every token, offload and restore the whole pool, and return the tokens.
 
-    On the scheduler's thread in one go: between two of its loops it would miss the tokens.
+    In one call on the scheduler's thread, because the scheduler's loop checks for missing tokens.
     """
     allocator = engine.runner.token_to_kv_pool_allocator
     taken = allocator.alloc(allocator.available_size())

@@ -1,7 +1,7 @@
-"""What a worker of its own costs: the tiny run with ``runner.isolate`` true and false, in turns.
+"""Cost of the worker process: the tiny run with ``runner.isolate`` true and false, in turns.
 
-The CPU time of a run, its children's too, is compared beside the time on the clock: the work of
-other processes disturbs it less.
+CPU time, including children, is compared as well as wall time, because other processes disturb it
+less.
 """
 
 import os
@@ -16,13 +16,13 @@ _DEVICES = 2
 
 
 def measure() -> dict[str, float]:
-    """Return seconds of both kinds of run, and what isolation adds to each, as a ratio."""
+    """Return the seconds of both kinds of run, and the overhead of isolation as ratios."""
     wall: dict[bool, list[float]] = {True: [], False: []}
     cpu: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as cwd:
-        _run(cwd, isolate=False)  # generates the checkpoint, warms the files up
+        _run(cwd, isolate=False)  # generates the checkpoint, warms the page cache
         for turn in range(_TURNS):
-            # The first of a pair is not always the same.
+            # Alternate which of a pair is first.
             for isolate in (True, False) if turn % 2 else (False, True):
                 wall_s, cpu_s = _run(cwd, isolate)
                 wall[isolate].append(wall_s)
@@ -38,14 +38,14 @@ def measure() -> dict[str, float]:
 
 
 def _added(measured: dict[bool, list[float]]) -> float:
-    """Return the median over the pairs of what isolation adds, as a share."""
+    """Return the median over the pairs of the relative overhead of isolation."""
     pairs = zip(measured[True], measured[False], strict=True)
     return statistics.median(isolated / together - 1 for isolated, together in pairs)
 
 
 def _run(cwd: str, isolate: bool) -> tuple[float, float]:
-    """Run the tiny experiment; return its seconds on the clock and of CPU."""
-    # The benchmarks' own devices are not the run's.
+    """Run the tiny experiment; return its wall and CPU seconds."""
+    # The run must not inherit the benchmarks' devices.
     inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     before, began = os.times(), time.monotonic()
     with tempfile.TemporaryFile() as output:

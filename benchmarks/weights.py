@@ -1,9 +1,9 @@
-"""How fast weights get into a live engine, beside the best that the machine can do.
+"""Speed of transferring weights into a live engine, next to the limits of the machine.
 
 All ways start from the same files in the page cache and are measured in turns. Memory is measured
-in a turn of its own, since sampling it costs time. ``sop_path`` is kvpipe's own phases with two sets
-alive, bfloat16 all the way; ``script_path`` goes through float16 in between, as the script does that
-kvpipe replaces.
+in a separate turn, since sampling costs time. ``sop_path`` uses kvpipe's own phases with two live
+sets, bfloat16 throughout; ``script_path`` casts through float16, as the script does that kvpipe
+replaces.
 """
 
 import statistics
@@ -41,7 +41,7 @@ MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat
 )
 CACHE = cache_dir(Kvpipe())
 TURNS = 5
-_SHARE = 0.5  # of the time is for sampling: what is sampled is not timed
+_SHARE = 0.5  # share of the time for sampling; a sampled turn is not timed
 WHOLE = (slice(None), slice(None))
 
 Run = Callable[[], Any]
@@ -58,7 +58,7 @@ def measure() -> dict[str, float]:
             memory.give_back_host_memory()
             began = time.perf_counter()
             run()
-            if turn:  # the first turn warms up
+            if turn:  # the first turn is a warm-up
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     set_bytes = weights.live_bytes(engine)
@@ -101,7 +101,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
     def swap() -> None:
         weights.stream(engine, Checkpoint.open(directory))
 
-    # The others run on the scheduler's thread too: its loop would take Python's lock now and then.
+    # The others run on the scheduler's thread too; its loop would take the GIL now and then.
     def engine_loader() -> None:
         model = _abstract_model(engine)
         model.load_weights(engine.runner.model_config, jax.random.key(0))
@@ -140,7 +140,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
 
 
 def _abstract_model(engine: sglang.SglangEngine) -> Any:
-    """Return what the engine's own loader gives ``load_weights`` to fill."""
+    """Return the model that the engine's own loader passes to ``load_weights``."""
     runner = engine.runner
     options = {"dtype": runner.dtype, "mesh": runner.mesh}
     if not compat.shards_explicitly():
@@ -151,7 +151,7 @@ def _abstract_model(engine: sglang.SglangEngine) -> Any:
 
 
 def _materialised(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree in memory of its own, kernels as [in, out], as the script's loader left it."""
+    """Return the tree copied to fresh memory, kernels as [in, out], as from the script's loader."""
     return {
         name: _materialised(node) if isinstance(node, dict) else node.copy()
         for name, node in tree.items()
@@ -159,7 +159,7 @@ def _materialised(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_bfloat16(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree in bfloat16, which the script's loader casts its float16 weights to."""
+    """Return the tree in bfloat16, to which the script casts its float16 weights."""
     return {
         name: _in_bfloat16(node) if isinstance(node, dict) else node.astype(ml_dtypes.bfloat16)
         for name, node in tree.items()
@@ -167,7 +167,7 @@ def _in_bfloat16(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peaks(run: Run, set_bytes: int) -> tuple[int, int]:
-    """Return the peak bytes of parameters on the devices, and how far RSS rises, while it runs."""
+    """Return the peak device bytes of parameters, and the rise of RSS, while it runs."""
     memory.give_back_host_memory()
     before = _memory()
     with PeakSampler(lambda: True, _SHARE) as sampler:
@@ -181,7 +181,7 @@ def _peaks(run: Run, set_bytes: int) -> tuple[int, int]:
 
 
 def _memory() -> Memory:
-    """Return what the devices and this process hold now."""
+    """Return the current memory of the devices and this process."""
     stats = [{"bytes_in_use": used} for used in memory.bytes_in_use()]
     return replace(process_memory(), jax_device_memory_stats=stats)
 

@@ -3,9 +3,8 @@
 make run
 .venv/bin/python docs/make_picture.py outputs/tiny/<date>/records.jsonl docs
 
-The table is printed by the very sink that prints it at a terminal, the timeline is that of the
-report; this file only chooses the frames. The first picture shows the run directory, so use a run
-from a directory that may be published.
+The console sink prints the table and the report draws the timeline; this file only adds the frames.
+The first picture shows the run directory, so use a run from a directory that may be published.
 """
 
 import io
@@ -67,7 +66,7 @@ def svg(records: Sequence[Record]) -> str:
 
 
 def timeline_svg(records: Sequence[Record]) -> str:
-    """Return the memory timeline of the run, in the colours of who looks at it."""
+    """Return the memory timeline of the run, in the viewer's light or dark colours."""
     return as_svg(timeline(run_of("run", records)))
 
 

@@ -1,7 +1,7 @@
-"""Draw how large a KV cache a rollout and training cycle allows, from plans: the picture in rl.md.
+"""Draw the largest KV cache of a rollout and training cycle, from plans: the picture in rl.md.
 
-The plans are the JSON lines of the sweep that stands in rl.md: for each machine and precision one
-with the KV cache dropped while training, and one with it kept. The table of rl.md goes to stdout.
+The plans are the JSON lines of the sweep in rl.md: for each machine and precision, one with the KV
+cache dropped while training and one with it kept. The table of rl.md goes to stdout.
 
 .venv/bin/python docs/make_rl_frontier.py frontier.jsonl docs/rl_frontier.svg
 """
@@ -34,14 +34,14 @@ DROPPED, KEPT = "#0a6b4a", "#b3441e"
 
 @dataclass(frozen=True)
 class Point:
-    """What the plans say of one machine and precision.
+    """The plans of one machine and precision.
 
     Attributes:
         machine, precision: names.
-        trainer_bytes: of a device.
+        trainer_bytes: bytes of the trainer on a device.
         needed: bytes that a device needs at the peak, with the cache dropped and kept.
         most: largest ``engine.max_total_tokens``, with the cache dropped and kept.
-        hbm_bytes: of a device.
+        hbm_bytes: memory of a device, in bytes.
     """
 
     machine: str
@@ -53,7 +53,7 @@ class Point:
 
 
 def points(plans: Sequence[dict[str, Any]]) -> list[Point]:
-    """Return the points of the sweep's plans, which stand in its order."""
+    """Return the points of the sweep's plans, in the sweep's order."""
     keys = [(machine, precision) for machine in MACHINES for precision in PRECISIONS]
     pairs = list(zip(plans[::2], plans[1::2], strict=True))
     found = []
@@ -80,7 +80,7 @@ def _pools_in_training(plan: dict[str, Any]) -> dict[str, int]:
 
 
 def _needed(plan: dict[str, Any]) -> int:
-    """Return the bytes of a device at the peak, temporaries counted."""
+    """Return the bytes of a device at the peak, including temporaries."""
     peak = plan["fit"]["peak_phase"]
     held = next(p["max_device_bytes"] for p in plan["phases"] if p["name"] == peak)
     return held + plan["fit"]["temp_bytes"]
@@ -106,7 +106,7 @@ def table(found: Sequence[Point]) -> str:
 
 
 def svg(found: Sequence[Point]) -> str:
-    """Return the picture: a panel for each machine."""
+    """Return the picture: one panel per machine."""
     parts = [
         _text(LEFT, 26, "Largest KV cache of the cycle, in tokens", 17, INK, weight=600),
         *_legend(),
@@ -184,7 +184,7 @@ def _panel(mine: Sequence[Point], left: float, first: bool) -> list[str]:
             f"<title>{escape(title)}</title></circle>"
         )
         if point.precision in ("float32", "bfloat16"):
-            # Below its point, and beside it if the axis is there.
+            # Below its point, or next to it near the axis.
             near_axis = point.most[1] < 200_000
             at, anchor = (x - 10, "end") if near_axis else (x, "middle")
             y = _y(point.most[1]) + (12 if near_axis else 20)

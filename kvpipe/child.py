@@ -1,7 +1,7 @@
-"""A child process that speaks JSON lines, both ends of it: the worker's and the planner's.
+"""A child process that speaks JSON lines, both ends: used for the worker and the planner.
 
-Jobs come in on its standard input. What it reports goes out on a pipe of its own, so that nothing
-the engine prints can come between the lines; stdout and stderr are the engine's log.
+Jobs arrive on its standard input. It reports on a separate pipe, so that the engine's output cannot
+interleave with the lines; stdout and stderr are the engine's log.
 """
 
 import json
@@ -23,11 +23,11 @@ import psutil
 _LOG_TAIL_LINES = 8
 _READ_BYTES = 1 << 16
 _POLL_S = 0.01
-# A child that has closed its pipe is on its way out.
+# A child that has closed its pipe is about to exit.
 _DYING_S = 10.0
 STACKS_FILE = "stacks.txt"
 _STACKS_S = 5.0
-# One that is killed may have started another in the meantime.
+# A killed process may have started another one in the meantime.
 _KILL_ROUNDS = 10
 
 Wait = Callable[[int], None]
@@ -38,11 +38,11 @@ class Child:
     """The parent's end.
 
     Attributes:
-        process: the child, leader of a process group of its own.
-        jobs: its standard input; the child takes the end of it for the parent's.
+        process: the child, leader of its own process group.
+        jobs: its standard input; its end of file tells the child that the parent has ended.
         reports: descriptor of the pipe on which it reports.
-        log: where its stdout and stderr go.
-        scratch: its directory for temporary files, which goes when it has ended.
+        log: file of its stdout and stderr.
+        scratch: its directory for temporary files, removed after it has ended.
     """
 
     process: subprocess.Popen[str]
@@ -52,21 +52,21 @@ class Child:
     scratch: Path
 
     def send(self, job: Mapping[str, Any]) -> None:
-        """Give the child a job; one that has ended gets none, as its reports will show."""
+        """Send the child a job; do nothing if it has ended, which its reports will show."""
         with suppress(BrokenPipeError):
             send(self.jobs, job)
 
     def end_jobs(self) -> None:
-        """Tell the child that no job follows."""
+        """Close the child's input: no job follows."""
         with suppress(BrokenPipeError):
             self.jobs.close()
 
     def lines(self, wait: Wait | None = None) -> Iterator[str]:
-        """Yield the lines that the child sends until it closes the pipe; a torn last is left out.
+        """Yield the child's lines until it closes the pipe, except an incomplete last one.
 
         Args:
-            wait: called with the pipe's descriptor, to return once there is something to read;
-                whatever it raises loses no line.
+            wait: called with the pipe's descriptor, to block until it is readable; an exception
+                from it loses no line.
         """
         pending = b""
         while True:
@@ -79,13 +79,13 @@ class Child:
             yield from (line.decode() for line in lines)
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield what the child sends until it closes the pipe."""
+        """Yield the messages that the child sends until it closes the pipe."""
         return map(json.loads, self.lines())
 
     def ended_by(self) -> int | None:
-        """Return the exit code of the child, minus n if signal n ended it, once it has ended.
+        """Return the child's exit code, or -n if signal n ended it; None while it runs.
 
-        None is for one that lives on. It is not reaped: until then its id is no other process's.
+        The child is not reaped, so its process id stays reserved.
         """
         if self.process.returncode is not None:
             return self.process.returncode
@@ -96,7 +96,7 @@ class Child:
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def how_it_ended(self) -> str:
-        """Say in words how the child ended."""
+        """Describe how the child ended."""
         code = self.ended_by()
         if code is None:
             return "closing its pipe without an exit"
@@ -108,10 +108,10 @@ class Child:
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def write_stacks(self) -> str:
-        """Let the child write what each of its threads does; return it.
+        """Make the child write the stacks of its threads; return them.
 
-        It has to be one that does so (:mod:`kvpipe.worker_process`). The text is empty if it does
-        not manage within seconds.
+        The child must support it (:mod:`kvpipe.worker_process`). The text is empty if the child
+        does not respond within seconds.
         """
         stacks = self.scratch / STACKS_FILE
         if not stacks.exists():
@@ -126,10 +126,11 @@ class Child:
         return text
 
     def kill(self) -> None:
-        """End the child, its process group, and what else it has started, at once."""
+        """Kill the child, its process group, and any other process that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        # Those that have left the group, and may have lost their parent, still have its scratch.
+        # Processes that left the group and lost their parent still have its scratch directory as
+        # TMPDIR.
         for _ in range(_KILL_ROUNDS):
             left = [p for p in psutil.process_iter() if self._is_stray(p)]
             if not left:
@@ -140,12 +141,12 @@ class Child:
             psutil.wait_procs(left, timeout=1.0)
 
     def _is_stray(self, process: psutil.Process) -> bool:
-        """Whether a process has the child's directory for temporary files; not the child itself."""
+        """Whether a process other than the child has the child's scratch directory as TMPDIR."""
         return process.pid != self.process.pid and _temporary_of(process) == str(self.scratch)
 
 
 def _temporary_of(process: psutil.Process) -> str | None:
-    """Return the TMPDIR of a process; None for one that has ended or is another user's."""
+    """Return the TMPDIR of a process; None if it has ended or belongs to another user."""
     try:
         return process.environ().get("TMPDIR")
     except psutil.Error:
@@ -156,13 +157,13 @@ def _temporary_of(process: psutil.Process) -> str | None:
 def start_child(
     module: str, log: Path, environ: Mapping[str, str], shutdown_timeout_s: float
 ) -> Iterator[Child]:
-    """Start ``python -m module FD``; at the end give it time to leave, then end its whole group.
+    """Start ``python -m module FD``; on exit let it finish, then kill its whole process group.
 
     Args:
-        module: what to run; it reports on descriptor FD.
+        module: the module to run; it reports on descriptor FD.
         log: file for its stdout and stderr.
-        environ: its environment; TMPDIR becomes a directory of its own, which goes at the end.
-        shutdown_timeout_s: seconds that it may take to end once its input has ended.
+        environ: its environment; TMPDIR is set to a new directory, removed at the end.
+        shutdown_timeout_s: seconds that it may take to exit once its input is closed.
     """
     read_fd, write_fd = os.pipe()
     scratch = Path(tempfile.mkdtemp(prefix="kvpipe-"))
@@ -198,7 +199,7 @@ def start_child(
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove a directory that parent and child may both be removing."""
+    """Remove a directory that parent and child may be removing at the same time."""
 
     def unless_gone(function: Any, path: str, error: BaseException) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -208,7 +209,7 @@ def remove_tree(directory: Path) -> None:
 
 
 def _ends_within(process: subprocess.Popen[str], seconds: float) -> bool:
-    """Wait for the end of a process without reaping it; return whether it came."""
+    """Wait for a process to end without reaping it; return whether it ended in time."""
     deadline = time.monotonic() + seconds
     flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
     while os.waitid(os.P_PID, process.pid, flags) is None:

@@ -1,4 +1,4 @@
-"""The command line: a verb, then Hydra overrides. The composition root; no phase names here.
+"""The command line: a verb, then Hydra overrides. The composition root; it must not name phases.
 
 Exit codes: :data:`kvpipe.errors.EXIT_CODES`.
 """
@@ -60,7 +60,7 @@ from kvpipe.versions import installed_versions
 if TYPE_CHECKING:
     from kvpipe.report.comparison import Comparison
 
-# Where a shell puts the line that is to be completed.
+# Variable in which a shell passes the line to complete.
 _COMP_LINE = "COMP_LINE"
 _PLANNERS = Planners(secrets=(API_KEY,))
 
@@ -74,19 +74,20 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SystemExit: help was asked for, a flag is unknown, or a signal ended a job of a sweep.
     """
-    # Hydra would print its own message and exit 1; its errors are told here, like all others.
+    # Hydra would print its own message and exit 1; its errors are reported here, like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with _PLANNERS:
         try:
             return _told(lambda: _compose_and_act(argv[1:]))
         except Exception:
-            # What is no person's mistake at the terminal must not look like one.
+            # A defect must not look like a mistake of the person at the terminal: print the
+            # traceback.
             _tell(traceback.format_exc())
             return DEFECT
 
 
 def run(config: Kvpipe, plain: dict[str, Any]) -> int:
-    """Carry the run out; everything that can be wrong with the input is refused before it."""
+    """Execute a run, after refusing everything that can be wrong with the input."""
     from kvpipe import supervisor
     from kvpipe.sinks.wandb import WandbSink
 
@@ -126,10 +127,10 @@ def run(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 @contextmanager
 def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
-    """Yield what takes the records: on the first host all sinks, on another what a failure leaves.
+    """Yield the receivers of the records: all sinks on rank 0, only failed records on other hosts.
 
     Raises:
-        InputError: the file of the records cannot be made.
+        InputError: the records file cannot be created.
     """
     from kvpipe.sinks.failed_records import FailedRecords
     from kvpipe.sinks.report import ReportPage, TimelinePicture
@@ -138,7 +139,7 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
         yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
         return
     with _records_file(run_dir) as records:
-        # W&B first: what it cannot take at the end has to stand in the other sinks' last record.
+        # W&B first: the other sinks' last record must include an error that W&B has at the end.
         # The picture before it, because W&B shows it.
         yield Sinks(
             [
@@ -153,15 +154,15 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
 
 
 def _refuse_hosts_in_a_sweep(config: Kvpipe) -> None:
-    """Refuse a job over several hosts: those after the first have no records to tell a sweep from.
+    """Refuse a job over several hosts, because ranks after 0 write no records for the sweep.
 
     Raises:
-        InputError: it is one.
+        InputError: the job runs on several hosts.
     """
     if config.engine.nnodes > 1:
         raise InputError(
             f"engine.nnodes is {config.engine.nnodes}, but a sweep's jobs run on one host each; "
-            "type a run for each size on the hosts instead"
+            "start one run per size on the hosts instead"
         )
 
 
@@ -176,7 +177,7 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
 
 
 def _taken_over(started: RunStarted, run_dir: Path) -> bool:
-    """Let a finished run stand for this job of a sweep, if there is one; say so."""
+    """Reuse a finished run's records for this job of a sweep, if there is one, and report it."""
     from kvpipe.sweeps.resume import finished_run, take_over
 
     found = finished_run(started, run_dir, Path(HydraConfig.get().sweep.dir))
@@ -193,10 +194,10 @@ def _is_job() -> bool:
 
 
 def _refuse_secrets(plain: dict[str, Any]) -> None:
-    """Refuse a config that holds a secret; Hydra has written it down by now, so that goes.
+    """Refuse a config that contains a secret, and remove the copy that Hydra has already written.
 
     Raises:
-        InputError: it does.
+        InputError: it contains one.
     """
     try:
         refuse_secrets(plain, _api_key(plain))
@@ -211,10 +212,10 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
 
 
 def _records_file(run_dir: Path) -> JsonFile:
-    """Return the file of the records.
+    """Return the records file.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     try:
         return JsonFile(run_dir / RECORDS_FILE)
@@ -223,20 +224,20 @@ def _records_file(run_dir: Path) -> JsonFile:
 
 
 def _command() -> str:
-    """Return the command line that does this run, or this job of a sweep, again."""
+    """Return the command line that repeats this run, or this job of a sweep."""
     hydra_config = HydraConfig.get()
     return command_line(hydra_config, hydra_config.overrides.task)
 
 
 def _api_key(plain: dict[str, Any]) -> str | None:
-    """Return the W&B API key; the ``.env`` of this directory is read only where it is needed."""
+    """Return the W&B API key; this directory's ``.env`` is read only if the key is needed."""
     if plain["tracking"]["mode"] == TrackingMode.online.value:
         return wandb_api_key(Path(HydraConfig.get().runtime.cwd), os.environ)
     return os.environ.get(API_KEY)
 
 
 def _screen(output: OutputFormat) -> Sink:
-    """Return what shows the run on stdout: a table for people, JSON lines for pipes."""
+    """Return the sink for stdout: a table for people, JSON lines for pipes."""
     if _shown(output) is OutputFormat.json:
         return JsonLines(sys.stdout)
     from kvpipe.sinks.console import ConsoleTable
@@ -245,14 +246,14 @@ def _screen(output: OutputFormat) -> Sink:
 
 
 def _shown(output: OutputFormat) -> OutputFormat:
-    """Return what stdout shows."""
+    """Return the format of stdout, with ``auto`` resolved."""
     if output is not OutputFormat.auto:
         return output
     return OutputFormat.table if sys.stdout.isatty() else OutputFormat.json
 
 
 def _heartbeat(config: Kvpipe) -> list[Sink]:
-    """Return what writes a line to stderr now and then, unless a terminal shows the run live."""
+    """Return the heartbeat on stderr, unless a terminal shows the run live."""
     live = config.output is not OutputFormat.json and sys.stdout.isatty()
     if live or config.runner.heartbeat_s is None:
         return []
@@ -260,7 +261,7 @@ def _heartbeat(config: Kvpipe) -> list[Sink]:
 
 
 def _checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
-    """Return the steps after every check of the input that needs no jax."""
+    """Return the steps after every input check that needs no jax."""
     steps = build_steps(config)
     check_order(steps)
     check_mesh(config.engine)
@@ -271,7 +272,7 @@ def _checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
 
 
 def check(config: Kvpipe, plain: dict[str, Any]) -> int:
-    """Fold what the steps declare and say that their order holds."""
+    """Check the order of the steps by folding their declared effects, and print the result."""
     steps = _checked_steps(config)
     print(f"{config.experiment}: {len(steps)} steps, their order holds")
     return 0
@@ -303,7 +304,7 @@ def plan(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 @contextmanager
 def _opened(key: str, file: str | None) -> Iterator[TextIO]:
-    """Yield ``file``, the value of ``key``, to write in, or stdout without one."""
+    """Yield a stream to ``file``, the value of ``key``; without a file, stdout."""
     if file is None:
         yield sys.stdout
         return
@@ -315,10 +316,10 @@ def _opened(key: str, file: str | None) -> Iterator[TextIO]:
 
 
 def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
-    """Print what a change of files or overrides costs, experiment by experiment.
+    """Print the cost in bytes of changed files or overrides, experiment by experiment.
 
     Raises:
-        KvpipeError: it costs more than the budget.
+        KvpipeError: the cost exceeds the budget.
     """
     from kvpipe import revisions
     from kvpipe.report.comparison_report import plans_as_markdown
@@ -340,13 +341,13 @@ def compare_plans(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 def _common_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that both sides of a comparison have."""
+    """Return the overrides common to both sides of a comparison."""
     own = ("compare_plans.", "experiment=")
     return [text for text in overrides if not text.lstrip("+~").startswith(own)]
 
 
 def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
-    """Print what each phase, or the one that is asked for, does, takes and needs."""
+    """Print the documentation of each phase, or of the requested one."""
     from kvpipe.phase_docs import describe
     from kvpipe.report import phases as report
 
@@ -365,10 +366,10 @@ def phases(config: Kvpipe, plain: dict[str, Any]) -> int:
 
 
 def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
-    """Write the report of a run or of a sweep again, from the records.
+    """Rewrite the report of a run or a sweep from its records.
 
     Raises:
-        KvpipeError: there are no records, or it cannot be written.
+        KvpipeError: there are no records, or the report cannot be written.
     """
     from kvpipe.report.run import read_run, records_file
     from kvpipe.sinks.report import write_page, write_timeline
@@ -390,7 +391,7 @@ def report(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
 
 
 def _report_folder(config: Kvpipe, own: Path) -> Path:
-    """Return where a report goes, ``own`` if the config names no directory.
+    """Return the directory of a report: the configured one, else ``own``.
 
     Raises:
         InputError: there is no such directory.
@@ -402,15 +403,15 @@ def _report_folder(config: Kvpipe, own: Path) -> Path:
 
 
 def compare(config: Kvpipe, plain: dict[str, Any], paths: Sequence[Path]) -> int:
-    """Print what differs between runs, each further one held against the first.
+    """Print the differences between runs, comparing each further run with the first.
 
     Raises:
-        KvpipeError: a side cannot be read, or what differs is beyond the thresholds.
+        KvpipeError: a side cannot be read, or a difference exceeds its threshold.
     """
     from kvpipe.report.comparison import Comparison
     from kvpipe.report.side import read_side
 
-    # Each side has a letter of its own.
+    # Each side is named by one letter.
     if not 2 <= len(paths) <= 26:
         raise InputError(
             f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
@@ -436,7 +437,7 @@ def _compared(comparison: "Comparison", config: CompareConfig) -> str:
 
 
 def doctor(config: Kvpipe, plain: dict[str, Any]) -> int:
-    """Print what this machine has, and return 1 if the experiment could not run on it."""
+    """Print the state of this machine; return 1 if the experiment could not run on it."""
     from kvpipe import doctor
     from kvpipe.sinks.wandb import find_server
 
@@ -460,14 +461,14 @@ VERBS: dict[str, Callable[..., int]] = {
     "compare": compare,
     "doctor": doctor,
 }
-# What a word after the verb is short for.
+# The key that a bare word after the verb sets.
 _WORD_AFTER = {"phases": "describe.phase"}
-# What these read is named by paths, which stand before the overrides.
+# Verbs that read paths, given before the overrides.
 _TAKE_PATHS = ("report", "compare")
 
 
 def _split_paths(verb: str, arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the paths that a verb reads, and the arguments that are Hydra's."""
+    """Split the arguments into the paths that a verb reads and the arguments for Hydra."""
     if verb not in _TAKE_PATHS:
         return [], list(arguments)
     given = list(itertools.takewhile(_is_path, arguments))
@@ -475,12 +476,12 @@ def _split_paths(verb: str, arguments: Sequence[str]) -> tuple[list[Path], list[
 
 
 def _is_path(argument: str) -> bool:
-    """Return whether an argument is no flag and no override; a directory's name may have a '='."""
+    """Whether an argument is a path, not a flag or override; a directory's name may contain '='."""
     return _is_word(argument) or ("=" in argument and Path(argument).exists())
 
 
 def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the verb and the rest; a bare first word is a verb, none means run.
+    """Return the verb and the rest; a bare first word is the verb, by default ``run``.
 
     Raises:
         InputError: there is no such verb.
@@ -496,27 +497,27 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _without_verb(line: str) -> str:
-    """Return a command line that is being typed as Hydra's completion can read it."""
+    """Return a partly typed command line without its verb, as Hydra's completion expects it."""
     program, _, typed = line.partition(" ")
     verb, space, rest = typed.lstrip().partition(" ")
     return f"{program} {rest}" if space and verb in VERBS else line
 
 
 def _is_word(argument: str) -> bool:
-    """Return whether an argument is neither a flag nor an override."""
+    """Whether an argument is neither a flag nor an override."""
     return not argument.startswith(("-", "+", "~")) and "=" not in argument
 
 
 @dataclass
 class Task:
-    """What Hydra calls with each config that it has composed: once, or once for a job of a sweep.
+    """Callback for each config that Hydra composes: once, or once per job of a sweep.
 
-    A launcher may call a copy of it in another process, so a sweep's end is read from records;
-    ``codes`` has only what happened here.
+    A launcher may call a copy of it in another process, so a sweep is summarised from records;
+    ``codes`` covers this process only.
 
     Attributes:
-        verb: what is done with the config.
-        paths: what the verb reads, if it is one of those that take paths.
+        verb: the verb to run with the config.
+        paths: paths for the verb, if it reads any.
         codes: the exit codes so far.
     """
 
@@ -525,13 +526,13 @@ class Task:
     codes: list[int] = field(default_factory=list)
 
     def __call__(self, composed: DictConfig) -> int:
-        """Act on a config and return the exit code.
+        """Run the verb with a config and return the exit code.
 
         Raises:
             SystemExit: a signal ended the run: Ctrl-C ends a sweep, not only its current job.
         """
         self.codes.append(0)
-        # Hydra adds a line of its own to what a job raises, so a job tells its errors itself.
+        # Hydra adds a line of its own to an exception from a job, so report the error here.
         code = self.codes[-1] = _told(lambda: self._act(composed))
         if code > SIGNALLED:
             sys.exit(code)
@@ -553,7 +554,7 @@ class Task:
 
 
 def _record_refusal(error: Exception) -> None:
-    """Leave the record of a job of a sweep that was refused before anything was started."""
+    """Write the record of a sweep's job that was refused before anything started."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     told = _input_error(error)
     redact = redactor(os.environ, None)
@@ -570,7 +571,7 @@ def _record_refusal(error: Exception) -> None:
 
 
 def _compose_and_act(arguments: Sequence[str]) -> int:
-    """Let Hydra compose each config and act on it; return the exit code of all of it."""
+    """Let Hydra compose each config and run the verb with it; return the overall exit code."""
     verb, rest = _split_verb(arguments)
     paths, overrides = _split_paths(verb, rest)
     if _COMP_LINE in os.environ:
@@ -586,7 +587,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
             sweep = _sweep_finished(verb)
             told = isinstance(error, (KvpipeError, *COMPOSITION_ERRORS))
             if sweep and sweep.exit_code and isinstance(error, Exception) and not told:
-                # What a launcher, or a defect, has thrown; the jobs and their records stand.
+                # Raised by a launcher or a defect; the jobs and their records remain valid.
                 _tell(traceback.format_exc())
                 return sweep.exit_code
             raise
@@ -603,13 +604,13 @@ def _let_hydra_call(task: Task) -> None:
     except (OSError, ValueError) as error:
         if task.codes:
             raise
-        # Before the first job: a run directory that cannot be made, GROUP=3, a YAML file that
-        # is not UTF-8.
+        # Raised before the first job: a run directory that cannot be created, GROUP=3, a YAML file
+        # that is not UTF-8.
         raise InputError(str(error)) from None
 
 
 def _sweep_finished(verb: str) -> SweepFinished | None:
-    """Write and show what a sweep has found; None if there was none, or no job got so far.
+    """Write and show the summary of a sweep; None if there was no sweep, or no job started.
 
     Raises:
         KvpipeError: it cannot be written.
@@ -630,7 +631,7 @@ def _sweep_finished(verb: str) -> SweepFinished | None:
 
 @contextmanager
 def _run_dir(verb: str) -> Iterator[list[str]]:
-    """Yield the overrides that send Hydra's own files where they leave no trace, but for a run."""
+    """Yield overrides that keep Hydra's files out of the working directory, except for a run."""
     if verb == _RUN:
         yield []
         return
@@ -643,7 +644,7 @@ def _run_dir(verb: str) -> Iterator[list[str]]:
 
 
 def _told(work: Callable[[], int]) -> int:
-    """Do ``work`` and return its exit code; an error meant for people is told and gives its own."""
+    """Return the exit code of ``work``, or of its error, which is printed if meant for people."""
     try:
         return work()
     except KvpipeError as error:
@@ -655,10 +656,10 @@ def _told(work: Callable[[], int]) -> int:
 
 
 def _input_error(error: Exception) -> InputError:
-    """Return what is told of a config that is wrong."""
+    """Convert an error of a wrong config to the error to report."""
     return error if isinstance(error, InputError) else InputError(one_message(error))
 
 
 def _tell(text: str) -> None:
-    """Write to stderr, without the secrets of the environment."""
+    """Write to stderr, with the environment's secrets redacted."""
     print(redactor(os.environ, None).text(text), end="", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The W&B API key and other secrets: where they may come from, and where they must not go.
 
 The key comes from the environment or from a ``.env`` that nobody else can read. Secrets must not
-get into the config, which is recorded and uploaded, nor into records, logs and messages.
+reach the config, which is recorded and uploaded, nor records, logs or messages.
 """
 
 import json
@@ -16,18 +16,18 @@ from kvpipe.errors import InputError
 API_KEY = "WANDB_API_KEY"
 REDACTED = "[redacted]"
 _OTHERS_BITS = 0o077
-# W&B's keys have at least 40 characters; a much shorter one would be found in any text.
+# W&B keys have at least 40 characters; a much shorter value would match in any text.
 _SHORTEST_KEY = 20
 _LINE = re.compile(r"(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?P<value>.*)")
 _QUOTED = re.compile(r"""(?P<quote>['"])(?P<value>.*?)(?P=quote)\s*(?:\#.*)?""")
-# "token" counts only as the whole name or its last word: max_new_tokens is no secret.
+# "token" counts only as the whole name or its last word: max_new_tokens is not a secret.
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:(?:api|access|private|secret)_?key|token|secret|passw(?:or)?d|credentials?)$"
 )
 
 
 def wandb_api_key(directory: Path, environ: Mapping[str, str]) -> str | None:
-    """Return the W&B API key of the environment, else that of ``directory/.env``, else None.
+    """Return the W&B API key of the environment, else of ``directory/.env``, else None.
 
     Raises:
         InputError: others may read the ``.env``, or one of its lines is not KEY=VALUE.
@@ -41,10 +41,10 @@ def wandb_api_key(directory: Path, environ: Mapping[str, str]) -> str | None:
 
 
 def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
-    """Refuse a config that holds a secret.
+    """Refuse a config that contains a secret.
 
     Raises:
-        InputError: an option is named like a secret and has a value, or a value holds the API key.
+        InputError: an option with a secret's name has a value, or a value contains the API key.
     """
     key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
     for path, value in _leaves(config, ""):
@@ -58,7 +58,7 @@ def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
 
 @dataclass(frozen=True)
 class Redactor:
-    """Takes secrets out of texts and files.
+    """Redacts secrets in texts and files.
 
     Attributes:
         secrets: their values.
@@ -67,13 +67,13 @@ class Redactor:
     secrets: tuple[str, ...] = ()
 
     def text(self, text: str) -> str:
-        """Return ``text`` with a mark in place of each secret; it may be JSON."""
+        """Return ``text`` with each secret replaced by a mark; the text may be JSON."""
         for secret in self.secrets:
             text = text.replace(secret, REDACTED).replace(json.dumps(secret)[1:-1], REDACTED)
         return text
 
     def file(self, path: Path) -> None:
-        """Write a file anew without the secrets, if it is there and has one in it.
+        """Redact a file in place, if it exists and contains a secret.
 
         Raises:
             OSError: it cannot be written, e.g. because the disk is full.
@@ -88,10 +88,10 @@ class Redactor:
 
 
 def redactor(environ: Mapping[str, str], api_key: str | None) -> Redactor:
-    """Return what takes the API key, and every secret of the environment, out of a text.
+    """Return a redactor for the API key and every secret of the environment.
 
-    A variable holds a secret if its name says so, e.g. ``HF_TOKEN``; a value that is much shorter
-    than a key is none, since it would be found in any text.
+    A variable is a secret if its name says so, e.g. ``HF_TOKEN``, and its value is not much shorter
+    than a key: a short value would match in any text.
     """
     named = (value.strip() for name, value in environ.items() if _names_a_secret(name))
     found = {value for value in (api_key or "", *named) if len(value) >= _SHORTEST_KEY}
@@ -112,7 +112,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        # The decoder's own message shows bytes of the file, so it is not passed on.
+        # The decoder's own message shows bytes of the file, so it is not included.
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
     values: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):

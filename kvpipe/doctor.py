@@ -1,6 +1,7 @@
-"""What this machine has, and whether the chosen experiment could run on it.
+"""Report what this machine has, and whether the chosen experiment could run on it.
 
-The parent looks at what needs no jax; a child (:mod:`kvpipe.doctor_probe`) looks for the devices.
+The parent inspects everything that needs no jax; a child (:mod:`kvpipe.doctor_probe`) looks for the
+devices.
 """
 
 import importlib.metadata
@@ -41,7 +42,7 @@ _LITTLE_RAM = 2 << 30
 
 
 class Level(StrEnum):
-    """How good it is: ``bad`` means that the experiment could not run."""
+    """Level of a finding; ``bad`` means that the experiment cannot run."""
 
     OK = "ok"
     WARN = "warn"
@@ -53,10 +54,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: how good it is.
-        about: what was looked at.
-        found: what it is.
-        todo: what to do about it; empty if it is well.
+        level: its level.
+        about: the thing inspected.
+        found: its state.
+        todo: the remedy; empty if none is needed.
     """
 
     level: Level
@@ -76,13 +77,13 @@ def examine(
     find_server: Callable[[float], str],
     secrets: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Yield what is found, as it is found.
+    """Yield the findings, one by one.
 
     Args:
-        config: the typed config of the experiment, every check of which has passed.
+        config: the experiment's typed config, which has passed every check.
         plain: the same as plain values.
         steps: its steps.
-        find_server: reaches W&B's server within seconds and returns its address.
+        find_server: contacts W&B's server within seconds and returns its address.
         secrets: environment variables that no child must see.
     """
     yield from _versions()
@@ -146,7 +147,7 @@ def _libtpu_lock(device: str) -> Finding:
 def _wandb(
     config: Kvpipe, steps: Sequence[Phase], find_server: Callable[[float], str]
 ) -> Iterator[Finding]:
-    """Say whether W&B can be had as the config asks; never the key itself."""
+    """Check W&B for the configured mode, without showing the key."""
     mode = config.tracking.mode
     used = any(facts.WANDB in planned.effect.leaves for planned in check_order(steps))
     needed = used and mode is TrackingMode.online
@@ -172,7 +173,7 @@ def _wandb(
 
 
 def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
-    """Say where the model comes from, and whether there is a token; never the token itself."""
+    """Check the source of the model and the presence of a token, without showing the token."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -198,7 +199,7 @@ def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
 
 
 def _devices(config: Kvpipe, plain: Mapping[str, Any], secrets: Sequence[str]) -> Iterator[Finding]:
-    """Ask a child of its own for what jax finds, and plan the experiment for that."""
+    """Ask a child process for jax's devices, and plan the experiment for them."""
     with tempfile.TemporaryDirectory(prefix="kvpipe-doctor-") as directory:
         scratch = Path(directory)
         environ = {k: v for k, v in os.environ.items() if k not in secrets}
@@ -214,7 +215,7 @@ def _model_dir(config: Kvpipe, scratch: Path) -> str | None:
     try:
         check_shape(config)
     except InputError:
-        return None  # a model of the hub, whose shape is not known here
+        return None  # a hub model, whose shape is unknown here
     return str(shape_dir(config, scratch))
 
 

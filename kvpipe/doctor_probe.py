@@ -1,4 +1,4 @@
-"""What the doctor has to ask jax and the engine, in a child process of its own."""
+"""The doctor's questions to jax and the engine, asked in a separate child process."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from kvpipe.steps import build_steps
 
 
 def main() -> None:
-    """Entry of ``python -m kvpipe.doctor_probe FD``: one job on stdin, one answer on FD."""
+    """Entry point of ``python -m kvpipe.doctor_probe FD``: one job on stdin, one answer on FD."""
     job = json.loads(sys.stdin.readline())
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
         send(channel, _answer(job))
-    # The TPU's runtime has threads in which Python's own way out can hang.
+    # Python's normal exit can hang in the threads of the TPU's runtime.
     os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""The errors that kvpipe raises on purpose, and every exit code that it ends a process with.
+"""The errors that kvpipe raises on purpose, and every exit code of its processes.
 
-Anything else that escapes is a defect of kvpipe and keeps its traceback.
+Any other exception that escapes is a defect of kvpipe and keeps its traceback.
 """
 
 import errno
@@ -14,7 +14,7 @@ OUT_OF_MEMORY = 4
 TIMED_OUT = 5
 # EX_SOFTWARE of sysexits.h.
 DEFECT = 70
-# A process that signal n ended is told apart by 128 + n, as shells do.
+# A process ended by signal n exits with 128 + n, as in shells.
 SIGNALLED = 128
 
 EXIT_CODES = {
@@ -28,24 +28,24 @@ EXIT_CODES = {
     f"{SIGNALLED} + n": "interrupted by signal n: 130 Ctrl-C, 143 terminated",
 }
 
-# What jax, the C++ library and Linux say when there is no memory left.
+# How jax, the C++ library and Linux report that no memory is left.
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "std::bad_alloc", "MemoryError", "Cannot allocate memory")
 
 
 class KvpipeError(Exception):
-    """Base of every error that is meant for the person at the terminal."""
+    """Base of every error whose message is for the person at the terminal."""
 
     exit_code: ClassVar[int] = CHECK_FAILED
 
 
 class InputError(KvpipeError):
-    """The input is wrong (config, file, option, order of steps): nothing was started."""
+    """The input is wrong (config, file, option, order of steps), and nothing was started."""
 
     exit_code: ClassVar[int] = BAD_INPUT
 
 
 class PhaseError(KvpipeError):
-    """A phase failed, whatever failed it."""
+    """A phase failed, for whatever reason."""
 
     exit_code: ClassVar[int] = FAILED
 
@@ -69,18 +69,18 @@ class OutOfMemory(KvpipeError):
 
 
 class TimedOut(KvpipeError):
-    """A time limit of the config was reached."""
+    """A time limit of the config expired."""
 
     exit_code: ClassVar[int] = TIMED_OUT
 
 
 def says_no_memory(text: str) -> bool:
-    """Whether a message or a log says that an allocation failed."""
+    """Whether a message or a log reports a failed allocation."""
     return any(sign in text for sign in _NO_MEMORY)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, is a failed allocation."""
+    """Whether an error, or one in its chain of causes, is a failed allocation."""
     if isinstance(error, MemoryError | OutOfMemory):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -91,6 +91,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure_of(step: str, error: Exception) -> KvpipeError:
-    """Return what a step's own exception is for the person at the terminal."""
+    """Convert an exception of a step to an error for the person at the terminal."""
     message = f"step {step!r}: {type(error).__name__}: {error}"
     return OutOfMemory(message) if is_out_of_memory(error) else PhaseError(message)

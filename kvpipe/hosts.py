@@ -1,7 +1,7 @@
-"""The hosts of a slice, as the parent knows them: which of them this one is, and which has ended.
+"""The hosts of a slice, as the parent sees them: the rank of this one, and which host ended.
 
-The same command is typed on each host. What they say to each other while the engine runs is in
-:mod:`kvpipe.engine.lockstep`.
+The same command runs on each host. :mod:`kvpipe.engine.lockstep` exchanges values between them
+while the engine runs.
 """
 
 import re
@@ -12,13 +12,13 @@ from kvpipe.jax_environment import device_total
 from kvpipe.schema import EngineConfig, Kvpipe
 
 RANK_VARIABLES = ("KVPIPE_NODE_RANK", "TPU_WORKER_ID", "SLURM_PROCID")
-"""Where a host finds its rank if ``engine.node_rank`` does not say it, the first that is set."""
+"""Environment variables that give a host's rank without ``engine.node_rank``; the first set wins."""
 
 _ADDRESS = re.compile(r"[A-Za-z0-9._-]+:(\d+)")
-# The engine takes the port of the address, and for its broadcasts two of the six after it.
+# The engine uses the address's port, and for its broadcasts two of the six ports after it.
 _LAST_PORT = 65535 - 6
 
-# What jax's coordination service writes into the log of a process that it ends.
+# Log lines of jax's coordination service in a process that it ends.
 _ENDED_BY_SERVICE = "Terminating process because the JAX distributed service detected"
 _TASK = re.compile(r"/job:jax_worker/replica:\d+/task:(\d+)")
 _LEADER_GONE = "Failed to send RPC to coordination service"
@@ -26,14 +26,14 @@ _NOT_ALL_CAME = "RegisterTask"
 
 
 def node_rank(config: Kvpipe, environ: Mapping[str, str]) -> int | None:
-    """Return the rank that this host has among ``engine.nnodes``; None if there is one host.
+    """Return this host's rank among ``engine.nnodes``; None for a single host.
 
     Args:
         config: the composed config.
-        environ: the environment, which may say the rank (:data:`RANK_VARIABLES`).
+        environ: the environment, which may hold the rank (:data:`RANK_VARIABLES`).
 
     Raises:
-        InputError: the hosts' keys contradict each other, or nothing says the rank.
+        InputError: the hosts' keys contradict each other, or nothing gives the rank.
     """
     check_hosts(config)
     engine = config.engine
@@ -56,7 +56,7 @@ def node_rank(config: Kvpipe, environ: Mapping[str, str]) -> int | None:
 
 
 def check_hosts(config: Kvpipe) -> None:
-    """Refuse hosts that cannot be, as far as the config alone tells.
+    """Refuse inconsistent host options, as far as the config alone shows.
 
     Raises:
         InputError: with the key.
@@ -73,8 +73,8 @@ def check_hosts(config: Kvpipe) -> None:
     devices = device_total(engine)
     if devices is not None and devices % engine.nnodes:
         raise InputError(
-            f"engine.nnodes is {engine.nnodes}, but the mesh has {devices} devices; each host has "
-            "to have as many"
+            f"engine.nnodes is {engine.nnodes}, but the mesh has {devices} devices; each host must "
+            "have the same number"
         )
     if engine.tp_size is not None and engine.tp_size % engine.nnodes:
         raise InputError(
@@ -108,11 +108,11 @@ def _check_address(engine: EngineConfig) -> None:
 
 
 def who_ended(log: str, names: Sequence[str]) -> str | None:
-    """Return which other host ended, as jax's coordination service says in the log; else None.
+    """Return which other host ended, according to jax's coordination service; None if unknown.
 
     Args:
         log: the end of the log of a worker that has ended.
-        names: names of the hosts by rank; none before they met.
+        names: host names by rank; empty before the hosts have joined.
     """
     line = next((line for line in reversed(log.splitlines()) if _ENDED_BY_SERVICE in line), None)
     if line is None:
@@ -126,19 +126,19 @@ def who_ended(log: str, names: Sequence[str]) -> str | None:
 
 
 def host_label(rank: int, names: Sequence[str]) -> str:
-    """Return what messages call a host, e.g. ``host 1 (worker-1)``."""
+    """Return the name of a host for messages, e.g. ``host 1 (worker-1)``."""
     return f"host {rank} ({names[rank]})" if rank < len(names) else f"host {rank}"
 
 
 def is_first(engine: EngineConfig) -> bool:
-    """Whether this host is the one that writes the records, W&B and stdout."""
+    """Whether this host writes the records, W&B and stdout."""
     return not engine.node_rank
 
 
 def own_file(name: str, engine: EngineConfig) -> str:
-    """Return what this host calls a file: hosts that share a file system share the directory.
+    """Return this host's name for a file, since hosts may share the directory.
 
-    The first host has the plain name, another has its rank before the ending.
+    Rank 0 uses the plain name; the others insert their rank before the suffix.
     """
     if is_first(engine):
         return name

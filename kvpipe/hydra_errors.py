@@ -1,4 +1,4 @@
-"""Say in one line, in the config's own terms, what Hydra and OmegaConf say over many."""
+"""Turn the long messages of Hydra and OmegaConf into one line in the config's own terms."""
 
 import re
 from dataclasses import fields, is_dataclass
@@ -15,7 +15,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from kvpipe.suggest import nearest
 
-# What composing a config can raise when the config or the command line is wrong.
+# Raised while composing a config when the config or the command line is wrong.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 _FILE = re.compile(r"(In '(.+?)/.+'): \w+ raised while composing config")
@@ -24,14 +24,14 @@ _NOT_CHOSEN = re.compile(
     r"Could not override '(.+)'\. No match in the defaults list\.\s"
     r"To append to your default list use (.+)"
 )
-# Files that come with a package which only an extra of kvpipe installs.
+# Config files of packages that only an extra of kvpipe installs.
 _OF_EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "slurm"}
 
 
 def one_message(error: Exception) -> str:
     """Return the message of one of :data:`COMPOSITION_ERRORS` as one line.
 
-    It names the key or the argument, what is wrong with it, and what would be right.
+    It names the key or the argument, the fault, and a valid alternative.
     """
     if isinstance(error, MissingConfigException):
         return _no_such_file(error)
@@ -40,7 +40,7 @@ def one_message(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}"
-    # Hydra chains some of its errors to OmegaConf's by "from", others by raising in the handler.
+    # Hydra chains some errors to OmegaConf's with "from", others by raising in the handler.
     value_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if isinstance(value_error, OmegaConfBaseException):
         message = _wrong_value(value_error)
@@ -69,7 +69,7 @@ def _no_such_file(error: MissingConfigException) -> str:
 def _unreadable(error: OverrideParseException) -> str:
     argument = error.override
     if "=" not in argument and not argument.startswith("~"):
-        return f"cannot read the argument {argument!r}: write KEY=VALUE; a verb stands first"
+        return f"cannot read the argument {argument!r}: write KEY=VALUE; a verb comes first"
     return (
         f"cannot read the argument {argument!r}; put quotes around a value with special "
         "characters, once for the shell and once for Hydra: 'KEY=\"VALUE\"'"
@@ -103,7 +103,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _keys(object_type: Any) -> list[str]:
-    """Return the keys of a structured config; of anything else none are known."""
+    """Return the keys of a structured config; for any other type they are unknown, so none."""
     if not (isinstance(object_type, type) and is_dataclass(object_type)):
         return []
     return [field.name for field in fields(object_type)]

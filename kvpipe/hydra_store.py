@@ -1,4 +1,4 @@
-"""The schema, in the store from which Hydra takes typed configs."""
+"""Register the schema in the store from which Hydra reads typed configs."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from hydra.core.config_store import ConfigStore
 
 from kvpipe.schema import schema
 
-# What conf/config.yaml calls it.
+# Its name in conf/config.yaml.
 _NAME = "kvpipe_schema"
 
 
 def store_schema() -> None:
-    """Put the schema into the store of this process, and keep Hydra from copying that store.
+    """Put the schema into this process's store, and keep Hydra from copying that store.
 
-    hydra-core 1.3.8 copies all of its store, plugins and all, for each group that ``--help`` lists and
-    for each config that it composes: 1 s of the 1.7 s that ``--help`` took. The store is one for
-    the process, and what is taken out of it is copied anyway. This can go with the release whose
-    ``CachingConfigRepository`` does not copy its sources.
+    hydra-core 1.3.8 copies its whole store, plugins included, for each group that ``--help`` lists
+    and for each config that it composes: 1 s of the 1.7 s that ``--help`` took. The store is a
+    singleton, and Hydra copies each entry that it reads anyway. Remove this once
+    ``CachingConfigRepository`` no longer copies its sources.
     """
     ConfigStore.instance().store(name=_NAME, node=schema())
     ConfigStore.__deepcopy__ = _itself  # pyright: ignore[reportAttributeAccessIssue]

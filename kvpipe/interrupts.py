@@ -1,7 +1,7 @@
-"""The signals that end a run, taken where nothing can be torn by them.
+"""Defer termination signals to points where no record is half-written.
 
-A record that is half written, or a message of the worker that is read and not yet recorded, must
-not be lost to Ctrl-C. So a signal is raised in the stretches that allow it and waits elsewhere.
+Ctrl-C must not lose a half-written record, or a message from the worker that is read but not yet
+recorded. So a signal is raised only in the sections that allow it, and waits elsewhere.
 """
 
 import signal
@@ -14,9 +14,9 @@ from typing import Any, Self
 import psutil
 
 # SIGQUIT too: the engine's threads may send it, and its default would end the run without a record.
-# SIGUSR2 is what submitit lets SLURM send some time before a job's time is over.
+# SIGUSR2: submitit lets SLURM send it some time before a job's time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
-# Some launchers pass on to a child the Ctrl-C that the terminal has sent it already.
+# Some launchers forward to a child the Ctrl-C that the terminal has already sent to it.
 _SAME_PRESS_S = 0.25
 
 
@@ -24,7 +24,7 @@ class Interrupted(BaseException):
     """A signal asked the run to end.
 
     Attributes:
-        signum: its number.
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -36,10 +36,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """The signals of a run under way, as a context.
+    """Context that handles the termination signals of a run.
 
-    The first is raised once :meth:`allowed` allows it. A further one kills every child, so that
-    nothing is left to wait for, and the run ends at once with its record.
+    The first signal is raised once :meth:`allowed` allows it. A further one kills every child, so
+    that nothing remains to wait for, and the run ends at once with its record.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         for signum in _SIGNALS:
-            # Who ignores the end of the terminal (nohup) wants the run to outlive it.
+            # If SIGHUP is ignored (nohup), the run is meant to outlive the terminal.
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 self._before[signum] = signal.signal(signum, self._on_signal)
         return self
@@ -60,7 +60,7 @@ class Interrupts:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let the body be interrupted.
+        """Allow a signal to interrupt the body.
 
         Raises:
             Interrupted: a signal came, in the body or before it.

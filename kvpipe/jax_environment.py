@@ -1,4 +1,4 @@
-"""The environment variables that jax and the engine read, most of them once when imported."""
+"""Environment variables for jax and the engine, which read most of them once, on import."""
 
 from collections.abc import Mapping
 
@@ -6,10 +6,10 @@ from kvpipe.errors import InputError
 from kvpipe.schema import EngineConfig
 
 PLATFORMS = "JAX_PLATFORMS"
-# Tunables of glibc; it reads them as a process starts.
+# Tunables of glibc, read at process start.
 _TUNABLES = "GLIBC_TUNABLES"
-# What is freed stays in one heap until kvpipe gives it back (:mod:`kvpipe.engine.memory`), so that a
-# new leaf takes over the pages of an old one: pages that are new to a process have to be zeroed.
+# Keep freed memory in one heap until kvpipe returns it (:mod:`kvpipe.engine.memory`), so that a new
+# leaf reuses the pages of an old one: pages that are new to a process have to be zeroed first.
 _ONE_HEAP = (
     "glibc.malloc.hugetlb=1",
     "glibc.malloc.arena_max=1",
@@ -18,17 +18,17 @@ _ONE_HEAP = (
 )
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _SEVERAL_HOSTS = {
-    # How virtual devices of two processes reach each other.
+    # Collectives between the virtual devices of two processes.
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    # It would take SIGTERM, which has to end the process.
+    # Its handler would take SIGTERM, which must end the process.
     "JAX_ENABLE_PREEMPTION_SERVICE": "false",
-    # The engine's constructor returns on hosts after the first too.
+    # Lets the engine's constructor return on ranks after 0.
     "SGLANG_BLOCK_NONZERO_RANK_CHILDREN": "0",
 }
 
 
 def check_mesh(engine: EngineConfig) -> None:
-    """Refuse a mesh that cannot be, as far as the config alone tells.
+    """Refuse an impossible mesh, as far as the config alone shows.
 
     Raises:
         InputError: tp × dp is not the number of virtual devices, or a TPU has virtual devices.
@@ -51,15 +51,14 @@ def check_mesh(engine: EngineConfig) -> None:
 
 
 def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that the engine's process needs beside those it inherits.
+    """Return the variables that the engine's process needs in addition to those it inherits.
 
     Args:
         engine: the engine's options.
-        environ: the environment that is inherited.
+        environ: the inherited environment.
 
     Raises:
-        InputError: JAX_PLATFORMS says another platform than ``engine.device``, or the mesh cannot
-            be.
+        InputError: JAX_PLATFORMS differs from ``engine.device``, or the mesh is impossible.
     """
     check_mesh(engine)
     inherited = environ.get(PLATFORMS)
@@ -75,22 +74,22 @@ def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[st
 
 
 def device_total(engine: EngineConfig) -> int | None:
-    """Return the number of devices that the mesh has on all hosts; None if it takes what is there."""
+    """Return the mesh's number of devices over all hosts; None if it uses whatever exists."""
     if engine.device == "cpu":
         return cpu_devices(engine)
     return engine.tp_size and engine.tp_size * engine.dp_size
 
 
 def cpu_devices(engine: EngineConfig) -> int:
-    """Return the number of virtual devices that the engine's mesh takes on the CPUs of all hosts."""
+    """Return the number of virtual CPU devices of the engine's mesh, over all hosts."""
     return engine.virtual_devices or (engine.tp_size or engine.nnodes) * engine.dp_size
 
 
 def cpu_environment(devices: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that let jax find ``devices`` virtual CPU devices and nothing else.
+    """Return the variables that make jax find ``devices`` virtual CPU devices and no others.
 
-    Their memory is the host's, in huge pages where Linux gives them to who asks: a KV cache is
-    rebuilt and dropped several times as fast as page by page.
+    Their memory uses transparent huge pages where madvise enables them: a KV cache is rebuilt and
+    dropped several times as fast as with small pages.
     """
     flags = environ.get("XLA_FLAGS", "")
     tunables = filter(None, [environ.get(_TUNABLES), *_ONE_HEAP])

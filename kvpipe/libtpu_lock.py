@@ -1,6 +1,7 @@
-"""The file with which libtpu lets one process at a time have the TPU.
+"""The lock file with which libtpu gives the TPU to one process at a time.
 
-Its lock goes with the process that holds it; the file stays, and then no other user can open it.
+The lock ends with the process that holds it, but the file stays, and then no other user can open
+it.
 """
 
 import os
@@ -19,8 +20,8 @@ class Holder:
     """The process that holds the lock.
 
     Attributes:
-        pid: its id.
-        user: whose it is.
+        pid: its process id.
+        user: name of its user.
         command: its command line.
     """
 
@@ -30,14 +31,14 @@ class Holder:
 
 
 def holder(lock_file: Path = LOCK_FILE) -> Holder | None:
-    """Return the process that holds the lock; None if none does, or there is no such file."""
+    """Return the process that holds the lock; None if none does, or the file does not exist."""
     if not lock_file.exists():
         return None
     stat = lock_file.stat()
     device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
     wanted = f"{device}:{stat.st_ino}"
     for line in _LOCKS.read_text().splitlines():
-        # 1: POSIX  ADVISORY  WRITE 4711 fe:00:131 0 EOF; a process that waits has "->" after "1:".
+        # 1: POSIX  ADVISORY  WRITE 4711 fe:00:131 0 EOF; a waiting process has "->" after "1:".
         fields = line.split()
         if fields[1] != "->" and fields[5] == wanted:
             return _process(int(fields[4]))
@@ -53,11 +54,11 @@ def _process(pid: int) -> Holder:
 
 
 class LibtpuLock:
-    """Around a run: the lock's file goes with it, if the run made it.
+    """Context of a run: on exit, remove the lock file if the run created it.
 
     Args:
         device: ``engine.device``; on the CPU nothing is done.
-        lock_file: where it is.
+        lock_file: path of the lock file.
     """
 
     def __init__(self, device: str, lock_file: Path = LOCK_FILE) -> None:
@@ -65,7 +66,7 @@ class LibtpuLock:
         self._ours = device == _TPU and not lock_file.exists()
 
     def __enter__(self) -> None:
-        """Do nothing: libtpu makes its file itself."""
+        """Do nothing: libtpu creates the file itself."""
 
     def __exit__(self, *exc_info: object) -> None:
         if self._ours and self._lock_file.exists() and holder(self._lock_file) is None:

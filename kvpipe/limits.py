@@ -9,9 +9,9 @@ from kvpipe.schema import RunnerConfig
 
 
 class Limits:
-    """Clocks against ``runner.phase_timeout_s``, ``phase_timeouts`` and ``run_timeout_s``.
+    """Enforce ``runner.phase_timeout_s``, ``phase_timeouts`` and ``run_timeout_s``.
 
-    The run's clock starts when this is made.
+    The run's limit counts from the construction of this object.
     """
 
     def __init__(self, config: RunnerConfig) -> None:
@@ -22,7 +22,7 @@ class Limits:
         self._stage_ends: float | None = None
 
     def begin(self, stage: str) -> None:
-        """Start the clock of a step, or of what stands before the first."""
+        """Start the limit of a step, or of the stage before the first one."""
         own = self._config.phase_timeouts.get(base_name(stage))
         self._stage = stage
         self._stage_key = f"phase_timeouts.{base_name(stage)}" if own else "phase_timeout_s"
@@ -30,10 +30,10 @@ class Limits:
         self._stage_ends = _later(self._stage_s)
 
     def wait(self, descriptor: int) -> None:
-        """Return once ``descriptor`` can be read.
+        """Wait until ``descriptor`` is readable.
 
         Raises:
-            TimedOut: a limit came first.
+            TimedOut: a limit expired first.
         """
         ends = [end for end in (self._run_ends, self._stage_ends) if end is not None]
         poll = select.poll()
@@ -52,5 +52,5 @@ class Limits:
 
 
 def _later(seconds: float | None) -> float | None:
-    """Return the moment ``seconds`` from now; no seconds give no moment."""
+    """Monotonic deadline in ``seconds``, or None for no limit."""
     return None if seconds is None else time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""What the probe measures after a phase."""
+"""The probe's measurement after a phase."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from kvpipe.records import Memory
 
 @dataclass(frozen=True)
 class Measurement:
-    """The memory after a phase.
+    """Memory after a phase.
 
     Attributes:
         memory: for the record.

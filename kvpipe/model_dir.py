@@ -1,4 +1,4 @@
-"""Find the directory of the model: given, generated, or from the Hugging Face cache or hub."""
+"""Find the model's directory: given, generated, or from the Hugging Face cache or hub."""
 
 import json
 import os
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def cache_dir(config: Kvpipe) -> Path:
-    """Return where generated checkpoints are kept."""
+    """Return the directory of generated checkpoints."""
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -30,11 +30,11 @@ def check_model(config: Kvpipe) -> None:
 
     Raises:
         InputError: ``model.path`` is not a model directory or contradicts ``model.generate``, or
-            ``model.generate`` is a shape that no model can have.
+            ``model.generate`` is an impossible shape.
     """
     model = config.model
     if model.path is None:
-        # The default shape is known to be right; to check another one numpy has to be imported.
+        # The default shape is known to be valid; checking another one imports numpy.
         if model.generate is not None and model.generate != TinyModelConfig():
             _tiny_model(model.generate)
         return
@@ -48,7 +48,7 @@ def check_model(config: Kvpipe) -> None:
 
 
 def find_model(config: Kvpipe) -> Path:
-    """Return the directory of the model, after generating or downloading it if need be.
+    """Return the directory of the model, generating or downloading it if necessary.
 
     Raises:
         InputError: it is not there, or the hub cannot be reached.
@@ -68,8 +68,8 @@ def check_shape(config: Kvpipe) -> None:
     """Refuse a model whose shape is not known without the hub.
 
     Raises:
-        InputError: neither ``model.path``, ``model.generate`` nor ``model.config`` gives it, or
-            ``model.config`` names no file that ships.
+        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it, or
+            ``model.config`` names no file that ships with kvpipe.
     """
     check_model(config)
     model = config.model
@@ -88,11 +88,11 @@ def check_shape(config: Kvpipe) -> None:
 
 
 def shape_dir(config: Kvpipe, scratch: Path) -> Path:
-    """Return a directory with the model's config.json, and perhaps no more than that.
+    """Return a directory that contains at least the model's config.json.
 
     Args:
         config: as :func:`check_shape` accepts it.
-        scratch: directory to write in, for a model that has no directory.
+        scratch: directory to write to, for a model that has no directory.
     """
     model = config.model
     if model.path is not None:

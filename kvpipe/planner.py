@@ -1,7 +1,7 @@
-"""Plan with the sizes of the installed engine. It needs jax, so it runs in a child process.
+"""Plan with the sizes of the installed engine; needs jax, so it runs in a child process.
 
-The fold itself is in :mod:`kvpipe.plan`, which needs no jax; :mod:`kvpipe.planning` is the parent's
-side.
+:mod:`kvpipe.plan` has the fold over the effects, without jax; :mod:`kvpipe.planning` is the
+parent's side.
 """
 
 import json
@@ -30,7 +30,7 @@ from kvpipe.trainer.layout import lay_out
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan for the devices that jax has.
+    """A plan for the devices of this process.
 
     Attributes:
         record: the plan as a record.
@@ -46,7 +46,7 @@ def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> Plan:
 
     Args:
         steps: all steps of the pipeline, in order.
-        config: how the engine will be started, and what the trainer is.
+        config: options of the engine and the trainer.
         model_dir: directory with the model's config.json.
     """
     devices.check_devices(config.engine)
@@ -63,16 +63,15 @@ def plan_for(
     model_dir: Path,
     programs: Sequence[Program] = (),
 ) -> Plan:
-    """Plan the steps for a target; this process has as many devices, of whatever kind.
+    """Plan the steps for a target; this process must have as many devices, of any kind.
 
     Args:
-        target: the machine that the plan is for.
+        target: the machine to plan for.
         steps: all steps of the pipeline, in order.
-        config: how the engine will be started, with the device that this process has, and what
-            the trainer is.
+        config: options of the engine and the trainer, with the device of this process.
         model_dir: directory with the model's config.json.
-        programs: the steps of engine and trainer, compiled for the target; without them the pools
-            ``program`` and ``program:trainer`` are not planned.
+        programs: the engine's and the trainer's steps compiled for the target; without them the
+            pools ``program`` and ``program:trainer`` are not planned.
     """
     planned = plan.check_order(steps)
     engine = config.engine
@@ -82,7 +81,7 @@ def plan_for(
         tree = training.source_shapes(found.sources, found.params)
         sizes |= lay_out(tree, found.mesh, config.trainer).sizes
     ledgers = plan.plan_ledgers(planned, sizes, target.devices)
-    # On the CPU each virtual device's engine sees the whole host, with the host's parameters.
+    # On the CPU each virtual device's engine sees the whole host and all of the host's parameters.
     on_host = target.devices // engine.nnodes
     sees, params = (
         (target.hbm_bytes * on_host, sum(sizes[Size.PARAMS][:on_host]))
@@ -147,14 +146,14 @@ def refuse_misfit(planned: RunPlanned) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
-        InputError: with the peak, what a device has, and the largest capacity that would fit.
+        InputError: with the peak, the memory of a device, and the largest capacity that would fit.
     """
     if why := plan.misfit(planned):
-        raise InputError(f"{why} (plan.enforce=false runs it all the same)")
+        raise InputError(f"{why} (plan.enforce=false runs it anyway)")
 
 
 def main() -> None:
-    """Entry of ``python -m kvpipe.planner FD``: plan each job on stdin, report on descriptor FD."""
+    """Entry point of ``python -m kvpipe.planner FD``: plan each job on stdin, report on FD."""
     with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
         for line in sys.stdin:
             send(channel, _answer(json.loads(line)))
@@ -163,7 +162,7 @@ def main() -> None:
 def _programs(
     job: Mapping[str, Any], steps: Sequence[Phase], config: Kvpipe, target: Target
 ) -> tuple[Program, ...]:
-    """Return the compiled steps of the engine, and of a trainer if there is one, if it is asked.
+    """Return the compiled steps of the engine and of a trainer, if the job asks for them.
 
     Raises:
         CompileFinding: a step does not compile for the target.
@@ -183,9 +182,9 @@ def _programs(
 
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plan of a job, or the message of what went wrong with its exit code."""
+    """Return the plan of a job, or the error's message and exit code."""
     config = from_plain(job["config"])
-    # The target's devices are virtual ones here.
+    # Here the target's devices are virtual CPU devices.
     config = replace(config, engine=replace(config.engine, device=CPU))
     try:
         steps = build_steps(config)

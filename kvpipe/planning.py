@@ -1,6 +1,6 @@
-"""The parent's side of planning without a run: a child evaluates the engine's shapes.
+"""The parent's side of planning without a run: a child process evaluates the engine's shapes.
 
-A child is kept for the next job of a sweep: nearly all of its time goes into its imports.
+Keep the child for the next job of a sweep: it spends nearly all of its time on imports.
 """
 
 import os
@@ -27,7 +27,7 @@ _ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineE
 
 
 class Planners:
-    """The children that plan, one for each number of devices, started when they are needed.
+    """The planning child processes, one per number of devices, started on demand.
 
     Args:
         secrets: environment variables that no child must see.
@@ -51,13 +51,13 @@ class Planners:
         """Return the plan of a config for a target.
 
         Args:
-            config: the typed config, every check of which has passed.
+            config: the typed config, which has passed every check.
             plain: the same as plain values.
             target: the machine to plan for.
 
         Raises:
             InputError: the engine refuses the model, the mesh or the capacity.
-            EngineError: its shapes cannot be had for another reason, or the child died.
+            EngineError: its shapes cannot be evaluated for another reason, or the child died.
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
@@ -90,8 +90,8 @@ class Planners:
 def _prompt_tokens(config: Kvpipe) -> int:
     """Return the length of the prompt in tokens, or an estimate of it.
 
-    No tokenizer is at hand for a model that is only named. English text and code have three to
-    four bytes a token, and the engine pads the length to a power of two.
+    A model that is only named has no tokenizer here. English text and code have three to four
+    bytes per token, and the engine pads the length to a power of two.
     """
     if config.plan.prompt_tokens is not None:
         return config.plan.prompt_tokens

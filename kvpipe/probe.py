@@ -1,4 +1,4 @@
-"""The memory probe: what is on the devices and in this process after a phase.
+"""The memory probe: measure the devices and this process after a phase.
 
 It runs in the worker between phases, with the engine idle and the devices synchronised.
 """
@@ -14,10 +14,10 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
 
     Args:
         ctx: the run's engine and slots.
-        settle: wait until the engine is idle; not after a failure, when it may never be.
+        settle: wait until the engine is idle; false after a failure, when it may never be.
 
     Raises:
-        EngineError: the engine failed or stayed busy, if it was to settle.
+        EngineError: the engine failed or stayed busy, with ``settle``.
     """
     if not ctx.jax_ready:
         return Measurement(process_memory(), None)

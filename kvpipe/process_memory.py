@@ -1,4 +1,4 @@
-"""The memory of processes and of the host, as the operating system counts it."""
+"""Memory of processes and of the host, as the operating system counts it."""
 
 import re
 import resource
@@ -16,14 +16,14 @@ _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 def process_memory() -> Memory:
-    """Return the resident set of this process and its peak in bytes, without the devices."""
+    """Return this process's RSS and peak RSS in bytes, without the devices."""
     return Memory(psutil.Process().memory_info().rss, _peak(resource.RUSAGE_SELF))
 
 
 def child_memory(pid: int) -> Memory:
-    """Return the resident set of a child and its peak in bytes; one that has ended has none.
+    """Return a child's RSS and peak RSS in bytes; the RSS of a child that has ended is 0.
 
-    The peak of one that has ended and was waited for is that of the largest child so far.
+    The peak of a child that has ended and was reaped is that of the largest child so far.
     """
     try:
         rss = psutil.Process(pid).memory_info().rss
@@ -34,14 +34,14 @@ def child_memory(pid: int) -> Memory:
 
 
 def _peak(who: int) -> int:
-    """Return the largest resident set of this process, or of its largest child, in bytes."""
+    """Return the peak RSS of this process, or of its largest child, in bytes."""
     return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def oom_kills() -> int:
-    """Return how many processes Linux has killed for memory so far, as far as is known here.
+    """Return how many processes Linux has killed for lack of memory so far, as far as visible here.
 
-    The kernel counts those of all cgroups; a container may see no counter but its own cgroup's.
+    The kernel's counter covers all cgroups; a container may only see its own cgroup's counter.
     """
     files = (
         _VMSTAT,

@@ -1,7 +1,7 @@
-"""How far a phase is, for people who wait: no record, and no sink keeps it.
+"""Progress of a phase, for people who wait; it is neither a record nor kept by a sink.
 
-Work that takes long says so with :func:`under_way`; who tells it looks from another thread with
-:func:`now`, so that the work itself does nothing but count.
+Long work reports itself with :func:`under_way`; another thread reads it with :func:`now`, so that
+the work only has to count.
 """
 
 import time
@@ -18,14 +18,14 @@ LEAVES, BYTES, PROGRAMS, TOKENS = "leaves", "bytes", "programs", "tokens"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the activity is that a phase is at.
+    """Progress of a phase's current activity.
 
     Attributes:
         step: name of the step.
         activity: ``loading``, ``compiling`` or ``generating``.
-        elapsed_s: seconds since the activity began; of compiling, what the phase has compiled so far.
-        done: how much so far, by unit: ``leaves`` and ``bytes``, ``programs`` or ``tokens``.
-        total: how much it will be, by unit; nobody knows how much will be compiled.
+        elapsed_s: seconds since the activity began; for compiling, the phase's total so far.
+        done: completed amount, by unit: ``leaves`` and ``bytes``, ``programs`` or ``tokens``.
+        total: amount in total, by unit; unknown for compiling.
     """
 
     step: str
@@ -35,11 +35,11 @@ class Progress:
     total: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of it."""
+        """Return the progress as a JSON object."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """Return it as people read it, e.g. ``generating 12/64 tokens, 3.1 s``."""
+        """Return the progress as text, e.g. ``generating 12/64 tokens, 3.1 s``."""
         if self.activity == COMPILING:
             amounts = [f"program {self.done[PROGRAMS] + 1}"]
         else:
@@ -52,12 +52,12 @@ class Progress:
 
 
 class Activity:
-    """What is under way.
+    """An activity in progress.
 
     Args:
         name: ``loading`` or ``generating``.
-        total: how much it will be, by unit.
-        read: returns how much it is so far, by unit; it is called from another thread.
+        total: amount in total, by unit.
+        read: returns the completed amount, by unit; called from another thread.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Activity:
         self._began = time.monotonic()
 
     def progress(self, step: str) -> Progress:
-        """Return how far it is."""
+        """Return its progress."""
         elapsed_s = time.monotonic() - self._began
         return Progress(step, self._name, round(elapsed_s, 3), self._read(), self._total)
 
@@ -78,7 +78,7 @@ _under_way: Activity | None = None
 
 
 def now() -> Activity | None:
-    """Return what is under way in this process; None if nothing says so."""
+    """Return the activity in progress in this process; None if there is none."""
     return _under_way
 
 
@@ -86,9 +86,9 @@ def now() -> Activity | None:
 def under_way(
     name: str, total: Mapping[str, int], read: Callable[[], Mapping[str, int]]
 ) -> Iterator[None]:
-    """Say that an activity is under way; its arguments are those of :class:`Activity`.
+    """Register an activity while the context is open; the arguments are those of :class:`Activity`.
 
-    There is one at a time, because phases run one after the other.
+    Only one can be in progress, because phases run one at a time.
     """
     global _under_way
     _under_way = Activity(name, total, read)

@@ -1,4 +1,4 @@
-"""Read the prompt that the config names, and check that it is the one that was meant."""
+"""Read the configured prompt, and check its SHA-256."""
 
 import hashlib
 from importlib import resources
@@ -14,8 +14,8 @@ def read_prompt(config: PromptConfig) -> str:
     """Return the prompt.
 
     Raises:
-        InputError: text and file are both given or both missing, the file is not there or not
-            UTF-8, the prompt is empty, or its SHA-256 is another.
+        InputError: text and file are both given or both missing, the file is missing or not UTF-8,
+            the prompt is empty, or its SHA-256 differs.
     """
     if (config.text is None) == (config.file is None):
         raise InputError("prompt: give one of prompt.text and prompt.file, and not both")
@@ -40,7 +40,7 @@ def read_prompt(config: PromptConfig) -> str:
 def _encode(text: str) -> bytes:
     try:
         return text.encode()
-    except UnicodeEncodeError as error:  # a terminal's bytes that are no UTF-8 come in like this
+    except UnicodeEncodeError as error:  # invalid UTF-8 from a terminal arrives as lone surrogates
         raise InputError(f"prompt.text: it is not Unicode at character {error.start}") from None
 
 

@@ -1,8 +1,8 @@
-"""Frozen records of what happened, and the one place that names record fields and metric keys.
+"""Frozen records of a run; the only module that names record fields and metric keys.
 
 A run is a list of records: ``run_started``, one for each phase, ``run_planned`` before those of the
-engine's process, and ``run_finished`` at the end. Every sink and every report reads these and
-nothing else. Sizes are bytes, times are seconds.
+worker, and ``run_finished`` at the end. Sinks and reports read records and nothing else. Sizes are
+bytes, times are seconds.
 """
 
 import json
@@ -25,14 +25,14 @@ SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_f
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The first record: what runs.
+    """The first record: the config and versions of the run.
 
     Attributes:
         experiment: name of the experiment.
         config: the resolved config as plain values, without secrets.
-        steps: names of the steps, in order, those of each further cycle too.
-        versions: of Python, kvpipe and the packages that the run depends on, as installed.
-        started_at: when the run began, in UTC, as in ISO 8601.
+        steps: names of the steps, in order, with those of further cycles.
+        versions: installed versions of Python, kvpipe and the packages that the run depends on.
+        started_at: start of the run in UTC, ISO 8601.
     """
 
     experiment: str
@@ -48,7 +48,7 @@ class RunStarted:
 
 
 def _finite(value: Any) -> Any:
-    """Return a config's value with ``inf`` and ``nan``, which JSON does not have, as texts."""
+    """Return a config's value with ``inf`` and ``nan``, which JSON lacks, as strings."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -57,7 +57,7 @@ def _finite(value: Any) -> Any:
 
 
 def started_from_json(data: Mapping[str, Any]) -> RunStarted:
-    """Return the record that :meth:`RunStarted.to_json` wrote."""
+    """Parse what :meth:`RunStarted.to_json` returned."""
     known = {key: value for key, value in data.items() if key != "phase"}
     known["steps"] = tuple(data["steps"])
     return RunStarted(**known)
@@ -68,11 +68,11 @@ class Check:
     """One assertion of the run.
 
     Attributes:
-        name: what is asserted.
-        expected: the value that it has to be.
-        actual: the value that it was.
-        passed: whether the run may go on.
-        detail: what a reader needs beside the values, e.g. the first differing token.
+        name: name of the assertion.
+        expected: the required value.
+        actual: the measured value.
+        passed: whether the check passed.
+        detail: more for the reader, e.g. the first differing token.
     """
 
     name: str
@@ -89,14 +89,14 @@ def check_equal(name: str, expected: Any, actual: Any, detail: str = "") -> Chec
 
 @dataclass(frozen=True)
 class Memory:
-    """What the probe measured.
+    """Memory that the probe measured.
 
     Attributes:
-        process_rss_bytes: resident set of the process that ran the phase.
-        process_peak_rss_bytes: its largest resident set so far.
+        process_rss_bytes: RSS of the process that ran the phase.
+        process_peak_rss_bytes: its largest RSS so far.
         jax_device_memory_stats: the numeric statistics of each device.
         bytes_in_use_source: ``device`` if the backend has statistics, ``live_arrays`` if
-            ``bytes_in_use`` is the sum of the arrays that are alive, None without jax.
+            ``bytes_in_use`` is the sum of the live arrays, None without jax.
     """
 
     process_rss_bytes: int
@@ -121,15 +121,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest use of memory inside a phase, its two ends included.
+    """Peak memory use inside a phase, including its start and end.
 
     Attributes:
-        bytes_in_use: the largest bytes in use on each device, each at its own moment.
-        bytes_in_use_total: the largest sum over the devices that was seen at one moment.
-        process_rss_bytes: the largest resident set.
-        samples: how often was looked inside the phase.
+        bytes_in_use: largest bytes in use on each device, each at its own moment.
+        bytes_in_use_total: largest sum over the devices sampled at one moment.
+        process_rss_bytes: largest RSS.
+        samples: number of samples inside the phase.
         source: as ``bytes_in_use_source`` of :class:`Memory`; None without jax.
-        error: why a look failed, so that the peak may be too small; None if none did.
+        error: why a sample failed, so the peak may be too small; None if none failed.
     """
 
     bytes_in_use: tuple[int, ...]
@@ -142,22 +142,22 @@ class Peak:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """What one phase did and what the memory was after it.
+    """Result of one phase and the memory after it.
 
     Attributes:
         phase: name of the step.
-        use: the phase file that ran.
+        use: name of the phase file.
         idx: position in the pipeline, from 0.
         elapsed_s: seconds since the run began.
         duration_s: seconds of the phase itself, with the devices synchronised.
         memory: the probe's measurement.
-        peak: the largest use inside the phase; None if nothing looked.
+        peak: peak use inside the phase; None if it was not sampled.
         ledger: measured bytes over all devices, by pool.
-        plan_error_bytes: measured minus planned bytes, by pool that the plan holds to the byte.
+        plan_error_bytes: measured minus planned bytes, by pool that the plan predicts exactly.
         compilations: programs that XLA compiled during the phase.
-        compile_s: seconds that XLA compiled, on all threads.
-        checks: what was asserted.
-        fields: what the phase itself reports; they stand at the top level of the JSON line.
+        compile_s: seconds that XLA compiled, summed over threads.
+        checks: the phase's assertions.
+        fields: values that the phase reports; they are top-level keys of the JSON line.
     """
 
     phase: str
@@ -182,7 +182,7 @@ class PhaseRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record: the script's field names, then kvpipe's own."""
         if clash := sorted(self.fields.keys() & set(_PHASE_KEYS)):
-            raise ValueError(f"phase {self.phase!r} reports {clash}, names that the record has")
+            raise ValueError(f"phase {self.phase!r} reports {clash}, which the record uses itself")
         memory = asdict(self.memory)
         memory["jax_device_memory_summary"] = self.memory.jax_device_memory_summary
         return {
@@ -220,13 +220,13 @@ _PHASE_KEYS = [
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """What the plan predicts after one phase.
+    """The plan's prediction after one phase.
 
     Attributes:
         name: name of the step.
         pools: bytes over all devices, by pool.
         total_bytes: bytes over all pools and devices.
-        max_device_bytes: bytes of the fullest device.
+        max_device_bytes: bytes on the fullest device.
     """
 
     name: str
@@ -241,10 +241,10 @@ class Fit:
 
     Attributes:
         fits: whether no phase needs more than a device has.
-        hbm_bytes: bytes that one device has.
+        hbm_bytes: memory of one device, in bytes.
         peak_phase: the phase with the fullest device.
-        max_total_tokens: largest capacity of the KV cache that would fit, 0 if none does.
-        temp_bytes: bytes of temporaries on a device while the peak phase runs, which count too.
+        max_total_tokens: largest KV cache capacity that would fit, 0 if none does.
+        temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
     """
 
     fits: bool
@@ -256,15 +256,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Program:
-    """A step of the engine or of a trainer, compiled ahead of time for a target.
+    """A step of the engine or the trainer, compiled ahead of time for a target.
 
     Attributes:
         name: ``prefill``, ``decode``, ``train_step`` or ``weight_sync``.
-        requests: padded number of requests in the batch; 0 for a step of a trainer.
-        tokens: padded number of new tokens in the batch; 0 for a step of a trainer.
-        code_bytes: bytes of compiled code on each device; they stay for as long as the program.
+        requests: padded number of requests in the batch; 0 for the trainer's.
+        tokens: padded number of new tokens in the batch; 0 for the trainer's.
+        code_bytes: bytes of compiled code on each device, resident as long as the program.
         temp_bytes: bytes of temporaries on each device while the step runs.
-        compile_s: seconds that lowering and compiling took.
+        compile_s: seconds of lowering and compiling.
     """
 
     name: str
@@ -277,15 +277,15 @@ class Program:
 
 @dataclass(frozen=True)
 class RunPlanned:
-    """What the plan predicts; it stands before the first record of the engine's process.
+    """The plan; emitted before the worker's first phase record.
 
     Attributes:
-        target: what the plan is for, e.g. ``cpu`` or ``v4:2x2x1``.
+        target: the machine, e.g. ``cpu`` or ``v4:2x2x1``.
         devices: number of devices.
         sglang_jax: version of the engine whose model gave the sizes.
         phases: the prediction after each phase.
         fit: whether it fits.
-        programs: what the engine's steps take once compiled for the target; empty if they were not.
+        programs: the engine's steps compiled for the target; empty if they were not compiled.
         elapsed_s: seconds since the run began.
     """
 
@@ -306,7 +306,7 @@ class RunPlanned:
 
 
 def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
-    """Return the record that :meth:`RunPlanned.to_json` wrote."""
+    """Parse what :meth:`RunPlanned.to_json` returned."""
     known = {key: value for key, value in data.items() if key != "phase"}
     known["phases"] = tuple(PlannedPhase(**phase) for phase in data["phases"])
     known["fit"] = Fit(**data["fit"])
@@ -319,20 +319,20 @@ class RunFinished:
     """The last record: how the run ended.
 
     Attributes:
-        status: ``passed``, ``failed``, ``interrupted`` (by a signal) or ``skipped`` (its own plan
-            says that it does not fit, so nothing was started).
+        status: ``passed``, ``failed``, ``interrupted`` (by a signal) or ``skipped`` (the plan does
+            not fit, so nothing was started).
         exit_code: exit code of the process.
         run_dir: absolute path of the run directory.
         elapsed_s: seconds that the run took.
         checks: every check of the run, in order.
         error: why the run failed, in one message; None if it passed.
-        failing_phase: the step that failed first, or ``run_planned`` for what stands before the
-            first step of the engine's process; None if it passed.
-        ledger: measured bytes over all devices, by pool, after the failing step or else after the
-            last one that was measured.
-        planned: what the plan predicts after the failing step; None if there is no plan for it.
-        command: the command line that does the run again.
-        fields: more about the run, e.g. where W&B wrote.
+        failing_phase: the step that failed first, or ``run_planned`` for a failure before the
+            worker's first step; None if it passed.
+        ledger: measured bytes over all devices, by pool, after the failing step or, failing that,
+            after the last measured one.
+        planned: the plan's prediction after the failing step; None if there is none.
+        command: the command line that repeats the run.
+        fields: more about the run, e.g. the directory of W&B.
     """
 
     status: str
@@ -366,7 +366,7 @@ class RunFinished:
 
 
 def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
-    """Return the record that :meth:`RunFinished.to_json` wrote."""
+    """Parse what :meth:`RunFinished.to_json` returned."""
     names = {field.name for field in fields(RunFinished)} - {"fields"}
     known = {key: value for key, value in data.items() if key in names}
     rest = {key: value for key, value in data.items() if key not in {*names, "phase"}}
@@ -377,29 +377,29 @@ def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A job of a sweep, as its records tell it; None is not known. Bytes are over all devices.
+    """A sweep's job, summarised from its records; None means unknown. Bytes are over all devices.
 
     Attributes:
         job: its number, from 0.
-        values: key that is swept → the job's value, as it was given.
+        values: swept key → the job's value, as it was given.
         overrides: all overrides of the job.
         status: as in :class:`RunFinished`, or ``unfinished`` if its records have no end, or
             ``not begun`` if there are none.
         exit_code: exit code of its run.
         run_dir: absolute path of its directory.
-        taken_from: run directory of the earlier run whose records stand for it; None if it ran.
-        error: why it failed, or was skipped.
-        command: the command line that does this job again, alone.
+        taken_from: run directory of the earlier run whose records are reused; None if it ran.
+        error: why it failed or was skipped.
+        command: the command line that repeats this job alone.
         experiment: name of its experiment.
         max_total_tokens: capacity of its KV cache in tokens, in whole pages.
         kv_bytes: measured bytes of the KV cache after the first phase that has one.
-        planned_kv_bytes: bytes that were planned for it there.
-        plan_error_bytes: measured minus planned bytes of the pool and phase where that is largest,
-            0 if every phase held what was planned.
-        freed_bytes: bytes that the first drop of the KV cache gave back.
+        planned_kv_bytes: planned bytes of the KV cache after that phase.
+        plan_error_bytes: measured minus planned bytes of the pool and phase with the largest
+            difference, 0 if all are equal.
+        freed_bytes: bytes that the first drop of the KV cache freed.
         fits: whether its plan fits the devices.
-        largest_max_total_tokens: largest capacity that its plan says would fit.
-        peak_bytes: the most bytes in use, inside a phase or after one.
+        largest_max_total_tokens: largest capacity that would fit, according to its plan.
+        peak_bytes: most bytes in use, inside a phase or after one.
         rebuild_s: seconds of the first rebuild.
         same_output: whether every compared output was the same; None if none was compared.
         elapsed_s: seconds that the run took.
@@ -430,14 +430,14 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepFinished:
-    """What the records of a sweep's jobs tell together.
+    """Summary of a sweep, from the records of its jobs.
 
     Attributes:
         experiment: names of the experiments.
-        status: ``passed`` if every job held or was skipped; ``failed`` or ``interrupted``.
+        status: ``passed`` if every job passed or was skipped; else ``failed`` or ``interrupted``.
         exit_code: exit code of the process.
         sweep_dir: absolute path of the sweep's directory.
-        swept: the keys whose values differ from job to job.
+        swept: the keys whose values differ between jobs.
         jobs: the jobs, in order.
     """
 
@@ -461,15 +461,15 @@ Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 def dumps(record: Record | SweepFinished) -> str:
     """Return the record as one JSON line, without its newline."""
-    # ASCII: U+2028 in a text would break the line for readers that split at it.
+    # ASCII: some readers split lines at U+2028, which a text may contain.
     return json.dumps(record.to_json(), allow_nan=False)
 
 
 def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
-    """Return the record that :meth:`PhaseRecord.to_json` wrote."""
+    """Parse what :meth:`PhaseRecord.to_json` returned."""
     memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
     known = {key: data[key] for key in _PHASE_KEYS if key != "peak"}
-    peak = data.get("peak")  # records of a run before there were peaks have none
+    peak = data.get("peak")  # runs recorded before peaks existed have none
     known["peak"] = Peak(**{**peak, "bytes_in_use": tuple(peak["bytes_in_use"])}) if peak else None
     stats = tuple(memory.pop("jax_device_memory_stats"))
     known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
@@ -479,7 +479,7 @@ def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
 
 
 def record_from_json(data: Mapping[str, Any]) -> Record:
-    """Return the record of any kind that a line of ``records.jsonl`` holds."""
+    """Parse one line of ``records.jsonl``, a record of any kind."""
     readers = {
         RUN_STARTED: started_from_json,
         RUN_PLANNED: planned_from_json,
@@ -489,11 +489,11 @@ def record_from_json(data: Mapping[str, Any]) -> Record:
 
 
 def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
-    """Return the numbers of a phase under the metric keys that dashboards know.
+    """Return a phase's values under the metric keys that existing dashboards use.
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
-    ``plan/<pool>_error_bytes``, ``compile/count``, ``mem/process/peak_rss_bytes`` and ``mem/peak/...``
-    (inside the phase) are kvpipe's.
+    ``plan/<pool>_error_bytes``, ``compile/count``, ``mem/process/peak_rss_bytes`` and
+    ``mem/peak/...`` (inside the phase) are kvpipe's.
     """
     values: dict[str, int | float | str] = {
         "phase/idx": record.idx,

@@ -1,7 +1,7 @@
-"""The loop in the worker: run each step, measure after it, compare with the plan, emit a record.
+"""The worker's loop: run each step, measure after it, compare with the plan, emit a record.
 
-A record is emitted for the step that fails too: out of memory is exactly when memory matters. After
-a failure the steps that clean are still run.
+A step that fails gets its record too: out of memory is exactly when memory records matter. After a
+failure only the cleanup steps run.
 """
 
 import time
@@ -32,7 +32,7 @@ _TELL_EVERY_S = 0.25
 
 
 class CheckFailed(KvpipeError):
-    """A check of a phase did not hold; the record says which."""
+    """A check of a phase did not pass; the record says which."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Job:
         idx: position in the pipeline, from 0.
         use: name of the phase file.
         phase: the step.
-        planned: the ledger that the plan predicts after it; None once a failure has made the plan
-            void.
+        planned: the planned ledger after it; None once a failure has invalidated the plan.
     """
 
     idx: int
@@ -55,10 +54,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Events:
-    """What the runner tells the parent.
+    """Callbacks through which the runner reports to the parent.
 
     Attributes:
-        joined: called with the names of the hosts by rank; none if there is one.
+        joined: called with the host names by rank; not called for a single host.
         planned: called with the plan, before anything is started.
         started: called with a step's name and position as it begins.
         progressed: called while it runs, a few times a second, from another thread.
@@ -78,7 +77,7 @@ class Failure:
 
     Attributes:
         step: its name.
-        error: what the person at the terminal is told.
+        error: the error for the person at the terminal.
     """
 
     step: str
@@ -90,14 +89,14 @@ def run(
 ) -> Failure | None:
     """Run the jobs in order, each with its record; return the first failure.
 
-    After one only steps that clean are run. With ``runner.on_error=continue`` the failure of a step
-    that only measures does not count as one until the end. Several hosts run in lockstep: at the
-    end of each step every one knows what all have of it, and does the same.
+    After a failure only cleanup steps run. With ``runner.on_error=continue`` the failure of a step
+    that only measures does not stop the run, but fails it at the end. Several hosts run in
+    lockstep: at the end of each step they exchange results, so all take the same decision.
 
     Args:
         jobs: the steps.
-        ctx: what they share.
-        events: where starts and records go.
+        ctx: their common context.
+        events: callbacks for starts and records.
         run_began: ``time.time()`` when the run began, for the elapsed time.
     """
     first: Failure | None = None
@@ -116,13 +115,13 @@ def run(
 
 
 def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
-    """Whether the run goes on after this step has failed."""
+    """Whether the run continues after this step has failed."""
     asked = loop.ctx.config.runner.on_error == CONTINUE
     return asked and phase.kind is Kind.MEASURES and loop.engine_lives
 
 
 def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
-    """Run one job and emit its record; return what failed it."""
+    """Run one job and emit its record; return its error, if it failed."""
     step = job.phase.step
     events.started(step, job.idx)
     loop.begin(step)
@@ -144,12 +143,12 @@ def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What this host has of a step.
+    """This host's result of a step.
 
     Attributes:
-        timed: duration and compilations, by the record's names.
-        share: what it measured and asserted.
-        fields: what the phase reports.
+        timed: duration and compilations, by the record's field names.
+        share: its measurements and checks.
+        fields: values that the phase reports.
         error: why it failed; None if it did not.
     """
 
@@ -160,15 +159,15 @@ class _Attempt:
 
     @property
     def failed(self) -> dict[str, Any]:
-        """The failure, for the other hosts."""
+        """The failure, in the form that the other hosts receive."""
         return lockstep.failure(self.error) if self.error else {}
 
 
 class _Loop:
-    """What the loop keeps from step to step: clocks, counts, the last measurement, past cycles.
+    """State that the loop keeps between steps: clocks, counts, the last measurement, past cycles.
 
     Attributes:
-        engine_lives: whether no engine of any host has failed.
+        engine_lives: whether no host's engine has failed.
     """
 
     def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
@@ -193,7 +192,7 @@ class _Loop:
         self._step_began = time.monotonic()
 
     def tell(self, progressed: Callable[[Progress], None]) -> float:
-        """Tell how far the step is, if it says so; return the seconds until the next time."""
+        """Report the step's progress, if it has any; return the seconds until the next report."""
         step, activity, compiled = self._step, progress.now(), self._compiles.so_far
         if (compiling_s := self._compiles.compiling_s) is not None:
             seconds = round(compiled.seconds + compiling_s, 3)
@@ -230,25 +229,25 @@ class _Loop:
         return _Attempt(timed, share, result.fields, error)
 
     def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
-        """Measure after a step that failed, without waiting for the engine to settle."""
+        """Measure after a failed step, without waiting for the engine to become idle."""
         try:
             return probe.measure(self.ctx, settle=False), str(error)
         except Exception as second:
-            # The record of the failure must not be lost to what the failure has broken.
+            # Keep the failure's record even if the failure has also broken the measurement.
             traceback.print_exc()
-            told = f"{error}; then nothing could be measured: {type(second).__name__}: {second}"
+            told = f"{error}; then the measurement failed: {type(second).__name__}: {second}"
             return Measurement(process_memory(), None), told
 
     def record(
         self, job: Job, own: _Attempt, shares: Sequence[Share], error: KvpipeError | None
     ) -> PhaseRecord:
-        """Return the record of what all hosts have of a step, held against the plan.
+        """Return the record of a step over all hosts, compared with the plan.
 
         Args:
             job: the step.
-            own: what this host has of it.
-            shares: what each host has of it.
-            error: why it failed; None if it did on no host.
+            own: this host's result.
+            shares: each host's measurements and checks.
+            error: why it failed; None if it failed on no host.
         """
         labels = [lockstep.label(host) for host in range(len(shares))]
         whole = together(shares, labels)
@@ -274,7 +273,7 @@ class _Loop:
         )
 
     def _compared(self, job: Job, whole: Share) -> Result:
-        """Return the checks, those against the plan and the cycle before too."""
+        """Return the checks, including those against the plan and the previous cycle."""
         cycle = self._cycles.compare(job.phase.step, whole.measured)
         checks = (*whole.checks, *cycle.checks)
         ledger, config = whole.measured.ledger, self.ctx.config.plan
@@ -284,7 +283,7 @@ class _Loop:
         return Result(cycle.fields, checks)
 
     def _timed(self, job: Job) -> dict[str, Any]:
-        """Stop the clock and the count of a step; return what they say, by the record's names."""
+        """Stop the clock and the counts of a step; return them by the record's field names."""
         duration_s = time.monotonic() - self._step_began
         compiled = self._compiles.take()
         return {
@@ -298,7 +297,7 @@ class _Loop:
 
 
 def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -> tuple[Check, ...]:
-    """Return one check for each pool that the plan holds to the byte, on every device."""
+    """Return one check per pool that the plan predicts exactly, over every device."""
     return tuple(
         Check(f"plan/{pool}_bytes", planned.sum_of(pool), measured.sum_of(pool), not off)
         if not off or planned.sum_of(pool) != measured.sum_of(pool)
@@ -308,7 +307,7 @@ def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -
 
 
 def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check:
-    """Return the check that the total is the planned one, but for the stated allowance."""
+    """Return the check of the total against the plan, within the stated allowance."""
     off = measured.total_bytes - planned.total_bytes
     return Check(
         "plan/total_bytes",

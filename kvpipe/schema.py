@@ -1,7 +1,8 @@
 """The typed configuration: every key that a config may have, its type, default and unit.
 
 Hydra merges the YAML files of ``conf/`` into these dataclasses, so a misspelled key or a wrong type
-is an error when the config is composed, before anything is loaded.
+is an error when the config is composed, before anything is loaded. This is the reference of the
+config keys.
 """
 
 import math
@@ -20,7 +21,7 @@ _LOG_LEVELS = ("critical", "debug", "error", "info", "warning")
 
 
 class TrackingMode(Enum):
-    """Where W&B writes."""
+    """Where W&B writes: to its server, to local files, or nowhere."""
 
     online = "online"
     offline = "offline"
@@ -28,7 +29,7 @@ class TrackingMode(Enum):
 
 
 class OutputFormat(Enum):
-    """What stdout shows; ``auto`` is ``table`` at a terminal and ``json`` when piped."""
+    """Format of stdout; ``auto`` is ``table`` on a terminal and ``json`` in a pipe."""
 
     auto = "auto"
     table = "table"
@@ -36,7 +37,7 @@ class OutputFormat(Enum):
 
 
 class PlanFormat(Enum):
-    """How ``kvpipe plan`` and ``kvpipe phases`` print."""
+    """Output format of ``kvpipe plan`` and ``kvpipe phases``."""
 
     table = "table"
     markdown = "markdown"
@@ -44,7 +45,7 @@ class PlanFormat(Enum):
 
 
 class CompareFormat(Enum):
-    """How ``kvpipe compare`` prints."""
+    """Output format of ``kvpipe compare``."""
 
     markdown = "markdown"
     json = "json"
@@ -56,7 +57,7 @@ class TinyModelConfig:
     """Shape of the checkpoint that is generated on first use.
 
     Attributes:
-        seed: seed of the weights; the files are the same bytes for the same seed and shape.
+        seed: seed of the weights; the same seed and shape give the same bytes.
         architecture: class name in Hugging Face's ``config.json``.
         hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         intermediate_size, vocab_size, tie_word_embeddings, max_position_embeddings: as in
@@ -80,16 +81,16 @@ class TinyModelConfig:
 
 @dataclass
 class ModelConfig:
-    """Which model is served.
+    """The model to serve.
 
     Attributes:
         id: name for records and, without ``path`` and ``generate``, the Hugging Face repository.
-        path: directory with config.json, safetensors and tokenizer; absolute, or relative to
-            where the command was typed.
+        path: directory with config.json, safetensors and tokenizer; absolute, or relative to the
+            working directory of the command.
         revision: revision of the Hugging Face repository, if it is downloaded.
         config: name of a config.json that ships with kvpipe (``conf/model/configs``), for planning
-            without a hub.
-        generate: shape of a generated checkpoint; makes ``path`` unnecessary.
+            without the hub.
+        generate: shape of a checkpoint to generate; replaces ``path``.
     """
 
     id: str = MISSING
@@ -104,29 +105,30 @@ class EngineConfig:
     """How sglang-jax is started; the names are those of its server arguments.
 
     Attributes:
-        device: JAX platform, ``cpu`` or ``tpu``; has to agree with JAX_PLATFORMS.
-        virtual_devices: number of CPU devices that XLA pretends to have, on all hosts together;
-            for ``cpu`` only.
-        tp_size: tensor-parallel size; None takes the device count divided by ``dp_size``.
-        dp_size: data-parallel size; tp_size × dp_size has to be the device count.
-        nnodes: number of hosts; tp_size × dp_size is the device count of all of them.
-        node_rank: which of the hosts this one is, from 0; None takes KVPIPE_NODE_RANK,
-            TPU_WORKER_ID or SLURM_PROCID from the environment, so that one command is typed on all.
-        dist_init_addr: ``HOST:PORT`` of host 0, where the hosts meet; needed if there are several.
+        device: JAX platform, ``cpu`` or ``tpu``; must agree with JAX_PLATFORMS.
+        virtual_devices: number of virtual CPU devices that XLA creates, over all hosts; for ``cpu``
+            only.
+        tp_size: tensor-parallel size; None means the device count divided by ``dp_size``.
+        dp_size: data-parallel size; tp_size × dp_size must equal the device count.
+        nnodes: number of hosts; tp_size × dp_size is the device count over all of them.
+        node_rank: rank of this host, from 0; None reads KVPIPE_NODE_RANK, TPU_WORKER_ID or
+            SLURM_PROCID from the environment, so that the same command runs on every host.
+        dist_init_addr: ``HOST:PORT`` of host 0, where the hosts meet; required for several hosts.
         dtype: dtype of parameters and activations, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` starts with random weights, ``auto`` with those of the checkpoint.
-        max_total_tokens: capacity of the KV cache in tokens; a cut by the engine is an error.
-        context_length: longest sequence in tokens; None takes the model's.
-        page_size: tokens in a KV page.
-        max_running_requests: largest decode batch.
-        max_prefill_tokens: tokens that one prefill batch may have.
-        mem_fraction_static: share of HBM that the engine may plan with.
+        max_total_tokens: capacity of the KV cache in tokens; it is an error if the engine cuts it.
+        context_length: longest sequence in tokens; None means the model's limit.
+        page_size: tokens per KV page.
+        max_running_requests: largest decode batch, in requests.
+        max_prefill_tokens: largest prefill batch, in tokens.
+        mem_fraction_static: share of HBM for parameters and KV cache, more than 0 and at most 1.
         random_seed: seed of the dummy weights and the sampler.
         precompile: compile all padded batch shapes before the engine is ready.
-        download_dir: where Hugging Face files are kept; None takes the hub's default.
-        trust_remote_code: let transformers run code from the checkpoint.
-        log_level: level of the engine's own log.
-        watchdog_timeout: seconds after which the engine calls a forward step stuck.
+        download_dir: directory of downloaded Hugging Face files; None means the hub's default.
+        trust_remote_code: allow transformers to run code from the checkpoint.
+        log_level: level of the engine's log: ``critical``, ``error``, ``warning``, ``info`` or
+            ``debug``.
+        watchdog_timeout: seconds after which the engine considers a forward step stuck.
     """
 
     device: str = "tpu"
@@ -179,13 +181,13 @@ class EngineConfig:
 
 @dataclass
 class TrainerConfig:
-    """The trainer that shares the devices with the engine, for pipelines that have one.
+    """The trainer that shares the devices with the engine, for pipelines that train.
 
     Attributes:
         dtype: dtype of its parameters and of AdamW's second moment, ``float32`` or ``bfloat16``.
-        gradients_dtype: dtype of the gradients; None takes ``dtype``.
-        mu_dtype: dtype of AdamW's first moment, as optax calls it; None takes ``dtype``.
-        learning_rate: AdamW's learning rate, the same in every step.
+        gradients_dtype: dtype of the gradients; None means ``dtype``.
+        mu_dtype: dtype of AdamW's first moment (optax's ``mu_dtype``); None means ``dtype``.
+        learning_rate: AdamW's learning rate, constant, at least 0.
         weight_decay: AdamW's weight decay.
         seed: seed of the gradients.
     """
@@ -207,12 +209,12 @@ class TrainerConfig:
 
 @dataclass
 class PromptConfig:
-    """The prompt: ``text`` or ``file``, one of them.
+    """The prompt: exactly one of ``text`` and ``file``.
 
     Attributes:
         text: the prompt itself.
-        file: path of a UTF-8 file; ``pkg://conf/prompt/NAME`` is one that ships with kvpipe.
-        sha256: expected SHA-256 of the prompt's UTF-8 bytes, in hexadecimal.
+        file: path of a UTF-8 file; ``pkg://conf/prompt/NAME`` is a file that ships with kvpipe.
+        sha256: expected SHA-256 of the prompt's UTF-8 bytes, in hexadecimal; None skips the check.
     """
 
     text: str | None = None
@@ -225,9 +227,9 @@ class SamplingConfig:
     """How tokens are chosen.
 
     Attributes:
-        max_new_tokens: tokens to generate.
-        temperature: 0.0 is greedy.
-        ignore_eos: go on after an end-of-sequence token.
+        max_new_tokens: number of tokens to generate.
+        temperature: sampling temperature, at least 0; 0.0 is greedy.
+        ignore_eos: continue after an end-of-sequence token.
     """
 
     max_new_tokens: int = 64
@@ -244,16 +246,17 @@ class TrackingConfig:
     """Weights & Biases.
 
     Attributes:
-        mode: online, offline or disabled.
+        mode: ``online``, ``offline`` or ``disabled``.
         project: W&B project.
         name: name of the run.
-        entity: W&B team or user; None takes the account's default.
-        group: what runs belong together; None is none, or for a job of a sweep the sweep's name.
-        tags: tags of the run; a job of a sweep has its overrides besides.
-        fallback_offline: go on offline, and say so, when online cannot be had.
-        init_timeout_s: seconds that the first contact with the server may take.
-        finish_timeout_s: seconds that the upload at the end may take.
-        text_max_chars: characters of a text that media and tables show; the files hold all.
+        entity: W&B team or user; None means the account's default.
+        group: name that groups related runs; None means no group, or the sweep's name for a job of
+            a sweep.
+        tags: tags of the run; a job of a sweep also gets its overrides.
+        fallback_offline: continue offline, with a message, if W&B cannot be reached.
+        init_timeout_s: limit of the first contact with the server, in seconds.
+        finish_timeout_s: limit of the final upload, in seconds.
+        text_max_chars: characters of a text shown in media and tables; the files hold all of it.
     """
 
     mode: TrackingMode = TrackingMode.offline
@@ -275,12 +278,12 @@ class TrackingConfig:
 
 @dataclass
 class RepeatConfig:
-    """A stretch of the pipeline that is carried out several times.
+    """A range of the pipeline's steps that is repeated.
 
     Attributes:
-        first: name of its first step.
-        last: name of its last step.
-        times: how often, the first time included.
+        first: name of the first repeated step.
+        last: name of the last repeated step.
+        times: number of repetitions, including the first pass.
     """
 
     first: str = MISSING
@@ -293,23 +296,23 @@ class RepeatConfig:
 
 @dataclass
 class RunnerConfig:
-    """How the run is carried out.
+    """How the run is executed.
 
     Attributes:
-        isolate: run the engine in a fresh child process; false is for a debugger.
+        isolate: run the engine in a fresh child process; false is for debuggers.
         idle_timeout_s: seconds to wait for the engine to become idle before flush, drop, rebuild
             and probe.
-        shutdown_timeout_s: seconds that the worker may take to end after its last record.
-        sample_peaks: look at the memory inside phases too, for at most 1 % of a core.
-        heartbeat_s: seconds from one line on stderr to the next while a phase runs, where no
-            terminal shows the run; None writes none.
-        phase_timeout_s: seconds that a step of the engine's process may take, and what stands
-            before the first of them (importing jax, planning); None sets no limit.
-        phase_timeouts: step → seconds, instead of ``phase_timeout_s``.
-        run_timeout_s: seconds that the run may take until its last step is done; None sets no
-            limit. Steps before the engine's process are limited by ``tracking.init_timeout_s``.
-        on_error: ``stop`` after the first step that fails, or ``continue`` if all that it does is
-            measure; the run fails all the same. Steps that clean are run after any failure.
+        shutdown_timeout_s: seconds that the worker may take to exit after its last record.
+        sample_peaks: sample the memory inside phases too, at a cost of at most 1 % of a core.
+        heartbeat_s: seconds between progress lines on stderr while a phase runs, where no terminal
+            shows the run live; None writes none.
+        phase_timeout_s: limit in seconds of each worker step, and of the start before the first one
+            (importing jax, planning); None means no limit.
+        phase_timeouts: step → seconds, in place of ``phase_timeout_s``.
+        run_timeout_s: limit in seconds of the whole run until its last step is done; None means no
+            limit. Steps before the worker's are limited by ``tracking.init_timeout_s``.
+        on_error: ``stop`` after the first step that fails, or ``continue`` if that step only
+            measures; the run fails either way. Cleanup steps run after any failure.
     """
 
     isolate: bool = True
@@ -343,17 +346,17 @@ class PlanConfig:
     """The byte plan.
 
     Attributes:
-        enforce: refuse a run that cannot fit, and fail one whose plan was wrong.
-        allowance_bytes: bytes over all devices by which the total after a phase may differ from the
-            planned one. It is for what a run does not plan: compiled programs, the sampler's and
-            the runtime's small buffers. Parameters, KV cache and slots have none.
-        format: how ``kvpipe plan`` prints.
-        target: what ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its topology, e.g.
-            ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for
-            ``tpu``.
-        file: where ``kvpipe plan`` writes instead of to stdout.
-        compile: compile the engine's prefill and decode step for the TPU that is planned for, and
-            add their code and temporaries; takes about half a minute the first time.
+        enforce: refuse a run that does not fit, and fail a run whose bytes differ from the plan.
+        allowance_bytes: allowed difference between measured and planned total after a phase, in
+            bytes over all devices. It covers what a run does not plan: compiled programs, and small
+            buffers of the sampler and the runtime. Parameters, KV cache and slots must be exact.
+        format: output format of ``kvpipe plan``.
+        target: machine that ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its
+            topology, e.g. ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu``
+            for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for ``tpu``.
+        file: file that ``kvpipe plan`` writes; None means stdout.
+        compile: compile the engine's prefill and decode steps for the target TPU, and add their
+            code and temporaries to the plan; takes about half a minute the first time.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
     """
@@ -373,15 +376,15 @@ class PlanConfig:
 
 @dataclass
 class ComparePlansConfig:
-    """What ``kvpipe compare-plans`` compares.
+    """The two plans that ``kvpipe compare-plans`` compares.
 
     Attributes:
-        base: git revision before the change; None is ``HEAD``, or without ``head`` and with
-            ``overrides`` the files as they are.
-        head: git revision after the change; None is the files as they are.
-        overrides: overrides that only the plan after the change has, each in quotes:
+        base: git revision before the change; None means ``HEAD``, or the working tree if
+            ``overrides`` is set without ``head``.
+        head: git revision after the change; None means the working tree.
+        overrides: overrides of the plan after the change only, each in quotes:
             ``'compare_plans.overrides=["engine.page_size=64"]'``.
-        budget_bytes: bytes that the peak of a device may grow by.
+        budget_bytes: allowed growth of the peak on a device, in bytes.
     """
 
     base: str | None = None
@@ -395,18 +398,18 @@ class ComparePlansConfig:
 
 @dataclass
 class CompareConfig:
-    """How ``kvpipe compare`` compares runs: each further one is held against the first.
+    """How ``kvpipe compare`` compares each further run with the first one.
 
     Attributes:
-        format: how it prints.
-        file: where it writes instead of to stdout.
-        budget_bytes: bytes over all devices by which parameters, KV cache or a slot may grow.
-        allowance_bytes: bytes by which what no plan holds to the byte may grow: the total, the
-            programs, other arrays, the peak inside a phase.
-        outputs: whether another output is beyond what may differ.
-        duration_factor: how many times as long a phase may take; None is any. Phases of less than
+        format: output format.
+        file: file to write; None means stdout.
+        budget_bytes: allowed growth of parameters, KV cache or a slot, in bytes over all devices.
+        allowance_bytes: allowed growth of the values that no plan predicts exactly, in bytes: the
+            total, the programs, other arrays, the peak inside a phase.
+        outputs: whether a different output exceeds the allowance.
+        duration_factor: allowed factor on a phase's duration; None means any. Phases shorter than
             0.1 s do not count.
-        compilations: programs that a phase may compile more; None is any.
+        compilations: allowed additional compilations in a phase; None means any number.
     """
 
     format: CompareFormat = CompareFormat.markdown
@@ -427,7 +430,7 @@ class ReportConfig:
     """Where ``kvpipe report`` writes.
 
     Attributes:
-        dir: directory for ``report.html`` and ``timeline.png``; None is that of the records.
+        dir: directory of ``report.html`` and ``timeline.png``; None means the records' directory.
     """
 
     dir: str | None = None
@@ -435,12 +438,12 @@ class ReportConfig:
 
 @dataclass
 class SweepConfig:
-    """How the jobs of a sweep (``-m``) are carried out.
+    """How the jobs of a sweep (``-m``) are executed.
 
     Attributes:
-        resume: a job that an earlier sweep has carried out takes its records over instead of
-            running: same config (but for tracking and output), same versions, and it passed. The
-            sweeps beside this one's directory are looked through, and this one's own.
+        resume: reuse the records of an earlier sweep's job instead of running it again, if that job
+            passed with the same config (apart from tracking and output) and the same versions.
+            Searches this sweep's directory and the ones next to it.
     """
 
     resume: bool = False
@@ -448,11 +451,11 @@ class SweepConfig:
 
 @dataclass
 class DescribeConfig:
-    """What ``kvpipe phases`` prints.
+    """The output of ``kvpipe phases``.
 
     Attributes:
-        phase: name of the one phase to print; None prints all. ``kvpipe phases NAME`` sets it.
-        format: how.
+        phase: name of the phase to print; None prints all. ``kvpipe phases NAME`` sets it.
+        format: output format.
     """
 
     phase: str | None = None
@@ -465,11 +468,11 @@ class Kvpipe:
 
     Attributes:
         experiment: name of the experiment, for records and the run directory.
-        pipeline: the steps, in order.
+        pipeline: names of the steps, in order.
         phases: step name → options; ``use`` names the file in ``phases/``.
-        repeat: a stretch of the pipeline to repeat; its steps of cycle k are called ``name#k``.
-        output: what stdout shows.
-        cache_dir: where generated checkpoints are kept; None is ``$XDG_CACHE_HOME/kvpipe``.
+        repeat: range of steps to repeat; cycle k of a step is called ``name#k``.
+        output: format of stdout.
+        cache_dir: directory of generated checkpoints; None means ``$XDG_CACHE_HOME/kvpipe``.
     """
 
     experiment: str = "tiny"
@@ -499,13 +502,13 @@ def _check_choice(key: str, value: str, *valid: str) -> None:
 
 
 def _check_at_least(least: int, key: str, value: Any) -> None:
-    """Refuse a number below ``least``, and what is not finite; None and MISSING are no numbers."""
+    """Refuse a number that is not finite or below ``least``; None and MISSING pass."""
     if isinstance(value, int | float) and not least <= value < math.inf:
         raise InputError(f"{key} is {value}, it has to be at least {least}")
 
 
 def _check_seconds(key: str, value: float | None) -> None:
-    """Refuse a time of no seconds, or of no end; None is no time."""
+    """Refuse a time that is not positive or not finite; None passes."""
     if value is not None and not 0 < value < math.inf:
         raise InputError(f"{key} is {value}, it has to be more than 0 seconds")
 
@@ -513,8 +516,8 @@ def _check_seconds(key: str, value: float | None) -> None:
 def schema() -> DictConfig:
     """Return the schema that configs are merged into.
 
-    ``phases`` and ``runner.phase_timeouts`` take new keys without a ``+``: which steps there are,
-    and their options, is checked when the steps are built.
+    ``phases`` and ``runner.phase_timeouts`` accept new keys without a ``+``; step names and options
+    are validated when the steps are built.
     """
     node = OmegaConf.structured(Kvpipe)
     OmegaConf.set_struct(node.phases, False)
@@ -523,7 +526,7 @@ def schema() -> DictConfig:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return a composed config as plain dicts, lists and scalars, everything resolved.
+    """Return a composed config as plain dicts, lists and scalars, with interpolations resolved.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: a value is missing or cannot be resolved.
@@ -534,7 +537,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Kvpipe:
-    """Return the typed config that :func:`to_plain` wrote, with every value checked again."""
+    """Return the typed config of :func:`to_plain`'s result, with every value validated again."""
     config = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(Kvpipe), plain))
     assert isinstance(config, Kvpipe)
     return config

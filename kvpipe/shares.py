@@ -1,4 +1,4 @@
-"""What each host has of a step, and what all have of it together: one ledger of all devices."""
+"""Merge the hosts' measurements of a step into one ledger over all devices."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,14 +11,14 @@ from kvpipe.records import Check, Memory, Peak
 
 @dataclass(frozen=True)
 class Share:
-    """What one host has of a step, or all together.
+    """One host's measurements and checks of a step, or all hosts' merged.
 
     Attributes:
-        measured: the memory after it, of the host's own devices.
-        peak: the largest use inside it; None if nothing looked.
-        checks: what it asserted.
+        measured: memory after it, of the host's own devices.
+        peak: peak use inside it; None if it was not sampled.
+        checks: its assertions.
         engine_lives: whether no thread of the engine has failed.
-        positions: where the host's devices stand among those of all hosts.
+        positions: positions of the host's devices in the list of all devices.
     """
 
     measured: Measurement
@@ -28,7 +28,7 @@ class Share:
     positions: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of it, for the other hosts."""
+        """Return it as a JSON object, for the other hosts."""
         ledger = self.measured.ledger
         return {
             "memory": asdict(self.measured.memory),
@@ -41,7 +41,7 @@ class Share:
 
 
 def share_from_json(data: Mapping[str, Any]) -> Share:
-    """Return the share that :meth:`Share.to_json` wrote."""
+    """Parse what :meth:`Share.to_json` returned."""
     ledger, peak, positions = data["ledger"], data["peak"], tuple(data["positions"])
     if ledger is not None:
         ledger = Ledger(len(positions), {pool: tuple(held) for pool, held in ledger.items()})
@@ -55,11 +55,11 @@ def share_from_json(data: Mapping[str, Any]) -> Share:
 
 
 def together(shares: Sequence[Share], labels: Sequence[str]) -> Share:
-    """Return what all hosts have: the first host's, with the devices of all and every failed check.
+    """Merge all hosts' results: rank 0's, with every host's devices and failed checks.
 
     Args:
-        shares: what each host has, by rank.
-        labels: what messages call each host.
+        shares: each host's result, by rank.
+        labels: the hosts' names in messages.
     """
     first, *others = shares
     if not others:
@@ -79,7 +79,7 @@ def together(shares: Sequence[Share], labels: Sequence[str]) -> Share:
 
 
 def of_each_host(shares: Sequence[Share], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what the record says of each host."""
+    """Return the record's entry for each host."""
     return [
         {
             "name": name,
@@ -93,7 +93,7 @@ def of_each_host(shares: Sequence[Share], names: Sequence[str]) -> list[dict[str
 
 
 def _in_order[T](shares: Sequence[Share], of_host: Sequence[Sequence[T]]) -> tuple[T, ...]:
-    """Return what each host has of its devices, in the order of all devices."""
+    """Return the hosts' per-device values in the order of all devices."""
     pairs = [
         pair
         for share, values in zip(shares, of_host, strict=True)
@@ -109,7 +109,7 @@ def _memory(shares: Sequence[Share]) -> Memory:
 
 
 def _ledger(shares: Sequence[Share]) -> Ledger | None:
-    """Return the ledger of all devices; None if a host could not measure."""
+    """Return the ledger over all devices; None if a host could not measure."""
     ledgers = [share.measured.ledger for share in shares if share.measured.ledger]
     if len(ledgers) != len(shares):
         return None
@@ -121,9 +121,9 @@ def _ledger(shares: Sequence[Share]) -> Ledger | None:
 
 
 def _peak(shares: Sequence[Share]) -> Peak | None:
-    """Return the peak: on each device its own, and the sum of what each host's devices had at most.
+    """Return the peak: each device's own, and the sum over the hosts of each host's largest total.
 
-    The hosts need not have had it at one moment.
+    The hosts may have reached their largest totals at different moments.
     """
     peaks = [share.peak for share in shares if share.peak]
     if len(peaks) != len(shares):

@@ -1,7 +1,7 @@
-"""A sweep on a SLURM cluster: what goes wrong with its jobs is told, and Ctrl-C ends them too.
+"""Run a sweep on a SLURM cluster: report failed jobs, and cancel all of them on Ctrl-C.
 
-Hydra's submitit launcher submits them. What needs submitit, which the extra ``slurm`` brings, is
-imported only once that launcher is chosen.
+Hydra's submitit launcher submits the jobs. submitit comes with the extra ``slurm``, so code that
+needs it is imported only once that launcher is chosen.
 """
 
 import traceback
@@ -21,37 +21,37 @@ _LOG_LINES = 10
 
 
 class WatchQueue(Callback):
-    """What has submitit ask SLURM's queue; ``conf/hydra/launcher/slurm.yaml`` names it.
+    """Hydra callback that makes submitit poll SLURM's queue (``conf/hydra/launcher/slurm.yaml``).
 
     Attributes:
-        watcher: what asks; None if the jobs of this process go to no cluster.
+        watcher: the poller; None if this process's jobs do not go to a cluster.
     """
 
     watcher: "ClassVar[QueueWatcher | None]" = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Do so before the first job is submitted."""
+        """Install the poller before the first job is submitted."""
         from kvpipe.slurm_queue import watch_queue
 
         WatchQueue.watcher = watch_queue()
 
 
 def submitted() -> bool:
-    """Whether SLURM has taken jobs of this process."""
+    """Whether SLURM has accepted jobs of this process."""
     return WatchQueue.watcher is not None and bool(WatchQueue.watcher.job_ids())
 
 
 @contextmanager
 def jobs(tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell of jobs that cannot be submitted or left no result; cancel them on Ctrl-C.
+    """Report jobs that could not be submitted or left no result; cancel the jobs on Ctrl-C.
 
-    Neither of the latter is an error here: all jobs have ended by then, and their records say how.
+    A missing result or Ctrl-C is not an error here: all jobs have ended, and their records say how.
 
     Args:
         tell: writes a message for the person at the terminal.
 
     Raises:
-        InputError: SLURM took none.
+        InputError: SLURM accepted none.
     """
     WatchQueue.watcher = None
     try:
@@ -70,12 +70,12 @@ def jobs(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _is_submitits(error: RuntimeError) -> bool:
-    """Whether submitit raised an error; its own classes are all below RuntimeError."""
+    """Whether submitit raised the error; its own exceptions are all subclasses of RuntimeError."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"].startswith("submitit.")
 
 
 def _shortened(message: str) -> str:
-    """Return submitit's message with no more than the end of the job's log, which it holds."""
+    """Return submitit's message with only the last lines of the job's log that it contains."""
     lines = message.splitlines()
     return "\n  ".join([*lines[:2], *lines[2:][-_LOG_LINES:]])

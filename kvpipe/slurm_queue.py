@@ -1,8 +1,8 @@
-"""The jobs of a sweep on a SLURM cluster, as the cluster's queue has them.
+"""Track a sweep's jobs through SLURM's queue.
 
-submitit takes a job for ended when its result is there or when SLURM's accounting says so. Without
-accounting, as on many clusters, it waits without end for a job that was killed, or cancelled before
-it began. The queue is there on every cluster. The module needs the extra ``slurm``.
+submitit considers a job finished when its result exists or when SLURM's accounting says so. Without
+accounting, which many clusters lack, it waits forever for a job that was killed, or cancelled
+before it began. Every cluster has the queue. This module needs the extra ``slurm``.
 """
 
 import logging
@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-# submitit asks after seconds at first, then less and less often, down to this.
+# submitit polls every few seconds at first, then less and less often, down to this.
 _ASKED_EVERY_S = 60
 _POLL_S = 1.0
 _log = logging.getLogger(__name__)
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """Looks jobs up in the queue; a job that is not there any more has ended.
+    """Look jobs up in the queue; a job that is no longer there has ended.
 
-    All of them count as ended together: the first that left no result ends submitit's wait for
-    every other one, so that may come only when none of them waits or runs.
+    All jobs are reported as ended together: the first one without a result ends submitit's wait for
+    all others, so report it only when none of them waits or runs.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class QueueWatcher(SlurmInfoWatcher):
         self._told = ""
 
     def _make_command(self) -> list[str]:
-        # Not by their ids: squeue fails when it does not know one any more.
+        # Do not query by id: squeue fails if it no longer knows one of them.
         return ["squeue", "--me", "--noheader", "--array", "--format=%i %T %r"]
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """Return the state of each job from the lines of the queue, and tell what has changed."""
+        """Return the state of each job from the queue's lines, and log changes."""
         text = string if isinstance(string, str) else string.decode()
         lines = (line.partition(" ") for line in text.splitlines())
         states = [state for job_id, _, state in lines if job_id in self._registered]
@@ -44,11 +44,11 @@ class QueueWatcher(SlurmInfoWatcher):
         return {job_id: {"State": state} for job_id in self._registered}
 
     def job_ids(self) -> list[str]:
-        """Return SLURM's ids of the jobs; those of an array have one together."""
+        """Return SLURM's job ids; the jobs of an array have one in common."""
         return sorted({job_id.partition("_")[0] for job_id in self._registered})
 
     def cancel(self) -> None:
-        """Cancel the jobs, of which there is one at least, and wait for their end."""
+        """Cancel the jobs, of which there must be at least one, and wait until they have ended."""
         job_ids = self.job_ids()
         subprocess.run(["scancel", *job_ids], check=True)
         _log.info("SLURM job %s: cancelled", ", ".join(job_ids))
@@ -64,7 +64,7 @@ class QueueWatcher(SlurmInfoWatcher):
 
 
 def watch_queue() -> QueueWatcher:
-    """Let submitit look jobs up in the queue from now on; return what does."""
+    """Make submitit look jobs up in the queue from now on; return the watcher."""
     watcher = QueueWatcher()
     SlurmJob.watcher = watcher
     return watcher

@@ -1,7 +1,7 @@
-"""From the config to frozen steps: resolve each name to its phase file and check its options.
+"""Build frozen steps from the config: resolve each name to its phase file and check its options.
 
-The options of a step are the fields of the phase's own dataclass, so what is checked here is what
-runs. Nothing is imported that needs jax.
+The options of a step are the fields of the phase's dataclass, so the run uses exactly what is
+checked here. Nothing here may import jax.
 """
 
 import importlib
@@ -22,7 +22,7 @@ PHASES_PACKAGE = "phases"
 
 
 def phase_names() -> list[str]:
-    """Return the names that ``use`` may have: the files in ``phases/``."""
+    """Return the names that ``use`` accepts: the files in ``phases/``."""
     package = importlib.import_module(PHASES_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
@@ -56,8 +56,8 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
     """Return the steps of the pipeline, in order.
 
     Raises:
-        InputError: a step is named twice, a name in ``phases`` is no step, or a step's ``use``,
-            option or value is wrong; also if a parent phase stands after a worker phase.
+        InputError: a step is named twice, a name in ``phases`` is not a step, a step's ``use``,
+            option or value is wrong, or a parent phase comes after a worker phase.
     """
     _check_names(config)
     steps = tuple(_build_step(name, config) for name in repeated(config.pipeline, config.repeat))
@@ -66,7 +66,7 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
         if isinstance(step, ParentPhase) and in_worker:
             raise InputError(
                 f"pipeline: {step.step!r} runs before the engine's process is started, "
-                f"so it has to stand before {in_worker!r}"
+                f"so it must come before {in_worker!r}"
             )
         if not isinstance(step, ParentPhase):
             in_worker = in_worker or step.step
@@ -74,10 +74,10 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
 
 
 def use_of(step: str, config: Kvpipe) -> str:
-    """Return the name of the phase file of a step.
+    """Return the name of a step's phase file.
 
     Raises:
-        InputError: it is not a text.
+        InputError: it is not a string.
     """
     name = base_name(step)
     return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
@@ -87,7 +87,7 @@ def _check_names(config: Kvpipe) -> None:
     if not config.pipeline:
         raise InputError("pipeline: it has no steps")
     for name in config.pipeline:
-        _typed(name, str, "pipeline")  # OmegaConf lets a list pass as an item of list[str]
+        _typed(name, str, "pipeline")  # OmegaConf accepts a list as an item of list[str]
         if CYCLE_MARK in name:
             raise InputError(
                 f"pipeline: {name!r} has a {CYCLE_MARK!r}, which marks the cycles of repeated "
@@ -95,8 +95,8 @@ def _check_names(config: Kvpipe) -> None:
             )
         if config.pipeline.count(name) > 1:
             raise InputError(
-                f"pipeline: {name!r} stands in it {config.pipeline.count(name)} times; "
-                f"give each its own name and say 'phases.<name>.use: {use_of(name, config)}'"
+                f"pipeline: {name!r} occurs {config.pipeline.count(name)} times; "
+                f"give each its own name and set 'phases.<name>.use: {use_of(name, config)}'"
             )
     for key, names in (
         ("phases", config.phases),
@@ -138,7 +138,7 @@ def _build_step(step: str, config: Kvpipe) -> Phase:
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:
-    """Return ``value`` as ``expected``, with lists made tuples and integers floats; or refuse."""
+    """Return ``value`` as ``expected``, lists as tuples and integers as floats; or refuse it."""
     origin, args = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType):
         if value is None and type(None) in args:

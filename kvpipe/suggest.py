@@ -1,11 +1,11 @@
-"""Name the nearest valid name when a wrong one was given."""
+"""Suggest the nearest valid names for a wrong one."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(wrong: str, valid: Iterable[str]) -> str:
-    """Return a phrase for the end of an error: the close matches, or else all valid names."""
+    """Return a phrase for the end of an error: the close matches, else all valid names."""
     names = sorted(valid)
     close = difflib.get_close_matches(wrong, names, n=3, cutoff=0.5)
     if close:

@@ -1,7 +1,7 @@
-"""The parent's side of a run: run its own phases, start the worker, feed the sinks, end it all.
+"""The parent's side of a run: run its own phases, start the worker, feed the sinks.
 
-It never imports jax. Whatever happens to the worker, the run ends with a ``run_finished`` record,
-closed sinks and the right exit code.
+It must not import jax. Whatever happens to the worker, the run always finishes with a
+``run_finished`` record, closed sinks and the right exit code.
 """
 
 import importlib
@@ -62,7 +62,7 @@ class Ending:
     Attributes:
         exit_code: exit code of the process.
         error: why it failed, in one message; None if it passed.
-        failing_phase: the step that failed, if it is another than the last one that began.
+        failing_phase: the step that failed, if it is not the last one that began.
         kind: name of the error's class.
     """
 
@@ -74,19 +74,19 @@ class Ending:
 
 @dataclass
 class Run:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
         config: the typed config.
         plain: the same as plain values, for the worker.
         started: the first record.
         steps: the steps, in order.
-        run_dir: where the run writes.
-        sinks: where its records go, the tracker's among them.
-        start_tracking: begins the W&B run; returns what stands in the record of it.
-        command: the command line that does this run again.
+        run_dir: directory that the run writes to.
+        sinks: receivers of its records, including the tracker.
+        start_tracking: starts the W&B run; returns the fields of its phase record.
+        command: the command line that repeats this run.
         secrets: environment variables that the worker must not see.
-        redactor: takes secrets out of records and logs.
+        redactor: removes secrets from records and logs.
     """
 
     config: Kvpipe
@@ -111,10 +111,10 @@ class Run:
     _hosts: tuple[str, ...] = ()
 
     def carry_out(self) -> RunFinished:
-        """Carry the run out and return its last record, which every sink has got.
+        """Execute the run and return its last record, after every sink has received it.
 
         Raises:
-            KvpipeError: a sink did not take the last record of a run that had not failed.
+            KvpipeError: a sink failed on the last record of a run that had not failed.
         """
         self._limits = Limits(self.config.runner)
         with self._interrupts:
@@ -122,14 +122,14 @@ class Run:
             try:
                 self.sinks.run_finished(finished)
             except KvpipeError as error:
-                # The other sinks have been told; a run that failed before keeps its exit code.
+                # The other sinks have received it; a run that failed before keeps its exit code.
                 if not finished.exit_code:
                     raise
                 finished = failed_by(finished, error)
         return finished
 
     def _finished(self, ending: Ending) -> RunFinished:
-        """Return the last record; a phase that never finished gets its own before it."""
+        """Return the last record; first emit a record for a phase that never finished."""
         ending = self._told_in_full(ending)
         if ending.exit_code and self._unfinished is not None:
             error = ending.error or ""
@@ -156,14 +156,14 @@ class Run:
     def _status(self, exit_code: int) -> str:
         if exit_code > errors.SIGNALLED:
             return INTERRUPTED
-        # The worker starts nothing once the plan that it has told does not fit.
+        # The worker starts nothing once it has reported a plan that does not fit.
         refused = self._plan is not None and not self._plan.fit.fits and self.config.plan.enforce
         if refused and exit_code == errors.BAD_INPUT:
             return SKIPPED
         return FAILED if exit_code else PASSED
 
     def _told_in_full(self, ending: Ending) -> Ending:
-        """Add to an out-of-memory what was held then, and what the plan had said."""
+        """Add the measured and planned memory to the error of an out-of-memory."""
         if ending.exit_code != errors.OUT_OF_MEMORY:
             return ending
         failing = ending.failing_phase or self._current
@@ -177,7 +177,7 @@ class Run:
         return replace(ending, error=told)
 
     def _ledger(self, step: str | None) -> Mapping[str, int]:
-        """Return the ledger that was measured after ``step``; without one, the last one."""
+        """Return the ledger measured after ``step``, or the last one measured."""
         last = next(reversed(self._ledgers.values()), {})
         return self._ledgers.get(step or "", last)
 
@@ -198,7 +198,7 @@ class Run:
         except KvpipeError as error:
             return _ending(error, error.exit_code)
         except Exception as error:
-            # A defect of kvpipe: its traceback is for whoever mends it, the record for the user.
+            # A defect of kvpipe: print the traceback for the developer; the record is for the user.
             print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
             return _ending(error, errors.DEFECT, f"{type(error).__name__}: {error}")
 
@@ -226,7 +226,7 @@ class Run:
     def _own_record(
         self, step: str, idx: int, duration_s: float, result: Result, memory: Memory | None = None
     ) -> PhaseRecord:
-        """Return the record of a step that the parent writes."""
+        """Return the record of a step that runs in the parent."""
         return PhaseRecord(
             phase=step,
             use=use_of(step, self.config),
@@ -251,7 +251,7 @@ class Run:
         with self._start_worker() as child:
             scratch = str(child.scratch)
             child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
-            # W&B's answers take seconds, in which the worker imports jax and the engine.
+            # W&B takes seconds to answer; meanwhile the worker imports jax and the engine.
             self._run_parent_phases()
             self._begin_stage(RUN_PLANNED)
             child.send({"begin": RUN_PLANNED})
@@ -270,12 +270,12 @@ class Run:
                 raise
             died = _died(child, self._current, oom_kills() > kills, self._hosts)
             with self._interrupts.allowed():
-                # A cluster sends its signal to both, and the worker may be the faster to end by it.
+                # A cluster signals both processes, and the worker may end first.
                 time.sleep(_SAME_SIGNAL_S)
             raise died
 
     def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
-        """Take what the worker says; return the ending if it says that."""
+        """Handle a message from the worker; return the ending if the message is that."""
         if "plan" in message:
             self._on_plan(planned_from_json(message["plan"]))
         elif "record" in message:
@@ -291,23 +291,23 @@ class Run:
         return None
 
     def _wait(self, descriptor: int) -> None:
-        """Return once the worker has said something, or ended.
+        """Wait until the worker has sent something or has ended.
 
         Raises:
-            TimedOut: it has not within its limits.
+            TimedOut: a time limit expired first.
             Interrupted: a signal came.
         """
         with self._interrupts.allowed():
             self._limits.wait(descriptor)
 
     def _save_stacks(self, child: Child) -> str:
-        """Keep what the worker's threads do; say where."""
+        """Save the stacks of the worker's threads; return a sentence that says where."""
         stacks = child.write_stacks()
         if not stacks:
-            return "its threads did not say what they do"
+            return "its threads wrote no stacks"
         path = self._file(STACKS_FILE)
         path.write_text(stacks)
-        return f"what its threads did stands in {path}"
+        return f"the stacks of its threads are in {path}"
 
     def _start_worker(self) -> AbstractContextManager[Child]:
         inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
@@ -322,7 +322,7 @@ class Run:
         return self.run_dir / own_file(name, self.config.engine)
 
     def _run_here(self) -> Ending:
-        # A dynamic import: only here, for a debugger, does the parent load jax.
+        # A dynamic import: the parent loads jax only here, for a debugger.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker")
         events = worker.runner.Events(
@@ -345,7 +345,7 @@ class Run:
             self.sinks.run_planned(plan)
 
     def _begin_stage(self, name: str) -> None:
-        """Note what the run is at, and let its time limit begin."""
+        """Record the current stage, and start its time limit."""
         self._current = name
         self._unfinished = None
         self._limits.begin(name)
@@ -381,7 +381,7 @@ def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
 
 
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
-    """Return the error of a worker that ended without a word."""
+    """Return the error of a worker that ended without reporting an outcome."""
     tail = child.log_tail()
     if other := who_ended(child.log.read_text(errors="replace"), hosts):
         return EngineError(
@@ -394,5 +394,5 @@ def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str])
         error = OutOfMemory if errors.says_no_memory(tail) else EngineError
         return error(f"{told}; {log}")
     if memory_was_short:
-        return OutOfMemory(f"{told}: Linux killed it for its memory; {log}")
-    return EngineError(f"{told}, and Linux counts no kill for memory in that time; {log}")
+        return OutOfMemory(f"{told}: Linux killed it for lack of memory; {log}")
+    return EngineError(f"{told}, and Linux counted no out-of-memory kill in that time; {log}")

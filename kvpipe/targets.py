@@ -1,4 +1,4 @@
-"""The machines that a plan can be for: how many devices they have, and how much memory each."""
+"""The machines that a plan can target: number of devices, and memory of each."""
 
 import math
 import re
@@ -13,21 +13,21 @@ from kvpipe.suggest import nearest
 
 CPU = "cpu"
 DEFAULT_TPU = "v4:2x2x1"
-"""What ``engine.device=tpu`` is planned for if nothing else is said: a v4-8, the SOP's machine."""
+"""Default target for ``engine.device=tpu``: a v4-8, the machine of the SOP."""
 
 _GIB = 1024**3
 
-# Published HBM of a chip, from the "System architecture" pages of Google's Cloud TPU documentation
+# Published HBM per chip, from the "System architecture" pages of Google's Cloud TPU documentation
 # (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e). A chip is one device: the two cores of a
-# v4 or v5p share its HBM and are used as one (megacore), v5e and v6e have one core. What the
-# runtime keeps for itself is not published, and is not taken off here.
+# v4 or v5p share its HBM and act as one (megacore); v5e and v6e have one core. The runtime's own
+# share is not published, so it is not subtracted here.
 _HBM_BYTES = {"v4": 32 * _GIB, "v5e": 16 * _GIB, "v5p": 95 * _GIB, "v6e": 32 * _GIB}
 _EXAMPLES = [CPU, *(f"{chip}:2x2x1" for chip in _HBM_BYTES)]
 
 _TOPOLOGY = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 
-# The topology that Google gives each accelerator type, from the same pages. The number in the name
-# of a v4 or v5p is that of its TensorCores, two a chip; in that of a v5e or v6e it is the chips.
+# Topology of each accelerator type, from the same pages. The number in the name counts TensorCores,
+# two per chip, for v4 and v5p, and chips for v5e and v6e.
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
 _SQUARES = "1x1x1 2x2x1 2x4x1 4x4x1 4x8x1 8x8x1 8x16x1 16x16x1"
 _SHAPES = {"v4": (2, _CUBES), "v5p": (2, _CUBES), "v5e": (1, _SQUARES), "v6e": (1, _SQUARES)}
@@ -61,7 +61,7 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
         name: ``cpu`` for this host, a chip and its topology, e.g. ``v5e:2x2x1``, or an accelerator
             type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and :data:`DEFAULT_TPU`
             for ``tpu``.
-        engine: its mesh has to take all devices.
+        engine: its mesh must cover all devices.
 
     Raises:
         InputError: there is no such target, or tp × dp is not its number of devices.
@@ -79,7 +79,7 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
 
 
 def _host(engine: EngineConfig) -> Target:
-    """Return this host, or several like it; virtual devices have an equal part of their host each."""
+    """Return this host, or several like it; virtual devices share a host's memory equally."""
     devices = cpu_devices(engine)
     return Target(CPU, devices, psutil.virtual_memory().total // (devices // engine.nnodes))
 
@@ -94,17 +94,17 @@ def _tpu(name: str) -> Target:
             f"plan.target is {name!r}; write the chip and its topology, e.g. {chip}:2x2x1"
         )
     sizes = [int(size) for size in topology.split("x")]
-    if len(sizes) == 2:  # as v5e's and v6e's are published; libtpu wants three
+    if len(sizes) == 2:  # v5e and v6e are published with two dimensions; libtpu needs three
         sizes.append(1)
     canonical = f"{chip}:{'x'.join(map(str, sizes))}"
     return Target(canonical, math.prod(sizes), _HBM_BYTES[chip])
 
 
 def _topology_of(name: str) -> str:
-    """Return the chip and topology of an accelerator type; what is none is left as it is.
+    """Return the chip and topology of an accelerator type; return any other name unchanged.
 
     Raises:
-        InputError: Google gives the chip no type of this number.
+        InputError: Google offers no type with this number for the chip.
     """
     wanted = name.replace("v5litepod-", "v5e-")
     found = _TYPE.fullmatch(wanted)

@@ -1,19 +1,19 @@
-"""Do something again and again on a thread of its own, until told to stop."""
+"""Call a function periodically on a thread until it is stopped."""
 
 import threading
 from collections.abc import Callable
 
 
 class Ticker:
-    """Calls ``work`` from its start to its stop, or while its context is entered.
+    """Call ``work`` periodically between start and stop, or while the context is open.
 
-    An exception of ``work`` ends the thread, as any thread, with a traceback on stderr; it never
-    reaches the thread that started it.
+    An exception from ``work`` ends the thread with a traceback on stderr, as in any thread; it
+    never reaches the thread that started it.
 
     Args:
         name: name of the thread.
-        work: what is done; it returns the seconds until the next time.
-        first_s: seconds until the first time.
+        work: the function; it returns the seconds until its next call.
+        first_s: seconds until the first call.
     """
 
     def __init__(self, name: str, work: Callable[[], float], first_s: float = 0.0) -> None:
@@ -30,11 +30,11 @@ class Ticker:
         self.stop()
 
     def start(self) -> None:
-        """Start the thread; once only."""
+        """Start the thread; call it once only."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and wait for its end."""
+        """Stop the thread and join it."""
         self._stop.set()
         self._thread.join()
 

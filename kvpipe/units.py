@@ -1,4 +1,4 @@
-"""Sizes as people read them; everywhere else they are integers in bytes."""
+"""Format sizes for people; everywhere else sizes are integers in bytes."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Unit:
     """A unit of sizes.
 
     Attributes:
-        name: how it is written.
+        name: its symbol.
         size: its bytes.
     """
 
@@ -28,12 +28,12 @@ def gib(size: int) -> str:
 
 
 def unit_for(size: int) -> Unit:
-    """Return the largest unit that ``size`` has at least one of."""
+    """Return the largest unit that is not larger than ``size``."""
     return next((unit for unit in _UNITS if abs(size) >= unit.size), _BYTE)
 
 
 def sized(size: int) -> str:
-    """Return bytes in the unit that suits their magnitude, e.g. ``20.53 MiB``."""
+    """Return bytes in a suitable unit, e.g. ``20.53 MiB``."""
     unit = unit_for(size)
     if unit is _BYTE:
         return f"{size} B"

@@ -1,9 +1,9 @@
-"""Which versions a run uses, as installed; found without importing any of them."""
+"""Installed versions of the packages that a run uses, found without importing them."""
 
 import json
 import platform
 
-# What the bytes, the programs and the outputs of a run depend on.
+# The packages that determine a run's bytes, programs and outputs.
 _PACKAGES = (
     "kvpipe",
     "sglang-jax",
@@ -19,7 +19,7 @@ _PACKAGES = (
 
 def installed_versions() -> dict[str, str]:
     """Return the version of Python and of each package that is installed."""
-    # Imported here: it takes longer than all else that `--help` needs of kvpipe.
+    # Imported here because it takes longer than everything else that `--help` needs of kvpipe.
     from importlib.metadata import PackageNotFoundError
 
     found = {"python": platform.python_version()}
@@ -32,9 +32,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Return the version of an installed package; of one from git with its commit.
+    """Return the version of an installed package, with the commit if it is from git.
 
-    The version alone does not tell: many commits of sglang-jax after 0.0.2 call themselves 0.0.2.
+    The version alone is ambiguous: many commits of sglang-jax after 0.0.2 call themselves 0.0.2.
 
     Raises:
         PackageNotFoundError: it is not installed.
@@ -42,7 +42,7 @@ def version_of(package: str) -> str:
     from importlib.metadata import distribution
 
     installed = distribution(package)
-    # PEP 610: pip and uv write where they have a package from, unless it is from an index.
+    # PEP 610: pip and uv record where a package comes from, unless it is from an index.
     origin = json.loads(installed.read_text("direct_url.json") or "{}")
     commit = origin.get("vcs_info", {}).get("commit_id")
     return f"{installed.version} (git {commit[:12]})" if commit else installed.version

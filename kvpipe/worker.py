@@ -1,4 +1,4 @@
-"""The worker's part of a run: plan, run the steps beside the engine, tell what happens.
+"""The worker's part of a run: plan, run the worker steps, report to the parent.
 
 :mod:`kvpipe.worker_process` is the process that it usually runs in.
 """
@@ -32,7 +32,7 @@ class Outcome:
     Attributes:
         exit_code: 0, or that of the error.
         error: why it failed, in one message; None if it did not.
-        failing_phase: the step that failed first, if it was one.
+        failing_phase: the step that failed first; None if none did.
     """
 
     exit_code: int
@@ -46,15 +46,15 @@ def execute(
     run_began: float,
     may_begin: Callable[[], object] = lambda: None,
 ) -> Outcome:
-    """Run the worker's steps in this process; the engine is shut down at the end.
+    """Run the worker's steps in this process, and shut the engine down at the end.
 
-    The engine is imported at once, but nothing is begun before the parent's own steps are done.
+    The engine is imported at once, but no step starts before the parent's own steps are done.
 
     Args:
-        config: the config that runs.
-        events: where starts and records go.
+        config: the config to run.
+        events: callbacks for starts and records.
         run_began: ``time.time()`` when the run began.
-        may_begin: returns once the parent has done its own steps.
+        may_begin: blocks until the parent's own steps are done.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
@@ -72,9 +72,9 @@ def execute(
 
 
 def _common(ctx: WorkerContext) -> dict[str, Any]:
-    """Return what has to be the same on all hosts, by its key in the config.
+    """Return the values that must be the same on all hosts, by config key.
 
-    Where a host keeps its files is its own business.
+    The rank and the download directory may differ.
     """
     config = ctx.config
     own = {"node_rank": None, "download_dir": None}
@@ -111,13 +111,13 @@ def work(
     """Do the job and report on a descriptor; return the exit code.
 
     Args:
-        plain: the config that runs, as plain values.
+        plain: the config to run, as plain values.
         run_began: ``time.time()`` when the run began.
-        descriptor: where plan, starts, records and the outcome go, a JSON line each.
-        next_order: returns once the parent sends the next line: first that its own steps are done,
-            then that it has written the record that was sent to it, each time.
+        descriptor: receives plan, starts, records and the outcome, one JSON line each.
+        next_order: blocks until the parent's next line: first that its own steps are done, then,
+            for each record sent, that it has written the record.
     """
-    whole_lines = threading.Lock()  # progress is told from a thread of its own
+    whole_lines = threading.Lock()  # progress is reported from another thread
 
     def tell(message: Mapping[str, Any]) -> None:
         with whole_lines:
@@ -136,7 +136,7 @@ def work(
             finished=finish,
         )
         outcome = execute(from_plain(dict(plain)), events, run_began, next_order)
-        # The parent, once told, waits for nothing any more.
+        # Once the parent has the outcome it waits for nothing more.
         sys.stdout.flush()
         sys.stderr.flush()
         send(channel, asdict(outcome))
@@ -146,7 +146,7 @@ def work(
 def _planned_jobs(
     ctx: WorkerContext, events: runner.Events, run_began: float
 ) -> Sequence[runner.Job]:
-    """Plan the run, tell the plan, and return the worker's steps with what each has to leave.
+    """Plan the run, report the plan, and return the worker's steps with their planned ledgers.
 
     Raises:
         InputError: the plan does not fit the devices, and ``plan.enforce`` is set.
@@ -170,7 +170,7 @@ def _planned_jobs(
 
 
 def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
-    """Shut the engine down; a failure of that counts only if nothing failed before it."""
+    """Shut the engine down; an error here counts only if nothing failed before."""
     if ctx.started is None:
         return outcome
     engine, ctx.started = ctx.started, None

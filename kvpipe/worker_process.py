@@ -1,6 +1,6 @@
-"""The entry of the worker's process: what has to be in force before jax is imported.
+"""Entry point of the worker process: install its safeguards before jax is imported.
 
-That import takes seconds, in which the parent may die, or call the start stuck.
+That import takes seconds, during which the parent may die or its start limit may expire.
 """
 
 import faulthandler
@@ -15,15 +15,15 @@ from kvpipe.child import STACKS_FILE, remove_tree
 
 
 def main() -> None:
-    """Entry of ``python -m kvpipe.worker_process FD``: do the job on stdin, report on FD.
+    """Entry point of ``python -m kvpipe.worker_process FD``: do the job on stdin, report on FD.
 
-    The job is one line with the plain config (``config``), when the run began (``run_began``) and
-    the directory for temporary files (``scratch``). A line follows when the parent's own steps are
-    done, and one for each record that the parent has written: before them no further step starts.
+    The job is one line with the plain config (``config``), the start of the run (``run_began``) and
+    the directory for temporary files (``scratch``). The parent sends one more line when its own
+    steps are done, and one for each record that it has written; the next step waits for them.
     Standard input stays open for as long as the parent lives. SIGUSR1 writes the stacks of all
     threads into ``scratch``.
     """
-    # Ctrl-C is the parent's to take; one that is sent to this process ends it.
+    # The parent handles the terminal's Ctrl-C; a SIGINT sent to this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = json.loads(sys.stdin.readline())
     scratch = Path(job["scratch"])
@@ -35,14 +35,14 @@ def main() -> None:
 
         descriptor = int(sys.argv[1])
         exit_code = worker.work(job["config"], job["run_began"], descriptor, orders.acquire)
-    # The engine's threads are daemons deep in C++; Python's own way out can crash in them.
+    # The engine's daemon threads are deep in C++, where Python's normal exit can crash.
     os._exit(exit_code)
 
 
 def _listen(orders: threading.Semaphore, scratch: Path) -> None:
-    """Count the lines that the parent sends; once it is gone, end this process group.
+    """Count the parent's lines; once the parent is gone, end this process group.
 
-    No temporary file stays behind.
+    Remove the temporary files first.
     """
     for _ in sys.stdin:
         orders.release()

@@ -1,14 +1,14 @@
-# A TPU VM, operated through gcloud. Every value is a parameter, none has an account's default:
+# Operate a TPU VM through gcloud. Every value is a parameter; none defaults to an account's:
 #
 #   make tpu-status TPU=name PROJECT=id ZONE=zone
 #   make tpu-run TPU=name PROJECT=id ZONE=zone HOSTKEY=SHA256:... EXPERIMENT=qwen25_3b_bigkv
 #
-# What each parameter means: docs/guide/tpu.md. DRY_RUN=1 prints the commands and runs none.
+# The parameters are documented in docs/guide/tpu.md. DRY_RUN=1 prints the commands and runs none.
 
 TPU_VALUES := TPU PROJECT ZONE HOSTKEY WORKER SSH_SUITE VM_DIR REF REMOTE REPO ENGINE EXPERIMENT \
 	ARGS RUN TAIL FOLLOW TO COMMAND DRY_RUN
 
-# As they were typed: make would otherwise expand a $ in them.
+# Take the values literally: make would otherwise expand a $ in them.
 $(foreach name,$(TPU_VALUES),$(eval tpu-%: override export $(name) := $$(value $(name))))
 
 .PHONY: tpu-status tpu-ssh tpu-sync tpu-setup tpu-secrets tpu-doctor tpu-run tpu-logs tpu-fetch

@@ -83,7 +83,7 @@ REFUSED = {
         f"pipeline step 'nosuch': there is no phases/nosuch.py; valid are: {STEPS}"
     ),
     "pipeline.2=jax_ready": (
-        "pipeline: 'jax_ready' stands in it 2 times; give each its own name and say "
+        "pipeline: 'jax_ready' occurs 2 times; give each its own name and set "
         "'phases.<name>.use: jax_ready'"
     ),
     "phases.generate_result.use=generat": (
@@ -234,7 +234,7 @@ def test_an_unknown_verb_is_refused_with_the_nearest(kvpipe):
 
 
 def test_a_verb_that_does_not_stand_first_is_told_where_it_has_to_stand(kvpipe):
-    expected = "kvpipe: cannot read the argument 'check': write KEY=VALUE; a verb stands first\n"
+    expected = "kvpipe: cannot read the argument 'check': write KEY=VALUE; a verb comes first\n"
     assert kvpipe("+experiment=tiny", "check") == Answer(2, "", expected)
 
 

@@ -516,7 +516,7 @@ def test_a_hung_phase_leaves_the_stacks_of_all_threads(cells, request):
     stacks = (run.run_dir / "stacks.txt").read_text()
     assert "in hang" in stacks
     assert stacks.count("Thread 0x") >= 2
-    assert f"what its threads did stands in {run.run_dir}/stacks.txt" in run.end["error"]
+    assert f"the stacks of its threads are in {run.run_dir}/stacks.txt" in run.end["error"]
 
 
 def test_ctrl_c_twice_waits_for_nothing(cells):
@@ -629,5 +629,5 @@ def test_a_worker_that_linux_kills_for_its_memory_is_told_as_out_of_memory(
     end = json.loads(stdout.splitlines()[-1])
     assert run.process.returncode == end["exit_code"] == 4
     assert end["failing_phase"] == "fault"
-    assert "Linux killed it for its memory" in end["error"]
+    assert "Linux killed it for lack of memory" in end["error"]
     assert survivors(tmp_path) == []

@@ -363,7 +363,7 @@ def test_the_rank_is_that_of_the_config_or_of_the_environment():
         (
             {"device": "cpu", "tp_size": 2},
             {},
-            "engine.nnodes is 4, but the mesh has 2 devices; each host has to have as many",
+            "engine.nnodes is 4, but the mesh has 2 devices; each host must have the same number",
         ),
         (
             {"tp_size": 2, "dp_size": 2},

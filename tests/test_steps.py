@@ -129,7 +129,7 @@ def test_an_empty_pipeline_is_refused():
 def test_a_step_listed_twice_is_refused_with_the_way_to_name_it_again():
     message = refusal(["jax_ready", "a", "jax_ready"], {"a": {"use": "flush_cache"}})
     assert message == (
-        "pipeline: 'jax_ready' stands in it 2 times; give each its own name and say "
+        "pipeline: 'jax_ready' occurs 2 times; give each its own name and set "
         "'phases.<name>.use: jax_ready'"
     )
 
@@ -209,7 +209,7 @@ def test_an_option_of_another_type_is_refused_with_its_key(use, option, value, r
 
 def test_a_phase_of_the_parent_cannot_stand_after_one_of_the_worker():
     assert refusal(["jax_ready", "wandb_init"]) == (
-        "pipeline: 'wandb_init' runs before the engine's process is started, so it has to stand "
+        "pipeline: 'wandb_init' runs before the engine's process is started, so it must come "
         "before 'jax_ready'"
     )
 

@@ -1,1 +1,1 @@
-"""Weights on the host: files, parameter trees and the generated tiny model; never a device."""
+"""Weights on the host: files, parameter trees and the generated tiny model; never on a device."""

@@ -1,7 +1,7 @@
-"""Files mapped into memory, whose pages come and go.
+"""Memory-mapped files whose pages can be released again.
 
-Pages that were touched count as this process's memory for as long as they are mapped. A swap reads
-each of them twice; without letting them go it would seem to take the whole checkpoint.
+Touched pages count towards this process's RSS for as long as they are mapped. A swap reads each
+page twice; without releasing them, its RSS would grow by the whole checkpoint.
 """
 
 import mmap
@@ -17,11 +17,11 @@ from kvpipe.errors import InputError
 
 
 class MappedFile(mmap.mmap):
-    """A file mapped read-only; it can be read without touching the map as well.
+    """A read-only mapped file that can also be read without touching the map.
 
     Attributes:
-        path: its path.
-        descriptor: of the file that is mapped, whatever has that path by now.
+        path: path at the time of opening.
+        descriptor: descriptor of the mapped file, whichever file the path names by now.
     """
 
     path: Path
@@ -43,12 +43,12 @@ class MappedFile(mmap.mmap):
 
 
 def map_bytes(path: Path) -> NDArray[np.uint8]:
-    """Return the bytes of a file, which must not be empty, as they are mapped."""
+    """Return the bytes of a file, which must not be empty, as a mapped array."""
     return np.frombuffer(MappedFile(path), np.uint8)
 
 
 def let_go(array: NDArray[Any]) -> None:
-    """Give the pages of ``array`` back to the file; they are read again when they are touched."""
+    """Release the pages of ``array``; the next access reads them from the file again."""
     file = _mapped_file(array)
     if file is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
@@ -58,14 +58,14 @@ def let_go(array: NDArray[Any]) -> None:
 
 
 def blocks(array: NDArray[Any], nbytes: int) -> Iterator[NDArray[Any]]:
-    """Yield all values of a contiguous array in one-dimensional blocks, in the order of memory.
+    """Yield a contiguous array's values in one-dimensional blocks, in memory order.
 
-    Those of a mapped file are read into one buffer, which each block overwrites: to fetch pages
-    into a map and let them go again takes longer than to copy them.
+    Blocks of a mapped file are read into one buffer, which each block overwrites: faulting pages
+    into the map and releasing them takes longer than copying.
 
     Args:
         array: the array; transposed or not.
-        nbytes: bytes of a block, the last one may have less.
+        nbytes: bytes of a block; the last one may be shorter.
 
     Raises:
         InputError: the file has become shorter.
@@ -84,13 +84,13 @@ def blocks(array: NDArray[Any], nbytes: int) -> Iterator[NDArray[Any]]:
 
 
 def _read(file: MappedFile, into: NDArray[np.uint8], offset: int) -> None:
-    """Fill ``into`` from ``offset`` on."""
+    """Fill ``into`` with the file's bytes from ``offset`` on."""
     done = 0
     while done < into.nbytes:
         count = os.preadv(file.descriptor, [into[done:]], offset + done)
         if not count:
             raise InputError(
-                f"{file.path} ends at byte {offset + done}: it has become shorter since it was opened"
+                f"{file.path} ends at byte {offset + done}: it was truncated after it was opened"
             )
         done += count
 
@@ -103,5 +103,5 @@ def _mapped_file(array: NDArray[Any]) -> MappedFile | None:
 
 
 def _offset(array: NDArray[Any], file: MappedFile) -> int:
-    """Return where in the file the first byte of ``array`` is."""
+    """Return the offset in the file of the first byte of ``array``."""
     return array.ctypes.data - np.frombuffer(file, np.uint8, 1).ctypes.data

@@ -1,8 +1,8 @@
-"""MLLM-JAX's parameter tree: where it keeps a Hugging Face tensor, and back again.
+"""Convert between MLLM-JAX's parameter tree and Hugging Face names, in both directions.
 
-Both directions are renames and transposed views; nothing is copied and no value passes through
-another dtype unless one is asked for. Which leaves a model must have is the engine's to say: this
-module only refuses names that the tree has no place for.
+Both are renames and transposed views: nothing is copied, and values are cast only to a dtype that
+the caller asks for. This module refuses names that have no place in the tree; which leaves a model
+requires is checked by the engine.
 """
 
 import re
@@ -28,7 +28,7 @@ _LAYER_TEMPLATES = {
     )
     for module in modules
 }
-_TEMPLATES = {  # Hugging Face name -> path in the tree; '#' is the layer's number
+_TEMPLATES = {  # Hugging Face name -> path in the tree; '#' is the layer number
     "model.embed_tokens.weight": "model.embed_tokens.embedding",
     "model.norm.weight": "model.norm.scale",
     "lm_head.weight": "lm_head.kernel",
@@ -44,7 +44,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 Tree = dict[str, Any]
-"""Nested dictionaries with arrays for leaves."""
+"""Nested dictionaries with arrays as leaves."""
 
 
 def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None = None) -> Tree:
@@ -52,12 +52,12 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
 
     Args:
         source: tensors under their Hugging Face names, linear weights as `[out, in]`.
-        dtype: `bfloat16`, `float16` or `float32` to cast every leaf straight to it;
-            None keeps each tensor's own.
+        dtype: `bfloat16`, `float16` or `float32`: cast every leaf to it directly;
+            None keeps each tensor's dtype.
 
     Returns:
         `{"model": {"embed_tokens": {"embedding": ...}, "layers_0": ..., "norm": ...}, "lm_head":
-        ...}`; kernels are `[in, out]`. A leaf whose dtype stays is a view of the source's array.
+        ...}`; kernels are `[in, out]`. A leaf that keeps its dtype is a view of the source's array.
 
     Raises:
         InputError: a name has no place in the tree, a tensor has the wrong number of dimensions,
@@ -82,15 +82,15 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
 class HfView(Mapping[str, NDArray[Any]]):
     """A tree's leaves under their Hugging Face names, linear weights as `[out, in]` views.
 
-    The names are taken when the view is made; the arrays are the tree's own, never copies.
+    The names are computed once, on construction; the arrays are the tree's own, never copies.
     """
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         """Look up every leaf's Hugging Face name.
 
         Raises:
-            InputError: the tree has leaves that no Hugging Face name stands for, or a leaf that is
-                no array of the right number of dimensions.
+            InputError: a leaf has no Hugging Face name, or is not an array with the right number of
+                dimensions.
         """
         leaves = dict(_leaves(tree))
         _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
@@ -116,7 +116,7 @@ def num_leaves(tree: Mapping[str, Any]) -> int:
 
 
 def nbytes(tree: Mapping[str, Any]) -> int:
-    """Return the bytes of all arrays in the tree together, mapped ones counted in full."""
+    """Return the bytes of all arrays in the tree together; mapped ones count in full."""
     return sum(leaf.nbytes for _, leaf in _leaves(tree))
 
 
@@ -135,14 +135,14 @@ def _template(name: str) -> str:
 
 
 def _rename(name: str, templates: Mapping[str, str]) -> str:
-    """Return the other side's name for a name that has one."""
+    """Return the name on the other side; `name` must have one."""
     number = _LAYER_NUMBER.search(name)
     renamed = templates[_template(name)]
     return renamed.replace("#", number[0]) if number else renamed
 
 
 def _refuse_unknown(what: str, names: Mapping[str, Any], templates: Mapping[str, str]) -> None:
-    # A name that holds '#' itself would pass for a template.
+    # A name that contains '#' itself would match a template.
     unknown = [name for name in names if "#" in name or _template(name) not in templates]
     if unknown:
         raise InputError(
@@ -161,7 +161,7 @@ def _check_ndim(name: str, array: object, leaf: str) -> None:
 
 
 def _flip(array: NDArray[Any], leaf: str) -> NDArray[Any]:
-    """Exchange `[out, in]` and `[in, out]` for a kernel, as a view."""
+    """Transpose a kernel between `[out, in]` and `[in, out]`, as a view."""
     return array.T if leaf == "kernel" else array
 
 

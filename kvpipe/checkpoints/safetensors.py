@@ -1,9 +1,9 @@
-"""Read and write safetensors files without copying them and without trusting them.
+"""Read and write safetensors files without copying tensors and without trusting headers.
 
-The engine is fed leaf by leaf, so a checkpoint must cost address space and not memory: each file is
-mapped once and every tensor is a read-only view into that map. The header is checked in full when
-the checkpoint is opened, because a wrong offset would otherwise surface as wrong text, not as an
-error. This module knows bytes, shapes and dtypes; what a tensor is for is not its business.
+The engine receives one leaf at a time, so a checkpoint must cost address space, not memory: each
+file is mapped once and every tensor is a read-only view into the map. The header is checked in full
+when the checkpoint is opened, because a wrong offset would otherwise become wrong text instead of
+an error. This module handles bytes, shapes and dtypes, never the meaning of a tensor.
 """
 
 import json
@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(self, directory: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Wrap tensors that are mapped already; use `open` to map a directory."""
+        """Wrap tensors that are already mapped; use `open` to map a directory."""
         self._directory = directory
         self._tensors = dict(tensors)
 
@@ -81,12 +81,12 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     @property
     def directory(self) -> Path:
-        """The directory that was opened."""
+        """The opened directory."""
         return self._directory
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, headers not counted."""
+        """Bytes of all tensors together, without headers."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -100,10 +100,10 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
 
 def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write tensors to one safetensors file; the same tensors in the same order, the same bytes.
+    """Write tensors to one safetensors file; equal tensors in equal order give equal bytes.
 
     Raises:
-        InputError: a tensor has a dtype that safetensors cannot hold.
+        InputError: a tensor has a dtype that safetensors does not support.
     """
     header: dict[str, Any] = {_METADATA_KEY: {"format": "pt"}}
     offset = 0
@@ -122,7 +122,7 @@ def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)  # the data starts aligned, as the format advises
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # align the data, as the format advises
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
         file.write(text)
@@ -175,7 +175,7 @@ def _all_files(directory: Path) -> list[Path]:
 
 
 def _map_files(paths: list[Path]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Return all files' tensors by name, and the name of the file that each one is in."""
+    """Return all files' tensors by name, and the file name of each tensor."""
     tensors: dict[str, NDArray[Any]] = {}
     homes: dict[str, str] = {}
     for path in paths:
@@ -254,14 +254,14 @@ def _parse_entry(path: Path, name: str, value: object) -> _Entry:
 
 
 def _naturals(value: object, where: str) -> tuple[int, ...]:
-    # type() and not isinstance(): JSON's true would pass for 1.
+    # type() rather than isinstance(), because JSON's true would count as 1.
     if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
         raise InputError(f"{where} should be a list of whole numbers from 0 up, got {value!r}")
     return tuple(value)
 
 
 def _check_layout(path: Path, entries: list[_Entry], data_bytes: int) -> None:
-    """Refuse tensors that overlap, leave holes or do not fill the file."""
+    """Refuse tensors that overlap, leave gaps or do not fill the file."""
     expected = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != expected:
@@ -280,7 +280,7 @@ def _check_layout(path: Path, entries: list[_Entry], data_bytes: int) -> None:
 def _view(path: Path, entry: _Entry, data: NDArray[Any]) -> NDArray[Any]:
     try:
         return data[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
-    except (ValueError, OverflowError) as error:  # more dimensions, or longer, than numpy can do
+    except (ValueError, OverflowError) as error:  # more or longer dimensions than numpy supports
         raise InputError(
             f"{path}: tensor {entry.name!r} cannot have shape {list(entry.shape)}: {error}"
         ) from error

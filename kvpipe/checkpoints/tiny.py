@@ -1,10 +1,10 @@
-"""A tiny model, made on the spot: the same bytes on every machine, without a download.
+"""Generate a tiny model locally: the same bytes on every machine, without a download.
 
 Tests, examples and the smoke run need a checkpoint that the real engine loads and whose greedy text
-tells two sets of weights apart. So the weights are random but arranged: the text must vary, and the
-best token must win by enough that two correct implementations agree on it. This module needs
-neither torch nor the safetensors library, and it runs on Python 3.11 too, because
-`tests/golden/make.py` has to import it next to torch.
+distinguishes two sets of weights. So the random weights are arranged: the text must vary, and the
+best token must win by a margin on which two correct implementations agree. This module uses neither
+torch nor the safetensors library, and it runs on Python 3.11, because `tests/golden/make.py`
+imports it next to torch.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from kvpipe.checkpoints import safetensors
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
-# Where the shape stands in a config.
+# Prefix of config keys in error messages.
 _KEY = "model.generate"
 FORMAT_VERSION = 1
-"""Goes up whenever the same spec gives other bytes, so that no stale cache is reused."""
+"""Increase it when the same spec would give other bytes, so that no stale cache is used."""
 
 _MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
@@ -42,29 +42,29 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
-_MERGED_LETTERS = "etaoinshrdlucmfw"  # the commonest ones, so that the merges apply to English
+_MERGED_LETTERS = "etaoinshrdlucmfw"  # the most frequent, so that the merges apply to English
 
 # Scales, found by measuring transformers' greedy text (see tests/golden/make.py). Standard
-# deviations are for inputs of unit size; what counts is their ratio, since every layer normalises.
-_STREAM = 27  # of some 180 tried: no near-tie in 64 tokens of seed 0, nor other ids in bfloat16
-_EMBEDDING_NORM = 4.0  # the length of an output row: gives logits a standard deviation near 5
-_QUIET = 0.25  # how much shorter the rows are of tokens that should not be picked
-_SHARPNESS = 2.0  # of attention: below, the text falls into loops; above, rounding is amplified
+# deviations are for inputs of unit size; only their ratio matters, since every layer normalises.
+_STREAM = 27  # the best of some 180: no near-tie in 64 tokens of seed 0, same ids in bfloat16
+_EMBEDDING_NORM = 4.0  # norm of an output row; gives logits a standard deviation near 5
+_QUIET = 0.25  # relative norm of the rows of tokens that should not be picked
+_SHARPNESS = 2.0  # of attention; lower: the text loops; higher: rounding errors are amplified
 _ATTENTION = 0.25
 _MLP = 0.0625
-_RECALL = 4.0  # of the last MLP, which has to outweigh the input token that the residual carries
+_RECALL = 4.0  # of the last MLP; it must outweigh the input token in the residual stream
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What to generate. Every field changes the weights or the config, and so the directory.
+    """Shape of the model to generate; every field changes the weights or config, so the directory.
 
     Raises:
         InputError: a field has a value that no model can have.
     """
 
     seed: int = 0
-    """Chooses the random weights."""
+    """Seed of the random weights."""
     architecture: str = "Qwen2ForCausalLM"
     """`Qwen2ForCausalLM` (q, k, v biases), `Qwen3ForCausalLM` (q, k norms), `LlamaForCausalLM`."""
     hidden_size: int = 512
@@ -74,11 +74,11 @@ class TinyModel:
     head_dim: int = 128
     intermediate_size: int = 1024
     vocab_size: int = 512
-    """256 bytes, merges to fill up, and one end-of-text token, which is the last id."""
+    """256 bytes, then merges, then one end-of-text token with the last id."""
     tie_word_embeddings: bool = True
-    """Whether the output layer is the embedding itself and has no tensor of its own."""
+    """Whether the output layer is the embedding and has no tensor of its own."""
     torch_dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`; the values are the same in each, only wider or not."""
+    """`bfloat16`, `float16` or `float32`; the values are the same in each."""
     max_position_embeddings: int = 2048
     """Longest context, in tokens."""
 
@@ -111,10 +111,10 @@ class TinyModel:
 
 
 def ensure(spec: TinyModel, cache_dir: Path) -> Path:
-    """Return the absolute path of the spec's Hugging Face directory, made if it is not there yet.
+    """Return the absolute path of the spec's Hugging Face directory; generate it if it is missing.
 
-    The directory appears under its final name only when it is complete, so several processes may
-    ask for the same one at once.
+    The directory gets its final name only when it is complete, so several processes may ask for
+    the same one at once.
     """
     final = cache_dir.resolve() / _directory_name(spec)
     if final.is_dir():
@@ -125,7 +125,7 @@ def ensure(spec: TinyModel, cache_dir: Path) -> Path:
         _write_directory(spec, unfinished)
         unfinished.rename(final)
     except OSError:
-        if not final.is_dir():  # else another process was faster, and its bytes are the same
+        if not final.is_dir():  # else another process was faster and wrote the same bytes
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -165,11 +165,11 @@ def _write_directory(spec: TinyModel, directory: Path) -> None:
 
 
 class _Draw:
-    """Random tensors that depend on the seed and the tensor's name alone, not on their order.
+    """Random tensors that depend only on the seed and the tensor's name, not on their order.
 
-    Uniform values are made from raw generator bits: numpy keeps those the same for ever, but may
-    change how it samples a normal distribution. Every value is one that bfloat16 can hold, so that
-    a float32 checkpoint and a bfloat16 one are the same model.
+    Uniform values are made from raw generator bits, which numpy keeps stable across versions,
+    unlike its normal sampling. Every value is representable in bfloat16, so that a float32
+    checkpoint and a bfloat16 one are the same model.
     """
 
     def __init__(self, seed: int) -> None:
@@ -187,7 +187,7 @@ class _Draw:
         return self(name, (out_size, in_size), std / math.sqrt(in_size))
 
     def norm(self, name: str, size: int, mean: float = 1.0) -> NDArray[np.float32]:
-        """Return a norm's `[size]` scales, spread a little so that a mix-up shows."""
+        """Return a norm's `[size]` scales, with some spread so that swapped norms are noticed."""
         return _rounded(mean + self(name, (size,), 0.1 * mean))
 
 
@@ -214,9 +214,9 @@ def _tensors(spec: TinyModel) -> dict[str, NDArray[Any]]:
 
 
 def _output_rows(spec: TinyModel, draw: _Draw) -> NDArray[np.float32]:
-    """Return the `[vocab, hidden]` rows that logits are products with.
+    """Return the `[vocab, hidden]` output rows, whose products with hidden states are the logits.
 
-    Short rows make small logits: so the text is of printable characters, and hardly ever ends.
+    Short rows give small logits, so the text consists of printable characters and rarely ends.
     """
     rows = draw.linear("output", spec.vocab_size, spec.hidden_size, _EMBEDDING_NORM)
     gains = np.full((spec.vocab_size, 1), _QUIET, np.float32)
@@ -227,8 +227,8 @@ def _output_rows(spec: TinyModel, draw: _Draw) -> NDArray[np.float32]:
 def _recall(spec: TinyModel, output: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return a `[hidden, intermediate]` down projection: each hidden unit writes one token's row.
 
-    A unit's value is a product of two nearly normal ones. Such products have long tails, so the
-    best token stands out about twice as far as with random columns.
+    A unit's value is a product of two nearly normal values. Such products have long tails, so the
+    best token wins by about twice the margin of random columns.
     """
     printable = _printable_ids(spec.vocab_size)
     columns = output[printable[np.arange(spec.intermediate_size) % len(printable)]].T
@@ -266,7 +266,7 @@ def _attention(spec: TinyModel, draw: _Draw, prefix: str) -> dict[str, NDArray[n
         tensors[weight] = draw.linear(weight, out_size, in_size, std)
         if spec.architecture == "Qwen2ForCausalLM" and name != "o_proj":
             tensors[bias] = draw(bias, (out_size,), 0.1)
-    if spec.architecture == "Qwen3ForCausalLM":  # its norms undo the projections' own scale
+    if spec.architecture == "Qwen3ForCausalLM":  # its norms undo the projections' scale
         for name, mean in (("q_norm", _SHARPNESS), ("k_norm", 1.0)):
             weight = f"{prefix}.{name}.weight"
             tensors[weight] = draw.norm(weight, spec.head_dim, mean)
@@ -277,17 +277,17 @@ def _attention(spec: TinyModel, draw: _Draw, prefix: str) -> dict[str, NDArray[n
 
 
 def _byte_alphabet() -> list[str]:
-    """Return the character that stands for each byte in GPT-2's byte-level BPE, by token id.
+    """Return the character of each byte in GPT-2's byte-level BPE, by token id.
 
-    Bytes with a visible Latin-1 character stand for themselves and come first; the others get
-    the code points from 256 on.
+    Bytes with a visible Latin-1 character map to it and come first; the others get the code
+    points from 256 on.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(code) for code in [*visible, *range(_BYTES, 2 * _BYTES - len(visible))]]
 
 
 def _merges(vocab_size: int) -> list[str]:
-    """Return as many BPE merges as fill the vocabulary, e.g. `e t` and, later, `et a`."""
+    """Return the BPE merges that fill the vocabulary, e.g. `e t` and, later, `et a`."""
     words = (
         "".join(letters)
         for length in itertools.count(2)
@@ -305,7 +305,7 @@ def _vocabulary(merges: list[str]) -> dict[str, int]:
 def _printable_ids(vocab_size: int) -> NDArray[np.intp]:
     """Return the ids of printable ASCII characters (space included) and of merged letters."""
     alphabet = _byte_alphabet()
-    space = alphabet.index(chr(_BYTES + ord(" ")))  # the control characters come before it
+    space = alphabet.index(chr(_BYTES + ord(" ")))  # the control characters come first
     ascii_ids = [number for number, char in enumerate(alphabet) if ord(char) < 0x7F]
     return np.array([*ascii_ids, space, *range(_BYTES, vocab_size - 1)])
 
@@ -370,7 +370,7 @@ def _end_of_text() -> dict[str, Any]:
 
 
 def config_json(spec: TinyModel) -> dict[str, Any]:
-    """Return the content of `config.json`, which is all that a plan needs of the model."""
+    """Return the content of `config.json`, the only part of the model that a plan needs."""
     config: dict[str, Any] = {
         "architectures": [spec.architecture],
         "model_type": _MODEL_TYPES[spec.architecture],

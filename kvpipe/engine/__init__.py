@@ -1,1 +1,4 @@
-"""The only room that knows sgl_jax and its private attributes. It runs in the worker alone."""
+"""Adapter to sglang-jax: the only package that imports it or touches its private attributes.
+
+It runs in the worker process; the parent must not import it.
+"""

@@ -1,8 +1,8 @@
-"""Compile the engine's prefill and decode step for a TPU on a machine that has none.
+"""Compile the engine's prefill and decode steps ahead of time for a TPU, on a machine without one.
 
-The engine's own worker is built with shapes for weights and KV cache (:mod:`.shapes`), so its limits,
-its paddings, its batches and its jitted step are the real ones. ``jax.experimental.topologies``
-describes the TPU, libtpu compiles for it.
+The engine's own worker is built with abstract weights and KV cache (:mod:`.shapes`), so the limits,
+paddings, batches and jitted step are the ones that a run uses. ``jax.experimental.topologies``
+describes the TPU and libtpu compiles for it.
 """
 
 import os
@@ -23,19 +23,19 @@ from kvpipe.records import Program
 from kvpipe.schema import EngineConfig
 
 _MEGACORE = ("v4", "v5p")
-# So that libtpu describes a topology without asking for the machine that it is not on.
+# Let libtpu describe a topology without querying the metadata of the machine it would run on.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # Nothing is run on a TPU, so its lock is not taken from whoever does run on one.
+    # Nothing runs on a TPU here, so do not take libtpu's lock from a process that uses one.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 
 class CompileFinding(KvpipeError):
-    """The engine's step does not compile for the target: a finding, with what would help."""
+    """A step does not compile for the target; the message says what would help."""
 
 
 def compile_steps(
@@ -68,7 +68,7 @@ def compile_steps(
 
 
 def target_mesh(config: EngineConfig, topology: str) -> Mesh:
-    """Return the mesh that the engine would make of the devices of a TPU topology."""
+    """Return the mesh that the engine would build from the devices of a TPU topology."""
     devices = _devices(topology)
     return compat.device_mesh(config.tp_size or len(devices) // config.dp_size, devices)
 
@@ -82,7 +82,7 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _padded(tokens: int, paddings: list[int]) -> int:
-    """Return the padding that the engine takes; a longer prompt is prefilled in chunks of the last."""
+    """Return the padding that the engine picks; longer prompts are prefilled in chunks."""
     return next((padding for padding in sorted(paddings) if padding >= tokens), max(paddings))
 
 
@@ -105,7 +105,7 @@ def _compile(
                     step["model_state_def"],
                     sharded_leaves(state, mesh),
                     forward_batch,
-                    # HEAD has the KV cache among other pools.
+                    # HEAD passes the KV cache together with its other pools.
                     getattr(runner, "memory_pools", runner.token_to_kv_pool),
                     metadata,
                 )
@@ -129,15 +129,15 @@ def _compile(
 
 
 def _closure(function: Any) -> dict[str, Any]:
-    """Return what a function of the engine closes over, by name."""
+    """Return a function's closure variables by name."""
     cells = (cell.cell_contents for cell in function.__closure__)
     return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
 
 def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any]:
-    """Return the batch and the logits metadata that the engine would make, as shapes.
+    """Return the engine's batch and logits metadata for a step, as shapes on the target's mesh.
 
-    They are made on this machine's CPU devices and then described as if on the target's.
+    The engine builds them on this machine's CPU devices; then the target's shardings are set.
     """
     from sgl_jax.srt.layers.logits_processor import LogitsMetadata
     from sgl_jax.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -164,7 +164,7 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
 
 
 def _dummy_batch(worker: Any, requests: int, tokens: int, mode: Any, cache_loc: int) -> Any:
-    """Return the batch with which the engine precompiles; HEAD's manager of compilations makes it."""
+    """Return the engine's own precompilation batch; in HEAD its compilation manager builds it."""
     if hasattr(worker, "generate_model_worker_batch"):
         return worker.generate_model_worker_batch(requests, tokens, mode, cache_loc)
     make = worker.compilation_manager._make_dummy_batch
@@ -172,7 +172,7 @@ def _dummy_batch(worker: Any, requests: int, tokens: int, mode: Any, cache_loc: 
 
 
 def _finding(name: str, requests: int, tokens: int, device: Any, error: Exception) -> str:
-    """Return the finding: what does not compile, the compiler's reason, and what would help."""
+    """Return the message: the step, the compiler's reason, and what would help."""
     reason = re.sub(r"\s+", " ", str(error)).strip()[:300]
     advice = (
         "a larger engine.page_size, or smaller engine.max_running_requests or "

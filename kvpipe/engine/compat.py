@@ -1,7 +1,7 @@
-"""Patches for upstream defects: one function each, with its versions and the day it can go.
+"""Patches for upstream defects: one function each, with the affected versions and when it can go.
 
-:func:`kvpipe.engine.sglang.start` applies them. Where a version does not have the defect, its patch
-changes nothing.
+:func:`kvpipe.engine.sglang.start` applies them. A patch does nothing in a version without its
+defect.
 """
 
 import copy
@@ -17,7 +17,7 @@ from kvpipe.versions import version_of
 
 
 def sgl_jax_version() -> str:
-    """Return the version of the installed sglang-jax, with its commit if it is from git."""
+    """Return the version of the installed sglang-jax, with its commit if installed from git."""
     return version_of("sglang-jax")
 
 
@@ -43,7 +43,7 @@ def in_force() -> list[str]:
 def shards_explicitly() -> bool:
     """Return whether the engine's mesh has explicit axes: from bd09a87 on, not in PyPI's 0.0.2.
 
-    The version does not tell: bd09a87 calls itself 0.0.2 too.
+    The version number cannot decide it: bd09a87 also calls itself 0.0.2.
     """
     from sgl_jax.srt.utils import mesh_utils
 
@@ -51,10 +51,10 @@ def shards_explicitly() -> bool:
 
 
 def device_mesh(tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return the mesh that the engine's scheduler makes of ``devices``, or of all that jax has."""
+    """Return the mesh that the engine's scheduler makes of ``devices``, by default all of jax's."""
     from sgl_jax.srt.utils.mesh_utils import create_device_mesh
 
-    experts = [] if shards_explicitly() else [1]  # an axis of 0.0.2 alone
+    experts = [] if shards_explicitly() else [1]  # only 0.0.2 has this axis
     return create_device_mesh([-1, tp_size, *experts], [1, 1, *experts], devices=devices)
 
 
@@ -65,7 +65,7 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let the attribute ``name`` of ``owner`` be ``value`` for a while."""
+    """Set the attribute ``name`` of ``owner`` to ``value`` within the context."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -76,7 +76,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def pytree_registered_twice() -> Iterator[None]:
-    """Let NativeAttention register itself as a pytree a second time while sgl_jax is imported.
+    """Tolerate the second pytree registration of NativeAttention while sgl_jax is imported.
 
     Defect: its base class is an nnx module, which flax has registered already, and jax raises
     "Duplicate custom PyTreeDef type registration".
@@ -100,7 +100,7 @@ def pytree_registered_twice() -> Iterator[None]:
 
 
 def sampler_off_tpu() -> None:
-    """Let the sampler take its TPU path on the CPU.
+    """Make the sampler take its TPU path on the CPU.
 
     Defect: the other path of 0.0.2 cannot unpack its operands; the TPU path is plain JAX.
     For: 0.0.2. Goes when 0.0.2 is no longer supported.
@@ -116,7 +116,7 @@ def config_of_each_engine_is_its_own() -> None:
     """Give each model config its own copy of the Hugging Face config.
 
     Defect: the config is cached by path, and tensor parallelism writes the replicated number of KV
-    heads into it; who reads the same model afterwards (a plan, a second engine) takes that number
+    heads into it; the next reader of the same model (a plan, a second engine) mistakes that number
     for the checkpoint's.
     For: 0.0.2, bd09a87, HEAD. Goes when the engine no longer writes into a cached config.
     """
@@ -136,8 +136,8 @@ def config_of_each_engine_is_its_own() -> None:
 def bit_width_of_dtypes() -> None:
     """Give ``jax._src.dtypes`` the ``bit_width`` that the attention kernel calls.
 
-    Defect: the kernel of 0.0.2 uses a private function of jax that 0.8.1 renamed, so that it fails
-    on every TPU with jax 0.8.1 and later, which its own requirements allow.
+    Defect: the kernel of 0.0.2 uses a private jax function that 0.8.1 renamed, so it fails on every
+    TPU with jax 0.8.1 and later, versions that its own requirements allow.
     For: 0.0.2. Goes when 0.0.2 is no longer supported.
     """
     from jax._src import dtypes
@@ -148,11 +148,11 @@ def bit_width_of_dtypes() -> None:
 
 @contextmanager
 def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
-    """Let what the engine traces take ``devices`` for those of this machine.
+    """Make ``jax.devices()`` return ``devices`` while the engine's code is traced.
 
-    Defect: the attention kernel chooses its block sizes, and the engine its paths, by
-    ``jax.devices()``, also when it is lowered for other devices.
-    For: 0.0.2, bd09a87, HEAD. Goes when they ask the mesh that they are lowered for.
+    Defect: the attention kernel chooses its block sizes, and the engine its code paths, by
+    ``jax.devices()``, even when they are lowered for other devices.
+    For: 0.0.2, bd09a87, HEAD. Goes when they read the mesh that they are lowered for.
 
     Args:
         devices: the target's devices, as a topology describes them.
@@ -167,10 +167,10 @@ def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def failure_signals_stay_here() -> Iterator[None]:
-    """Let the threads that the engine starts take this process for its own parent.
+    """Make psutil report this process as its own parent to the threads that the engine starts.
 
-    Defect: a thread that fails sends SIGQUIT to the parent of its process, also where the engine
-    runs in one process; that is the user's shell, or who supervises the run.
+    Defect: a thread that fails sends SIGQUIT to the parent of its process, even when the engine
+    runs in a single process; that parent is the user's shell or the run's supervisor.
     For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
     """
     original = psutil.Process.parent
@@ -195,11 +195,11 @@ def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
 
 @contextmanager
 def starts_no_second_runtime() -> Iterator[None]:
-    """Let the scheduler's start of jax's distributed runtime do nothing: kvpipe has started it.
+    """Turn the scheduler's start of jax's distributed runtime into a no-op: kvpipe has started it.
 
-    Defect: the scheduler starts it itself, and whoever has asked jax for its devices before, or has
-    started it with time limits of his own, cannot start an engine any more.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine takes a runtime that is there.
+    Defect: the scheduler always starts the runtime itself, so no engine can start in a process that
+    has already queried jax's devices or started the runtime with its own timeouts.
+    For: 0.0.2, bd09a87, HEAD. Goes when the engine accepts a runtime that is already running.
     """
     with replaced(jax.distributed, "initialize", lambda *args, **kwargs: None):
         yield
@@ -207,14 +207,14 @@ def starts_no_second_runtime() -> Iterator[None]:
 
 @contextmanager
 def scheduler_of_any_host() -> Iterator[list[Any]]:
-    """Give the scheduler that the engine's constructor makes, on hosts after the first too.
+    """Capture the scheduler that the engine's constructor makes, on every host.
 
-    Defect: there the constructor never returns, or with SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which
-    :mod:`kvpipe.jax_environment` sets, it returns without the scheduler.
-    For: 0.0.2, bd09a87, HEAD. Goes when ``scheduler_info`` is there on every host.
+    Defect: on ranks after 0 the constructor never returns; or it returns without the scheduler, with
+    SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which :mod:`kvpipe.jax_environment` sets.
+    For: 0.0.2, bd09a87, HEAD. Goes when ``scheduler_info`` exists on every host.
 
     Yields:
-        A list that has the scheduler once it is made.
+        A list that contains the scheduler once it is made.
     """
     from sgl_jax.srt.entrypoints import engine
 
@@ -236,11 +236,11 @@ _open_contexts: list[Any] = []
 
 @contextmanager
 def contexts_stay_open() -> Iterator[None]:
-    """Keep each ZeroMQ context that is made meanwhile for as long as the process lives.
+    """Keep every ZeroMQ context made within this context alive until the process ends.
 
-    Defect: the engine leaves its sockets open. Once it is garbage, pyzmq ends their context first and
-    waits in there for the sockets to be closed, which the same collection would do later: it never
-    returns, and no thread of the process collects garbage any more.
+    Defect: the engine leaves its sockets open. When it is collected, pyzmq terminates the ZeroMQ
+    context first and waits for its sockets to close; they would close later in the same collection,
+    so it never returns, and no other thread can collect garbage any more.
     For: 0.0.2, bd09a87, HEAD with pyzmq 27.0.2. Goes when the engine closes its sockets itself.
     """
     import zmq

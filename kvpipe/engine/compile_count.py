@@ -5,22 +5,22 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-# jax reports the begin of a compilation as a scalar and its end as a duration.
+# jax reports the start of a compilation as a scalar and its end as a duration.
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(frozen=True)
 class Compilations:
-    """What was compiled: how many programs, and for how many seconds on all threads."""
+    """Number of compiled programs, and the seconds that compiling took, summed over all threads."""
 
     count: int = 0
     seconds: float = 0.0
 
 
 class CompileCounter:
-    """Counts from the moment that jax is imported; it does not import jax itself.
+    """Count compilations from the moment jax is imported, without importing jax.
 
-    One a process is enough: jax has no way to take a listener back.
+    Make one per process: jax cannot unregister a listener.
     """
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class CompileCounter:
 
     @property
     def so_far(self) -> Compilations:
-        """The compilations since the last :meth:`take`; from any thread."""
+        """The compilations since the last :meth:`take`; safe to read from any thread."""
         return self._taken
 
     @property
     def compiling_s(self) -> float | None:
-        """Seconds that the compilation has taken which is under way; None if none is."""
+        """Seconds since the compilation in progress began; None if none is in progress."""
         began = self._began
         return None if began is None else time.monotonic() - began
 
     def take(self) -> Compilations:
-        """Return the compilations since the last call."""
+        """Return the compilations since the last call and reset the count."""
         if not self._listening and "jax" in sys.modules:
             from jax import monitoring
 

@@ -1,4 +1,4 @@
-"""The devices that jax has: what they are, and whether the engine's mesh takes all of them."""
+"""Describe jax's devices and check that the engine's mesh covers all of them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kvpipe.schema import EngineConfig
 
 
 def describe() -> dict[str, Any]:
-    """Return versions and devices, for the record."""
+    """Return versions and devices, for the run's records."""
     return {
         "jax_version": jax.__version__,
         "sgl_jax_version": compat.sgl_jax_version(),
@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
 
 
 def check_devices(config: EngineConfig) -> None:
-    """Refuse a mesh that is not all devices, and a platform that jax does not run on.
+    """Require a mesh over all devices, and the platform that jax runs on.
 
     Raises:
         InputError: with the device count and the sizes that would fit it.
@@ -44,9 +44,9 @@ def check_devices(config: EngineConfig) -> None:
 
 
 def memory_bytes() -> int:
-    """Return the bytes of memory that one device has.
+    """Return the bytes of memory of one device.
 
-    The virtual devices of a CPU share their host's RAM, so each has an equal part of it.
+    Virtual CPU devices share their host's RAM, so each counts an equal part of it.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:

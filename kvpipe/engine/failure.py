@@ -1,8 +1,9 @@
-"""Notice that a thread of the engine has failed, and tell the caller why.
+"""Detect that a thread of the engine has failed, and raise its reason to the caller.
 
-The engine's threads log their exception and send SIGQUIT, to the process or to its parent, whose
+The engine's threads log their exception and send SIGQUIT to the process or its parent, whose
 handler kills everything. Here the log line is kept, the signal reaches this process alone (see
-:func:`kvpipe.engine.compat.failure_signals_stay_here`), and the next call into the engine raises :class:`kvpipe.errors.EngineError`.
+:func:`kvpipe.engine.compat.failure_signals_stay_here`), and the next call into the engine raises
+:class:`kvpipe.errors.EngineError`.
 """
 
 import logging
@@ -20,7 +21,7 @@ _THREAD_FAILURE = "hit an exception"
 
 
 class FailureWatch(logging.Handler):
-    """Keeps the last failure that a thread of the engine has logged."""
+    """Keep the last failure that a thread of the engine has logged."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -30,14 +31,14 @@ class FailureWatch(logging.Handler):
         logging.getLogger("sgl_jax").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the reason from the engine's own error log."""
+        """Keep the reason from the engine's error log."""
         message = record.getMessage()
         if _THREAD_FAILURE in message or "watchdog timeout" in message.lower():
             self._reason = message
             self._failed.set()
 
     def raise_if_failed(self) -> None:
-        """Raise what happened, if a thread of the engine has failed.
+        """Raise the failure, if a thread of the engine has failed.
 
         Raises:
             EngineError: with the engine's own last line first, then its traceback.
@@ -58,10 +59,10 @@ class FailureWatch(logging.Handler):
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """While the engine's constructor runs, let its attempt to kill the process raise instead.
+        """While the engine's constructor runs, raise where it tries to kill the process.
 
-        At any other time the attempt comes from its shutdown at exit and does nothing: killing the
-        children of this process is not the engine's business.
+        At any other time the attempt comes from its shutdown at exit and is ignored: the engine
+        must not kill this process's children.
         """
         self._starting = True
         on_child_exit = signal.getsignal(signal.SIGCHLD)
@@ -69,22 +70,22 @@ class FailureWatch(logging.Handler):
             yield
         finally:
             self._starting = False
-            # The engine's handler would take the exit status of every child, W&B's service among
-            # them, from those who wait for it.
+            # The engine's handler would reap every child, W&B's service included, and so take the
+            # exit status from the code that waits for it.
             signal.signal(signal.SIGCHLD, on_child_exit)
 
     def on_kill(self) -> None:
         """Raise out of the engine's constructor, from its signal handler.
 
         Raises:
-            EngineError: the engine is starting, so what it wanted to kill it for has failed it.
+            EngineError: the engine tried to kill the process while it was starting.
         """
         if self._starting:
             self._failed.set()
             self.raise_if_failed()
 
     def watch(self) -> None:
-        """Let the signals of the engine's threads only set the flag."""
+        """Make SIGQUIT, which the engine's threads send, only set the failure flag."""
         signal.signal(signal.SIGQUIT, self._on_sigquit)
 
     def _on_sigquit(self, signum: int, frame: FrameType | None) -> None:

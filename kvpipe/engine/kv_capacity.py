@@ -1,7 +1,7 @@
-"""The capacity of the KV cache: everything in the engine that counts its tokens, and its layout.
+"""Resize the KV cache: every token count in the engine, and the shapes of its buffers.
 
-What a request may be at most stays within what the engine was started with: its page tables and the
-padded sizes of its batches were made for that.
+The longest request never exceeds the limit that the engine was started with, because its page
+tables and padded batch sizes were built for that limit.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from kvpipe.errors import EngineError, InputError
 
 
 def in_whole_pages(tokens: int, allocator: Any) -> int:
-    """Return the capacity that the engine gives for ``max_total_tokens=tokens``.
+    """Return the capacity that the engine gives for ``max_total_tokens=tokens``: whole pages.
 
     Raises:
-        InputError: that is less than a page.
+        InputError: ``tokens`` is less than a page.
     """
     unit = allocator.page_size * getattr(allocator, "dp_size", 1)
     if tokens < unit:
@@ -27,20 +27,20 @@ def in_whole_pages(tokens: int, allocator: Any) -> int:
 
 
 def resize(engine: SglangEngine, tokens: int) -> None:
-    """Give the empty KV cache, while it is away, another capacity; its buffers become shapes of it.
+    """Set the capacity of a KV cache whose buffers are dropped; its shapes follow.
 
     Args:
-        engine: the engine; on its scheduler's thread, with no token in use.
-        tokens: the new capacity; whole pages of it are given.
+        engine: the engine; call on its scheduler's thread, with no token in use.
+        tokens: the new capacity, rounded down to whole pages.
 
     Raises:
-        EngineError: no request fits in so few tokens.
-        InputError: they are less than a page.
+        EngineError: the capacity cannot hold any request.
+        InputError: ``tokens`` is less than a page.
     """
     scheduler, runner = engine.scheduler, engine.runner
     pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
     tokens = in_whole_pages(tokens, allocator)
-    # One token of a request is the engine's own, and so are a few more of its prompt.
+    # The engine reserves one token of a request, and a few more of its prompt.
     margin = scheduler.max_req_len - scheduler.max_req_input_len
     longest = min(engine.longest_request, tokens - 1)
     if longest <= margin:
@@ -66,14 +66,14 @@ def resize(engine: SglangEngine, tokens: int) -> None:
 
 
 def _put(owner: Any, **values: int) -> None:
-    """Set those of the attributes that this version of ``owner`` has."""
+    """Set those attributes that this version of ``owner`` has."""
     for name, value in values.items():
         if hasattr(owner, name):
             setattr(owner, name, value)
 
 
 def abstract(create_buffers: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return ``create_buffers`` of a KV pool that gives shapes instead of buffers."""
+    """Return a KV pool's ``create_buffers`` that creates shapes instead of buffers."""
     from sgl_jax.srt.mem_cache import memory_pool
 
     def zeros(shape: Any, dtype: Any, sharding: Any) -> Callable[[], jax.ShapeDtypeStruct]:

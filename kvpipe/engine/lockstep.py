@@ -1,11 +1,11 @@
-"""The one place where the hosts of a slice talk to each other while the engine runs.
+"""Exchange values between the hosts of a slice while the engine runs; no other module does.
 
-Every host runs the same steps, and launches the same programs in the same order. What they have to
-agree on goes through the key-value store of jax's own distributed runtime, which runs no program on
-the devices and so cannot come between those of the engine. A host that dies is noticed by that
-runtime, which then ends the processes of all others.
+Every host runs the same steps and launches the same programs in the same order. The hosts exchange
+values through the key-value store of jax's distributed runtime, which runs no program on the
+devices, so it cannot interleave with the engine's collectives. That runtime detects a dead host
+and ends the processes of all others.
 
-With one host everything here is the identity.
+On a single host every function here is the identity.
 """
 
 import json
@@ -21,20 +21,21 @@ from kvpipe.errors import DEFECT, KvpipeError, OutOfMemory, is_out_of_memory
 from kvpipe.hosts import host_label
 from kvpipe.schema import EngineConfig
 
-# Somebody types the command on each host.
+# Long enough to type the command on each host by hand.
 _JOIN_TIMEOUT_S = 300
-# How long a host that has died goes unnoticed, at most. One that is alive answers from a thread of
-# its own, whatever Python and the devices do.
+# Upper bound on how long a dead host goes undetected. A live one answers from a separate thread,
+# whatever Python and the devices are doing.
 _HEARTBEAT_TIMEOUT_S = 10
 _LEAVE_TIMEOUT_S = 30
 _LOOK_EVERY_S = 0.5
-# The others may be held up by a program that waits for this host; it leaves, and jax ends them.
+# The other hosts may be blocked in a program that waits for this host. After this time this host
+# exits, and jax ends the others.
 _FAILED_ALONE_S = 60.0
 _END = "end"
 
 
 class HostFailed(KvpipeError):
-    """A host failed; on each host the message names it.
+    """A host failed; the message, the same on each host, names it.
 
     Attributes:
         exit_code: that of the failure.
@@ -47,17 +48,17 @@ class HostFailed(KvpipeError):
 
 @dataclass
 class _Hosts:
-    """The hosts, and where this one is in what all of them do.
+    """The hosts, and the progress of this one through the common stages.
 
     Attributes:
-        rank: which this one is.
+        rank: rank of this host.
         names: host names by rank.
-        client: of the key-value store; None for one host.
-        stage: how often all have come to the end of a stage.
-        said: how many values this host has said in this stage.
-        looked_at: when it last looked for a failure of another.
-        others: the ranks of the others.
-        left_alone: whether this host has failed and another did not come to the end of the stage.
+        client: client of the key-value store; None on a single host.
+        stage: number of stages that all hosts have completed.
+        said: number of values that this host has published in this stage.
+        looked_at: monotonic time of the last check for a failure of another host.
+        others: ranks of the other hosts.
+        left_alone: whether this host failed and another one did not complete the stage.
     """
 
     rank: int = 0
@@ -74,14 +75,14 @@ _hosts = _Hosts()
 
 
 def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
-    """Meet the other hosts, before jax is first asked for its devices; return the hosts' names.
+    """Join the other hosts, before jax first queries its devices; return the host names by rank.
 
     Args:
-        config: how many there are, which this one is and where they meet.
-        common: what has to be equal on all of them.
+        config: number of hosts, rank of this one, and address of the coordinator.
+        common: values that must be equal on all hosts.
 
     Raises:
-        HostFailed: something of it is not.
+        HostFailed: one of the common values differs.
     """
     global _hosts
     if config.nnodes == 1:
@@ -116,45 +117,45 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
 
 
 def leave() -> None:
-    """Wait for the others at the end, so that none takes the end of this process for a failure."""
+    """Wait for the other hosts at exit, so that none mistakes this exit for a failure."""
     if several() and not _hosts.left_alone:
         jax.distributed.shutdown()
 
 
 def rank() -> int:
-    """Return which of the hosts this one is."""
+    """Return the rank of this host."""
     return _hosts.rank
 
 
 def several() -> bool:
-    """Whether there are several hosts."""
+    """Whether there is more than one host."""
     return bool(_hosts.others)
 
 
 def label(host: int) -> str:
-    """Return what messages call a host."""
+    """Return the name of a host for messages."""
     return host_label(host, _hosts.names)
 
 
 def positions_here() -> tuple[int, ...]:
-    """Return where the devices of this host stand among those of all hosts."""
+    """Return the positions of this host's devices in the list of all devices."""
     ids = [device.id for device in jax.devices()]
     return tuple(ids.index(device.id) for device in jax.local_devices())
 
 
 def gather(value: Mapping[str, Any]) -> list[Any]:
-    """End a stage: give what this host has of it, return what each host has, by rank.
+    """End a stage: publish this host's result, and return every host's result by rank.
 
     Args:
-        value: JSON values. One with a true ``failed`` tells the others, who may still be waiting
-            for this host within the stage, to wait no longer.
+        value: a JSON object. If ``failed`` in it is true, hosts that still wait for this one within
+            the stage stop waiting.
     """
     if not several():
         return [value]
     _put(_END, value)
     told = {other: _wait_for_end(other, value.get("failed")) for other in _hosts.others}
     told[rank()] = value
-    # Nobody reads the stage before any more: all have come to the end of this one.
+    # All hosts have completed this stage, so none reads the previous one any more.
     _hosts.client.key_value_delete(f"kvpipe/{rank()}/{_hosts.stage - 1}/")
     _hosts.stage += 1
     _hosts.said = 0
@@ -162,7 +163,7 @@ def gather(value: Mapping[str, Any]) -> list[Any]:
 
 
 def in_stage[T](action: Callable[[], T]) -> T:
-    """Run ``action`` as a stage: what fails on one host is raised on all.
+    """Run ``action`` as a stage: a failure on one host is raised on all.
 
     Raises:
         HostFailed: it failed on a host.
@@ -181,9 +182,9 @@ def in_stage[T](action: Callable[[], T]) -> T:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """Return what the other hosts are told of a failure of this one.
+    """Return this host's failure as the stage result that the other hosts receive.
 
-    A failure that this host knows from another is none of its own.
+    A failure that came from another host is reported empty, because that host reports it.
     """
     if isinstance(error, HostFailed):
         return {"failed": {}}
@@ -196,7 +197,7 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def first_failure(told: Sequence[Mapping[str, Any]]) -> HostFailed | None:
-    """Return the first failure among what the hosts have at the end of a stage."""
+    """Return the first failure, by rank, in the hosts' results of a stage."""
     for host, value in enumerate(told):
         if failed := value.get("failed"):
             return HostFailed(f"{label(host)}: {failed['error']}", failed["exit_code"])
@@ -204,10 +205,10 @@ def first_failure(told: Sequence[Mapping[str, Any]]) -> HostFailed | None:
 
 
 def total(count: int) -> int:
-    """Return the sum of a number over the hosts; each has to ask, at the same point.
+    """Return the sum of a number over the hosts; every host must call it at the same point.
 
     Raises:
-        HostFailed: another host has failed instead.
+        HostFailed: another host failed before it published its number.
     """
     if not several():
         return count
@@ -216,14 +217,14 @@ def total(count: int) -> int:
 
 
 def of_first(value: Any, check: Callable[[], None]) -> Any:
-    """Return the JSON value of the first host; what the others give is not looked at.
+    """Broadcast the JSON value of rank 0; the values of the other hosts are ignored.
 
     Args:
-        value: the first host's.
-        check: raises if this host has failed while it waits.
+        value: the value, read on rank 0 only.
+        check: called while this host waits; raises if this host has failed.
 
     Raises:
-        HostFailed: the first host has failed instead.
+        HostFailed: rank 0 failed before it published the value.
     """
     if not several():
         return value
@@ -236,10 +237,10 @@ def of_first(value: Any, check: Callable[[], None]) -> Any:
 
 
 def raise_if_failed() -> None:
-    """Raise if another host has told that it has failed in this stage; cheap enough to poll.
+    """Raise if another host has published a failure in this stage; cheap enough to poll.
 
     Raises:
-        HostFailed: one has.
+        HostFailed: another host failed.
     """
     if not several() or time.monotonic() - _hosts.looked_at < _LOOK_EVERY_S:
         return
@@ -249,7 +250,7 @@ def raise_if_failed() -> None:
 
 
 def _raise_if_ended(other: int) -> None:
-    """Raise if another host has ended the stage by a failure."""
+    """Raise if another host has ended the stage with a failure."""
     try:
         text = _hosts.client.key_value_try_get(_key(other, _END))
     except jax.errors.JaxRuntimeError as error:
@@ -263,7 +264,7 @@ def _raise_if_ended(other: int) -> None:
 
 
 def _say(value: Any) -> str:
-    """Give a value within the stage; return its tag."""
+    """Publish a value within the stage and return its tag."""
     tag = str(_hosts.said)
     _hosts.said += 1
     _put(tag, value)
@@ -279,7 +280,7 @@ def _key(host: int, tag: str) -> str:
 
 
 def _wait(other: int, tag: str, check: Callable[[], None] = lambda: None) -> Any:
-    """Return what another host gives within the stage, unless it ends it by a failure."""
+    """Wait for another host's value; raise if that host ends the stage with a failure."""
     while True:
         check()
         if (found := _look(_key(other, tag))) is not None:
@@ -288,29 +289,29 @@ def _wait(other: int, tag: str, check: Callable[[], None] = lambda: None) -> Any
 
 
 def _wait_for_end(other: int, failed: Mapping[str, Any] | None) -> Any:
-    """Return what another host has at the end of the stage.
+    """Wait for another host's result at the end of the stage.
 
     Args:
         other: its rank.
-        failed: the failure of this host, which does not wait long then.
+        failed: this host's own failure, which limits the wait; None for no limit.
 
     Raises:
-        HostFailed: it did not come in time.
+        HostFailed: this host failed, and the other did not complete the stage in time.
     """
     deadline = time.monotonic() + _FAILED_ALONE_S
     while (found := _look(_key(other, _END))) is None:
         if failed and time.monotonic() > deadline:
             _hosts.left_alone = True
             raise HostFailed(
-                f"{label(rank())}: {failed['error']}; then {label(other)} was held up for more "
-                f"than {_FAILED_ALONE_S:g} s",
+                f"{label(rank())}: {failed['error']}; then {label(other)} did not complete the "
+                f"stage within {_FAILED_ALONE_S:g} s",
                 failed["exit_code"],
             )
     return found
 
 
 def _look(key: str) -> Any:
-    """Return the value of a key once it is there; None if it is not within a moment."""
+    """Return the value of a key, or None if it is not there within ``_LOOK_EVERY_S``."""
     try:
         return json.loads(_hosts.client.blocking_key_value_get(key, int(_LOOK_EVERY_S * 1000)))
     except jax.errors.JaxRuntimeError as error:

@@ -1,9 +1,9 @@
-"""Count what is alive on the devices, to the byte, without making new arrays.
+"""Count the bytes of live arrays on the devices, exactly and without making new arrays.
 
-Materialising ``addressable_shards`` to read sizes would create arrays that the next count finds;
-the sharding's ``shard_shape`` gives the same sizes from metadata alone.
+Reading sizes from ``addressable_shards`` would create arrays that the next count finds; the
+sharding's ``shard_shape`` gives the same sizes from metadata alone.
 
-Each host counts what its own devices hold, so that a host that did not do as the others is seen.
+Each host counts its own devices only, so that a host which behaved differently is noticed.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ from kvpipe.engine import lockstep
 from kvpipe.errors import EngineError
 from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
 
-# Who lists the live arrays keeps them alive meanwhile. A list that is used and gone within this lock
-# cannot keep an array alive that another count finds.
+# `jax.live_arrays()` returns strong references, so counts are serialised: a list that lives only
+# under this lock cannot keep alive an array that another count finds.
 _counting = threading.Lock()
-_OLDEST = 2  # generation of Python's collector; a whole collection is one of it
+_OLDEST = 2  # generation of a full garbage collection
 _OTHERS_COLLECTION_S = 0.001
 _LONGEST_COLLECTION_S = 60.0
 
@@ -36,7 +36,7 @@ def shard_bytes(array: Any) -> int:
 
 
 def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
-    """Return the bytes that ``arrays`` hold on each of ``devices``; deleted ones hold none."""
+    """Return the bytes that ``arrays`` hold on each of ``devices``; deleted arrays count as 0."""
     sizes = dict.fromkeys(devices, 0)
     for array in arrays:
         if isinstance(array, jax.Array) and array.is_deleted():
@@ -47,7 +47,7 @@ def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
 
 
 def live_arrays() -> list[jax.Array]:
-    """Return every array that is alive, each one ready, after a garbage collection."""
+    """Return every live array, ready, after a garbage collection."""
     collect_garbage()
     with _counting:
         alive = [array for array in jax.live_arrays() if not array.is_deleted()]
@@ -57,13 +57,11 @@ def live_arrays() -> list[jax.Array]:
 def measure(
     params: Iterable[jax.Array], kv: Iterable[jax.Array], slots: Mapping[str, Iterable[jax.Array]]
 ) -> Ledger:
-    """Attribute every live array to the pool that owns it: params, then kv, slots, and other.
+    """Attribute every live array of this host to a pool: params, then kv, slots, and other.
 
-    The ledger is of the devices of this host.
-
-    An array that two pools name is counted for the first, so a slot whose arrays the engine
-    computes with holds no bytes of its own. Where the backend counts bytes itself, what it counts
-    beyond the arrays is ``program``: compiled code and the runtime's buffers.
+    An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
+    that the engine computes with. Where the backend reports its bytes in use, those beyond the
+    arrays are the pool ``program``: compiled code and the runtime's buffers.
     """
     devices = jax.local_devices()
     rest = {id(array): array for array in live_arrays()}
@@ -81,7 +79,7 @@ def measure(
 
 
 def device_stats() -> list[dict[str, int]] | None:
-    """Return the backend's numeric statistics for each device; None where it has none (CPU)."""
+    """Return the backend's integer statistics of each device; None where it has none (CPU)."""
     found = [device.memory_stats() for device in jax.local_devices()]
     if any(stats is None for stats in found):
         return None
@@ -89,7 +87,7 @@ def device_stats() -> list[dict[str, int]] | None:
 
 
 def bytes_in_use() -> PerDevice:
-    """Return the bytes in use on each device here: the backend's count, or else of live arrays."""
+    """Return the bytes in use on each local device: the backend's count, else live arrays."""
     alive = live_arrays()
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
@@ -97,14 +95,14 @@ def bytes_in_use() -> PerDevice:
 
 
 def total_in_use() -> int:
-    """Return the bytes in use over the devices of all hosts; each host has to ask, at one point."""
+    """Return the bytes in use over all hosts; every host must call it at the same point."""
     return lockstep.total(sum(bytes_in_use()))
 
 
 def used_now() -> PerDevice:
-    """Return the bytes in use on each device here at this moment, from any thread.
+    """Return the bytes in use on each local device at this moment; safe to call from any thread.
 
-    Unlike :func:`bytes_in_use` it waits for no array and collects no garbage.
+    Unlike :func:`bytes_in_use` it neither waits for arrays nor collects garbage.
     """
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
@@ -114,24 +112,24 @@ def used_now() -> PerDevice:
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Let nobody count the live arrays: in here two of them are the same bytes."""
+    """Block counts of live arrays while two arrays share the same bytes."""
     with _counting:
         yield
 
 
 def bytes_of(arrays: Iterable[Any]) -> PerDevice:
-    """Return the bytes that ``arrays`` hold on each device of all hosts, by their shardings."""
+    """Return the bytes of ``arrays`` on each device of all hosts, from their shardings."""
     return per_device(arrays, jax.devices())
 
 
 def collect_garbage() -> None:
-    """Collect what is unreachable now, in whichever thread it was made.
+    """Collect everything that is unreachable now, whichever thread made it.
 
-    ``gc.collect`` returns at once, having done nothing, while another thread collects; and that one
-    lets others run, since jax gives Python's lock away whenever it frees an array.
+    ``gc.collect`` does nothing while another thread collects, and jax releases the GIL whenever it
+    frees an array, so this call retries until a full collection has run on this thread.
 
     Raises:
-        EngineError: another thread does not end its collection.
+        EngineError: another thread does not finish its collection.
     """
     this_thread, collected = threading.get_ident(), False
     deadline = time.monotonic() + _LONGEST_COLLECTION_S
@@ -158,15 +156,15 @@ def collect_garbage() -> None:
 
 
 def give_back_host_memory() -> None:
-    """Collect garbage and give freed pages back to the system.
+    """Collect garbage and return freed pages to the operating system.
 
-    On the CPU the "device" buffers are host memory too: without this RSS hardly falls after a drop.
+    On the CPU the device buffers are host memory: without this, RSS hardly falls after a drop.
     """
     collect_garbage()
     give_back_free_pages()
 
 
 def give_back_free_pages() -> None:
-    """Let glibc return freed pages to the system, which it otherwise keeps in this process."""
+    """Make glibc return freed pages, which it otherwise keeps, to the operating system."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

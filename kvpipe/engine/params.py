@@ -1,7 +1,7 @@
-"""Where a live engine keeps its parameters: in its compiled step's list, and in its model.
+"""Access to a live engine's parameters: the list that its compiled step reads, and its model.
 
-A place whose array is away holds the ``jax.ShapeDtypeStruct`` of that array, as the KV cache does
-with its buffers: the engine stays its own blueprint, and no second state can disagree with it.
+A dropped parameter is replaced by its ``jax.ShapeDtypeStruct``, as are the KV cache's buffers. So
+the engine itself records what to rebuild, and there is no second state to disagree with it.
 """
 
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from kvpipe.engine.mappings import path_name
 from kvpipe.engine.sglang import SglangEngine
 
 Param = Any
-"""A ``jax.Array``, or the ``jax.ShapeDtypeStruct`` of one that is away: shape, dtype, sharding."""
+"""A ``jax.Array``, or the ``jax.ShapeDtypeStruct`` (shape, dtype, sharding) of a dropped one."""
 
 
 class ParamTable:
     """The parameters by path, e.g. ``transformer.layers.0.mlp.gate_proj.weight``.
 
-    It is a picture of the engine's structure, which never changes, over its live list of leaves:
-    what :meth:`put_in_step` writes is what the next step computes with.
+    It maps paths, which never change, to positions in the engine's live list of leaves: the next
+    step computes with whatever :meth:`put_in_step` writes.
     """
 
     def __init__(self, engine: SglangEngine) -> None:
-        """Find every parameter's position in the step's list, by path.
+        """Find the position of every parameter in the step's list.
 
-        By path and not by order: ``load_weights`` of 0.0.2 adds leaves that are no parameters.
+        Match by path, not by order: ``load_weights`` of 0.0.2 adds leaves that are no parameters.
         """
         self._model = engine.runner.model
         self._leaves = _step_leaves(engine.runner)
@@ -36,34 +36,34 @@ class ParamTable:
 
     @property
     def params(self) -> dict[str, Param]:
-        """The parameters as they are now: arrays, or shapes where an array is away."""
+        """The current parameters: an array, or the shape of a dropped one."""
         return {path: self._leaves[i] for path, i in self._positions.items()}
 
     @property
     def blueprint(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shape, dtype and sharding that each parameter has to have."""
+        """The required shape, dtype and sharding of each parameter."""
         return {path: as_shape(leaf) for path, leaf in self.params.items()}
 
     def __getitem__(self, path: str) -> Param:
         return self._leaves[self._positions[path]]
 
     def put_in_step(self, new: Mapping[str, Param]) -> None:
-        """Let the step alone have ``new`` in place of these parameters.
+        """Replace these parameters in the compiled step only.
 
-        An old one is freed at once if the model has let go of it before.
+        An old array is freed at once if :meth:`let_model_go` has run before.
         """
         for path, leaf in new.items():
             self._leaves[self._positions[path]] = leaf
 
     def let_model_go(self) -> None:
-        """Leave the model shapes only, so that the step's list is the one owner."""
+        """Replace the model's arrays by shapes, so that the step's list is their only owner."""
         leaves = list(self._leaves)
         for path, shape in self.blueprint.items():
             leaves[self._positions[path]] = shape
         self._update_model(leaves)
 
     def tell_model(self) -> None:
-        """Let the model refer to the very leaves of the step."""
+        """Make the model refer to the same arrays as the step."""
         self._update_model(list(self._leaves))
 
     def _update_model(self, leaves: list[Any]) -> None:
@@ -73,15 +73,15 @@ class ParamTable:
 
 
 def parameters(engine: SglangEngine) -> dict[str, Param]:
-    """Return the engine's parameters by path: the arrays that its compiled step takes.
+    """Return the parameters that the engine's compiled step reads, by path.
 
-    What is away is given as its shape, dtype and sharding.
+    A dropped parameter is returned as its shape, dtype and sharding.
     """
     return ParamTable(engine).params
 
 
 def num_leaves(engine: SglangEngine) -> int:
-    """Return the number of arrays in the model's state, parameters and others."""
+    """Return the number of leaves in the model's state, parameters and others."""
     return len(_step_leaves(engine.runner))
 
 
@@ -93,7 +93,7 @@ def as_shape(leaf: Param) -> jax.ShapeDtypeStruct:
 def _step_leaves(runner: Any) -> list[Any]:
     """Return the list that the compiled step reads its parameters from.
 
-    In 0.0.2 it lives in the closure of ``jitted_run_model``, later on the runner itself.
+    In 0.0.2 it is a closure variable of ``jitted_run_model``; later versions keep it on the runner.
     """
     if hasattr(runner, "model_state_leaves"):
         return runner.model_state_leaves

@@ -1,8 +1,8 @@
-"""The largest use of memory inside a phase, which a look after the phase cannot see.
+"""Sample the peak memory use within a phase, which a measurement after the phase cannot see.
 
-A thread samples while the phase runs; code that knows its moment of highest use calls :func:`mark`,
-so that the peak does not depend on luck. A sample takes no memory on the devices and waits for
-nothing there. It never raises into the phase: what went wrong stands in the peak.
+A thread samples while the phase runs; code that knows when its use is highest calls :func:`mark`,
+so that the peak does not depend on timing. Sampling allocates nothing on the devices, waits for
+nothing there, and never raises into the phase: an error is recorded in the :class:`Peak`.
 """
 
 import threading
@@ -15,7 +15,7 @@ import psutil
 from kvpipe.records import Memory, Peak
 from kvpipe.ticker import Ticker
 
-# No oftener: each wake-up takes Python's lock from the phase. No rarer: a peak may be short.
+# Not more often: each wake-up takes the GIL from the phase. Not less often: a peak may be short.
 _LEAST_S, _MOST_S = 0.01, 2.0
 _OWN_PEAK = "peak_bytes_in_use"
 
@@ -23,20 +23,20 @@ _sampler: "PeakSampler | None" = None
 
 
 def mark() -> None:
-    """Sample now: the caller knows that this moment may be the peak.
+    """Sample now, because the caller's memory use may be at its peak.
 
-    Not to be called within :func:`kvpipe.engine.memory.uncounted`.
+    Must not be called within :func:`kvpipe.engine.memory.uncounted`.
     """
     if _sampler is not None:
         _sampler.sample()
 
 
 class PeakSampler:
-    """Samples while its context is entered; one at a time in a process.
+    """Sample while the context is open; one instance at a time per process.
 
     Args:
-        has_devices: whether jax has its devices; before that only RSS is sampled.
-        share: share of the time that sampling may take of one core.
+        has_devices: whether jax has initialised its devices; until then only RSS is sampled.
+        share: largest share of one core's time that sampling may use.
     """
 
     def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:
@@ -44,7 +44,7 @@ class PeakSampler:
         self._share = share
         self._process = psutil.Process()
         self._ticker = Ticker("peaks", self._tick)
-        # Held for a whole sample, so that a sample belongs to one phase.
+        # Held for a whole sample, so that each sample belongs to one phase.
         self._lock = threading.Lock()
         self._reset(None)
         self.spent_s = 0.0
@@ -61,10 +61,10 @@ class PeakSampler:
         self._ticker.stop()
 
     def begin(self, before: Memory | None) -> None:
-        """Forget what was sampled: a phase begins.
+        """Reset the samples at the start of a phase.
 
         Args:
-            before: the measurement before it; None if there is none.
+            before: the measurement before the phase; None if there is none.
         """
         with self._lock:
             self._reset(before)
@@ -88,7 +88,7 @@ class PeakSampler:
                 self._error = f"{type(error).__name__}: {error}"
 
     def _tick(self) -> float:
-        # Time of this thread: what it waits for, the phase computes with.
+        # CPU time of this thread: while it waits, the phase computes.
         began = time.thread_time()
         self.sample()
         spent = time.thread_time() - began
@@ -113,7 +113,7 @@ class PeakSampler:
 
 
 class _Largest:
-    """The largest of several readings: on each device, over all at one moment, and of RSS."""
+    """The largest readings: on each device, summed over the devices at one moment, and of RSS."""
 
     def __init__(self) -> None:
         self.devices: tuple[int, ...] = ()
@@ -121,14 +121,14 @@ class _Largest:
         self.rss = 0
 
     def add(self, devices: Sequence[int], rss: int) -> None:
-        """Take a reading in."""
+        """Add a reading."""
         self.devices = _larger(self.devices, devices)
         self.total = max(self.total, sum(devices))
         self.rss = max(self.rss, rss)
 
 
 def _larger(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
-    """Return the larger of each two; the devices may be known to one reading only."""
+    """Return the elementwise maximum; either reading may lack the devices."""
     if not a or not b:
         return tuple(a or b)
     return tuple(max(pair) for pair in zip(a, b, strict=True))
@@ -137,7 +137,7 @@ def _larger(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 def _peak(
     before: Memory | None, seen: _Largest, after: Memory, samples: int, error: str | None
 ) -> Peak:
-    """Return the peak of a phase, its two ends included."""
+    """Return the peak of a phase, including the measurements before and after it."""
     for end in (before, after):
         if end is not None:
             seen.add(
@@ -157,9 +157,9 @@ def _peak(
 
 
 def _risen(before: Memory | None, after: Memory) -> list[int]:
-    """Return the backend's own peak of each device where it rose in the phase, else 0.
+    """Return each device's peak from the backend where the phase raised it, else 0.
 
-    It is a peak since the process began: where it did not rise, it is of an earlier phase.
+    The backend's peak is since the process began: if it did not rise, it is from an earlier phase.
     """
     now = [stats.get(_OWN_PEAK, 0) for stats in after.jax_device_memory_stats]
     then = [stats.get(_OWN_PEAK, 0) for stats in before.jax_device_memory_stats] if before else []

@@ -1,7 +1,7 @@
-"""Put host weights on the devices and back: the one way in which kvpipe places a parameter.
+"""Transfer parameters between host and devices; all of kvpipe's transfers go through here.
 
-Each device gets its own shard straight from the host array, transposed by the copy itself: on two
-cores that is 1.5 GB/s a thread, while numpy's own transpose gives 0.3 and a jitted one 0.5.
+Each device gets its shard straight from the host array, and the copy itself transposes: 1.5 GB/s a
+thread on two cores, against 0.3 for numpy's own transpose and 0.5 for a jitted one.
 """
 
 import os
@@ -21,7 +21,7 @@ Index = tuple[slice, ...]
 
 
 class HostLeaf(Protocol):
-    """A parameter on the host, in the engine's layout: an array, or a view that gives shards."""
+    """A parameter on the host, in the engine's layout: an array, or a view that computes shards."""
 
     def __getitem__(self, index: Any, /) -> np.ndarray[Any, np.dtype[Any]]:
         """Return the shard at ``index``."""
@@ -29,22 +29,22 @@ class HostLeaf(Protocol):
 
 
 class Pending(Protocol):
-    """A parameter that is being made."""
+    """A parameter whose transfer or computation is in progress."""
 
     def wait(self) -> jax.Array:
-        """Return the parameter once all of it is on the devices."""
+        """Return the parameter once it is complete on the devices."""
         ...
 
 
 @dataclass
 class Placing:
-    """A parameter on its way to the devices."""
+    """A parameter whose shards are being transferred to the devices."""
 
     like: Param
     shards: tuple[Future[jax.Array], ...]
 
     def wait(self) -> jax.Array:
-        """Return the parameter once all of it is on the devices; once only."""
+        """Return the parameter once it is complete on the devices; call it once only."""
         shards = jax.block_until_ready([shard.result() for shard in self.shards])
         like = self.like
         with memory.uncounted():
@@ -55,9 +55,9 @@ class Placing:
 
 
 def begin(host: HostLeaf, like: Param) -> Placing:
-    """Begin to place ``host`` with the dtype and sharding of ``like``, shard by shard.
+    """Start the transfer of ``host``, shard by shard, with the dtype and sharding of ``like``.
 
-    Never an alias of the host memory: that would be a mapped file, and no device bytes.
+    The result never aliases the host memory: an alias would be a mapped file, not device bytes.
     """
     devices = like.sharding.addressable_devices_indices_map(like.shape)
     shards = tuple(
@@ -76,10 +76,10 @@ def to_host(leaf: jax.Array) -> dict[Index, np.ndarray[Any, np.dtype[Any]]]:
 def in_lane[**P, T](
     lane: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> Future[T]:
-    """Run ``function`` on the thread of ``lane``; copies and reductions release Python's lock.
+    """Run ``function`` on the thread of ``lane``; copies and reductions release the GIL.
 
-    There are a few threads, and a lane is always on the same: glibc keeps what a thread frees for
-    that thread, so the shards of a device take over their forerunners' memory.
+    A lane always maps to the same one of a few threads: glibc keeps freed memory for the thread
+    that freed it, so a device's new shard reuses the memory of the old one.
     """
     threads = _threads()
     return threads[lane % len(threads)].submit(function, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Compiled steps by what they were compiled from: a plan in review should not compile twice."""
+"""Cache the results of ahead-of-time compilation, so that a plan compiles only once."""
 
 import hashlib
 import importlib.metadata
@@ -21,17 +21,17 @@ _PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax")
 def compiled(
     config: EngineConfig, model_dir: Path, topology: str, prompt_tokens: int, cache_dir: Path
 ) -> tuple[Program, ...]:
-    """Return the engine's steps compiled for a TPU topology, from the cache if they are in it.
+    """Return the engine's steps compiled for a TPU topology, from the cache if present.
 
     Args:
         config: how the engine will be started.
         model_dir: directory with the model's config.json.
         topology: chip and shape, e.g. ``v4:2x2x1``.
         prompt_tokens: length of the prompt.
-        cache_dir: kvpipe's cache; the steps are kept in ``programs`` below it.
+        cache_dir: kvpipe's cache; the results are files in its ``programs`` directory.
 
     Raises:
-        CompileFinding: a step does not compile for the target; that is not kept.
+        CompileFinding: a step does not compile for the target; a failure is not cached.
     """
     content = {"engine": asdict(config), "topology": topology, "prompt_tokens": prompt_tokens}
     return cached(
@@ -49,14 +49,14 @@ def cached(
     make: Callable[[], tuple[Program, ...]],
     packages: Sequence[str] = (),
 ) -> tuple[Program, ...]:
-    """Return what ``make`` compiles, from the cache if it is in it.
+    """Return what ``make`` compiles, from the cache if present.
 
     Args:
-        content: what it is compiled from, beside the model and the versions of what compiles.
+        content: the cache key, apart from the model's config and the package versions.
         model_dir: directory with the model's config.json.
         cache_dir: kvpipe's cache.
-        make: compiles; what it raises is not kept.
-        packages: packages, beside the engine's, whose versions matter.
+        make: compiles the programs; an exception from it is not cached.
+        packages: packages whose versions belong to the key, besides the engine's.
     """
     model = json.loads((model_dir / "config.json").read_text())
     content = {**content, "model": model, "versions": _versions((*_PACKAGES, *packages))}
@@ -70,7 +70,7 @@ def cached(
 
 
 def _write(path: Path, programs: Sequence[Program]) -> None:
-    """Write the file whole or not at all: another process may write the same one."""
+    """Write the file atomically: another process may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps([asdict(program) for program in programs]))
@@ -78,10 +78,10 @@ def _write(path: Path, programs: Sequence[Program]) -> None:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of what compiles.
+    """Return the versions of the packages that determine the compiled result.
 
     Raises:
-        InputError: libtpu is not installed; it has wheels for Linux on x86-64 alone.
+        InputError: libtpu is not installed; it has wheels for Linux on x86-64 only.
     """
     try:
         return {name: version_of(name) for name in packages}

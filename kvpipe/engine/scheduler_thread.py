@@ -1,8 +1,8 @@
-"""Run functions on the engine's scheduler thread, at a moment when the engine is idle.
+"""Run callables on the engine's scheduler thread, at a moment when the engine is idle.
 
 Flush, drop, rebuild and swap change state that the scheduler reads without a lock, so only its own
-thread may do it. ``generate`` returns before the overlapped last step is done: until then that step
-holds the KV buffers, and the scheduler's own leak check would fail.
+thread may do it. ``generate`` returns before the overlapped last step is processed: until then that
+step holds the KV buffers, and the scheduler's leak check would fail.
 """
 
 import threading
@@ -22,10 +22,10 @@ _BROADCAST_POLL_MS = 1
 
 
 class SchedulerThread:
-    """A door into the scheduler's loop."""
+    """Run callables on the scheduler's thread."""
 
     def __init__(self, scheduler: Any, failure: FailureWatch, idle_timeout_s: float) -> None:
-        """Hang the door into ``scheduler.process_input_requests``, which every loop calls first."""
+        """Wrap ``scheduler.process_input_requests``, which every scheduler loop calls first."""
         self._scheduler = scheduler
         self._failure = failure
         self._idle_timeout_s = idle_timeout_s
@@ -61,7 +61,7 @@ class SchedulerThread:
                 )
 
     def stop(self) -> None:
-        """End the scheduler's thread: SystemExit ends a thread silently."""
+        """End the scheduler's thread with SystemExit, which a thread ends on silently."""
 
         def leave() -> None:
             future.set_result(None)
@@ -74,16 +74,16 @@ class SchedulerThread:
     def _process_requests_then_ours(self, requests: list[Any]) -> None:
         self._process_requests(requests)
         if not requests and self._queue.empty() and not self._follows and self._is_idle():
-            # The engine's loop spins while it is idle: it would take a core, and Python's lock,
-            # from the phase that is running.
+            # The engine's loop busy-waits while idle, which would take a core and the GIL from the
+            # running phase.
             time.sleep(_IDLE_SLEEP_S)
         self._do_ours()
 
     def _receive_and_do_ours(self) -> Any:
-        """Wait for what the first host broadcasts in each round of its loop; do ours meanwhile.
+        """Wait for the first host's broadcast of a scheduler round; run queued callables meanwhile.
 
-        The first host does ours within a round, and may wait in there for this host to do the same:
-        until then it broadcasts nothing.
+        The first host runs its callables within a round and may wait there for this host to run the
+        same ones; it broadcasts nothing until then.
         """
         while not self._scheduler.subscriber.poll(_BROADCAST_POLL_MS):
             self._do_ours()
@@ -103,7 +103,7 @@ class SchedulerThread:
         return not any(self._work().values())
 
     def _work(self) -> dict[str, int]:
-        """What the scheduler still has to do, by kind; attributes are those of all versions."""
+        """Return the scheduler's pending work by kind, in any supported version."""
         s = self._scheduler
         chunked = getattr(s, "chunked_req", None) or any(getattr(s, "chunked_reqs", None) or ())
         return {
@@ -120,11 +120,11 @@ class SchedulerThread:
 
 
 class CallerThread:
-    """One daemon thread that makes the blocking calls into the engine's front end.
+    """Make the blocking front-end calls on one daemon thread.
 
-    The front end runs an asyncio loop and installs signal handlers when it is called on the main
-    thread; and a call would never return once the scheduler has died. Here the main thread waits
-    and keeps looking for failures.
+    On the main thread the front end would run an asyncio loop and install signal handlers, and a
+    call would never return once the scheduler has died. Here the main thread waits and polls for
+    failures.
     """
 
     def __init__(self, failure: FailureWatch) -> None:

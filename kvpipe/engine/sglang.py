@@ -1,7 +1,7 @@
 """Start sglang-jax in this process, generate, flush, shut down.
 
-One engine a process. What kvpipe does to its KV cache and weights is in :mod:`.kv_cache` and
-:mod:`.weights`; every touch of the engine's state goes through :class:`SchedulerThread`.
+One engine per process. :mod:`.kv_cache` and :mod:`.weights` change its KV cache and weights; every
+change of the engine's state goes through :class:`SchedulerThread`.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from kvpipe.schema import EngineConfig, SamplingConfig
 
 @dataclass
 class SglangEngine:
-    """A live engine and the handles that kvpipe needs of it.
+    """A live engine and the handles on it that kvpipe needs.
 
     Attributes:
         engine: ``sgl_jax.srt.entrypoints.engine.Engine``.
@@ -32,9 +32,9 @@ class SglangEngine:
         runner: its model runner, which owns the model, the KV cache and the compiled step.
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
-        failure: knows whether a thread of the engine has failed.
-        longest_request: tokens of the longest request that its tables were made for.
-        away: what the engine cannot generate without and has not got now, each with what to do.
+        failure: detects that a thread of the engine has failed.
+        longest_request: longest request, in tokens, that its tables were built for.
+        away: what the engine needs for generating and lacks now, each with the remedy.
     """
 
     engine: Any
@@ -53,7 +53,7 @@ class SglangEngine:
 
     @property
     def max_total_tokens(self) -> int:
-        """Capacity of the KV cache in tokens; while it is away, the one that it had."""
+        """Capacity of the KV cache in tokens; while it is dropped, the capacity that it had."""
         return self.scheduler.max_total_num_tokens
 
     def wait_idle(self) -> None:
@@ -91,8 +91,8 @@ class SglangEngine:
     def _answer(self, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
         """Return the engine's answer as JSON types.
 
-        The first host asks; its engine hands the request on to those of the others, who compute
-        with it and take its answer for theirs.
+        The first host sends the request; its engine forwards it to the other hosts' engines, which
+        compute with it. The other hosts then receive the first host's answer.
         """
         raw = None
         if lockstep.rank() == 0:
@@ -104,22 +104,22 @@ class SglangEngine:
         return lockstep.of_first(raw, self.failure.raise_if_failed)
 
     def _tokens_so_far(self) -> dict[str, int]:
-        """Return how many tokens the requests under way have; any thread may look."""
+        """Return the tokens that the running requests have so far; safe from any thread."""
         names = ("running_batch", "cur_batch", "last_batch")
         batches = [getattr(self.scheduler, name, None) for name in names]
         requests = {id(r): r for batch in batches if batch is not None for r in _requests(batch)}
         return {progress.TOKENS: sum(len(request.output_ids) for request in requests.values())}
 
     def flush(self) -> dict[str, int]:
-        """Empty the prefix cache and both pools; return how many tokens were cached before.
+        """Empty the prefix cache and both pools; return the number of tokens that were cached.
 
         Raises:
-            EngineError: the pools are not whole afterwards.
+            EngineError: tokens are still in use afterwards.
         """
         return self.on_scheduler.call(self.flush_now)
 
     def flush_now(self) -> dict[str, int]:
-        """Do what :meth:`flush` does; for functions that run on the scheduler's thread."""
+        """Flush as :meth:`flush` does, for functions that already run on the scheduler's thread."""
         runner, scheduler, capacity = self.runner, self.scheduler, self.max_total_tokens
         cached = capacity - runner.token_to_kv_pool_allocator.available_size()
         scheduler.tree_cache.reset()
@@ -131,9 +131,9 @@ class SglangEngine:
         return {"flushed_tokens": cached, "free_tokens": free}
 
     def shut_down(self) -> None:
-        """End the engine's threads and let go of its buffers; children stay alive.
+        """End the engine's threads and release its buffers; child processes stay alive.
 
-        The engine's own shutdown kills every child of this process, W&B's service among them.
+        The engine's own shutdown kills every child of this process, W&B's service included.
         """
         atexit.unregister(self.engine.shutdown)
         if not self.failure.happened:
@@ -145,9 +145,9 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     """Start the engine in this process.
 
     Args:
-        config: how to start it; ``tp_size`` of None takes all devices.
+        config: how to start it; a ``tp_size`` of None uses all devices.
         model_dir: directory with config.json, tokenizer and, unless dummy, safetensors.
-        idle_timeout_s: seconds to wait for it to become idle, in each later call.
+        idle_timeout_s: how long each later call waits for the engine to become idle, in seconds.
 
     Raises:
         InputError: tp × dp is not the device count.
@@ -155,7 +155,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     """
     check_devices(config)
     failure = FailureWatch()
-    # The engine imports its attention backend as late as in its constructor.
+    # The engine imports its attention backend only in its constructor.
     with (
         compat.pytree_registered_twice(),
         compat.failure_signals_stay_here(),
@@ -185,17 +185,17 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         longest_request=scheduler.max_req_len,
     )
     _guard_requests(started)
-    # What lives as long as the process need not be looked at in each of the probe's collections.
-    memory.collect_garbage()  # what is frozen unreachable would stay for ever
+    # Exclude objects that live as long as the process from the probe's garbage collections.
+    memory.collect_garbage()  # an unreachable object that is frozen is never freed
     gc.freeze()
     _check_capacity(started, config)
     return started
 
 
 def _constructed(engine_class: Any, arguments: Any) -> Any:
-    """Return the engine; one that fails leaves nothing behind for the end of the process.
+    """Construct the engine; if that fails, leave no exit handler behind.
 
-    Its constructor registers its shutdown first, which raises AttributeError where the rest failed.
+    Its constructor first registers its shutdown, which raises AttributeError on a partial engine.
     """
     engine = engine_class.__new__(engine_class)
     try:
@@ -207,7 +207,7 @@ def _constructed(engine_class: Any, arguments: Any) -> Any:
 
 
 def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> dict[str, Any]:
-    """Return the engine's arguments, named as the installed version names them.
+    """Return the engine's arguments under the names of the installed version.
 
     Args:
         config: how to start it.
@@ -250,18 +250,18 @@ def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
     asked, given = pages * config.page_size, engine.max_total_tokens
     if given != asked:
         raise EngineError(
-            f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}; it is what "
-            f"fits mem_fraction_static={config.mem_fraction_static:g} of the memory that is free"
+            f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}, which is what "
+            f"fits mem_fraction_static={config.mem_fraction_static:g} of the free memory"
         )
 
 
 def _guard_requests(started: SglangEngine) -> None:
-    """Let every way of asking the engine for text raise while it cannot give any.
+    """Make every request to the engine raise while it cannot generate.
 
     Without this a generate after a drop kills the engine's forward thread.
     """
     manager = started.engine.tokenizer_manager
-    if manager is None:  # on hosts after the first, which nobody asks
+    if manager is None:  # ranks after 0 receive no requests
         return
     generate_request = manager.generate_request
 
@@ -274,13 +274,13 @@ def _guard_requests(started: SglangEngine) -> None:
 
 
 def _requests(batch: Any) -> list[Any]:
-    """Return the requests of a batch; later versions have a part of them for each data rank."""
+    """Return the requests of a batch; later versions split them by data-parallel rank."""
     parts = getattr(batch, "reqs_info", None) or (batch,)
     return [request for part in parts for request in part.reqs or ()]
 
 
 def _plain(value: Any) -> Any:
-    """Return the engine's answer as JSON types."""
+    """Convert the engine's answer to JSON types."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

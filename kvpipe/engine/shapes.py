@@ -2,7 +2,7 @@
 
 The installed engine's own worker is built on a mesh of the target's shape, with its model evaluated
 abstractly and its KV pool traced: nothing is allocated and no weight is read. A formula would be
-wrong as soon as a version places a leaf differently, as 0.0.2 and bd09a87 do with the embedding.
+wrong as soon as a version shards a leaf differently, as 0.0.2 and bd09a87 do with the embedding.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from kvpipe.ledger import PerDevice
 from kvpipe.phase import KvTokens, PoolSize, Size
 from kvpipe.schema import EngineConfig
 
-# More than any device has, so that the engine's own profiling never cuts the KV cache down here.
+# More than any device has, so that the engine's profiling never cuts the KV cache down here.
 _BOUNDLESS = 1 << 60
 
 
@@ -45,10 +45,10 @@ class EngineShapes:
     params: Mapping[str, jax.ShapeDtypeStruct]
 
     def sizes(self, capacities: Collection[int] = ()) -> dict[PoolSize, PerDevice]:
-        """Return the bytes on each device of a parameter set and of the KV cache.
+        """Return the bytes per device of one set of parameters and of the KV cache.
 
         Args:
-            capacities: further capacities of the KV cache, in tokens, to give the bytes of.
+            capacities: further capacities of the KV cache, in tokens, to compute the bytes of.
 
         Raises:
             InputError: the engine cannot have such a capacity.
@@ -66,7 +66,7 @@ class EngineShapes:
 
     @property
     def sources(self) -> dict[str, Leaf]:
-        """Where each parameter comes from, by path.
+        """The checkpoint tensor behind each parameter, by path.
 
         Raises:
             EngineError: the model has a parameter that its weight mapping does not name.
@@ -75,7 +75,7 @@ class EngineShapes:
 
 
 def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
-    """Return the engine's shapes on the devices that jax has now.
+    """Return the engine's shapes on jax's current devices.
 
     Args:
         config: how the engine will be started.
@@ -86,7 +86,7 @@ def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
 
 
 def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> EngineShapes:
-    """Return the engine's shapes on ``mesh``; the arguments are those of :func:`abstract_worker`."""
+    """Return the engine's shapes on ``mesh``; arguments as for :func:`abstract_worker`."""
     from flax import nnx
 
     runner = abstract_worker(config, model_dir, mesh, device).model_runner
@@ -96,7 +96,7 @@ def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> E
 
 
 def import_engine() -> Any:
-    """Import what the shapes need of the engine, which takes seconds; return its worker's class."""
+    """Import the engine modules that the shapes need (takes seconds); return the worker's class."""
     with compat.pytree_registered_twice():
         importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
         from sgl_jax.srt.managers.tp_worker import ModelWorker
@@ -104,16 +104,16 @@ def import_engine() -> Any:
 
 
 def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
-    """Return the engine's own worker, whose parameters and KV buffers are shapes on ``mesh``.
+    """Return the engine's own worker, with shapes on ``mesh`` for parameters and KV buffers.
 
     Args:
         config: how the engine will be started.
         model_dir: directory with the model's config.json.
-        mesh: the target's devices; they need not be this machine's.
+        mesh: the target's devices; they need not exist on this machine.
         device: the target's platform, by which the engine chooses its attention backend.
 
     Raises:
-        InputError: the engine does not take the model on this mesh, or a capacity so small.
+        InputError: the engine refuses the model on this mesh, or the capacity is too small.
     """
     worker_class = import_engine()
     from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -140,9 +140,10 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
 
 
 def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:
-    """Return ``initialize_jit`` that places shapes: HEAD puts an empty array for each abstract leaf.
+    """Return an ``initialize_jit`` that creates shapes where the engine would transfer arrays.
 
-    A target that is not this machine takes no array.
+    HEAD transfers an empty array for each abstract leaf, which fails for devices of another
+    machine.
     """
     initialize_jit = runner_class.initialize_jit
 
@@ -157,19 +158,19 @@ def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:
 
 
 class _AbstractLoader:
-    """Stands in for the engine's model loader: it gives a model with shapes for weights."""
+    """Replaces the engine's model loader; returns a model with shapes for weights."""
 
     def __init__(self, *, mesh: Mesh, **others: Any) -> None:
         self._mesh = mesh
 
     def load_model(self, *, model_config: Any) -> Any:
-        """Return the model."""
+        """Return the abstract model."""
         from flax import nnx
         from sgl_jax.srt.model_loader.arch import get_model_architecture
 
         model_class, _ = get_model_architecture(model_config)
         options = {"dtype": model_config.dtype, "mesh": self._mesh}
-        if "rngs" in inspect.signature(model_class.__init__).parameters:  # 0.0.2 alone
+        if "rngs" in inspect.signature(model_class.__init__).parameters:  # only in 0.0.2
             options["rngs"] = nnx.Rngs(0)
         with compat.use_mesh(self._mesh):
             model = nnx.eval_shape(lambda: model_class(model_config.hf_config, **options))
@@ -179,7 +180,7 @@ class _AbstractLoader:
 
 
 def _place(model: Any, mesh: Mesh) -> None:
-    """Shard each parameter as the engine's loader does, which is not always as the model says."""
+    """Shard each parameter as the engine's loader does; the model's own spec may differ."""
     from flax import nnx
 
     mappings = weight_mappings(model).values()
@@ -195,9 +196,10 @@ def _place(model: Any, mesh: Mesh) -> None:
 
 
 def sharded_leaves(state: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """Return the leaves of an abstract nnx state, each placed on ``mesh`` as the engine places it.
+    """Return the leaves of an abstract nnx state with the sharding that the engine gives them.
 
-    Where the engine shards explicitly a leaf's type has its partition; before, the parameter says it.
+    With explicit sharding the leaf's type holds the partition; in 0.0.2 the parameter's metadata
+    does.
     """
     from flax import nnx
 

@@ -1,8 +1,7 @@
-"""Refuse weights that are not the engine's, all of them by name, before anything is replaced.
+"""Check all weights, by name, shape and value, before any of the engine's are replaced.
 
-Names and shapes come from the headers and cost nothing. Finding a value that is not finite takes
-one pass over the bytes at the speed of memory: a swap that stopped half way could not give the
-engine its old weights back.
+A swap that failed half way could not restore the old weights. Names and shapes come from the
+headers and cost nothing; finding a non-finite value takes one pass at memory speed.
 """
 
 from bisect import bisect_left
@@ -21,29 +20,29 @@ from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest
 
 _FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
-_BLOCK_BYTES = 1 << 20  # stays in a core's cache between the two reductions
-_NAMED = 8  # as many names of each kind stand in the message
+_BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
+_NAMED = 8  # names of each kind listed in the message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Buffers that old checkpoints hold and every model computes itself.
+# Buffers that old checkpoints contain and every model computes itself.
 _COMPUTED = ".rotary_emb.inv_freq"
 
 
 def check_weights(
     leaves: Mapping[str, Leaf], blueprint: Mapping[str, Param], weights: Mapping[str, HostArray]
 ) -> None:
-    """Refuse host weights that are not complete, not of the engine's shapes or not finite.
+    """Refuse host weights that are incomplete, of wrong shapes, or not finite.
 
     Args:
-        leaves: where each parameter comes from, by path.
-        blueprint: what each parameter has to be, by path.
+        leaves: the checkpoint tensor behind each parameter, by path.
+        blueprint: required shape, dtype and sharding of each parameter, by path.
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: naming every weight that is missing, unexpected, misshapen, of a type that is
-            no float, or that has a value which is not finite in the engine's dtype.
+        EngineError: naming every weight that is missing, unexpected, misshapen, of a non-float
+            dtype, or with a value that is not finite in the engine's dtype.
     """
     check_shapes(leaves, blueprint, weights)
-    # The largest first, so that no lane is left with one of them at the end.
+    # The largest first, so that no lane ends with a large one while the others are idle.
     by_size = sorted(leaves.values(), key=lambda leaf: -weights[leaf.source].nbytes)
     checks = {
         leaf.source: in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype)
@@ -55,15 +54,15 @@ def check_weights(
 def check_shapes(
     leaves: Mapping[str, Leaf], blueprint: Mapping[str, Param], weights: Mapping[str, Any]
 ) -> None:
-    """Refuse weights, on the host or on the devices, that are not complete or not of the shapes.
+    """Refuse weights, on the host or on the devices, that are incomplete or of wrong shapes.
 
     Args:
-        leaves: where each parameter comes from, by path.
-        blueprint: what each parameter has to be, by path.
+        leaves: the checkpoint tensor behind each parameter, by path.
+        blueprint: required shape, dtype and sharding of each parameter, by path.
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: naming every weight that is missing, unexpected, misshapen or no float.
+        EngineError: naming every weight that is missing, unexpected, misshapen or not a float.
     """
     sources = {leaf.source for leaf in leaves.values()}
     missing = sorted(sources - set(weights))
@@ -77,7 +76,7 @@ def check_shapes(
 
 
 def refuse_infinite(names: list[str]) -> None:
-    """Refuse the weights of these names, if there are any: they have values that are not finite.
+    """Refuse the named weights, if any: they have values that are not finite.
 
     Raises:
         EngineError: with the names.
@@ -96,7 +95,7 @@ def _refuse(*kinds: tuple[str, list[str]]) -> None:
 
 
 def _hinted(names: list[str], valid: Iterable[str]) -> list[str]:
-    """Return the names quoted, the first with what it may have been meant to be."""
+    """Return the names quoted, the first with the nearest valid names."""
     if not names:
         return []
     first, *rest = names
@@ -104,7 +103,7 @@ def _hinted(names: list[str], valid: Iterable[str]) -> list[str]:
 
 
 def _is_spare(name: str, weights: Mapping[str, Any], sources: set[str]) -> bool:
-    """Whether a weight that no parameter takes may be there: it says nothing new."""
+    """Whether a weight that no parameter uses is allowed, because it adds no information."""
     if name.endswith(_COMPUTED):
         return True
     if name != _HEAD or _EMBEDDING not in weights or _HEAD in sources:
@@ -130,9 +129,9 @@ def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, Any]) -> str:
 def is_finite(weight: HostArray, dtype: Any) -> bool:
     """Whether every value is finite once it is cast to ``dtype``.
 
-    An IEEE float is too large exactly if its bits, without the sign, are at least those of the
-    first value that the cast makes infinite. So two maxima over the bits decide: taken as signed
-    numbers only the positive values count, as unsigned ones the negative values come out on top.
+    An IEEE float overflows the cast exactly if its bits, without the sign, are at least those of
+    the smallest value that the cast makes infinite. Two maxima over the raw bits decide it: read as
+    signed integers, the maximum is a positive value; read as unsigned ones, a negative value.
     """
     kind = weight.itemsize
     limit = _first_infinite(weight.dtype, np.dtype(dtype))
@@ -145,7 +144,7 @@ def is_finite(weight: HostArray, dtype: Any) -> bool:
 
 @cache
 def _first_infinite(source: np.dtype[Any], target: np.dtype[Any]) -> int:
-    """Return the bits of the least positive ``source`` value that ``target`` cannot hold."""
+    """Return the bits of the smallest positive ``source`` value that ``target`` cannot hold."""
     kind = np.dtype(f"u{source.itemsize}")
 
     def is_infinite(bits: int) -> bool:

@@ -1,8 +1,8 @@
-"""Where each of the engine's parameters comes from, and how it lies in the engine's layout.
+"""Map the engine's parameters to checkpoint tensors, and their shapes to the engine's layout.
 
-Both are read off the engine: its model's own ``_create_*_weight_mappings()`` names the Hugging Face
-tensor of every parameter and whether it is transposed, and the parameter's own shape tells how far
-its heads are repeated and padded. There is no table of models here.
+Both are read from the engine: the model's ``_create_*_weight_mappings()`` names the Hugging Face
+tensor of every parameter and whether it is transposed, and the parameter's shape tells how its
+heads are repeated and padded. This module must not contain a table of models.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Heads:
         axis: position of the axis in the engine's layout.
         heads, head_dim: in the checkpoint.
         engine_heads, engine_head_dim: in the engine; KV heads are repeated so that each device
-            has one, and head_dim is padded with zeros where the attention kernel needs it.
+            has one, and head_dim is zero-padded where the attention kernel needs it.
     """
 
     axis: int
@@ -40,13 +40,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where one of the engine's parameters comes from.
+    """The checkpoint tensor behind one of the engine's parameters.
 
     Attributes:
         path: its path in the engine's model.
         source: its Hugging Face name.
         transpose: whether the engine stores [in, out] where Hugging Face stores [out, in].
-        heads: how its heads are widened; None where they are not.
+        heads: how its heads are widened; None if they are not.
     """
 
     path: str
@@ -63,7 +63,7 @@ class Leaf:
         return tuple(shape)
 
     def source_shape(self, engine_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that the checkpoint has of a parameter of ``engine_shape``."""
+        """Return the checkpoint's shape of a parameter that has ``engine_shape`` in the engine."""
         shape = list(engine_shape)
         if self.heads:
             shape[self.heads.axis] = self.heads.heads * self.heads.head_dim
@@ -73,12 +73,12 @@ class Leaf:
 class EngineView:
     """A host weight in the engine's layout, read shard by shard.
 
-    A shard is a view of the weight, unless heads are repeated within it or padded; so nothing is
-    transposed or widened before the copy to the device does it.
+    A shard is a view of the weight unless heads are repeated or padded in it, so the weight is
+    transposed and widened only during the copy to the device.
     """
 
     def __init__(self, weight: HostArray, leaf: Leaf) -> None:
-        """Look at ``weight``, in Hugging Face layout, as ``leaf`` has it in the engine."""
+        """View ``weight``, which is in Hugging Face layout, in the engine's layout of ``leaf``."""
         self.shape = leaf.fitted_shape(weight.shape)
         self._array = weight.T if leaf.transpose else weight
         self._heads = leaf.heads
@@ -90,7 +90,7 @@ class EngineView:
         axis = heads.axis
         start, stop, _ = index[axis].indices(self.shape[axis])
         if start % heads.engine_head_dim or stop % heads.engine_head_dim:
-            raise EngineError(f"a shard [{start}:{stop}] of axis {axis} parts a head")
+            raise EngineError(f"a shard [{start}:{stop}] of axis {axis} splits a head")
         first, last = start // heads.engine_head_dim, stop // heads.engine_head_dim
         repeats = heads.engine_heads // heads.heads
         shard = self._array[(*index[:axis], slice(None), *index[axis + 1 :])]
@@ -110,7 +110,7 @@ class EngineView:
 
 
 def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
-    """Return where each parameter comes from, by path, from the model's own weight mapping.
+    """Return the checkpoint tensor behind each parameter, by path, from the model's weight mapping.
 
     Raises:
         EngineError: the model has a parameter that its mapping does not name.
@@ -120,7 +120,7 @@ def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
 
 
 def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
-    """Return where each parameter comes from, by path.
+    """Return the checkpoint tensor behind each parameter, by path.
 
     Args:
         runner: the engine's model runner; its model may hold shapes only.
@@ -137,7 +137,7 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     }
     if unnamed := sorted(shapes.keys() - mappings.keys()):
         raise EngineError(
-            f"the weight mapping of {type(model).__name__} gives no tensor of their own to "
+            f"the weight mapping of {type(model).__name__} names no tensor of their own for "
             f"{unnamed}"
         )
     return {path: _leaf(path, *mappings[path], shape, runner) for path, shape in shapes.items()}
@@ -149,7 +149,7 @@ def _leaf(path: str, source: str, mapping: Any, shape: tuple[int, ...], runner: 
 
 
 def _heads(source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Heads | None:
-    """Return how the heads of a parameter are widened; None if they are as in the checkpoint."""
+    """Return how the engine widens a parameter's heads; None if they are as in the checkpoint."""
     if not mapping.kv_head_padding and not mapping.head_dim_padding:
         return None
     config = runner.model_config

@@ -1,4 +1,4 @@
-"""Where records go. One file a sink; :class:`Sinks` hands each record to all of them."""
+"""Receivers of records, one file per sink; :class:`Sinks` passes each record to all of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,66 +9,66 @@ from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
 class Sink(Protocol):
-    """What every sink understands. Calls come from the parent, in this order."""
+    """The interface of every sink. The parent makes the calls, in this order."""
 
     def run_started(self, record: RunStarted) -> None:
-        """Take the first record: the config of the run that begins."""
+        """Receive the first record, with the config of the run."""
         ...
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Take the plan; it comes after the phases that run before the engine's process."""
+        """Receive the plan; it comes after the phases that run in the parent."""
         ...
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Take the name of the step that begins, its position from 0 and the number of steps."""
+        """Receive the name of the step that starts, its position from 0 and the step count."""
         ...
 
     def phase_progressed(self, progress: Progress) -> None:
-        """Take how far the phase is that runs; without ``runner.isolate`` from another thread."""
+        """Receive the running phase's progress; without ``runner.isolate``, on another thread."""
         ...
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Take the record of a phase."""
+        """Receive the record of a phase."""
         ...
 
     def run_finished(self, record: RunFinished) -> None:
-        """Take the last record and close; called once, also when the run failed."""
+        """Receive the last record and close; called once, also for a failed run."""
         ...
 
 
 class Sinks:
-    """Several sinks as one.
+    """Composite of several sinks.
 
-    Every sink gets every call, whatever happens in another; then the first error is raised, with
-    the others as its notes. A sink that may still fail at the end (W&B) has to stand first: those
-    after it then get a last record that says so.
+    Every sink receives every call, even if another sink fails; then the first error is raised, with
+    the others as its notes. A sink that may fail at the end (W&B) must come first, so that the
+    last record of the sinks after it includes that failure.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
 
     def run_started(self, record: RunStarted) -> None:
-        """Hand the first record to every sink."""
+        """Pass the first record to every sink."""
         self._call(lambda sink: sink.run_started(record))
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Hand the plan to every sink."""
+        """Pass the plan to every sink."""
         self._call(lambda sink: sink.run_planned(record))
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Hand the step that begins to every sink."""
+        """Pass the step that starts to every sink."""
         self._call(lambda sink: sink.phase_started(step, idx, total))
 
     def phase_progressed(self, progress: Progress) -> None:
-        """Hand how far the phase is to every sink."""
+        """Pass the phase's progress to every sink."""
         self._call(lambda sink: sink.phase_progressed(progress))
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Hand the record of a phase to every sink."""
+        """Pass the record of a phase to every sink."""
         self._call(lambda sink: sink.phase_finished(record))
 
     def run_finished(self, record: RunFinished) -> None:
-        """Hand the last record to every sink, marked as failed for those after one that failed."""
+        """Pass the last record to every sink, marked as failed after a sink that failed."""
         errors: list[Exception] = []
         for sink in self._sinks:
             try:
@@ -89,7 +89,7 @@ class Sinks:
 
 
 def failed_by(record: RunFinished, error: Exception) -> RunFinished:
-    """Return the record of a run that ``error`` failed, if nothing had failed it before."""
+    """Return the last record, marked as failed by ``error`` unless the run had failed already."""
     message = f"{record.error}; then: {error}" if record.error else str(error)
     exit_code = record.exit_code or getattr(error, "exit_code", 1)
     status = record.status if record.exit_code else "failed"

@@ -1,11 +1,11 @@
-"""What the sinks share that write nothing before the run has ended."""
+"""Base of the sinks that write only after the run has ended."""
 
 from kvpipe.progress import Progress
 from kvpipe.records import PhaseRecord, Record, RunPlanned, RunStarted
 
 
 class Collector:
-    """Keeps the records until the run has ended; a subclass says what becomes of them then."""
+    """Collects the records until the run has ended; a subclass then uses them."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []
@@ -19,7 +19,7 @@ class Collector:
         self._records.append(record)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: what is kept is of what has finished."""
+        """Do nothing: only finished phases are kept."""
 
     def phase_progressed(self, progress: Progress) -> None:
         """Do nothing: progress is no record."""

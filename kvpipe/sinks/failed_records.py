@@ -1,4 +1,4 @@
-"""The records on hosts after the first, whose own are not needed unless the run fails."""
+"""Records on ranks after 0, which are needed only if the run fails."""
 
 from pathlib import Path
 from typing import TextIO
@@ -9,13 +9,13 @@ from kvpipe.sinks.collector import Collector
 
 
 class FailedRecords(Collector):
-    """Says on a stream which host this is; writes the records of a run that failed.
+    """Print which host this is, and write the records of a failed run.
 
-    The first host writes those of every run. Where it is gone, these tell what happened.
+    Rank 0 writes the records of every run. If that host is lost, these records remain.
 
     Args:
-        path: the file for the records; it is written anew, or not at all.
-        stream: for people.
+        path: the records file; overwritten, or not touched at all.
+        stream: text stream for people.
     """
 
     def __init__(self, path: Path, stream: TextIO) -> None:
@@ -25,14 +25,14 @@ class FailedRecords(Collector):
         self._host = ""
 
     def run_started(self, record: RunStarted) -> None:
-        """Say which host this is, and where the records are written."""
+        """Print which host this is, and where the records are written."""
         engine = record.config["engine"]
         self._host = f"host {engine['node_rank']} of {engine['nnodes']}"
         self._say(f"{self._host}; host 0 writes the records")
         super().run_started(record)
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the records of a run that failed.
+        """Write the records of a failed run.
 
         Raises:
             RecordError: they cannot be written.

@@ -1,6 +1,6 @@
-"""A line on stderr now and then while a phase runs, for those who watch a pipe or a log.
+"""Periodic progress lines on stderr while a phase runs, for readers of a pipe or a log.
 
-The lines come from the parent, so they come even while the engine's process is stuck.
+The lines come from the parent, so they continue while the worker is stuck.
 """
 
 import time
@@ -10,16 +10,16 @@ from kvpipe.progress import Progress
 from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
 from kvpipe.ticker import Ticker
 
-# The engine's process tells its progress several times a second; what is older is said to be old.
+# The worker reports progress several times a second; mark an older report with its age.
 _OLD_S = 5.0
 
 
 class Heartbeat:
-    """Writes how long the phase has run, and how far it is.
+    """Write how long the phase has run, and its progress.
 
     Args:
-        stream: where to; never the stream of the records.
-        every_s: seconds from one line to the next, and from a phase's begin to its first line.
+        stream: output stream; never that of the records.
+        every_s: seconds between lines, and from the start of a phase to its first line.
     """
 
     def __init__(self, stream: TextIO, every_s: float) -> None:
@@ -34,21 +34,21 @@ class Heartbeat:
         """Do nothing: the plan is no phase."""
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Begin to write about the step."""
+        """Start the lines of the step."""
         self._stop()
         self._beating = _Beating(self._stream, self._every_s, step, f"{idx + 1}/{total}")
 
     def phase_progressed(self, progress: Progress) -> None:
-        """Keep how far the step is, for the next line."""
+        """Keep the step's progress for the next line."""
         if self._beating and progress.step == self._beating.step:
             self._beating.told = (time.monotonic(), progress)
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Stop writing about the step."""
+        """Stop the lines of the step."""
         self._stop()
 
     def run_finished(self, record: RunFinished) -> None:
-        """Stop writing about a step that has no record."""
+        """Stop the lines of a step that has no record."""
         self._stop()
 
     def _stop(self) -> None:
@@ -58,7 +58,7 @@ class Heartbeat:
 
 
 class _Beating:
-    """The lines about one step."""
+    """The lines of one step."""
 
     def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
         self.step = step
@@ -75,7 +75,7 @@ class _Beating:
         line = f"kvpipe: {self._position} {self.step} has run for {now - self._began:.0f} s"
         if self.told:
             at, progress = self.told
-            old = f", told {now - at:.0f} s ago" if now - at > _OLD_S else ""
+            old = f", reported {now - at:.0f} s ago" if now - at > _OLD_S else ""
             line += f": {progress}{old}"
         self._stream.write(f"{line}\n")
         self._stream.flush()

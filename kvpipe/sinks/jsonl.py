@@ -1,4 +1,4 @@
-"""Records as JSON lines: the file ``records.jsonl``, and stdout for pipes and ``tee``."""
+"""Records as JSON lines: in the file ``records.jsonl``, and on stdout for pipes and ``tee``."""
 
 import errno
 import os
@@ -25,9 +25,9 @@ _RESERVE_BYTES = 1 << 20
 
 
 class JsonLines:
-    """Writes one line a record, at once, so that a killed run leaves every line it had.
+    """Write each record as one line at once, so that a killed run keeps every line written so far.
 
-    The stream is closed by who opened it.
+    The caller that opened the stream closes it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -35,7 +35,7 @@ class JsonLines:
 
     @property
     def name(self) -> str:
-        """Where the lines go, for messages."""
+        """Name of the output, for messages."""
         return getattr(self._stream, "name", "the stream")
 
     def run_started(self, record: RunStarted) -> None:
@@ -47,7 +47,7 @@ class JsonLines:
         self._write(record, RUN_PLANNED)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: a line is written when the phase has finished."""
+        """Do nothing: a phase's line is written once it has finished."""
 
     def phase_progressed(self, progress: Progress) -> None:
         """Do nothing: progress is no record."""
@@ -75,16 +75,16 @@ class JsonLines:
 
 
 class JsonFile(JsonLines):
-    """Writes the lines to a file of its own, each on the disk before the next phase starts.
+    """Write the lines to a file, each flushed to disk before the next phase starts.
 
-    A line is in the file whole or not at all. Some room on the disk is kept for the end: when the
-    disk is full, the record that met it and those after it go there.
+    A line is in the file whole or not at all. Some disk space is reserved: if the disk fills up,
+    the record that hit the limit and the ones after it still fit.
 
     Args:
-        path: the file; it is written anew.
+        path: the file; overwritten.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class JsonFile(JsonLines):
 
     @property
     def name(self) -> str:
-        """The path."""
+        """Path of the file."""
         return str(self._path)
 
     def _put(self, line: str) -> None:
@@ -139,7 +139,7 @@ class JsonFile(JsonLines):
 
 
 def _reserve(directory: Path) -> int:
-    """Return the descriptor of a file without a name, whose bytes are given back by closing it."""
+    """Return the descriptor of an unnamed file; closing it frees its disk space."""
     path = directory / ".reserve"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     path.unlink()

@@ -1,4 +1,4 @@
-"""What a sweep leaves in its directory (``sweep.json``, ``sweep.html``, ``sweep.png``) and shows."""
+"""Write a sweep's results (``sweep.json``, ``sweep.html``, ``sweep.png``) and show them."""
 
 import sys
 from pathlib import Path
@@ -13,10 +13,10 @@ PICTURE_FILE = "sweep.png"
 
 
 def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
-    """Write record, page and picture of a sweep into a folder and return their paths.
+    """Write record, page and picture of a sweep into a directory and return their paths.
 
     Raises:
-        KvpipeError: one cannot be written.
+        KvpipeError: a file cannot be written.
     """
     from kvpipe.report.png import as_png
     from kvpipe.report.sweep import picture, sweep_page
@@ -35,7 +35,7 @@ def show_sweep(sweep: SweepFinished, output: OutputFormat) -> None:
     """Show a sweep on stdout: a table for people, a JSON line for pipes.
 
     Args:
-        sweep: its record.
+        sweep: its summary.
         output: ``table`` or ``json``.
     """
     if output is OutputFormat.json:

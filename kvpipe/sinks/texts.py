@@ -1,6 +1,6 @@
-"""Prompt and outputs of a run as W&B shows them: names, cut texts, summary keys.
+"""Prompt and outputs of a run as W&B shows them: names, truncated texts, summary keys.
 
-Only phases that generate with ``log_text`` count. What W&B itself needs to log them is not here.
+Only phases that generate with ``log_text`` count. Code that needs wandb must not be here.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """The media key of the text."""
+        """Media key of the text."""
         kind, _, number = self.kind.partition("_")
         return f"sample_output_text_{number}" if number else f"sample_{kind}"
 
     @property
     def file_name(self) -> str:
-        """The name of the file that holds the whole text."""
+        """Name of the file with the whole text."""
         return f"{self.kind}_sha256_{self.sha256}.txt"
 
     def shown(self, max_chars: int) -> str:
-        """Return what media and tables show of the text."""
+        """Return the part of the text shown in media and tables."""
         return self.text[:max_chars]
 
     def sizes(self, max_chars: int) -> dict[str, int | bool]:
-        """Return the metrics that say how long the text is and whether it is shown cut."""
+        """Return the metrics for the text's length and whether it is truncated."""
         return {
             f"{self.key}_chars": len(self.text),
             f"{self.key}_truncated": len(self.text) > max_chars,
@@ -60,7 +60,7 @@ def new_samples(record: PhaseRecord, earlier: Sequence[Sample]) -> list[Sample]:
     fields = record.fields
     if not fields.get("log_text") or "text" not in fields:
         return []
-    # The earlier ones are the prompt and then the outputs, so their count is the next number.
+    # `earlier` is the prompt and then the outputs, so its length is the number of the next output.
     output = Sample(f"output_{len(earlier) or 1}", fields["text"], fields["text_sha256"])
     if earlier:
         return [output]

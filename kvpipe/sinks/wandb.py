@@ -1,8 +1,8 @@
-"""Records to Weights & Biases.
+"""Send records to Weights & Biases.
 
-The run begins when the phase ``wandb_init`` asks for it; a pipeline without that phase has none.
-This is the one module that imports wandb, and only when a run begins, because the import takes more
-than a second. Nothing that wandb fails at is swallowed: it ends in a :class:`TrackingError`.
+The phase ``wandb_init`` starts the W&B run; a pipeline without that phase has none. This is the
+only module that imports wandb, and it imports it only when a run starts, because that takes more
+than a second. It must not swallow a failure of wandb: each becomes a :class:`TrackingError`.
 """
 
 import html
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 SAMPLES_DIR = "wandb_samples"
 _PREFLIGHT_TIMEOUT_S = 5.0
-# Rows wait in W&B's service until it flushes them, every 15 s if not told otherwise; those that
-# wait are lost if the service is killed.
+# W&B's service flushes rows every 15 s by default, and loses the pending ones if it is killed.
 _FLUSH_INTERVAL_S = 1.0
 
 
@@ -46,7 +45,7 @@ class WandbSink:
     Args:
         tracking: mode, names and limits.
         run_dir: directory of the run.
-        api_key: the W&B API key; ``online`` needs one. It goes to wandb and nowhere else.
+        api_key: the W&B API key, required for ``online``; passed to wandb and nowhere else.
     """
 
     def __init__(self, tracking: TrackingConfig, run_dir: Path, api_key: str | None) -> None:
@@ -62,14 +61,14 @@ class WandbSink:
         self._phases: list[list[Any]] = []
 
     def start(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Begin the run with the resolved config; return the fields of the record of its phase.
+        """Start the W&B run with the resolved config; return the fields of its phase record.
 
-        They are project, name, url, id and mode as they are in force, dir (where W&B writes),
-        fallback (whether online failed and it is offline instead) and fallback_reason.
+        They are the actual project, name, url, id and mode, dir (where W&B writes), fallback
+        (whether online failed and the run is offline instead) and fallback_reason.
 
         Raises:
-            InputError: the config holds a secret.
-            TrackingError: W&B cannot be had as the config asks for.
+            InputError: the config contains a secret.
+            TrackingError: W&B is not available as configured.
         """
         if self._tracking.mode is TrackingMode.disabled:
             return _started(self._tracking, None, None)
@@ -88,39 +87,39 @@ class WandbSink:
         fields = _started(self._tracking, self._run, reason)
         with self._loud("did not take the summary"):
             self._run.summary.update({"wandb/url": fields["url"], "wandb/id": fields["id"]})
-            # Charts over W&B's own step would count what is logged, not the phases.
+            # W&B's own step would count log calls, not phases.
             self._run.define_metric("*", step_metric="phase/idx")
         return fields
 
     def run_started(self, record: RunStarted) -> None:
-        """Do nothing: the run begins with :meth:`start`."""
+        """Do nothing: :meth:`start` starts the W&B run."""
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Put the plan's verdict into the summary, and log the plan as a table.
+        """Write the plan's verdict to the summary, and log the plan as a table.
 
         Raises:
-            TrackingError: W&B did not take it.
+            TrackingError: W&B rejected it.
         """
         if self._run is None:
             return
         with self._loud("did not take the plan"):
             fit = {f"plan/{key}": value for key, value in asdict(record.fit).items()}
             self._run.summary.update(fit)
-            # It goes into the row of the phase that follows.
+            # Logged with the row of the next phase.
             table = self._new_table(*plan_table(record))
             self._run.log({"plan/phases": table}, step=self._next_step, commit=False)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: a row is logged when the phase has finished."""
+        """Do nothing: a phase's row is logged once it has finished."""
 
     def phase_progressed(self, progress: Progress) -> None:
         """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Log the metrics of the phase, and its texts if it has any to log.
+        """Log the phase's metrics, and its texts if it has any.
 
         Raises:
-            TrackingError: W&B did not take them.
+            TrackingError: W&B rejected them.
         """
         if self._run is None:
             return
@@ -130,21 +129,21 @@ class WandbSink:
         self._next_step = record.idx + 1
         self._phases.append(phase_row(record))
         with self._loud(f"did not take the row of {record.phase!r}"):
-            # Without commit a row waits for the next one, and is lost if none comes.
+            # Without commit a row waits for the next one, and is lost if there is none.
             self._run.log(
                 metrics(record) | self._media(samples), step=record.idx, commit=not samples
             )
             if samples:
-                # Apart, because online W&B asks its server about a table and may fail at that.
+                # Separately, because online W&B asks its server about a table, which may fail.
                 self._run.log({"sample_texts": self._table()}, step=record.idx, commit=True)
             self._upload(self._run, samples)
             self._run.summary.update(self._summary(record, samples))
 
     def run_finished(self, record: RunFinished) -> None:
-        """Log the phases side by side and how the run ended, alert if it failed, upload the rest.
+        """Log the table of phases and the result, alert if the run failed, and upload the rest.
 
         Raises:
-            TrackingError: that failed, or did not end in ``tracking.finish_timeout_s``.
+            TrackingError: that failed, or took longer than ``tracking.finish_timeout_s``.
         """
         if self._run is None:
             return
@@ -165,12 +164,12 @@ class WandbSink:
             raise not_taken
 
     def _log_end(self, run: "wandb.Run", record: RunFinished) -> TrackingError | None:
-        """Log the phases side by side, and alert if the run failed; the run has still to finish."""
+        """Log the table of phases, and alert if the run failed; the run is finished afterwards."""
         try:
             with self._loud("did not take the tables of the phases"):
                 if alert := alert_of(self._experiment, record):
                     run.alert(*alert, level="ERROR")
-                # A table asks the server first, and with one that is lost that may never end.
+                # W&B asks its server about a table first, which may hang if the server is lost.
                 _within(
                     self._tracking.finish_timeout_s,
                     lambda: run.log(self._by_phase(), step=self._next_step, commit=True),
@@ -198,7 +197,7 @@ class WandbSink:
                 group=self._tracking.group,
                 tags=self._tracking.tags,
                 config=config,
-                # A run that an earlier job of this process left unfinished is not this one.
+                # Do not continue a run that an earlier job of this process left unfinished.
                 reinit="create_new",
                 settings=self._settings(mode),
             )
@@ -227,7 +226,7 @@ class WandbSink:
             finish_timeout=self._tracking.finish_timeout_s,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=_FLUSH_INTERVAL_S,
-            # stdout belongs to the records, and what is uploaded is what the config says.
+            # stdout is for the records, and the upload must contain only what the config says.
             silent=True,
             console="off",
             disable_code=True,
@@ -238,12 +237,12 @@ class WandbSink:
             x_disable_meta=True,
             x_disable_stats=True,
             x_save_requirements=False,
-            # Files, not links to files, so that the run directory can be moved.
+            # Copies rather than links, so that the run directory can be moved.
             symlink=False,
         )
 
     def _media(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Return the new texts as pages, each with its size."""
+        """Return the new texts as HTML pages, each with its size."""
         import wandb
 
         limit = self._tracking.text_max_chars
@@ -260,7 +259,7 @@ class WandbSink:
         return self._new_table(TABLE_COLUMNS, [sample.row(limit) for sample in self._samples])
 
     def _by_phase(self) -> dict[str, Any]:
-        """Return the table of all phases, charts of it by their names, and the timeline."""
+        """Return the table of all phases, bar charts of it by phase, and the timeline."""
         import wandb
 
         logged: dict[str, Any] = {"phases": self._new_table(PHASES_COLUMNS, self._phases)}
@@ -268,7 +267,7 @@ class WandbSink:
         if picture.is_file():
             logged["memory_timeline"] = wandb.Image(str(picture))
         for column in CHARTS:
-            # Each chart has a table of its own: W&B logs a table once only.
+            # Each chart needs its own table, because W&B can log a table only once.
             table = self._new_table(PHASES_COLUMNS, self._phases)
             logged[f"by_phase/{column}"] = wandb.plot.bar(table, "phase", column, title=column)
         return logged
@@ -279,12 +278,12 @@ class WandbSink:
         return wandb.Table(columns=list(columns), data=list(rows))
 
     def _upload(self, run: "wandb.Run", samples: Sequence[Sample]) -> None:
-        """Write each text whole to its file, and hand the file to W&B."""
+        """Write each whole text to a file, and upload the file to W&B."""
         folder = self._run_dir / SAMPLES_DIR / run.id
         for sample in samples:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / sample.file_name
-            # Bytes, because text mode would change line ends and with them the SHA-256.
+            # Bytes, because text mode would change line endings and so the SHA-256.
             path.write_bytes(sample.text.encode())
             run.save(str(path), base_path=str(self._run_dir), policy="now", glob=False)
 
@@ -298,7 +297,7 @@ class WandbSink:
 
     @contextmanager
     def _loud(self, what: str) -> Iterator[None]:
-        """Turn whatever wandb raises inside into an error that says what may be lost."""
+        """Convert any exception of wandb to an error that says what may be lost."""
         try:
             yield
         except Exception as error:
@@ -310,11 +309,11 @@ class WandbSink:
 
 
 def find_server(timeout_s: float) -> str:
-    """Return the address of W&B's server once it is reached.
+    """Connect to W&B's server and return its address.
 
     Raises:
         OSError: nothing listens there.
-        TrackingError: W&B refuses its own settings.
+        TrackingError: W&B rejects its own settings.
     """
     base_url = _base_url()
     _reach(base_url, timeout_s)
@@ -324,7 +323,7 @@ def find_server(timeout_s: float) -> str:
 def _started(
     tracking: TrackingConfig, run: "wandb.Run | None", reason: str | None
 ) -> dict[str, Any]:
-    """Return the fields that say where W&B writes; without a run it is disabled."""
+    """Return the fields that say where W&B writes; without a run, W&B is disabled."""
     online = run is not None and not run.offline
     mode = TrackingMode.online if online else TrackingMode.offline
     return {
@@ -340,7 +339,7 @@ def _started(
 
 
 def _within(timeout_s: float, work: Callable[[], None]) -> None:
-    """Do ``work``, and raise TimeoutError if it has not ended in ``timeout_s``."""
+    """Call ``work``; raise TimeoutError if it takes longer than ``timeout_s``."""
     done: Future[None] = Future()
 
     def do() -> None:
@@ -349,7 +348,7 @@ def _within(timeout_s: float, work: Callable[[], None]) -> None:
         except Exception as error:
             done.set_exception(error)
 
-    # A daemon, because what hangs must not keep this process from ending.
+    # A daemon thread, so that a hanging call cannot keep this process alive.
     threading.Thread(target=do, name="kvpipe::wandb", daemon=True).start()
     try:
         done.result(timeout_s)
@@ -362,16 +361,16 @@ def _sync_dir(run: "wandb.Run") -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what wandb says, without the Python that it advises to write."""
+    """Return wandb's message without the Python code that it suggests."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _base_url() -> str:
-    """Return the address of W&B's server, from the settings that wandb reads for itself."""
+    """Return the address of W&B's server from wandb's own settings."""
     import wandb
 
     try:
-        # Silent: what wandb would print is either raised here or nothing to act on.
+        # Silent: anything that wandb would print is either raised here or irrelevant.
         return wandb.setup(wandb.Settings(silent=True)).settings.base_url
     except Exception as error:
         raise TrackingError(
@@ -381,22 +380,22 @@ def _base_url() -> str:
 
 
 def _stop_service() -> None:
-    """Stop W&B's service after a failure, so that the next run of this process gets a new one."""
+    """Stop W&B's service after a failure, so that this process's next run gets a new one."""
     import wandb
 
-    # The failure has its message; how a broken service ends adds nothing, and wandb answers one
-    # that died with sys.exit, which would end this process before its last record is written.
+    # The failure has been reported, and how a broken service stops adds nothing. wandb calls
+    # sys.exit if the service is dead, which would end this process before its last record.
     with suppress(Exception, SystemExit):
         wandb.teardown()
-    # The directory of its socket, named after this process, is left behind by one that was killed.
+    # A killed service leaves its socket's directory behind, named after this process.
     for left in Path(tempfile.gettempdir()).glob(f"wandb-{os.getpid()}-*"):
         shutil.rmtree(left)
 
 
 def _reach(base_url: str, timeout_s: float) -> None:
-    """Raise OSError if nothing listens at ``base_url``: W&B would retry for its whole timeout.
+    """Raise OSError if nothing listens at ``base_url``, where W&B would retry until its timeout.
 
-    Behind a proxy the host need not be reachable from here, so it is left to W&B.
+    Behind a proxy the host may be unreachable from here, so the check is skipped.
     """
     if getproxies():
         return

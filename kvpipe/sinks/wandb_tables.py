@@ -1,6 +1,6 @@
-"""The plan and the phases of a run as rows of W&B tables, and what an alert says.
+"""The plan and the phases as rows of W&B tables, and the text of an alert.
 
-What W&B itself needs to log them is in :mod:`kvpipe.sinks.wandb`.
+Code that needs wandb is in :mod:`kvpipe.sinks.wandb`.
 """
 
 from typing import Any
@@ -21,10 +21,10 @@ PHASES_COLUMNS = (
     "checks_failed",
 )
 CHARTS = ("duration_s", "total_bytes", "peak_bytes")
-"""The columns that are drawn with the phases' names on the axis."""
+"""Columns drawn as bar charts over the phases."""
 
 _MOST_CHARS = 1000
-_TITLE_CHARS = 63  # W&B takes no more
+_TITLE_CHARS = 63  # W&B's limit
 
 
 def phase_row(record: PhaseRecord) -> list[Any]:
@@ -62,10 +62,10 @@ def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:
 
 
 def alert_of(experiment: str, record: RunFinished) -> tuple[str, str] | None:
-    """Return the title and the text of the alert that a run calls for.
+    """Return the title and text of a run's alert.
 
-    None if it passed, if a signal ended it, because somebody wanted that, and if its own plan
-    skipped it, because nothing was started.
+    None if the run passed, was ended by a signal (so by a person), or was skipped by its own plan
+    (so nothing was started).
     """
     if not 0 < record.exit_code < 128 or record.status == SKIPPED:
         return None

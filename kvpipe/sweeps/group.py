@@ -1,20 +1,20 @@
-"""What the jobs of a sweep have in common in W&B: a group, and their overrides as tags."""
+"""Relate a sweep's jobs in W&B: one common group, and each job's overrides as tags."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_TAG_CHARS = 64  # W&B takes no longer tag
+_TAG_CHARS = 64  # W&B's limit
 
 
 def grouped(plain: Mapping[str, Any], sweep_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the config of a job with the sweep's group, unless it has one, and its tags.
+    """Return a job's config with its tags and, unless it has a group, the sweep's.
 
     Args:
         plain: the job's config.
-        sweep_dir: directory of the sweep; its last part names the group.
-        overrides: the job's overrides; one that is too long for a tag is left out, it stands in
-            the config.
+        sweep_dir: directory of the sweep; its last part is the group's name.
+        overrides: the job's overrides; one that is too long for a tag is left out, because the
+            config has it anyway.
     """
     tracking = dict(plain["tracking"])
     tracking["group"] = tracking["group"] or Path(sweep_dir).name

@@ -1,7 +1,7 @@
-"""Which jobs a sweep has: what each was asked to do, and where its records are.
+"""The jobs of a sweep: the overrides of each, and the directory of its records.
 
-Hydra writes the sweep's own config into its directory before the first job begins. The jobs are
-read from that, not from what there is, so that a job that never began is missed.
+Hydra writes the sweep's config into its directory before the first job begins. The jobs are read
+from that config, not from the existing directories, so that a job that never began is noticed.
 """
 
 import shlex
@@ -24,17 +24,17 @@ from kvpipe.schema import OutputFormat
 
 SWEEP_CONFIG = "multirun.yaml"
 _HYDRA_CONFIG = Path(".hydra") / "hydra.yaml"
-# The group of ready sweeps; a config that is chosen from it makes every command a sweep.
+# The config group of predefined sweeps; choosing one makes every command a sweep.
 _GROUP = "sweep"
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The sweep that this process has begun.
+    """The sweep that this process has started.
 
     Attributes:
-        directory: where it writes, absolute.
-        output: what stdout shows.
+        directory: its directory, absolute.
+        output: format of stdout.
     """
 
     directory: Path
@@ -42,7 +42,7 @@ class Begun:
 
 
 class NoteSweep(Callback):
-    """Notes the sweep that Hydra begins, which is known also if its launcher then fails.
+    """Record the sweep that Hydra starts, so that it is known even if its launcher then fails.
 
     Attributes:
         begun: the sweep; None for a single run.
@@ -51,7 +51,7 @@ class NoteSweep(Callback):
     begun: ClassVar[Begun | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note it."""
+        """Record the sweep."""
         NoteSweep.begun = Begun(Path(config.hydra.sweep.dir).absolute(), config.output)
 
 
@@ -62,8 +62,8 @@ class Job:
     Attributes:
         number: from 0.
         overrides: its overrides.
-        directory: where its records are, if it has begun.
-        command: the command line that does it again, alone.
+        directory: directory of its records, if it has begun.
+        command: the command line that repeats it alone.
     """
 
     number: int
@@ -73,23 +73,23 @@ class Job:
 
     @property
     def values(self) -> dict[str, str]:
-        """Key → value of each override; a group that is added has its name as key."""
+        """Key → value of each override; the key of an added group is its name."""
         pairs = (text.partition("=") for text in self.overrides)
         return {key.lstrip("+"): value for key, _, value in pairs}
 
     @property
     def begun(self) -> bool:
-        """Whether Hydra has made its directory."""
+        """Whether Hydra has created its directory."""
         return self.directory.is_dir()
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a directory is that of a sweep."""
+    """Whether a directory is a sweep's."""
     return (path / SWEEP_CONFIG).is_file()
 
 
 def jobs_of(sweep_dir: Path) -> tuple[Job, ...]:
-    """Return the jobs of a sweep, in order, those that have not begun too."""
+    """Return all jobs of a sweep, in order, including those that have not begun."""
     hydra = OmegaConf.load(sweep_dir / SWEEP_CONFIG).hydra
     params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     given = _parser(hydra).parse_overrides([*params, *hydra.overrides.task])
@@ -115,23 +115,23 @@ def command_line(hydra: HydraConf | DictConfig, overrides: Sequence[str]) -> str
     """
     directory = config_dir(hydra.runtime.config_sources)
     flags = ["--config-dir", directory] if directory else []
-    # A ready sweep, once chosen, would make a sweep of this run too.
+    # A predefined sweep, once chosen, would make this run a sweep too.
     mode = ["hydra.mode=RUN"] if hydra.runtime.choices.get(_GROUP) else []
     return shlex.join(["python", "-m", "kvpipe", *flags, *mode, *overrides])
 
 
 def config_dir(sources: Sequence[Any]) -> str | None:
-    """Return the directory of ``--config-dir``.
+    """Return the directory given by ``--config-dir``.
 
     Args:
-        sources: where Hydra has looked for configs, ``hydra.runtime.config_sources``.
+        sources: the config sources of Hydra, ``hydra.runtime.config_sources``.
     """
     return next((s.path for s in sources if s.provider == "command-line"), None)
 
 
 def _parser(hydra: DictConfig) -> OverridesParser:
-    """Return what reads overrides as the sweep did; glob(*) looks through its choices."""
-    Plugins.instance()  # they register the kinds of sources
+    """Return the parser of the sweep's overrides; glob(*) expands to the available choices."""
+    Plugins.instance()  # registers the kinds of config sources
     path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
         path.append(source.provider, f"{source.schema}://{source.path}")
@@ -139,7 +139,7 @@ def _parser(hydra: DictConfig) -> OverridesParser:
 
 
 def _directories(sweep_dir: Path) -> Mapping[int, Path]:
-    """Return number → directory of the jobs that have begun, wherever ``sweep.subdir`` put them."""
+    """Return number → directory of the jobs that have begun, for any ``sweep.subdir``."""
     found = {}
     for path in sorted(sweep_dir.rglob(str(_HYDRA_CONFIG))):
         job = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["job"]

@@ -1,4 +1,4 @@
-"""Finds a run that an earlier sweep has finished with the very config of a job, and takes it over."""
+"""Find a finished run of an earlier sweep with a job's exact config, and reuse its records."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from kvpipe.records import PASSED, RECORDS_FILE, RunStarted
 from kvpipe.report.run import Run, read_run
 from kvpipe.sinks.report import write_page, write_timeline
 
-# What a run measures does not depend on these.
+# These do not influence the measurements.
 _NOT_COMPARED = (
     "compare",
     "compare_plans",
@@ -26,9 +26,9 @@ def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | 
     """Return the directory of a run that passed with the config and versions of ``started``.
 
     Args:
-        started: the first record of the job, were it to run.
+        started: the first record that the job would write.
         run_dir: the job's own directory, which may be that of an earlier attempt.
-        sweep_dir: the sweep's directory; those beside it are looked through, the newest first.
+        sweep_dir: the sweep's directory; the ones next to it are searched too, newest first.
     """
     found = sorted(sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}"), key=_age, reverse=True)
     for records in [run_dir / RECORDS_FILE, *found]:
@@ -39,7 +39,7 @@ def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | 
 
 
 def take_over(found: Path, run_dir: Path) -> None:
-    """Let the records of a finished run stand for the job whose directory is ``run_dir``."""
+    """Reuse the records of a finished run for the job whose directory is ``run_dir``."""
     if found.absolute() != run_dir.absolute():
         shutil.copyfile(found / RECORDS_FILE, run_dir / RECORDS_FILE)
     run = read_run(run_dir)
@@ -52,7 +52,7 @@ def _age(records: Path) -> float:
 
 
 def _read(records: Path) -> Run | None:
-    """Return the run of a file of records; None if it is none that this version can read."""
+    """Return the run in a records file; None if this version cannot read it."""
     try:
         return read_run(records)
     except InputError:

@@ -1,1 +1,1 @@
-"""The trainer that shares the devices with the engine: jax and optax, and no engine."""
+"""The trainer that shares the devices with the engine; it uses jax and optax, never the engine."""

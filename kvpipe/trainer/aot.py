@@ -1,4 +1,4 @@
-"""Compile a trainer's step, and the sync of its weights, for a TPU on a machine that has none."""
+"""Compile the train step and the weight sync ahead of time for a TPU, on a machine without one."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from kvpipe.trainer.step import compile_step
 def compiled(
     engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str, cache_dir: Path
 ) -> tuple[Program, ...]:
-    """Return the trainer's programs for a TPU topology, from kvpipe's cache if they are in it.
+    """Return the trainer's programs compiled for a TPU topology, from the cache if present.
 
     Args:
         engine: how the engine will be started.
@@ -30,10 +30,11 @@ def compiled(
         cache_dir: kvpipe's cache.
 
     Raises:
-        CompileFinding: a program does not compile for the target; that is not kept.
+        CompileFinding: a program does not compile for the target; a failure is not cached.
     """
     content = {
-        # What the trees and the mesh depend on; a KV cache of another size is the same program.
+        # The trees and the mesh depend on these; the size of the KV cache does not change the
+        # programs.
         "engine": {key: asdict(engine)[key] for key in ("tp_size", "dp_size", "dtype")},
         "trainer": asdict(config),
         "topology": topology,
@@ -50,7 +51,7 @@ def compiled(
 def compile_programs(
     engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str
 ) -> tuple[Program, ...]:
-    """Compile what :func:`compiled` returns."""
+    """Compile the programs that :func:`compiled` returns, without the cache."""
     found = shapes.of_mesh(engine, model_dir, target_mesh(engine, topology), "tpu")
     tree = training.source_shapes(found.sources, found.params)
     layout = lay_out(tree, found.mesh, config)

@@ -1,7 +1,7 @@
-"""What a trainer holds, as shapes on a mesh: parameters, gradients and AdamW's moments.
+"""The trainer's state as shapes on a mesh: parameters, gradients and AdamW's moments.
 
-Nothing is allocated. The moments are what optax's own ``init`` gives for these parameters, so that
-the plan counts what optax counts, its scalar step counter too.
+Nothing is allocated. The moments come from optax's own ``init``, so the plan counts exactly what
+optax allocates, including its scalar step counter.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ class Layout:
     """Shape, dtype and sharding of every array of a trainer.
 
     Attributes:
-        params, gradients: by the name that the parameter has in a Hugging Face checkpoint.
-        moments: the state of the optimizer, as optax nests it.
-        devices: number of devices that they are on.
+        params, gradients: by the parameter's name in a Hugging Face checkpoint.
+        moments: the optimizer's state, nested as in optax.
+        devices: number of devices that hold them.
     """
 
     params: Shapes
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[Size, PerDevice]:
-        """Bytes of each set on each device."""
+        """Bytes per device of each set of arrays."""
         return {
             Size.TRAINER_PARAMS: memory.bytes_of(self.params.values()),
             Size.TRAINER_GRADIENTS: memory.bytes_of(self.gradients.values()),
@@ -51,21 +51,22 @@ class Layout:
 
 
 def optimizer(config: TrainerConfig) -> optax.GradientTransformation:
-    """Return the AdamW that the config describes."""
+    """Return the AdamW optimizer that the config describes."""
     return optax.adamw(
         config.learning_rate, weight_decay=config.weight_decay, mu_dtype=config.mu_dtype
     )
 
 
 def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerConfig) -> Layout:
-    """Return what a trainer of these parameters holds.
+    """Return the layout of a trainer of these parameters.
 
     Args:
         shapes: shape of each parameter, by name.
-        mesh: devices of the engine; the trainer takes the same.
+        mesh: the engine's devices, which the trainer shares.
         config: dtypes and optimizer.
     """
-    # XLA chooses the shardings within the step: the axes are not explicit, as later engines' are.
+    # XLA chooses the shardings within the step, so the axes are Auto, not Explicit as in later
+    # engines.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
     placed = {name: NamedSharding(mesh, _spec(shape, mesh)) for name, shape in shapes.items()}
 
@@ -92,7 +93,7 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerCo
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Part over each axis of the mesh the longest dimension that is whole and that it divides."""
+    """Shard, over each mesh axis, the longest unsharded dimension that the axis divides."""
     axes: list[Any] = [None] * len(shape)
     for axis, size in mesh.shape.items():
         whole = [d for d, taken in enumerate(axes) if taken is None and shape[d] % size == 0]

@@ -1,4 +1,4 @@
-"""The training step: seeded gradients, then one optax AdamW update of the whole tree, in place."""
+"""The train step: seeded gradients, then one optax AdamW update of the whole tree, in place."""
 
 import zlib
 from collections.abc import Mapping
@@ -14,19 +14,18 @@ from kvpipe.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
 
 GRADIENTS = "seeded"
-"""Where the gradients come from. The engine's models have no derivative (their attention writes
-the KV cache), and no library at hand has a differentiable forward of them, so the gradients are
-normal numbers from a seed: the update, its memory and the weights that it changes are real."""
+"""Source of the gradients: normal numbers from a seed. The step computes no loss, but the update,
+its memory and the changed weights are real."""
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The programs of a step, compiled for the devices of a layout.
+    """The compiled programs of a step, for the devices of a layout.
 
     Attributes:
-        gradients: by the shape, dtype and sharding of a gradient, the program that makes one in
-            the memory of the last one.
-        update: takes parameters, gradients and moments and gives all three in their own memory.
+        gradients: the program that writes a new gradient into the old one's buffer, by the
+            gradient's shape, dtype and sharding.
+        update: maps parameters, gradients and moments to new ones in the same buffers.
     """
 
     gradients: Mapping[jax.ShapeDtypeStruct, jax.stages.Compiled]
@@ -34,27 +33,27 @@ class CompiledStep:
 
     @property
     def temp_bytes(self) -> int:
-        """Temporaries on each device while a program runs; they run one after the other."""
+        """Bytes of temporaries on each device; the programs run one at a time."""
         return max(used.temp_size_in_bytes for used in self._used)
 
     @property
     def code_bytes(self) -> int:
-        """Compiled code on each device."""
+        """Bytes of compiled code on each device."""
         return sum(used.generated_code_size_in_bytes for used in self._used)
 
     @property
     def in_place_bytes(self) -> int:
-        """Bytes on each device of the inputs whose memory the update's outputs take over."""
+        """Input bytes on each device that the update's outputs reuse (donated buffers)."""
         return self._used[-1].alias_size_in_bytes
 
     @property
     def _used(self) -> list[Any]:
-        """XLA's account of each program, the update's last."""
+        """XLA's memory analysis of each program, the update's last."""
         return [p.memory_analysis() for p in (*self.gradients.values(), self.update)]
 
 
 def compile_step(layout: Layout, config: TrainerConfig) -> CompiledStep:
-    """Return the step, compiled for the devices of the layout."""
+    """Return the step compiled for the devices of the layout."""
     kinds = set(layout.gradients.values())
     return CompiledStep(
         {kind: compile_gradient(kind, config.seed) for kind in kinds},
@@ -63,14 +62,14 @@ def compile_step(layout: Layout, config: TrainerConfig) -> CompiledStep:
 
 
 def gradient_inputs(name: str, number: int) -> tuple[np.uint32, np.uint32]:
-    """Return what, beside the seed, decides a gradient: its parameter's name and the step."""
+    """Return a gradient's inputs besides the seed: parameter name (CRC-32) and step number."""
     return np.uint32(zlib.crc32(name.encode())), np.uint32(number)
 
 
 def compile_gradient(kind: jax.ShapeDtypeStruct, seed: int) -> jax.stages.Compiled:
     """Return the program that makes a gradient of one shape, dtype and sharding.
 
-    It takes the last one, whose memory it takes over, and :func:`gradient_inputs`.
+    Its inputs are the previous gradient, whose buffer it reuses, and :func:`gradient_inputs`.
     """
 
     def seeded(last: jax.Array, name: jax.Array, number: jax.Array) -> jax.Array:
@@ -78,7 +77,7 @@ def compile_gradient(kind: jax.ShapeDtypeStruct, seed: int) -> jax.stages.Compil
         return jax.random.normal(key, last.shape, last.dtype)
 
     scalar = jax.ShapeDtypeStruct((), jnp.uint32)
-    # The last gradient is not read. It is kept as an argument, for the new one to take its memory.
+    # The old gradient's values are not read; it stays an argument so that its buffer is donated.
     jitted = jax.jit(seeded, donate_argnums=0, keep_unused=True, out_shardings=kind.sharding)
     return jitted.lower(kind, scalar, scalar).compile()
 
@@ -87,7 +86,8 @@ def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compile
     transformation = optimizer(config)
 
     def update(params: Any, gradients: Any, moments: Any) -> Any:
-        # optax keeps the second moment in the parameters' dtype only if the gradients have it.
+        # optax keeps the second moment in the parameters' dtype only if the gradients have that
+        # dtype.
         updates, moments = transformation.update(
             optax.tree.cast_like(gradients, params), moments, params
         )

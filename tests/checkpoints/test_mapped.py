@@ -45,7 +45,7 @@ def test_a_file_that_has_become_shorter_is_named(tmp_path):
     path.write_bytes(BYTES.tobytes())
     mapped = map_bytes(path)
     os.truncate(path, 9000)
-    told = f"{path} ends at byte 9000: it has become shorter since it was opened"
+    told = f"{path} ends at byte 9000: it was truncated after it was opened"
     with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
         list(blocks(mapped, 4096))
 

@@ -26,5 +26,5 @@ def test_the_saved_tree_holds_the_tensors_of_the_files_it_was_made_of(tmp_path, 
 
 
 def test_a_directory_without_an_orbax_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is no orbax checkpoint"):
+    with pytest.raises(InputError, match="is not an orbax checkpoint"):
         read_tree(tmp_path)

@@ -75,7 +75,7 @@ def test_each_shard_of_a_view_is_that_shard_of_the_repeated_and_padded_weight(he
 
 def test_a_shard_that_parts_a_head_is_refused():
     view = EngineView(np.zeros((4, 2)), Leaf("p", "s", False, Heads(0, 2, 2, 4, 2)))
-    with pytest.raises(EngineError, match="parts a head"):
+    with pytest.raises(EngineError, match="splits a head"):
         view[slice(0, 3), slice(None)]
 
 

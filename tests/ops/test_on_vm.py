@@ -128,7 +128,7 @@ def test_a_key_file_that_came_in_part_leaves_the_old_one(vm: Laptop) -> None:
         [clone / "ops/on-vm", "secrets", "10"], input="", text=True, capture_output=True
     )
     assert done.returncode == 1
-    assert re.search(r"of the key file +0 bytes came, not 10", done.stderr)
+    assert re.search(r"received +0 bytes of the key file, not 10", done.stderr)
     assert env_file(vm).read_text() == "OLD=1\n"
     assert list(clone.glob(".env.*")) == []
 
@@ -179,7 +179,7 @@ def test_a_run_is_not_started_twice_when_gcloud_repeats_the_command(
     again = vm.make("tpu-run", **RUN)
     assert (again.code, again.out.splitlines()[0]) == (
         0,
-        "run r1 was started before; nothing is started",
+        "run r1 is already started; nothing to do",
     )
 
 

@@ -49,7 +49,7 @@ def test_what_was_told_long_ago_is_said_to_be_old(monkeypatch):
     sink.phase_progressed(PROGRESS)
     lines = wait_for_lines(out, 2)
     sink.run_finished(passed())
-    assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s, told 0 s ago"
+    assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s, reported 0 s ago"
 
 
 def test_a_phase_that_is_over_before_the_first_line_is_due_writes_nothing():

@@ -1,10 +1,10 @@
-"""Hold an installed sglang-jax against the supported one: ``make upstream-watch PYTHON=.../python``.
+"""Compare an installed sglang-jax with the supported: ``make upstream-watch PYTHON=.../python``.
 
-It gathers the facts that the adapter relies on, prints what differs from the committed facts of the
-supported version, and runs the adapter's contract tests. It exits 0 if the tests and the adapter's
-steps pass, 1 if not; what differs is for reading.
+It gathers the facts that the adapter relies on, prints their differences from the committed facts
+of the supported version, and runs the adapter's contract tests. It exits 0 if the tests and the
+adapter's steps pass, 1 if not; differences alone do not fail it.
 
-    --facts-only    leave the contract tests out
+    --facts-only    skip the contract tests
     --write         commit these facts as the supported version's: write the file, compare nothing
 """
 
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _facts() -> dict[str, Any] | None:
-    """Return the facts of the installed version; None, with its last words told, if it died."""
+    """Return the installed version's facts; None, after printing its last output, if it died."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "facts.json"
         done = subprocess.run(
@@ -74,13 +74,13 @@ def _facts() -> dict[str, Any] | None:
 
 
 def _broken(facts: dict[str, Any]) -> list[str]:
-    """Return what did not work: sections that could not be had, and the step that failed."""
+    """Return what failed: sections that could not be gathered, and the step that failed."""
     sections = [f"{name}: {s['failed']}" for name, s in facts.items() if "failed" in s]
     return sections + [f"{name}: {how}" for name, how in facts["steps"].items() if how != "works"]
 
 
 def _compared(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections to compare: what is told in full is not among them."""
+    """Return the sections to compare, without those that are printed in full."""
     return {name: section for name, section in facts.items() if name not in ("versions", _PATCHES)}
 
 
@@ -91,8 +91,8 @@ def _versions(facts: dict[str, Any]) -> str:
 def _contract() -> int:
     """Run the adapter's contract tests; print the failed ones with their reasons, and the counts.
 
-    Each file has a process of its own: an engine that dies in one may not fail the others. From
-    bd09a87 on, all engines of a process share one event loop.
+    Each file runs in a separate process, so that an engine that dies in one cannot fail the others:
+    from bd09a87 on, all engines of a process share one event loop.
     """
     print(f"\nContract tests ({CONTRACT}):", flush=True)
     files = sorted((ROOT / CONTRACT).glob("test_*.py"))
@@ -104,7 +104,7 @@ def _contract_of(file: Path) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(file), *options],
         cwd=ROOT,
-        env=os.environ | {"COLUMNS": "400"},  # pytest cuts reasons off at the terminal's width
+        env=os.environ | {"COLUMNS": "400"},  # pytest truncates reasons at the terminal's width
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,4 @@
-"""What differs between the facts of two versions, as lines for people."""
+"""Format the differences between the facts of two versions as lines for people."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ Section = Mapping[str, str]
 
 
 def lines(before: Mapping[str, Section], after: Mapping[str, Section]) -> Iterator[str]:
-    """Yield the sections with what is new, gone, moved or different in each."""
+    """Yield each section with its new, gone, moved and changed facts."""
     prefixes: dict[str, str] = {}
     for section in dict.fromkeys([*before, *after]):
         was, now = before.get(section, {}), after.get(section, {})
         moved = _moved(was, now)
         prefixes |= {_head(old): _head(new) for old, new in moved.items()}
-        # A path that moved moves in the mappings to it as well; it is told once.
+        # Rewrite a moved path in the mappings too, so that the move is reported only once.
         was = {name: _with_moved_paths(value, prefixes) for name, value in was.items()}
         changed = [*_moves(moved), *_differences(was, now, moved)]
         yield f"{section}: {f'{len(changed)} changed' if changed else UNCHANGED}"
@@ -42,7 +42,7 @@ def _differences(before: Section, after: Section, moved: Mapping[str, str]) -> I
 
 
 def _difference(was: str, now: str) -> str:
-    """Return what differs: of two signatures the parameters, of anything else both values."""
+    """Return the difference: of two signatures the parameters, of anything else both values."""
     kind, _, old = was.partition("(")
     same_kind, _, new = now.partition("(")
     if kind != same_kind or kind not in ("class", "function"):
@@ -55,7 +55,7 @@ def _difference(was: str, now: str) -> str:
 
 
 def _parameters(text: str) -> list[str]:
-    """Return the parameters of ``a, b=(1, 2))``: what stands between commas of the first level."""
+    """Return the parameters of ``a, b=(1, 2))``, split at the commas of the first level."""
     parts, depth = [""], 0
     for char in text.removesuffix(")"):
         depth += (char in "([{") - (char in ")]}")
@@ -67,7 +67,7 @@ def _parameters(text: str) -> list[str]:
 
 
 def _moved(before: Section, after: Section) -> dict[str, str]:
-    """Return old name → new name where only the first part of a dotted name is another."""
+    """Return old name → new name where only the first part of a dotted name differs."""
     gone = [name for name in before if name not in after]
     new = {_tail(name): name for name in after if name not in before}
     return {name: new[_tail(name)] for name in gone if "." in name and _tail(name) in new}

@@ -1,4 +1,4 @@
-"""What the adapter does with an engine, once each, on the tiny model: the ground for observing it."""
+"""Every operation of the adapter, once each, on the tiny model, so that they can be observed."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ Step = tuple[str, Callable[[], Any]]
 
 
 def steps(model_dir: Path) -> Iterator[Step]:
-    """Yield what the adapter does, by name; the first step starts the engine."""
+    """Yield the adapter's operations by name; the first one starts the engine."""
     from kvpipe.engine import kv_cache, sglang, shapes, weights
 
     kept: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Gather what the adapter relies on from the installed sglang-jax: a program of its own.
+"""Gather the facts that the adapter relies on from the installed sglang-jax.
 
-``python -m tools.upstream_watch.facts FILE`` writes it as JSON. It runs apart from the watch, since
-an engine that does not work with this version can take its process with it.
+``python -m tools.upstream_watch.facts FILE`` writes them as JSON. It is a separate program, since
+an engine that does not work with this version can take down its process.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Section = dict[str, str]
 
 
 def gather() -> dict[str, Any]:
-    """Return every section by name; one that cannot be had holds the reason under ``failed``."""
+    """Return every section by name; one that cannot be gathered has the reason under ``failed``."""
     from kvpipe.checkpoints.tiny import ensure
     from kvpipe.versions import version_of
     from tests.golden.answers import spec
@@ -34,7 +34,7 @@ def gather() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         dirs = {name: ensure(spec(name), Path(scratch)) for name in MODELS}
         tiny = dirs[MODELS[0]]
-        # Before any patch is applied in this process: the signatures are upstream's.
+        # Before any patch is applied in this process, so that the signatures are upstream's.
         found["imported names"] = _or_why(_imported_names)
         found["compat patches"] = _or_why(lambda: patches.needed(tiny))
         for name, model_dir in dirs.items():
@@ -46,7 +46,7 @@ def gather() -> dict[str, Any]:
 
 
 def _or_why(gathered: Callable[[], Section]) -> Section:
-    """Return the section, or why it could not be had: that is what the watch is to tell."""
+    """Return the section, or why it cannot be gathered, which the watch then reports."""
     try:
         return gathered()
     except Exception as error:
@@ -59,7 +59,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _model_facts(model: str, model_dir: Path) -> dict[str, Section]:
-    """Return a model's parameters, KV buffers and weight mappings, with nothing allocated."""
+    """Return a model's parameters, KV buffers and weight mappings, without allocating anything."""
     from flax import nnx
 
     from kvpipe.engine import compat, memory, shapes
@@ -100,7 +100,7 @@ def _leaf(leaf: Any) -> str:
 
 
 def _mapping(mapping: Any) -> str:
-    """Return a WeightMapping without what it leaves at its defaults."""
+    """Return a WeightMapping without its default values."""
     fields = dataclasses.fields(mapping)
     values = {field.name: getattr(mapping, field.name) for field in fields}
     told = {
@@ -112,7 +112,7 @@ def _mapping(mapping: Any) -> str:
 
 
 def _by_layer(pairs: Iterable[tuple[str, str]]) -> Section:
-    """Return the facts with one entry for all layers; a layer unlike the others shows both."""
+    """Return the facts with one entry for all layers; where layers differ, show both."""
     found: dict[str, list[str]] = {}
     for name, value in pairs:
         key, value = (re.sub(r"layers\.\d+", "layers.*", text) for text in (name, value))
@@ -131,7 +131,7 @@ def _imported_names() -> Section:
 
 
 def _server_arguments(model_dir: Path) -> Section:
-    """Return the arguments that the adapter gives, as the installed ServerArgs has them."""
+    """Return the adapter's arguments, under the installed ServerArgs's names."""
     from sgl_jax.srt.server_args import ServerArgs
 
     from kvpipe.engine.sglang import server_arguments
@@ -148,7 +148,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _observed(model_dir: Path) -> tuple[Section, Section]:
-    """Return how each step of the adapter went, and the attributes that it touched."""
+    """Return the result of each step of the adapter, and the attributes that it touched."""
     from tools.upstream_watch.touched import Observer
 
     observer, went = Observer(), dict[str, str]()
@@ -172,13 +172,13 @@ def _observed(model_dir: Path) -> tuple[Section, Section]:
 
 
 def main() -> None:
-    """Write the facts of the installed version to the file that the command line names."""
+    """Write the facts of the installed version to the file named on the command line."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
     Path(sys.argv[1]).write_text(json.dumps(gather(), indent=1) + "\n", encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # an engine that a failed step left alive would keep the process
+    os._exit(0)  # an engine left alive by a failed step would block the exit
 
 
 if __name__ == "__main__":

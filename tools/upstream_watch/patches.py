@@ -1,4 +1,4 @@
-"""Does the installed sglang-jax still have the defects that ``kvpipe.engine.compat`` patches?"""
+"""Test whether the installed sglang-jax still has the defects that the adapter patches."""
 
 import ast
 import os
@@ -39,12 +39,12 @@ gc.collect()
 
 
 def needed(model_dir: Path) -> dict[str, str]:
-    """Return for each patch whether its defect is still there, and how that shows."""
+    """Return for each patch whether its defect is still there, and the evidence."""
     return {name: probe(model_dir) for name, probe in PROBES.items()}
 
 
 def _works_without(name: str) -> Callable[[Path], str]:
-    """Return the probe that lets an engine generate without the patch, in a process of its own."""
+    """Return a probe that generates with an engine without the patch, in a separate process."""
 
     def probe(model_dir: Path) -> str:
         done = subprocess.run(
@@ -166,4 +166,4 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "scheduler_of_any_host": _other_hosts_get_no_scheduler,
     "contexts_stay_open": _garbage_waits_for_itself,
 }
-"""Patch → what tells whether its defect is still there; no patch is without one."""
+"""Patch → test for its defect; every patch must have one."""

@@ -1,8 +1,8 @@
-"""What of sglang-jax the adapter touches, derived and not listed by hand.
+"""The parts of sglang-jax that the adapter touches, derived rather than listed by hand.
 
-The names that it imports stand in its source. The attributes of live objects are observed: while the
-adapter works, each class of sglang-jax whose object it reaches tells which attribute was asked for
-by a function of ``kvpipe/engine``.
+Imported names are read from the adapter's source. Attributes of live objects are observed: while
+the adapter works, each class of sglang-jax whose objects it reaches records the attributes that
+functions of ``kvpipe/engine`` access.
 """
 
 import ast
@@ -33,7 +33,7 @@ def describe(value: Any) -> str:
     kind = "class" if inspect.isclass(value) else "function"
     try:
         signature = inspect.signature(value)
-    except (TypeError, ValueError):  # one that is written in C, or that hides it
+    except (TypeError, ValueError):  # written in C, or without a signature
         return kind
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(signature.replace(parameters=bare, return_annotation=signature.empty))
@@ -41,10 +41,10 @@ def describe(value: Any) -> str:
 
 
 def imported_names() -> dict[str, str]:
-    """Return each name of sglang-jax that the adapter's source uses, and what it is now.
+    """Return each name of sglang-jax that the adapter's source uses, with its current description.
 
-    ``sgl_jax.a.b.Name`` of ``from sgl_jax.a.b import Name``; of a module so imported, the attributes
-    that are read or asked for by name.
+    ``from sgl_jax.a.b import Name`` gives ``sgl_jax.a.b.Name``; an imported module gives the
+    attributes that are read or looked up by name.
     """
     found: set[str] = set()
     for path in sorted(ADAPTER.glob("*.py")):
@@ -67,7 +67,7 @@ def _names_in(tree: ast.AST) -> Iterator[str]:
 
 
 def _attribute_of(local: str, node: ast.AST) -> str | None:
-    """Return the attribute of the name ``local`` that a node of source uses, if it does."""
+    """Return the attribute of the name ``local`` that a source node uses, if any."""
     match node:
         case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == local:
             return name
@@ -90,7 +90,7 @@ def _attribute_of(local: str, node: ast.AST) -> str | None:
 
 
 def _now(name: str) -> str:
-    """Return what a dotted name of modules and attributes stands for in the installed version."""
+    """Return the description that a dotted name has in the installed version."""
     parts = name.split(".")
     owner: Any = importlib.import_module(parts[0])
     for i, part in enumerate(parts[1:], start=2):
@@ -104,7 +104,7 @@ def _now(name: str) -> str:
 
 
 class Observer:
-    """Keeps which attributes of sglang-jax's objects the adapter asks for, and what it gets."""
+    """Record the attributes of sglang-jax's objects that the adapter reads, and describe them."""
 
     def __init__(self) -> None:
         self._got: dict[str, set[str]] = {}
@@ -112,7 +112,7 @@ class Observer:
 
     @property
     def seen(self) -> dict[str, str]:
-        """The attributes, and what they were; None only where they were never anything else."""
+        """The attributes and their descriptions; None only for those that were always None."""
         return {
             name: " | ".join(sorted(got - {_NOTHING} or got))
             for name, got in sorted(self._got.items())
@@ -120,7 +120,7 @@ class Observer:
 
     @contextmanager
     def watching(self, *classes: type) -> Iterator[None]:
-        """Observe objects of ``classes``, and of every class whose object they lead to."""
+        """Observe objects of ``classes``, and of every class whose objects they lead to."""
         for cls in classes:
             self._watch(cls)
         try:
@@ -132,7 +132,7 @@ class Observer:
     def _watch(self, cls: Any) -> None:
         from flax import nnx
 
-        # A model's parameters are compared by path; flax keeps its own account of attributes.
+        # A model's parameters are compared by path; flax tracks attributes itself.
         if cls in self._classes or issubclass(cls, nnx.Module):
             return
         get, put = cls.__getattribute__, cls.__setattr__
@@ -159,13 +159,13 @@ class Observer:
         cls.__getattribute__, cls.__setattr__ = getting, putting
 
     def _note(self, cls: type, name: str, what: str) -> None:
-        """Keep what an attribute is; a patched method of the adapter's own counts as upstream's."""
+        """Record an attribute's description; the adapter's patched methods count as upstream's."""
         got = self._got.setdefault(f"{cls.__module__}.{cls.__qualname__}.{name}", set())
         if not (got and what.startswith("function")):
             got.add(what)
 
 
 def _asked_by_adapter(name: str) -> bool:
-    """Return whether a function of the adapter asks the function that calls this one."""
+    """Return whether a function of the adapter called the caller of this function."""
     file = sys._getframe(2).f_code.co_filename
     return file.startswith(_ADAPTER_FILES) and not name.startswith("__")
