@@ -4,15 +4,18 @@ The test process has four virtual CPU devices, so every engine here has tensor p
 """
 
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
@@ -26,7 +29,20 @@ PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 
+# New examples in each run, in CI too. No limit on wall-clock time, and no database: a run depends
+# on its seed and on nothing that an earlier one has left.
+hypothesis.settings.register_profile(
+    "kvpipe",
+    database=None,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("kvpipe")
 
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
     """Start as from a terminal: what runs tests may ignore or block signals, for children too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,14 +55,30 @@ def pytest_configure(config: pytest.Config) -> None:
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    # One seed for all of pytest's processes, so that the report can name it.
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = secrets.randbits(32)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test of the second tier that does not say which fault it alone would find."""
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the option that draws the same random examples again."""
+    return f"examples: --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Refuse a nightly test without its reason; run the files that start most engines first.
+
+    What is started last decides the end: those files take minutes, the rest takes seconds and
+    evens the processes out. A count that the marks give needs no table of measured times.
+    """
     for item in items:
         for mark in item.iter_markers("nightly"):
             if mark.args or not mark.kwargs.get("finds"):
                 raise pytest.UsageError(f"{item.nodeid}: say nightly(finds='a fault')")
+    yield  # -m and -k take their tests out
+    engines = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -engines[item.path])
 
 
 def pytest_runtest_setup() -> None:
