@@ -21,6 +21,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.schema import EngineConfig, SamplingConfig
+from tests.in_process import Call, callable_in
 
 IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
@@ -90,6 +91,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what this process has made."""
     if made := config.stash.get(own_programs, None):
         shutil.rmtree(made)
+
+
+@pytest.fixture
+def kvpipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Call]:
+    """Call the command line in this process and in an empty directory; a run never begins."""
+    with callable_in(tmp_path, monkeypatch, capfd) as call:
+        yield call
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ rest. They are composed and checked in this process; a few go through the real c
 
 import json
 import math
-import pickle
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
@@ -14,7 +13,6 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra._internal.config_repository import ConfigRepository
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +22,7 @@ from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.hydra_store import store_schema
 from kvpipe.schema import Kvpipe, from_plain, to_plain
 from kvpipe.steps import option_types, phase_class
-from tests.helpers_config import default_names
+from tests.helpers_config import default_names, read_shipped_files_once
 from tests.refusal import refusal
 from tests.test_layers import RUN_CLI, python
 
@@ -259,20 +257,8 @@ def composed():
         initialize_config_module("conf", version_base="1.3"),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(ConfigRepository, "load_config", once(ConfigRepository.load_config))
+        read_shipped_files_once(patch)
         yield
-
-
-def once(load_config):
-    """Let Hydra read each file once: it would read and parse twenty for every example."""
-    read = {}
-
-    def load(repository, config_path):
-        if config_path not in read:
-            read[config_path] = pickle.dumps(load_config(repository, config_path))
-        return pickle.loads(read[config_path])
-
-    return load
 
 
 bad_configs = st.one_of(
