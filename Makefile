@@ -43,7 +43,7 @@ test-all: env ## run every test, and the planted faults that some test has to no
 test-fast: env ## run the tests that start no engine
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)
 
-bench: env ## measure KV cache and weights; the last line is JSON: make bench ARGS=weights
+bench: env ## measure engine, supervision and commands; the last line is JSON: make bench ARGS=kv
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: env ## check style, types and the layer rules
