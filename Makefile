@@ -13,8 +13,9 @@ MAKEFLAGS += --no-print-directory
 # Without kept bytecode half of a run's time is spent on compiling what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share engines, so each file goes to one process. ARGS="-n 0" runs all in one.
-# Reordered, the files with few tests would come last, and those are the long ones.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# tests/conftest.py orders the files. A process that died is not replaced: its test would be run
+# again, up to 8 times, and with the other process at its end already xdist 3.8 waits for ever.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 EXPERIMENTS := $(sort $(basename $(notdir $(wildcard conf/experiment/*.yaml))))
 empty :=
@@ -42,7 +43,7 @@ test-all: env ## run every test, and the planted faults that some test has to no
 test-fast: env ## run the tests that start no engine
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)
 
-bench: env ## measure KV cache and weights; the last line is JSON: make bench ARGS=weights
+bench: env ## measure engine, supervision and commands; the last line is JSON: make bench ARGS=kv
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: env ## check style, types and the layer rules

@@ -5,13 +5,15 @@ The test process has four virtual CPU devices, so every engine here has tensor p
 
 import itertools
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.schema import EngineConfig, SamplingConfig
+from tests.in_process import Call, callable_in
 
 IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
@@ -42,12 +45,22 @@ SMALL_ENGINE: dict[str, Any] = {
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 
+# New examples in each run, in CI too. No limit on wall-clock time, and no database: a run depends
+# on its seed and on nothing that an earlier one has left.
+hypothesis.settings.register_profile(
+    "kvpipe",
+    database=None,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("kvpipe")
 
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
     """Start as from a terminal: what runs tests may ignore or block signals, for children too."""
-    # A busy machine takes any time for an example.
-    hypothesis.settings.register_profile("any time", deadline=None)
-    hypothesis.settings.load_profile("any time")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ends = (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
     for signum in ends:
@@ -58,17 +71,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    # One seed for all of pytest's processes, so that the report can name it.
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = secrets.randbits(32)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts an engine here; refuse a nightly test that does not say what it alone finds."""
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the option that draws the same random examples again."""
+    return f"examples: --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Mark tests that start an engine, refuse a nightly test without a reason, sort the files.
+
+    The files that start most engines run first.
+    What is started last decides the end: those files take minutes, the rest takes seconds and
+    evens the processes out. A count that the marks give needs no table of measured times.
+    """
     for item in items:
         if not ENGINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
         for mark in item.iter_markers("nightly"):
             if mark.args or not mark.kwargs.get("finds"):
                 raise pytest.UsageError(f"{item.nodeid}: say nightly(finds='a fault')")
+    yield  # -m and -k take their tests out
+    engines = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -engines[item.path])
 
 
 def pytest_runtest_setup() -> None:
@@ -80,6 +109,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what this process has made."""
     if made := config.stash.get(own_programs, None):
         shutil.rmtree(made)
+
+
+@pytest.fixture
+def kvpipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Call]:
+    """Call the command line in this process and in an empty directory; a run never begins."""
+    with callable_in(tmp_path, monkeypatch, capfd) as call:
+        yield call
 
 
 @pytest.fixture(scope="session")

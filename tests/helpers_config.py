@@ -1,10 +1,17 @@
 """Compose configs as the command line does, in this process and without a run directory."""
 
+import pickle
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.importlib_resources_config_source import (
+    ImportlibResourcesConfigSource,
+)
+from hydra.plugins.config_source import ConfigResult
 
 from kvpipe.hydra_store import store_schema
 from kvpipe.phase import Phase
@@ -17,6 +24,11 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.ya
 
 def compose_plain(*overrides: str) -> dict[str, Any]:
     """Return the composed config as plain values, which are the caller's own."""
+    return deepcopy(_composed(*overrides))
+
+
+@cache
+def _composed(*overrides: str) -> dict[str, Any]:
     store_schema()
     with initialize_config_module("conf", version_base="1.3"):
         return to_plain(compose("config", overrides=list(overrides)))
@@ -26,6 +38,22 @@ def compose_plain(*overrides: str) -> dict[str, Any]:
 def _default_phases() -> tuple[list[str], dict[str, dict[str, Any]]]:
     plain = compose_plain()
     return plain["pipeline"], plain["phases"]
+
+
+def read_shipped_files_once(patch: pytest.MonkeyPatch) -> None:
+    """Let Hydra parse conf/ and its own files once; they are a third of what composing costs."""
+    patch.setattr(ImportlibResourcesConfigSource, "load_config", _shipped)
+
+
+_parse = ImportlibResourcesConfigSource.load_config
+_parsed: dict[tuple[str, str], bytes] = {}
+
+
+def _shipped(source: ImportlibResourcesConfigSource, config_path: str) -> ConfigResult:
+    key = (source.path, config_path)
+    if key not in _parsed:
+        _parsed[key] = pickle.dumps(_parse(source, config_path))
+    return pickle.loads(_parsed[key])
 
 
 def default_names() -> list[str]:

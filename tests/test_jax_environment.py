@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpipe.errors import InputError
 from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.schema import EngineConfig
+from tests.refusal import refusal as refusal_of
 
 COUNT = "--xla_force_host_platform_device_count"
 MEMORY = (
@@ -14,9 +14,7 @@ MEMORY = (
 
 
 def refusal(environ=None, **options):
-    with pytest.raises(InputError) as caught:
-        jax_environment(EngineConfig(**options), environ or {})
-    return str(caught.value)
+    return refusal_of(jax_environment, EngineConfig(**options), environ or {})
 
 
 @pytest.mark.parametrize(
@@ -109,8 +107,7 @@ def test_a_cpu_mesh_is_refused_exactly_if_it_is_not_the_virtual_devices(tp_size,
         virtual % dp_size == 0 if tp_size is None else tp_size * dp_size == virtual
     )
     if not fits:
-        with pytest.raises(InputError):
-            check_mesh(engine)
+        assert refusal_of(check_mesh, engine).startswith("engine.tp_size × engine.dp_size is ")
         return
     count = int(jax_environment(engine, {})["XLA_FLAGS"].removeprefix(f"{COUNT}="))
     assert count == (virtual or (tp_size or 1) * dp_size)

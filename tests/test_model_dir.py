@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from kvpipe.errors import InputError
 from kvpipe.model_dir import cache_dir, check_model, find_model
 from kvpipe.schema import Kvpipe, ModelConfig, TinyModelConfig
+from tests.refusal import refusal
 
 SMALL = TinyModelConfig(
     hidden_size=16,
@@ -20,12 +20,6 @@ SMALL = TinyModelConfig(
 
 def config(cache=None, **model):
     return Kvpipe(model=ModelConfig(**{"id": "some/model"} | model), cache_dir=cache)
-
-
-def refusal(find, wrong):
-    with pytest.raises(InputError) as caught:
-        find(wrong)
-    return str(caught.value)
 
 
 def test_generated_checkpoints_are_kept_in_the_cache_of_the_user(monkeypatch):

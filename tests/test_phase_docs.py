@@ -15,8 +15,8 @@ from kvpipe.report.phases import as_json, as_markdown, effect_rows
 from kvpipe.schema import Kvpipe, SamplingConfig
 from kvpipe.steps import option_types, phase_class, phase_names
 from tests.command import environment
+from tests.in_process import Answer, files
 from tests.refusal import refusal
-from tests.test_cli import Answer, files, kvpipe  # noqa: F401
 
 CONFIG = Kvpipe(sampling=SamplingConfig(max_new_tokens=7))
 EVERY_OPTION = [(use, name) for use in phase_names() for name in option_types(phase_class(use))]
@@ -168,7 +168,7 @@ def test_the_verb_prints_all_phases_without_what_makes_a_command_slow_and_leaves
     assert files(tmp_path) == []
 
 
-def test_a_word_after_the_verb_names_one_phase(kvpipe):  # noqa: F811
+def test_a_word_after_the_verb_names_one_phase(kvpipe):
     one = kvpipe("phases", "generate", "describe.format=json", "sampling.max_new_tokens=9")
     (phase,) = json.loads(one.out)
     assert (phase["name"], phase["options"][0]["default"], one.err) == ("generate", 9, "")

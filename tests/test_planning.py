@@ -1,43 +1,34 @@
 """The plan verb up to its child: what it refuses before one is started, and what it then shows."""
 
 import json
-import sys
 
 import pytest
 
-from kvpipe import cli
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.errors import EngineError, InputError
+from kvpipe.errors import EngineError
 from kvpipe.jax_environment import cpu_environment
 from kvpipe.model_dir import check_shape, shape_dir
 from kvpipe.planning import Planners
 from kvpipe.schema import Kvpipe, ModelConfig, TinyModelConfig
 from kvpipe.targets import Target
-from tests.helpers_config import compose_plain, config_of
+from tests.helpers_config import compose_plain, config_of, default_names
+from tests.in_process import Answer
+from tests.refusal import refusal
 from tests.report.test_plan import MARKDOWN, PLAN
 from tests.test_jax_environment import MEMORY
 
 
 @pytest.fixture
-def kvpipe(monkeypatch, tmp_path, capfd):
-    """Call the command line in an empty directory; every plan is :data:`PLAN`."""
-    planned = []
+def planned(monkeypatch):
+    """Let every plan be :data:`PLAN`; return the targets that were planned for."""
+    targets = []
 
     def plan(self, config, plain, target):
-        planned.append(target)
+        targets.append(target)
         return PLAN
 
     monkeypatch.setattr(Planners, "plan", plan)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capfd.readouterr()
-        planned.clear()
-        code = cli.main(["kvpipe", "plan", *arguments])
-        return (code, *capfd.readouterr(), list(planned))
-
-    return call
+    return targets
 
 
 REFUSED = {
@@ -50,45 +41,44 @@ REFUSED = {
         "'qwen3-4b.json' or 'qwen2.5-3b-instruct.json'?"
     ),
     "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
-    "pipeline.10=flush_cache": "pipeline: ",
+    f"pipeline.{default_names().index('kv_cache_dropped')}=flush_cache": "pipeline: ",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_wrong_input_is_told_in_one_line_with_exit_code_2_before_a_child_is_started(kvpipe, line):
-    code, out, err, planned = kvpipe(*line.split())
-    assert (code, out, planned) == (2, "", [])
-    assert err.startswith(f"kvpipe: {REFUSED[line]}")
-    assert err.count("\n") == 1
+def test_wrong_input_is_told_in_one_line_with_exit_code_2_before_a_child_is_started(
+    kvpipe, planned, line
+):
+    answer = kvpipe("plan", *line.split())
+    assert (answer.code, answer.out, planned) == (2, "", [])
+    assert answer.err.startswith(f"kvpipe: {REFUSED[line]}")
+    assert answer.err.count("\n") == 1
 
 
-def test_each_format_goes_to_stdout(kvpipe):
-    assert kvpipe("plan.format=markdown")[1] == MARKDOWN.replace("mine", "tiny")
-    assert json.loads(kvpipe("plan.format=json")[1])["target"] == "v4:2x2x1"
-    assert "engine_ready_dummy" in kvpipe()[1]
+def test_each_format_goes_to_stdout(kvpipe, planned):
+    assert kvpipe("plan", "plan.format=markdown").out == MARKDOWN.replace("mine", "tiny")
+    assert json.loads(kvpipe("plan", "plan.format=json").out)["target"] == "v4:2x2x1"
+    assert "engine_ready_dummy" in kvpipe("plan").out
 
 
-def test_a_file_gets_the_plan_instead_and_its_name_may_have_the_experiments(kvpipe, tmp_path):
-    code, out, err, _ = kvpipe("plan.format=markdown", "plan.file=${experiment}.md")
-    assert (code, out, err) == (0, "", "")
+def test_a_file_gets_the_plan_instead_and_its_name_may_have_the_experiments(
+    kvpipe, planned, tmp_path
+):
+    answer = kvpipe("plan", "plan.format=markdown", "plan.file=${experiment}.md")
+    assert answer == Answer(0, "", "")
     assert (tmp_path / "tiny.md").read_text() == MARKDOWN.replace("mine", "tiny")
 
 
-def test_a_file_that_cannot_be_written_is_told(kvpipe):
-    code, _, err, _ = kvpipe("plan.file=nowhere/plan.md")
-    assert (code, err) == (
-        2,
-        "kvpipe: plan.file: cannot write nowhere/plan.md: No such file or directory\n",
-    )
+def test_a_file_that_cannot_be_written_is_told(kvpipe, planned):
+    why = "kvpipe: plan.file: cannot write nowhere/plan.md: No such file or directory\n"
+    assert kvpipe("plan", "plan.file=nowhere/plan.md") == Answer(2, "", why)
 
 
-def test_the_target_follows_the_engines_device_and_is_overridden_by_name(kvpipe):
+def test_the_target_follows_the_engines_device_and_is_overridden_by_name(kvpipe, planned):
     tpu = "+experiment=qwen25_3b_bigkv"
-    (of_cpu,), (of_tpu,), (named,) = (
-        kvpipe()[3],
-        kvpipe(tpu)[3],
-        kvpipe(tpu, "plan.target=v6e:1x1x1")[3],
-    )
+    for overrides in ([], [tpu], [tpu, "plan.target=v6e:1x1x1"]):
+        kvpipe("plan", *overrides)
+    of_cpu, of_tpu, named = planned
     assert (of_cpu.name, of_cpu.devices) == ("cpu", 2)
     assert (of_tpu.name, of_tpu.devices) == ("v4:2x2x1", 4)
     assert (named.name, named.devices) == ("v6e:1x1x1", 1)
@@ -120,8 +110,8 @@ def test_a_config_that_ships_is_found(tmp_path):
 
 
 def test_a_name_that_leaves_the_folder_of_configs_is_refused():
-    with pytest.raises(InputError, match=r"there is no '\.\./qwen25_3b\.yaml'"):
-        check_shape(Kvpipe(model=ModelConfig(id="x", config="../qwen25_3b.yaml")))
+    outside = Kvpipe(model=ModelConfig(id="x", config="../qwen25_3b.yaml"))
+    assert "there is no '../qwen25_3b.yaml'" in refusal(check_shape, outside)
 
 
 def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():

@@ -1,36 +1,38 @@
 import hashlib
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpipe.errors import InputError
 from kvpipe.prompt import read_prompt
 from kvpipe.schema import PromptConfig
+from tests.refusal import refusal as refusal_of
 
 SOP_SHA256 = "a25011bf8712b7c88b7a65496b98056b95462ed9225228d72c9c1bc17a2362f0"
 
 
-def refusal(**options):
-    with pytest.raises(InputError) as caught:
-        read_prompt(PromptConfig(**options))
-    return str(caught.value)
+def read(**options):
+    return read_prompt(PromptConfig(**options))
+
+
+refusal = partial(refusal_of, read)
 
 
 @given(st.text(min_size=1))
 def test_a_text_is_the_prompt_as_it_stands(text):
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert read_prompt(PromptConfig(text=text, sha256=digest)) == text
+    assert read(text=text, sha256=digest) == text
 
 
 def test_a_file_is_read_to_the_byte(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes("\ufeffzwölf\r\nKühe\n\n".encode())
-    assert read_prompt(PromptConfig(file=str(path))) == "\ufeffzwölf\r\nKühe\n\n"
+    assert read(file=str(path)) == "\ufeffzwölf\r\nKühe\n\n"
 
 
 def test_the_shipped_prompt_is_the_one_of_the_sop():
-    prompt = read_prompt(PromptConfig(file="pkg://conf/prompt/sop_code.txt", sha256=SOP_SHA256))
+    prompt = read(file="pkg://conf/prompt/sop_code.txt", sha256=SOP_SHA256)
     assert hashlib.sha256(prompt.encode()).hexdigest() == SOP_SHA256
 
 

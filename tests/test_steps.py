@@ -9,14 +9,13 @@ from kvpipe.phase import ParentPhase, Phase, WorkerPhase
 from kvpipe.schema import Kvpipe, SamplingConfig
 from kvpipe.steps import build_steps, option_types, phase_class, phase_names, use_of
 from tests.helpers_config import ROOT, build, default_names
+from tests.refusal import refusal as refusal_of
 
 FILES = sorted(path.stem for path in (ROOT / "phases").glob("*.py") if path.stem != "__init__")
 
 
-def refusal(pipeline, phases=None, **config):
-    with pytest.raises(InputError) as caught:
-        build_steps(Kvpipe(pipeline=pipeline, phases=phases or {}, **config))
-    return str(caught.value)
+def refusal(pipeline, phases=None):
+    return refusal_of(build_steps, Kvpipe(pipeline=pipeline, phases=phases or {}))
 
 
 def step_of(use, options=None, **config):
@@ -261,9 +260,7 @@ def test_a_list_option_takes_lists_of_texts_only(value):
     ],
 )
 def test_a_value_that_a_phase_itself_refuses_is_told_with_the_steps_name(option, value, message):
-    with pytest.raises(InputError) as caught:
-        step_of("generate", {option: value})
-    assert message in str(caught.value)
+    assert message in refusal_of(step_of, "generate", {option: value})
 
 
 def test_a_name_with_the_mark_of_a_cycle_is_refused():

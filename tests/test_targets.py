@@ -3,13 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpipe.errors import InputError
 from kvpipe.ledger import KV, PARAMS
 from kvpipe.phase import Size
 from kvpipe.plan import KvCapacity, check_order, engine_kv_bytes, judge, plan_ledgers
 from kvpipe.schema import EngineConfig
 from kvpipe.targets import Target, find_target
 from tests.helpers_config import build, default_names
+from tests.refusal import refusal
 
 GIB = 1024**3
 TPU = EngineConfig(device="tpu")
@@ -60,15 +60,11 @@ def test_the_host_is_the_target_of_a_cpu_engine_and_its_devices_share_its_memory
     ],
 )
 def test_a_target_that_is_none_is_refused_with_what_would_be_one(name, message):
-    with pytest.raises(InputError) as caught:
-        find_target(name, TPU)
-    assert message in str(caught.value)
+    assert message in refusal(find_target, name, TPU)
 
 
 def test_a_mesh_that_is_not_all_devices_of_the_target_is_refused_with_both_numbers():
-    with pytest.raises(InputError) as caught:
-        find_target("v4:2x2x1", EngineConfig(device="cpu", tp_size=2))
-    assert str(caught.value) == (
+    assert refusal(find_target, "v4:2x2x1", EngineConfig(device="cpu", tp_size=2)) == (
         "engine.tp_size × engine.dp_size is 2 × 1, but v4:2x2x1 has 4 devices; "
         "the product has to be 4"
     )

@@ -1,6 +1,7 @@
 import io
 import time
 
+import pytest
 from pipeline_records import passed, phase, started
 
 from kvpipe.progress import GENERATING, Progress
@@ -11,9 +12,24 @@ PROGRESS = Progress("generate_result", GENERATING, 1.5, {"tokens": 3}, {"tokens"
 HEAD = "kvpipe: 9/16 generate_result has run for 0 s"
 
 
+class Clock:
+    """A clock that goes on only where a test says so."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(heartbeat, "time", clock)
+    return clock
+
+
 def wait_for_lines(out, count):
-    deadline = time.monotonic() + 10
-    while out.getvalue().count("\n") < count and time.monotonic() < deadline:
+    while out.getvalue().count("\n") < count:
         time.sleep(0.005)
     return out.getvalue().splitlines()[:count]
 
@@ -41,15 +57,16 @@ def test_a_line_says_how_far_the_phase_is_and_not_how_far_another_was():
     assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s"
 
 
-def test_what_was_told_long_ago_is_said_to_be_old(monkeypatch):
-    monkeypatch.setattr(heartbeat, "_OLD_S", -1.0)
+def test_what_was_told_long_ago_is_said_to_be_old(clock):
     out = io.StringIO()
     sink = Heartbeat(out, 0.01)
     sink.phase_started("generate_result", 8, 16)
     sink.phase_progressed(PROGRESS)
-    lines = wait_for_lines(out, 2)
+    clock.now = 7.0
+    *_, line = wait_for_lines(out, out.getvalue().count("\n") + 2)
     sink.run_finished(passed())
-    assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s, reported 0 s ago"
+    head = HEAD.replace("0 s", "7 s")
+    assert line == f"{head}: generating 3/64 tokens, 1.5 s, reported 7 s ago"
 
 
 def test_a_phase_that_is_over_before_the_first_line_is_due_writes_nothing():
