@@ -38,12 +38,12 @@ class Copy:
     Attributes:
         folder: holds the copy in ``tree``, and whatever its processes write.
         environment: environment of its processes.
-        limit_s: seconds after which a process of it is killed.
+        limit_s: seconds after which a process of it is killed; None if it may take any time.
     """
 
     folder: Path
     environment: Mapping[str, str]
-    limit_s: float
+    limit_s: float | None = None
 
     @property
     def tree(self) -> Path:
@@ -51,12 +51,12 @@ class Copy:
         return self.folder / "tree"
 
     @classmethod
-    def of(cls, root: Path, folder: Path, limit_s: float) -> "Copy":
+    def of(cls, root: Path, folder: Path) -> "Copy":
         """Copy the tracked files of ``root`` as they are in its work tree."""
         listed = subprocess.run(
             ["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True
         )
-        copy = cls(folder, _environment(folder), limit_s)
+        copy = cls(folder, _environment(folder))
         for name in filter(None, listed.stdout.split("\0")):
             if (root / name).is_file():
                 target = copy.tree / name
@@ -64,12 +64,12 @@ class Copy:
                 shutil.copy2(root / name, target)
         return copy
 
-    def again(self, folder: Path) -> "Copy":
+    def again(self, folder: Path, limit_s: float | None = None) -> "Copy":
         """Return another copy of the tree, with the bytecode that this one has by now."""
         programs = self.environment["JAX_COMPILATION_CACHE_DIR"]
         environment = _environment(folder) | {"JAX_COMPILATION_CACHE_DIR": programs}
         shutil.copytree(self.tree, folder / "tree")
-        return Copy(folder, environment, self.limit_s)
+        return Copy(folder, environment, limit_s)
 
     def test(self, tests: Sequence[str], *options: str) -> Answer:
         """Run tests in the copy.
