@@ -79,9 +79,14 @@ class Copy:
             options: further options of pytest.
         """
         report = self.folder / "tests.xml"
-        base = f"--basetemp={self.folder / 'tmp'}"
-        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", base, f"--junitxml={report}"]
-        code, output = self._python(self.tree, *command, *options, *tests)
+        always = (
+            "-q",
+            "--hypothesis-profile=ci",  # the same examples each time, and no limit of seconds
+            f"--basetemp={self.folder / 'tmp'}",
+            f"--junitxml={report}",
+            *("-p", "no:cacheprovider"),
+        )
+        code, output = self._python(self.tree, "-m", "pytest", *always, *options, *tests)
         if code == TESTS_FAILED:
             return Answer(noticed_by=", ".join(_failed(report)))
         return Answer(problem=f"pytest: {output}" if code else "")
