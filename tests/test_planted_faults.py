@@ -30,7 +30,8 @@ import kvpipe
 
 def test_the_page_that_a_process_elsewhere_sees(tmp_path):
     code = "import kvpipe; print(kvpipe.PAGE)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    path = {"PYTHONPATH": str(tmp_path)}  # as tests do that bring phases of their own
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True)
     assert done.stdout == b"8\\n"
 
 def test_lines():

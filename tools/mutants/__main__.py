@@ -30,7 +30,7 @@ PACKAGES = ("kvpipe", "phases", "conf")
 # Of the tests or the run of one fault; a minute is enough on a machine that does nothing else.
 _LIMIT_S = 600.0
 _AT_ONCE = min(os.cpu_count() or 1, 4)
-_NAME, _NOTICED = 34, 88
+_NAME, _NOTICED = 40, 96  # columns of the table
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,9 @@ def _conclude(verdicts: Sequence[Verdict], broken: dict[str, str], seconds: floa
 
 
 def _row(name: str, noticed: str, seconds: str) -> str:
-    return f"{name:<{_NAME}}  {noticed:<{_NOTICED}} {seconds:>4}"
+    """Return a line of the table; the ids of parameters may be long and are cut."""
+    cut = noticed if len(noticed) <= _NOTICED else f"{noticed[: _NOTICED - 1]}…"
+    return f"{name:<{_NAME}}  {cut:<{_NOTICED}} {seconds:>4}"
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
+import sysconfig
+import venv
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from kvpipe.records import RECORDS_FILE
+from kvpipe.errors import InputError
+from kvpipe.records import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
 
 TESTS_FAILED = 1  # pytest's exit code
@@ -36,7 +39,7 @@ class Copy:
     """A copy of the repository's tracked files.
 
     Attributes:
-        folder: holds the copy in ``tree``, and whatever its processes write.
+        folder: holds the copy in ``tree``, its interpreter, and whatever its processes write.
         environment: environment of its processes.
         limit_s: seconds after which a process of it is killed; None if it may take any time.
     """
@@ -57,6 +60,7 @@ class Copy:
             ["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True
         )
         copy = cls(folder, _environment(folder))
+        _make_interpreter(folder)
         for name in filter(None, listed.stdout.split("\0")):
             if (root / name).is_file():
                 target = copy.tree / name
@@ -69,6 +73,7 @@ class Copy:
         programs = self.environment["JAX_COMPILATION_CACHE_DIR"]
         environment = _environment(folder) | {"JAX_COMPILATION_CACHE_DIR": programs}
         shutil.copytree(self.tree, folder / "tree")
+        _make_interpreter(folder)
         return Copy(folder, environment, limit_s)
 
     def test(self, tests: Sequence[str], *options: str) -> Answer:
@@ -102,7 +107,11 @@ class Copy:
         code, output = self._python(cwd, "-m", "kvpipe", *shlex.split(arguments))
         if not code:
             return Answer()
-        return _told_by(cwd) or Answer(problem=f"the run left no last record: {output}")
+        if (last := _last_record(cwd)) is None:
+            return Answer(problem=f"the run left no last record: {output}")
+        failed = dict.fromkeys(check.name for check in last.checks if not check.passed)
+        why = ", ".join(failed) or last.error
+        return Answer(noticed_by=f"run: {last.failing_phase or last.status}: {why}")
 
     def imports_own(self, package: str) -> bool:
         """Whether processes in other directories import a package from the copy."""
@@ -113,7 +122,7 @@ class Copy:
         """Return the exit code of a Python process and its last line; -9 if it took too long."""
         with (self.folder / "output").open("w+", encoding="utf-8", errors="replace") as output:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [str(self.folder / "venv/bin/python"), *arguments],
                 cwd=cwd,
                 env=dict(self.environment),
                 stdin=subprocess.DEVNULL,
@@ -131,14 +140,27 @@ class Copy:
         return code, told[-1] if told else f"exit code {code} without a word"
 
 
+def _make_interpreter(folder: Path) -> None:
+    """Make the interpreter of a copy: this one's packages, but the product from the copy.
+
+    PYTHONPATH would not do: some tests set another one for the processes that they start.
+    """
+    venv.create(folder / "venv")
+    base = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
+    packages = Path(sysconfig.get_path("purelib", "venv", base))
+    here = sysconfig.get_path("purelib")
+    lines = f"{folder / 'tree'}\nimport site; site.addsitedir({here!r})\n"
+    (packages / "copy.pth").write_text(lines, encoding="utf-8")
+
+
 def _environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-    own = {"PYTHONPATH": str(folder / "tree"), "XDG_CACHE_HOME": str(folder / "cache")}
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return programs | inherited | own
+    left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+    inherited = {k: v for k, v in os.environ.items() if k not in left_out}
+    return programs | inherited | {"XDG_CACHE_HOME": str(folder / "cache")}
 
 
 def _failed(report: Path) -> list[str]:
@@ -151,14 +173,11 @@ def _failed(report: Path) -> list[str]:
     ]
 
 
-def _told_by(cwd: Path) -> Answer | None:
-    """Return what the last record of the one run in a directory says; None if it has none."""
+def _last_record(cwd: Path) -> RunFinished | None:
+    """Return the last record of the one run in a directory; None if it left none that reads."""
     for records in cwd.glob(f"outputs/*/*/{RECORDS_FILE}"):
-        run = read_run(records)
-        if run.finished:
-            failed = dict.fromkeys(check.name for check in run.finished.checks if not check.passed)
-            where = run.finished.failing_phase or run.status
-            return Answer(noticed_by=f"run: {where}: {', '.join(failed) or run.finished.error}")
+        with suppress(InputError):
+            return read_run(records).finished
     return None
 
 
