@@ -22,7 +22,7 @@ empty :=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help run plans test test-all test-fast bench lint format lock release-check upstream-watch clean env
+.PHONY: help run plans test test-all mutants test-fast bench lint format lock release-check upstream-watch clean env
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test: env ## run what a commit can break, on real engines: at most 8 minutes on 
 
 test-all: env ## run every test, and the planted faults that some test has to notice
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	@$(MAKE) mutants ARGS=
+
+mutants: env ## plant faults in copies and see them noticed: make mutants ARGS="-k kv"
+	@$(BIN)/python -m tools.mutants $(ARGS)
 
 test-fast: env ## run the tests that start no engine
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not nightly" $(ARGS)

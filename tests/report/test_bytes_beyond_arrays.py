@@ -1,0 +1,27 @@
+"""What a device counts beyond the arrays that are alive, e.g. compiled programs, is shown too."""
+
+from kvpipe.records import Memory
+from kvpipe.report.figures import BEYOND_ARRAYS, memory_chart, total_of
+from kvpipe.report.run import run_of
+from tests.sinks.pipeline_records import phase, started
+
+
+def record(in_use: int):
+    """Return a phase with 400 bytes of arrays, on two devices that count ``in_use`` each."""
+    memory = Memory(1 << 30, 1 << 30, [{"bytes_in_use": in_use}] * 2, "device")
+    return phase(5, memory=memory, peak=None, ledger={"kv": 300, "params": 100})
+
+
+def parts_of(in_use: int):
+    (row,) = memory_chart(run_of("r", [started(), record(in_use)])).rows
+    return {part.name: part.size for part in row.bars[0].parts}
+
+
+def test_bytes_beyond_the_arrays_count_and_have_a_part_of_the_bar():
+    assert total_of(record(350)) == 700
+    assert parts_of(350) == {"kv": 300, "params": 100, BEYOND_ARRAYS: 300}
+
+
+def test_where_the_devices_count_no_more_than_the_arrays_there_is_no_such_part():
+    assert total_of(record(200)) == 400
+    assert parts_of(200) == {"kv": 300, "params": 100}

@@ -1,0 +1,169 @@
+"""The planted faults: a fault that is not noticed fails the command, and so does one that is void.
+
+The product here is a package of a few lines; its "run" is a real process that leaves records.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.mutants.__main__ import FAULTS, ROOT, main
+from tools.mutants.faults import BrokenFault, read_fault
+
+PACKAGE = "PAGE = 8\nLINES = 3\n"
+RUN = """
+import json, os, sys
+from kvpipe import PAGE
+os.makedirs("outputs/tiny/1")
+checks = [{"name": "page", "expected": 8, "actual": PAGE, "passed": PAGE == 8, "detail": ""}]
+end = {"phase": "run_finished", "status": "passed" if PAGE == 8 else "failed", "elapsed_s": 1.0,
+       "exit_code": int(PAGE != 8), "run_dir": "outputs/tiny/1", "checks": checks}
+with open("outputs/tiny/1/records.jsonl", "w") as records:
+    print(json.dumps(end), file=records)
+sys.exit(end["exit_code"])
+"""
+TESTS = """
+import subprocess, sys
+import kvpipe
+
+def test_the_page_that_a_process_elsewhere_sees(tmp_path):
+    code = "import kvpipe; print(kvpipe.PAGE)"
+    path = {"PYTHONPATH": str(tmp_path)}  # as tests do that bring phases of their own
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=path, capture_output=True)
+    assert done.stdout == b"8\\n"
+
+def test_lines():
+    assert kvpipe.LINES == 3
+
+def test_nothing():
+    pass
+"""
+ELSEWHERE = "tests/test_it.py::test_the_page_that_a_process_elsewhere_sees"
+PAGE = ("PAGE = 8", "PAGE = 9")
+LINES = ("LINES = 3", "LINES = 4")
+
+
+def repository(root: Path, tests: str = TESTS) -> Path:
+    for name, text in {
+        "kvpipe/__init__.py": PACKAGE,
+        "kvpipe/__main__.py": RUN,
+        "tests/test_it.py": tests,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"]):
+        subprocess.run(command, cwd=root, check=True)
+    (root / FAULTS).mkdir(parents=True)
+    return root
+
+
+def plant(root: Path, name: str, edit: tuple[str, str], **more: str | list[str]) -> None:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in more.items()]
+    old, new = map(json.dumps, edit)
+    lines += ["[[edits]]", 'file = "kvpipe/__init__.py"', f"old = {old}", f"new = {new}"]
+    (root / FAULTS / f"{name}.toml").write_text("\n".join(['title = "It is wrong"', *lines]))
+
+
+def planted(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str):
+    code = main(root, arguments)
+    return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_what_is_not_noticed_and_a_hole_that_is_closed_fail_and_the_rest_is_counted(
+    tmp_path, capsys
+):
+    root = repository(tmp_path)
+    plant(root, "noticed_elsewhere", PAGE, tests=[ELSEWHERE])
+    plant(root, "noticed_by_the_run", PAGE, run="engine.tp_size=1")
+    plant(root, "unnoticed", LINES, tests=[ELSEWHERE, "tests/test_it.py::test_nothing"])
+    plant(root, "unnoticed_by_the_run", LINES, run="engine.tp_size=1")
+    plant(root, "hole", LINES, tests=["tests/test_it.py"], run="a=1", hole="nobody counts lines")
+    plant(root, "hole_that_is_closed", PAGE, tests=[ELSEWHERE], run="a=1", hole="it was one")
+    code, summary = planted(root, capsys)
+    assert code == 1
+    assert (summary["faults"], summary["noticed"]) == (6, 3)
+    assert summary["holes"] == ["hole", "hole_that_is_closed"]
+    assert summary["failed"] == {
+        "unnoticed": "no test noticed it",
+        "unnoticed_by_the_run": "the run passed",
+        "hole_that_is_closed": "its hole is closed, delete 'hole': run: failed: page",
+    }
+    assert (root / "kvpipe/__init__.py").read_text() == PACKAGE
+
+
+def test_all_that_is_noticed_passes_and_a_word_chooses_by_name(tmp_path, capsys):
+    root = repository(tmp_path)
+    plant(root, "page", PAGE, tests=[ELSEWHERE])
+    plant(root, "void", ("PAGE = 7", "PAGE = 9"), tests=[ELSEWHERE])
+    code, summary = planted(root, capsys, "-k", "page")
+    assert (code, summary["faults"], summary["failed"]) == (0, 1, {})
+    code, summary = planted(root, capsys)
+    assert (code, summary["faults"]) == (1, 0)
+    assert summary["failed"] == {"void": "kvpipe/__init__.py has the old text 0 times, not once"}
+    code, summary = planted(root, capsys, "-k", "pgae")
+    assert (code, summary["failed"]) == (
+        1,
+        {"-k pgae": "no fault in tests/mutants has such a name"},
+    )
+
+
+def test_a_test_that_fails_without_a_fault_notices_none(tmp_path, capsys):
+    root = repository(tmp_path, TESTS.replace("LINES == 3", "LINES == 5"))
+    plant(root, "page", PAGE, tests=["tests/test_it.py"])
+    code, summary = planted(root, capsys)
+    assert (code, summary["faults"]) == (1, 0)
+    assert summary["failed"] == {"without a fault: tests": "test_it::test_lines"}
+
+
+EDIT = '[[edits]]\nfile = "a"\nold = "1"\nnew = "2"\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title = ", "Invalid value"),
+        (f'title = "a"\ntest = ["b"]\n{EDIT}', "unexpected keyword argument 'test'"),
+        ('title = "a"\ntests = ["b"]\n', "at least one"),
+        (f'title = "a"\n{EDIT}', "nothing has to notice it"),
+        (f'title = "a"\nrun = "b"\nhole = "c"\n{EDIT}', "nothing has to notice it"),
+        (f'title = "a"\ntests = ["b"]\nhole = "c"\n{EDIT}', "no 'run' is given"),
+    ],
+)
+def test_a_file_that_is_no_fault_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.toml"
+    path.write_text(content)
+    with pytest.raises(BrokenFault, match=message):
+        read_fault(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("a.py", "x", "y", "a.py has the old text 2 times, not once"),
+        ("a.py", "1", "1", "old and new text are the same"),
+        ("a.py", "1", "(", "a.py is no Python after the edit"),
+        ("b.py", "1", "2", "b.py does not exist"),
+    ],
+)
+def test_an_edit_that_does_not_apply_is_refused(tmp_path, name, old, new, message):
+    (tmp_path / "a.py").write_text("x = 1\ny = x\n")
+    plant_file = tmp_path / "fault.toml"
+    edit = f'[[edits]]\nfile = "{name}"\nold = "{old}"\nnew = "{new}"\n'
+    plant_file.write_text(f'title = "a"\ntests = ["b"]\n{edit}')
+    with pytest.raises(BrokenFault, match=message):
+        read_fault(plant_file).check(tmp_path)
+
+
+def test_the_committed_faults_apply_and_reach_every_folder_of_the_product():
+    """Whoever changes a text that a fault replaces is told by the quick tests."""
+    faults = [read_fault(path) for path in (ROOT / FAULTS).glob("*.toml")]
+    for fault in faults:
+        fault.check(ROOT)
+    assert len(faults) >= 30
+    packages = (path.parent for path in ROOT.glob("kvpipe/*/__init__.py"))
+    folders = {path.relative_to(ROOT).as_posix() for path in packages} | {"phases", "conf"}
+    files = [edit.file for fault in faults for edit in fault.edits]
+    missed = {folder for folder in folders if not any(f.startswith(f"{folder}/") for f in files)}
+    assert missed == set()

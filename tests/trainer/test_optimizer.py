@@ -1,0 +1,44 @@
+"""The optimizer's numbers, held against AdamW as it is published and not against optax again."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpipe.schema import TrainerConfig
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def steps_of_adamw(
+    param: Any, gradients: list[Any], learning_rate: float, weight_decay: float
+) -> Any:
+    """Return the parameter after one step for each gradient."""
+    first, second = np.zeros_like(param), np.zeros_like(param)
+    for number, gradient in enumerate(gradients, start=1):
+        first = BETA_1 * first + (1 - BETA_1) * gradient
+        second = BETA_2 * second + (1 - BETA_2) * gradient**2
+        mean = first / (1 - BETA_1**number)
+        spread = np.sqrt(second / (1 - BETA_2**number))
+        param = param - learning_rate * (mean / (spread + EPSILON) + weight_decay * param)
+    return param
+
+
+@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(0.1, 0.0), (0.1, 0.5), (0.02, 0.5)])
+def test_learning_rate_and_weight_decay_of_the_config_act_as_in_adamw(
+    four_devices: None, learning_rate: float, weight_decay: float
+) -> None:
+    import optax
+
+    from kvpipe.trainer.layout import optimizer
+
+    random = np.random.default_rng(0)
+    begun, *gradients = (random.normal(size=(4, 3)).astype("f") for _ in range(4))
+    made = optimizer(TrainerConfig(learning_rate=learning_rate, weight_decay=weight_decay))
+    params: Any = {"a": begun}
+    moments = made.init(params)
+    for gradient in gradients:
+        updates, moments = made.update({"a": gradient}, moments, params)
+        params = optax.apply_updates(params, updates)
+    wanted = steps_of_adamw(begun, gradients, learning_rate, weight_decay)
+    np.testing.assert_allclose(np.asarray(params["a"]), wanted, rtol=1e-5, atol=1e-6)

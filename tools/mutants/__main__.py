@@ -1,0 +1,180 @@
+"""Plant each fault of tests/mutants in a copy of the repository and see that it is noticed.
+
+    make mutants                    all faults
+    make mutants ARGS="-k kv"       those with 'kv' in their names
+
+First the chosen tests and runs have to pass without a fault, since what fails anyway notices
+nothing. Then each fault gets a copy of its own. It exits 1 if a fault is not noticed or no longer
+applies, or if a run notices a fault that is listed as its known hole. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tools.mutants.copies import Answer, Copy
+from tools.mutants.faults import BrokenFault, Fault, read_fault
+
+ROOT = Path(__file__).parents[2]
+FAULTS = "tests/mutants"
+PACKAGES = ("kvpipe", "phases", "conf")
+# Of the tests or the run of one fault; a minute is enough on a machine that does nothing else.
+_LIMIT_S = 600.0
+_AT_ONCE = min(os.cpu_count() or 1, 4)
+_NAME, _NOTICED = 40, 96  # columns of the table
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a fault.
+
+    Attributes:
+        fault: the fault.
+        noticed_by: the test, and the checks of the run, that noticed it.
+        problems: what is wrong: not noticed, or a hole that is none any more.
+        seconds: how long it took.
+    """
+
+    fault: Fault
+    noticed_by: tuple[str, ...]
+    problems: tuple[str, ...]
+    seconds: float
+
+    @property
+    def row(self) -> str:
+        """Its row of the table."""
+        told = ("FAILED", *self.problems) if self.problems else self.noticed_by
+        return _row(self.fault.name, "; ".join(told), f"{self.seconds:.0f}")
+
+
+def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
+    """Plant the chosen faults; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make mutants", allow_abbrev=False)
+    parser.add_argument("-k", dest="word", default="", help="only faults with WORD in their names")
+    word = parser.parse_args(arguments).word
+    began = time.monotonic()
+    faults, broken = _read(root, word)
+    verdicts: list[Verdict] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="kvpipe-mutants-") as scratch,
+        ThreadPoolExecutor(_AT_ONCE) as threads,
+    ):
+        sound = Copy.of(root, Path(scratch) / "sound")
+        broken |= _broken(sound, faults)
+        broken = broken or _failing_without_fault(sound, faults, threads)
+        if not broken:
+            print(_row("fault", "noticed by", "s"), flush=True)
+            for verdict in threads.map(partial(_judge, sound), faults):
+                print(verdict.row, flush=True)
+                verdicts.append(verdict)
+    return _conclude(verdicts, broken, time.monotonic() - began)
+
+
+def _read(root: Path, word: str) -> tuple[list[Fault], dict[str, str]]:
+    """Return the chosen faults, and name → what is wrong with a file."""
+    faults: list[Fault] = []
+    broken: dict[str, str] = {}
+    for path in sorted((root / FAULTS).glob("*.toml")):
+        if word in path.stem:
+            try:
+                faults.append(read_fault(path))
+            except BrokenFault as error:
+                broken[path.stem] = str(error)
+    if not faults and not broken:
+        broken[f"-k {word}"] = f"no fault in {FAULTS} has such a name"
+    return faults, broken
+
+
+def _broken(sound: Copy, faults: Sequence[Fault]) -> dict[str, str]:
+    """Return name → why a fault does not apply."""
+    found: dict[str, str] = {}
+    for fault in faults:
+        try:
+            fault.check(sound.tree)
+        except BrokenFault as error:
+            found[fault.name] = str(error)
+    return found
+
+
+def _failing_without_fault(
+    sound: Copy, faults: Sequence[Fault], threads: Executor
+) -> dict[str, str]:
+    """Return what fails without any fault: imports of the copy, chosen tests, chosen runs."""
+    for package in PACKAGES:
+        if (sound.tree / package).is_dir() and not sound.imports_own(package):
+            return {package: "processes in other directories import another one than the copy's"}
+    answers: dict[str, Answer] = {}
+    if tests := list(dict.fromkeys(test for fault in faults for test in fault.tests)):
+        answers["tests"] = sound.test(tests, "-n", str(_AT_ONCE), "--dist", "loadfile")
+    runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
+    copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
+    answers |= zip(runs, threads.map(Copy.run, copies, runs), strict=True)
+    return {
+        f"without a fault: {name}": failed
+        for name, answer in answers.items()
+        if (failed := answer.noticed_by or answer.problem)
+    }
+
+
+def _judge(sound: Copy, fault: Fault) -> Verdict:
+    """Plant a fault in a copy of its own and see what notices it."""
+    began = time.monotonic()
+    noticed: list[str] = []
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory(dir=sound.folder.parent, prefix="fault-") as folder:
+        copy = sound.again(Path(folder), _LIMIT_S)
+        fault.plant(copy.tree)
+        if fault.tests:
+            answer = copy.test(fault.tests, "-x")
+            noticed += [answer.noticed_by] if answer.noticed_by else []
+            if not answer.noticed_by:
+                problems.append(answer.problem or "no test noticed it")
+        if fault.run:
+            answer = copy.run(fault.run)
+            noticed += [answer.noticed_by] if answer.noticed_by else []
+            if answer.problem:
+                problems.append(answer.problem)
+            elif answer.noticed_by and fault.hole:
+                problems.append(f"its hole is closed, delete 'hole': {answer.noticed_by}")
+            elif not answer.noticed_by and not fault.hole:
+                problems.append("the run passed")
+    return Verdict(fault, tuple(noticed), tuple(problems), time.monotonic() - began)
+
+
+def _conclude(verdicts: Sequence[Verdict], broken: dict[str, str], seconds: float) -> int:
+    """Print the known holes, the failures and the line of JSON; return the exit code."""
+    failed = broken | {v.fault.name: "; ".join(v.problems) for v in verdicts if v.problems}
+    holes = {v.fault.name: v.fault.hole for v in verdicts if v.fault.hole}
+    for title, named in (("Known holes, which the run passes", holes), ("Failed", failed)):
+        if named:
+            print(f"\n{title}:", *(f"  {name}: {why}" for name, why in named.items()), sep="\n")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    summary = {
+        "faults": len(verdicts),
+        "noticed": sum(not verdict.problems for verdict in verdicts),
+        "seconds": round(seconds),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime),
+        "holes": sorted(holes),
+        "failed": failed,
+    }
+    print(f"\n{json.dumps(summary)}")
+    return 1 if failed else 0
+
+
+def _row(name: str, noticed: str, seconds: str) -> str:
+    """Return a line of the table; the ids of parameters may be long and are cut."""
+    cut = noticed if len(noticed) <= _NOTICED else f"{noticed[: _NOTICED - 1]}…"
+    return f"{name:<{_NAME}}  {cut:<{_NOTICED}} {seconds:>4}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Copies of the repository in which tests and runs import the copy, wherever they start processes."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import venv
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from kvpipe.errors import InputError
+from kvpipe.records import RECORDS_FILE, RunFinished
+from kvpipe.report.run import read_run
+
+TESTS_FAILED = 1  # pytest's exit code
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What tests or a run say of a copy.
+
+    Attributes:
+        noticed_by: what failed: the first failing test, or the step and checks of a run.
+        problem: why the answer is of no use: nothing was tested, or it did not end.
+    """
+
+    noticed_by: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the repository's tracked files.
+
+    Attributes:
+        folder: holds the copy in ``tree``, its interpreter, and whatever its processes write.
+        environment: environment of its processes.
+        limit_s: seconds after which a process of it is killed; None if it may take any time.
+    """
+
+    folder: Path
+    environment: Mapping[str, str]
+    limit_s: float | None = None
+
+    @property
+    def tree(self) -> Path:
+        """The copied repository."""
+        return self.folder / "tree"
+
+    @classmethod
+    def of(cls, root: Path, folder: Path) -> "Copy":
+        """Copy the tracked files of ``root`` as they are in its work tree."""
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True
+        )
+        copy = cls(folder, _environment(folder))
+        _make_interpreter(folder)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (root / name).is_file():
+                target = copy.tree / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
+        return copy
+
+    def again(self, folder: Path, limit_s: float | None = None) -> "Copy":
+        """Return another copy of the tree, with the bytecode that this one has by now."""
+        programs = self.environment["JAX_COMPILATION_CACHE_DIR"]
+        environment = _environment(folder) | {"JAX_COMPILATION_CACHE_DIR": programs}
+        shutil.copytree(self.tree, folder / "tree")
+        _make_interpreter(folder)
+        return Copy(folder, environment, limit_s)
+
+    def test(self, tests: Sequence[str], *options: str) -> Answer:
+        """Run tests in the copy.
+
+        Args:
+            tests: files and node ids.
+            options: further options of pytest.
+        """
+        report = self.folder / "tests.xml"
+        always = (
+            "-q",
+            "--hypothesis-profile=ci",  # the same examples each time, and no limit of seconds
+            f"--basetemp={self.folder / 'tmp'}",
+            f"--junitxml={report}",
+            *("-p", "no:cacheprovider"),
+        )
+        code, output = self._python(self.tree, "-m", "pytest", *always, *options, *tests)
+        if code == TESTS_FAILED:
+            return Answer(noticed_by=", ".join(_failed(report)))
+        return Answer(problem=f"pytest: {output}" if code else "")
+
+    def run(self, arguments: str) -> Answer:
+        """Run kvpipe from the copy, in another directory.
+
+        Args:
+            arguments: of the command, as a shell takes them.
+        """
+        cwd = self.folder / "run"
+        cwd.mkdir(exist_ok=True)
+        code, output = self._python(cwd, "-m", "kvpipe", *shlex.split(arguments))
+        if not code:
+            return Answer()
+        if (last := _last_record(cwd)) is None:
+            return Answer(problem=f"the run left no last record: {output}")
+        failed = dict.fromkeys(check.name for check in last.checks if not check.passed)
+        why = ", ".join(failed) or last.error
+        return Answer(noticed_by=f"run: {last.failing_phase or last.status}: {why}")
+
+    def imports_own(self, package: str) -> bool:
+        """Whether processes in other directories import a package from the copy."""
+        where = f"import {package}; print({package}.__path__[0])"
+        return self._python(self.folder, "-c", where) == (0, str(self.tree / package))
+
+    def _python(self, cwd: Path, *arguments: str) -> tuple[int, str]:
+        """Return the exit code of a Python process and its last line; -9 if it took too long."""
+        with (self.folder / "output").open("w+", encoding="utf-8", errors="replace") as output:
+            process = subprocess.Popen(
+                [str(self.folder / "venv/bin/python"), *arguments],
+                cwd=cwd,
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = process.wait(self.limit_s)
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                return process.returncode, f"it did not end within {self.limit_s:g} s"
+            output.seek(0)
+            lines = output.read().split("\n")
+        told = [line for line in lines if line.strip()]
+        return code, told[-1] if told else f"exit code {code} without a word"
+
+
+def _make_interpreter(folder: Path) -> None:
+    """Make the interpreter of a copy: this one's packages, but the product from the copy.
+
+    PYTHONPATH would not do: some tests set another one for the processes that they start.
+    """
+    venv.create(folder / "venv")
+    base = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
+    packages = Path(sysconfig.get_path("purelib", "venv", base))
+    here = sysconfig.get_path("purelib")
+    lines = f"{folder / 'tree'}\nimport site; site.addsitedir({here!r})\n"
+    (packages / "copy.pth").write_text(lines, encoding="utf-8")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+    inherited = {k: v for k, v in os.environ.items() if k not in left_out}
+    return programs | inherited | {"XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def _failed(report: Path) -> list[str]:
+    """Return the tests that failed, of a report in JUnit's format."""
+    cases = ET.parse(report).iter("testcase")
+    return [
+        f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+
+
+def _last_record(cwd: Path) -> RunFinished | None:
+    """Return the last record of the one run in a directory; None if it left none that reads."""
+    for records in cwd.glob(f"outputs/*/*/{RECORDS_FILE}"):
+        with suppress(InputError):
+            return read_run(records).finished
+    return None
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it has started."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in started:
+        if child.is_running():
+            child.kill()
