@@ -148,7 +148,7 @@ def _wandb(
 ) -> Iterator[Finding]:
     """Say whether W&B can be had as the config asks; never the key itself."""
     mode = config.tracking.mode
-    used = any(facts.WANDB in planned.effect.leaves for planned in check_order(steps))
+    used = any(facts.WANDB in planned.effect.adds for planned in check_order(steps))
     needed = used and mode is TrackingMode.online
     short = Level.WARN if config.tracking.fallback_offline else Level.BAD
     try:

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 
 from kvpipe import facts
 from kvpipe.errors import InputError
-from kvpipe.ledger import KV, PARAMS, Ledger, slot_pool
-from kvpipe.phase import KvTokens, Size
+from kvpipe.ledger import KV, PARAMS, PROGRAM, KvTokens, Ledger, Size, slot_pool
+from kvpipe.phase import Effect, WorkerPhase
 from kvpipe.plan import (
     KvCapacity,
     check_order,
@@ -48,7 +48,7 @@ def test_generate_while_the_kv_cache_is_dropped_is_refused_with_the_step_that_dr
     names = [*SWAPPED, "kv_cache_dropped", "again"]
     assert refusal(names, again={"use": "generate"}) == (
         "pipeline: step 'again' needs the KV cache on the devices, but step 'kv_cache_dropped' "
-        "took it away; put 'kv_cache_rebuilt' between"
+        "removed it; put 'kv_cache_rebuilt' between"
     )
 
 
@@ -80,14 +80,14 @@ def test_a_second_drop_is_refused_with_both_steps_named():
     names = [*READY, "kv_cache_dropped", "dropped_again"]
     assert refusal(names, dropped_again={"use": "kv_cache_dropped"}) == (
         "pipeline: step 'dropped_again' needs the KV cache on the devices, but step "
-        "'kv_cache_dropped' took it away; put 'kv_cache_rebuilt' between"
+        "'kv_cache_dropped' removed it; put 'kv_cache_rebuilt' between"
     )
 
 
 def test_a_rebuild_of_what_is_there_is_refused_with_the_step_that_made_it():
     assert refusal([*READY, "kv_cache_rebuilt"]) == (
-        "pipeline: step 'kv_cache_rebuilt' must not meet the KV cache on the devices, which step "
-        "'engine_ready_dummy' left; leave the step out"
+        "pipeline: step 'kv_cache_rebuilt' requires the KV cache on the devices to be absent, but step "
+        "'engine_ready_dummy' created it; leave the step out"
     )
 
 
@@ -129,8 +129,9 @@ def test_a_capacity_of_no_tokens_is_refused():
 
 def test_a_second_rebuild_is_refused_with_the_first():
     names = [*READY, "kv_cache_dropped", "kv_cache_rebuilt", "once_more"]
-    assert "must not meet the KV cache on the devices, which step 'kv_cache_rebuilt' left" in (
-        refusal(names, once_more={"use": "kv_cache_rebuilt"})
+    assert (
+        "requires the KV cache on the devices to be absent, but step 'kv_cache_rebuilt' created it"
+        in (refusal(names, once_more={"use": "kv_cache_rebuilt"}))
     )
 
 
@@ -161,8 +162,8 @@ def options_for(names, options):
 def test_a_swap_after_a_generate_needs_a_flush_before_the_next_generate():
     names = swap_after_a_generate("again")
     assert refusal(names, **options_for(names, swap_options(probe_tokens=0))) == (
-        "pipeline: step 'again' must not meet a prefix cache that other weights have filled, which "
-        "step 'second_swap' left; flush the cache between the swap and the generate, or the ids "
+        "pipeline: step 'again' requires a prefix cache that other weights have filled to be absent, but "
+        "step 'second_swap' created it; flush the cache between the swap and the generate, or the ids "
         "are silently wrong"
     )
 
@@ -175,16 +176,16 @@ def test_a_swap_after_a_generate_is_accepted_with_a_flush_between_it_and_the_nex
 def test_the_probe_of_a_swap_refuses_a_prefix_cache_in_use_itself():
     names = swap_after_a_generate()
     assert refusal(names, **options_for(names, swap_options(probe_tokens=8))) == (
-        "pipeline: step 'second_swap' must not meet a prefix cache in use, which step 'first' "
-        "left; flush the cache before it"
+        "pipeline: step 'second_swap' requires a prefix cache in use to be absent, but step 'first' "
+        "created it; flush the cache before it"
     )
 
 
 def test_a_drop_with_the_prefix_cache_in_use_is_refused():
     names = [*SWAPPED, "first", "kv_cache_dropped"]
     assert refusal(names, first={"use": "generate"}) == (
-        "pipeline: step 'kv_cache_dropped' must not meet a prefix cache in use, which step 'first' "
-        "left; flush the cache before it"
+        "pipeline: step 'kv_cache_dropped' requires a prefix cache in use to be absent, but step 'first' "
+        "created it; flush the cache before it"
     )
 
 
@@ -218,7 +219,7 @@ def test_the_probe_of_a_streamed_swap_refuses_a_prefix_cache_in_use_no_more_than
 def test_a_generate_while_the_weights_are_away_is_refused_with_the_step_that_took_them(away):
     assert refusal([*STREAMED, away, "again"], again={"use": "generate"}) == (
         "pipeline: step 'again' needs the engine's weights on the devices, but step "
-        f"'{away}' took it away; put 'weights_restored' or a swap between"
+        f"'{away}' removed it; put 'weights_restored' or a swap between"
     )
 
 
@@ -261,8 +262,8 @@ def test_after_a_drop_of_the_weights_either_swap_makes_a_generate_legal():
 @pytest.mark.parametrize("use", ["weights_streamed", "weights_offloaded", "weights_dropped"])
 def test_a_slot_that_shares_the_weights_has_to_be_released_before_they_are_freed(use):
     assert refusal([*SWAPPED, "it"], it={"use": use}) == (
-        "pipeline: step 'it' must not meet an engine on the arrays of slot 'param_dict', which "
-        "step 'weights_swapped_from_mllm' left; release slot 'param_dict' before it"
+        "pipeline: step 'it' requires an engine on the arrays of slot 'param_dict' to be absent, but "
+        "step 'weights_swapped_from_mllm' created it; release slot 'param_dict' before it"
     )
     assert accepted([*SWAPPED, "after_cleanup", "it"], it={"use": use})
 
@@ -279,7 +280,7 @@ def test_a_slot_used_after_its_release_is_refused_with_the_step_that_released_it
     names = [*SWAPPED, "after_cleanup", "param_sharing_check"]
     assert refusal(names) == (
         "pipeline: step 'param_sharing_check' needs a parameter set in slot 'param_dict', but step "
-        "'after_cleanup' took it away; build slot 'param_dict' before it"
+        "'after_cleanup' removed it; build slot 'param_dict' before it"
     )
 
 
@@ -294,15 +295,15 @@ def test_a_slot_released_twice_is_refused_with_both_steps_named():
     names = [*SWAPPED, "after_cleanup", "cleaned_again"]
     assert refusal(names, cleaned_again={"use": "release", "slots": ["param_dict"]}) == (
         "pipeline: step 'cleaned_again' needs a parameter set in slot 'param_dict', but step "
-        "'after_cleanup' took it away; build slot 'param_dict' before it"
+        "'after_cleanup' removed it; build slot 'param_dict' before it"
     )
 
 
 def test_a_slot_built_twice_is_refused_with_both_steps_named():
     names = [*SWAPPED, "built_again"]
     assert refusal(names, built_again={"use": "param_dict", "slot": "param_dict"}) == (
-        "pipeline: step 'built_again' must not meet a parameter set in slot 'param_dict', which "
-        "step 'sglang_param_dict_ready' left; give the slot another name"
+        "pipeline: step 'built_again' requires a parameter set in slot 'param_dict' to be absent, but "
+        "step 'sglang_param_dict_ready' created it; give the slot another name"
     )
 
 
@@ -315,15 +316,15 @@ def test_a_slot_built_from_released_host_parameters_is_refused():
     ]
     assert refusal(names) == (
         "pipeline: step 'sglang_param_dict_ready' needs the host parameters 'mllm', but step "
-        "'after_drop_mllm_params_cpu' took it away; load 'mllm' before it"
+        "'after_drop_mllm_params_cpu' removed it; load 'mllm' before it"
     )
 
 
 def test_host_parameters_loaded_twice_are_refused():
     names = ["mllm_params_cpu_ready", "loaded_again"]
     assert refusal(names, loaded_again={"use": "mllm_params_cpu_ready"}) == (
-        "pipeline: step 'loaded_again' must not meet the host parameters 'mllm', which step "
-        "'mllm_params_cpu_ready' left; give them another name"
+        "pipeline: step 'loaded_again' requires the host parameters 'mllm' to be absent, but step "
+        "'mllm_params_cpu_ready' created it; give them another name"
     )
 
 
@@ -337,7 +338,7 @@ def test_a_sharing_check_of_a_slot_that_was_not_swapped_in_is_refused():
 
 def test_a_sharing_check_after_another_swap_is_refused_with_that_swap():
     names = [*SWAPPED, "second_dict", "second_swap", "param_sharing_check"]
-    assert "an engine on the arrays of slot 'param_dict', but step 'second_swap' took it away" in (
+    assert "an engine on the arrays of slot 'param_dict', but step 'second_swap' removed it" in (
         refusal(names, **options_for(names, swap_options()))
     )
 
@@ -380,8 +381,8 @@ def test_an_engine_before_the_devices_is_refused():
 def test_a_second_engine_is_refused():
     names = [*READY, "second"]
     assert refusal(names, second={"use": "engine_ready_dummy"}) == (
-        "pipeline: step 'second' must not meet a started engine, which step 'engine_ready_dummy' "
-        "left; leave the step out"
+        "pipeline: step 'second' requires a started engine to be absent, but step 'engine_ready_dummy' "
+        "created it; leave the step out"
     )
 
 
@@ -435,6 +436,21 @@ def test_the_ledger_after_each_default_step_is_the_expected_one():
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     found = {p.step.step: led.pools for p, led in zip(planned, ledgers, strict=True)}
     assert found == EXPECTED
+
+
+class Unusual(WorkerPhase):
+    """Fills a slot with something that is no parameter set, and the engine's programs."""
+
+    effect = Effect(adds=(facts.slot("odd"),), pools={slot_pool("odd"): Size.KV, PROGRAM: Size.KV})
+
+
+def test_a_pool_that_a_phase_names_keeps_its_size_until_the_facts_change_it():
+    names = ["jax_ready", "gone"]
+    jax, release = build(names, gone={"use": "release", "slots": ["odd"]})
+    planned = check_order([Unusual("odd"), jax, release])
+    held = [ledger.pools for ledger in plan_ledgers(planned, SIZES, devices=2)]
+    named = {slot_pool("odd"): K, PROGRAM: K}
+    assert held == [named, named, {PROGRAM: K}]
 
 
 def test_the_second_swap_gives_the_bytes_of_the_first_slot_back_to_that_slot():
@@ -598,4 +614,3 @@ def test_an_order_is_accepted_exactly_if_a_person_would_and_its_ledgers_are_cons
     planned = check_order(build(names))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     assert [ledger.pools for ledger in ledgers] == pools
-    assert [KV in led.pools for led in ledgers] == [facts.KV_LIVE in p.facts for p in planned]

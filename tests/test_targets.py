@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpipe.errors import InputError
-from kvpipe.ledger import KV, PARAMS
-from kvpipe.phase import Size
+from kvpipe.ledger import KV, PARAMS, Size
 from kvpipe.plan import KvCapacity, check_order, engine_kv_bytes, judge, plan_ledgers
 from kvpipe.schema import EngineConfig
 from kvpipe.targets import Target, find_target

@@ -9,7 +9,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.errors import InputError
-from kvpipe.phase import Size
+from kvpipe.ledger import Size
 from kvpipe.schema import TrainerConfig
 from tests.conftest import DEVICES, engine_config
 
@@ -100,7 +100,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
     change = made.start(given)
     planned, begun = layout.sizes, kinds()
     assert held() == planned
-    assert change.set_bytes == change.changed_bytes == sum(map(sum, planned.values()))
+    assert change.nbytes == change.changed_bytes == sum(map(sum, planned.values()))
 
     params = {name: jax.numpy.asarray(array).astype(config.dtype) for name, array in given.items()}
     transformation = optimizer(config)
@@ -119,7 +119,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
     assert not any(map(np.array_equal, values(made.params), values(given)))
 
     assert (held(), kinds()) == (planned, begun)
-    assert report.in_place_bytes == report.set_bytes == change.set_bytes
+    assert report.in_place_bytes == report.set_bytes == change.nbytes
     assert report.peak_bytes == report.in_use_bytes + report.temp_bytes
     made.drop()
     assert not any(made.sets.values())
