@@ -122,12 +122,13 @@ def plan_ledgers(
         sizes: bytes on each device for each size that a pool can have.
         devices: number of devices of the mesh.
     """
+    nothing: PerDevice = (0,) * devices
     ledgers = []
     for item in planned:
         ledger = Ledger(devices)
         for pool, size in item.pools.items():
-            if size is not Size.NOTHING:
-                ledger = ledger.with_pool(pool, sizes[size])
+            held = nothing if size is Size.NOTHING else sizes[size]
+            ledger = ledger.with_pool(pool, held)
         ledgers.append(ledger)
     return tuple(ledgers)
 

@@ -15,6 +15,7 @@ from kvpipe.plan import (
     planned_phases,
 )
 from tests.helpers_config import build, default_names
+from tests.sop import STEPS
 
 # Bytes per device of a parameter set and of the KV cache; no sum of some equals one of another.
 P, K = (1_000, 1_001), (30_000, 30_000)
@@ -410,7 +411,7 @@ def test_every_fact_that_a_default_step_may_miss_or_meet_has_a_meaning():
             assert facts.meaning(fact).what
 
 
-# What is on the devices after each default step, written by hand.
+# Pools after each step of the SOP, written by hand.
 EXPECTED = {
     "wandb_init": {},
     "jax_ready": {},
@@ -431,8 +432,8 @@ EXPECTED = {
 }
 
 
-def test_the_ledger_after_each_default_step_is_the_expected_one():
-    planned = check_order(build(default_names()))
+def test_the_ledger_after_each_step_of_the_sop_is_the_expected_one():
+    planned = check_order(build(STEPS))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     found = {p.step.step: led.pools for p, led in zip(planned, ledgers, strict=True)}
     assert found == EXPECTED
@@ -472,8 +473,8 @@ def test_a_record_of_the_plan_has_the_sums_and_the_fullest_device():
 
 
 def verdict(hbm_bytes, page_size=1, tokens=299):
-    """Return the fit of the default pipeline: at most P + K + P = 32002 bytes on a device."""
-    planned = check_order(build(default_names()))
+    """Return the fit of the SOP: at most P + K + P = 32002 bytes on a device."""
+    planned = check_order(build(STEPS))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     return judge(planned, ledgers, hbm_bytes, KvCapacity(K[0], tokens, page_size))
 
@@ -513,7 +514,7 @@ def test_no_capacity_helps_where_the_parameters_alone_do_not_fit():
 
 
 class Devices:
-    """An independent account of what the default steps do, as a person would keep it."""
+    """An independent account of the effects of the SOP's steps, as a person would keep it."""
 
     def __init__(self):
         self.jax = self.engine = self.wandb = self.real = self.used = self.kv = False
@@ -579,8 +580,8 @@ class Devices:
 
 @st.composite
 def orders(draw):
-    """Orders of the default steps, wandb_init first: any, or the default with a few moved."""
-    first, *rest = default_names()
+    """Orders of the SOP's steps, wandb_init first: any, or the SOP's with a few moved."""
+    first, *rest = STEPS
     if draw(st.booleans()):
         return [first, *draw(st.permutations(rest))]
     for _ in range(draw(st.integers(1, 3))):
@@ -591,7 +592,7 @@ def orders(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(orders())
-@example(default_names())
+@example(STEPS)
 def test_an_order_is_accepted_exactly_if_a_person_would_and_its_ledgers_are_consistent(names):
     devices = Devices()
     first_illegal = None

@@ -1,6 +1,6 @@
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpipe.errors import InputError
@@ -83,6 +83,7 @@ def fit(hbm_bytes, params, token_bytes, page_size, tokens, fraction):
     return judge(planned, ledgers, hbm_bytes, KvCapacity(kv_bytes, tokens, page_size, engine_bytes))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["v4:2x2x1", "v5e:2x2x1", "v5p:2x2x1", "v6e:2x2x1"]),
     st.integers(1, 20 * GIB),
