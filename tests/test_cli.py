@@ -14,7 +14,7 @@ from kvpipe.schema import Kvpipe
 from kvpipe.steps import phase_names
 from kvpipe.suggest import nearest
 from kvpipe.sweeps.group import grouped
-from tests.helpers_config import EXPERIMENTS
+from tests.helpers_config import EXPERIMENTS, default_names
 from tests.sinks.pipeline_records import passed
 
 STEPS = ", ".join(phase_names())
@@ -364,7 +364,7 @@ STEP_COUNTS = {
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_passes_the_check_in_one_line(kvpipe, tmp_path, experiment):
-    steps = STEP_COUNTS.get(experiment, 16)
+    steps = STEP_COUNTS.get(experiment, len(default_names()))
     out = f"{experiment}: {steps} steps, their order holds\n"
     assert kvpipe("check", f"+experiment={experiment}") == Answer(0, out, "")
     assert files(tmp_path) == []
@@ -372,7 +372,7 @@ def test_every_experiment_passes_the_check_in_one_line(kvpipe, tmp_path, experim
 
 def test_an_experiment_of_ones_own_is_found_in_a_directory_of_ones_own(kvpipe, tmp_path):
     where = write_experiment(tmp_path, "# @package _global_\nexperiment: mine\n")
-    out = "mine: 16 steps, their order holds\n"
+    out = f"mine: {len(default_names())} steps, their order holds\n"
     assert kvpipe("check", *where, "+experiment=mine") == Answer(0, out, "")
 
 
@@ -444,13 +444,19 @@ def test_a_defect_of_an_experiment_file_is_told_in_one_line(kvpipe, tmp_path, te
 
 def test_a_sweep_checks_each_job_and_leaves_nothing(kvpipe, tmp_path):
     answer = kvpipe("check", "-m", "engine.max_total_tokens=512,1024")
-    assert (answer.code, answer.out) == (0, "tiny: 16 steps, their order holds\n" * 2)
+    assert (answer.code, answer.out) == (
+        0,
+        f"tiny: {len(default_names())} steps, their order holds\n" * 2,
+    )
     assert files(tmp_path) == []
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
     answer = kvpipe("check", "-m", "engine.tp_size=0,2")
-    assert (answer.code, answer.out) == (2, "tiny: 16 steps, their order holds\n")
+    assert (answer.code, answer.out) == (
+        2,
+        f"tiny: {len(default_names())} steps, their order holds\n",
+    )
     assert answer.err.count("kvpipe: engine.tp_size is 0, it has to be at least 1\n") == 1
     assert "Error executing job" not in answer.err
 
@@ -592,7 +598,8 @@ def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path):
 
 def test_check_takes_about_a_second(tmp_path):
     answer, ratio = beside_hydra("check", "+experiment=qwen25_3b_bigkv", cwd=tmp_path)
-    assert answer == Answer(0, "qwen25_3b_bigkv: 16 steps, their order holds\n", "")
+    steps = len(default_names())
+    assert answer == Answer(0, f"qwen25_3b_bigkv: {steps} steps, their order holds\n", "")
     assert ratio < QUICK
 
 

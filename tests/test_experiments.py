@@ -10,7 +10,7 @@ from kvpipe.model_dir import check_model
 from kvpipe.plan import check_order
 from kvpipe.prompt import read_prompt
 from kvpipe.steps import build_steps
-from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, config_of
+from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, config_of, default_names
 from tests.sop import STEPS
 
 # The SOP's script gives the prompt as base64; this is the SHA-256 of what that decodes to.
@@ -73,7 +73,7 @@ COMPARE = {
 REPORT = {"dir": None}
 TINY = {
     "experiment": "tiny",
-    "pipeline": STEPS,
+    "pipeline": default_names(),
     "phases": PHASES,
     "repeat": None,
     "model": {
@@ -147,7 +147,7 @@ TINY = {
 
 BIGKV = {
     "experiment": "qwen25_3b_bigkv",
-    "pipeline": STEPS,
+    "pipeline": default_names(),
     "phases": PHASES,
     "repeat": None,
     "model": {
@@ -221,6 +221,10 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "tiny_rl_cycle",
         "tiny_stream",
     ]
+
+
+def test_the_default_pipeline_has_the_steps_of_the_sop_in_their_order():
+    assert [step for step in default_names() if step in STEPS] == STEPS
 
 
 def test_tiny_is_composed_of_exactly_these_values():
