@@ -1,7 +1,7 @@
 """The loop in the worker: run each step, measure after it, compare with the plan, emit a record.
 
 A record is emitted for the step that fails too: out of memory is exactly when memory matters. After
-a failure the steps that clean are still run.
+a failure, steps that are declared to run always still run.
 """
 
 import time
@@ -90,8 +90,8 @@ def run(
 ) -> Failure | None:
     """Run the jobs in order, each with its record; return the first failure.
 
-    After one only steps that clean are run. With ``runner.on_error=continue`` the failure of a step
-    that only measures does not count as one until the end. Several hosts run in lockstep: at the
+    After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. After that of a step with
+    ``OnFailure.MAY_CONTINUE`` all steps run if ``runner.on_error=continue``. Several hosts run in lockstep: at the
     end of each step every one knows what all have of it, and does the same.
 
     Args:
