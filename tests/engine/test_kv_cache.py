@@ -63,10 +63,8 @@ def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(real_engine: Any) -
         kv_cache.drop(real_engine)
         rebuilt = kv_cache.rebuild(real_engine, tokens)
         compilations.take()
-        assert (
-            rebuilt.changed_bytes == rebuilt.fused_bytes_total == 3 * (tokens + 1) * 2 * 4 * 128 * 2
-        )
-        assert sum(memory.bytes_of(kv_cache.buffers(real_engine))) == rebuilt.fused_bytes_total
+        assert rebuilt.changed_bytes == rebuilt.nbytes == 3 * (tokens + 1) * 2 * 4 * 128 * 2
+        assert sum(memory.bytes_of(kv_cache.buffers(real_engine))) == rebuilt.nbytes
         assert real_engine.max_total_tokens == tokens
         assert real_engine.generate("Hello", greedy(16)).token_ids == first.token_ids
         assert real_engine.flush()["free_tokens"] == tokens
@@ -161,13 +159,13 @@ def test_an_offloaded_cache_comes_back_with_its_prefixes_and_the_same_ids(
     without = real_engine.generate(prompt, greedy(8))
     with_kv = memory.bytes_in_use()
     dropped, kept = kv_cache.offload(real_engine)
-    assert -dropped.changed_bytes == dropped.fused_bytes_total
-    assert 0 < kept.nbytes <= dropped.fused_bytes_total
+    assert -dropped.changed_bytes == dropped.nbytes
+    assert 0 < kept.nbytes <= dropped.nbytes
     second_set = weights.build(real_engine, tiny_weights)
     for array in second_set.values():
         array.delete()
     restored = kv_cache.restore(real_engine, kept)
-    assert restored.changed_bytes == restored.fused_bytes_total
+    assert restored.changed_bytes == restored.nbytes
     assert memory.bytes_in_use() == with_kv
     after = real_engine.generate(prompt, greedy(8))
     assert after.token_ids == without.token_ids == first.token_ids
@@ -184,7 +182,7 @@ def test_more_tokens_than_one_block_survive_an_offload(
     real_engine.generate("two and", greedy(20))
     dropped, kept = kv_cache.offload(real_engine)
     assert len(kept.starts) >= 3
-    assert kept.nbytes == dropped.fused_bytes_total * 7 * len(kept.starts) // 1025
+    assert kept.nbytes == dropped.nbytes * 7 * len(kept.starts) // 1025
     kv_cache.restore(real_engine, kept)
     again = real_engine.generate("one", greedy(20))
     assert again.cached_tokens > 0
