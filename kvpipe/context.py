@@ -1,7 +1,8 @@
-"""What the phases of one run share.
+"""State that the phases of one run share.
 
-The worker's context holds the engine and what phases hand to each other: parameter sets on the
-devices (slots), parameter trees on the host, and generated outputs. The parent's has the tracker.
+The worker's context holds the engine and what phases pass to each other: parameter sets on the
+devices (slots), parameter trees on the host, offloaded state and generated outputs. The parent's has
+the tracker.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpipe.errors import KvpipeError, PhaseError
+from kvpipe.errors import PhaseError
 from kvpipe.model_dir import find_model
+from kvpipe.output import Output
 from kvpipe.schema import Kvpipe
 
 if TYPE_CHECKING:
@@ -21,40 +23,21 @@ if TYPE_CHECKING:
     from kvpipe.trainer.state import Trainer
 
 
-@dataclass(frozen=True)
-class Output:
-    """A generated text.
-
-    Attributes:
-        text: the new text, without the prompt.
-        token_ids: ids of the new tokens.
-        prompt_tokens: length of the prompt in tokens.
-        cached_tokens: how many of those were found in the prefix cache.
-        raw: the engine's whole answer, JSON-serialisable.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    raw: Mapping[str, Any]
-
-
 @dataclass
 class WorkerContext:
-    """Shared by the phases of the worker.
+    """State that the phases of the worker share.
 
     Attributes:
         config: the config that runs.
-        prompt: the prompt that generates take.
+        prompt: the prompt of every generate.
         slots: named parameter sets on the devices: engine path → array.
         host: named parameter trees on the host.
         outputs: outputs by step name.
-        kv: what was offloaded of the KV cache, else None.
-        weights: the engine's offloaded weights, else None.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
-        trainer: the trainer, on the devices or offloaded, else None.
+        host_kv: the offloaded KV cache, else None.
+        host_weights: the engine's offloaded weights, else None.
+        made_trainer: the trainer, on the devices or offloaded, else None.
         step_peaks: most bytes in use during each training step, over all devices, by step name.
     """
 
@@ -63,11 +46,11 @@ class WorkerContext:
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
-    kv: "HostKv | None" = None
-    weights: "HostWeights | None" = None
     jax_ready: bool = False
     started: "SglangEngine | None" = None
-    trainer: "Trainer | None" = None
+    host_kv: "HostKv | None" = None
+    host_weights: "HostWeights | None" = None
+    made_trainer: "Trainer | None" = None
     step_peaks: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -80,35 +63,80 @@ class WorkerContext:
         """Whether no thread of the engine has failed; true too if none was started."""
         return self.started is None or not self.started.failure.happened
 
-    def output_of(self, step: str) -> Output:
-        """Return what ``step`` generated.
-
-        Raises:
-            PhaseError: it failed before.
-        """
-        if step not in self.outputs:
-            raise PhaseError(f"step {step!r}, which failed, left no output to compare with")
-        return self.outputs[step]
-
     @property
     def engine(self) -> "SglangEngine":
         """The live engine.
 
         Raises:
-            KvpipeError: it has not been started.
+            PhaseError: it has not been started.
         """
-        if self.started is None:
-            raise KvpipeError("the engine has not been started")
-        return self.started
+        return _present(self.started, "the engine has not been started")
+
+    @property
+    def trainer(self) -> "Trainer":
+        """The trainer, on the devices or offloaded.
+
+        Raises:
+            PhaseError: there is none.
+        """
+        return _present(self.made_trainer, "there is no trainer")
+
+    @property
+    def offloaded_kv(self) -> "HostKv":
+        """The offloaded KV cache.
+
+        Raises:
+            PhaseError: there is none.
+        """
+        return _present(self.host_kv, "there is no offloaded KV cache")
+
+    @property
+    def offloaded_weights(self) -> "HostWeights":
+        """The engine's offloaded weights.
+
+        Raises:
+            PhaseError: there are none.
+        """
+        return _present(self.host_weights, "there are no offloaded weights")
+
+    def output_of(self, step: str) -> Output:
+        """Return the output of ``step``.
+
+        Raises:
+            PhaseError: it has none, because it failed.
+        """
+        failed = f"step {step!r}, which failed, left no output to compare with"
+        return _present(self.outputs.get(step), failed)
+
+    def hf_weights(self, source: str | None) -> Mapping[str, Any]:
+        """Return weights by Hugging Face name, in Hugging Face layout.
+
+        Args:
+            source: name of a host tree; None is the model's files.
+
+        Raises:
+            InputError: the checkpoint is missing or damaged.
+        """
+        from kvpipe.checkpoints.mllm import HfView
+        from kvpipe.checkpoints.safetensors import Checkpoint
+
+        return HfView(self.host[source]) if source else Checkpoint.open(self.model_dir)
+
+
+def _present[T](value: T | None, if_missing: str) -> T:
+    """Return ``value``, or raise PhaseError with ``if_missing`` if it is None."""
+    if value is None:
+        raise PhaseError(if_missing)
+    return value
 
 
 @dataclass(frozen=True)
 class ParentContext:
-    """Shared by the phases of the parent.
+    """State that the phases of the parent share.
 
     Attributes:
         config: the config that runs.
-        start_tracking: begin the W&B run; returns what it is called and where it writes.
+        start_tracking: begin the W&B run; returns its name and where it writes.
     """
 
     config: Kvpipe

@@ -1,23 +1,17 @@
-"""Repeated steps: their names, and what must not drift from cycle to cycle.
+"""Names of repeated steps.
 
 A pipeline may repeat a stretch of its steps (``repeat`` in the config). The steps of cycle k ≥ 2 are
-called ``name#k``. From the third cycle on every byte has to be where it was in the cycle before; the
-second may differ from the first, which compiles.
+called ``name#k``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpipe.errors import InputError
-from kvpipe.ledger import Ledger
-from kvpipe.measurement import Measurement
-from kvpipe.phase import Result
-from kvpipe.records import check_equal
 from kvpipe.schema import RepeatConfig
 from kvpipe.suggest import nearest
 
 CYCLE_MARK = "#"
-_FIRST_SETTLED_CYCLE = 2
 
 
 def base_name(step: str) -> str:
@@ -91,30 +85,3 @@ def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:
             "'first' and 'last' are the ends of the stretch, in its order"
         )
     return slice(start, end)
-
-
-class Cycles:
-    """Compares each repeated step with the same step of the cycle before."""
-
-    def __init__(self) -> None:
-        self._settled_rss: dict[str, int] = {}
-        self._before: dict[str, Ledger] = {}
-
-    def compare(self, step: str, measured: Measurement) -> Result:
-        """Return the drift since the cycle before, for a step of the third cycle or later."""
-        if measured.ledger is None:
-            return Result()
-        base, cycle = base_name(step), cycle_of(step)
-        rss = measured.memory.process_rss_bytes
-        before = self._before.get(base)
-        self._before[base] = measured.ledger
-        if cycle < _FIRST_SETTLED_CYCLE or before is None:
-            return Result()
-        first_rss = self._settled_rss.setdefault(base, rss)
-        fields = {"cycle": cycle, "rss_drift_bytes": rss - first_rss}
-        if cycle == _FIRST_SETTLED_CYCLE:
-            return Result(fields)
-        drift = check_equal(
-            "cycle_ledger", before.totals(), measured.ledger.totals(), "the cycle before"
-        )
-        return Result(fields, (drift,))

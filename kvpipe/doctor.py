@@ -149,7 +149,7 @@ def _wandb(
 ) -> Iterator[Finding]:
     """Check W&B for the configured mode, without showing the key."""
     mode = config.tracking.mode
-    used = any(facts.WANDB in planned.effect.leaves for planned in check_order(steps))
+    used = any(facts.WANDB in planned.effect.adds for planned in check_order(steps))
     needed = used and mode is TrackingMode.online
     short = Level.WARN if config.tracking.fallback_offline else Level.BAD
     try:

@@ -1,10 +1,12 @@
-"""The vocabulary of states that phases need, leave and take away.
+"""The vocabulary of states that phases need, add and remove, and the pools that follow from them.
 
-A fact is a short string that is true or not at a point of the pipeline. Phases speak of each other
-only through facts, so that no phase has to know another phase.
+A fact is a short string that is true or false at a point of the pipeline. Phases refer to each other
+only through facts, so that no phase needs to know another phase.
 """
 
 from dataclasses import dataclass
+
+from kvpipe.ledger import KV, PARAMS, TRAINER_SETS, KvTokens, PoolSize, Size, slot_pool
 
 WANDB = "wandb"
 JAX = "jax"
@@ -19,6 +21,9 @@ WEIGHTS_REAL = "weights:real"
 TRAINER_LIVE = "trainer:live"
 TRAINER_OFFLOADED = "trainer:offloaded"
 TRAINER_AHEAD = "trainer:ahead"
+
+PREFIX_CACHE = (KV_WRITTEN, KV_STALE, KV_OFFLOADED)
+"""Facts about the contents of the prefix cache; a flush removes all of them."""
 
 
 def slot(name: str) -> str:
@@ -47,10 +52,34 @@ def own_kv_tokens(facts: frozenset[str]) -> int | None:
     return next((int(f.removeprefix(prefix)) for f in facts if f.startswith(prefix)), None)
 
 
-def shared_slots(facts: frozenset[str]) -> list[str]:
-    """Return the slots whose arrays the engine computes with."""
-    prefix = shared("")
-    return sorted(fact.removeprefix(prefix) for fact in facts if fact.startswith(prefix))
+def shared_in(facts: frozenset[str]) -> tuple[str, ...]:
+    """Return those of ``facts`` that say which slots share their arrays with the engine."""
+    return tuple(sorted(fact for fact in facts if fact.startswith(shared(""))))
+
+
+def pools(facts: frozenset[str]) -> dict[str, PoolSize]:
+    """Return the size of each pool that follows from ``facts``; all others hold nothing."""
+    held: dict[str, PoolSize] = {}
+    if WEIGHTS_LIVE in facts:
+        held[PARAMS] = Size.PARAMS
+    if KV_LIVE in facts:
+        tokens = own_kv_tokens(facts)
+        held[KV] = KvTokens(tokens) if tokens else Size.KV
+    names = sorted(fact.removeprefix(slot("")) for fact in facts if fact.startswith(slot("")))
+    held |= {slot_pool(name): Size.PARAMS for name in names if shared(name) not in facts}
+    if TRAINER_LIVE in facts:
+        held |= {slot_pool(size): size for size in TRAINER_SETS}
+    return held
+
+
+def changed_pools(before: frozenset[str], after: frozenset[str]) -> dict[str, PoolSize]:
+    """Return the size of each pool that a change of facts changes."""
+    was, now = pools(before), pools(after)
+    return {
+        pool: now.get(pool, Size.NOTHING)
+        for pool in {**was, **now}
+        if was.get(pool) != now.get(pool)
+    }
 
 
 def output(step: str) -> str:
@@ -65,12 +94,12 @@ def trained(step: str) -> str:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a fact means, for messages.
+    """Meaning of a fact, for messages.
 
     Attributes:
         what: the fact in words.
-        if_missing: what to do when a step needs it and it is not there.
-        if_present: what to do when a step must not meet it and it is there.
+        if_missing: what to do when a step needs it and it is missing.
+        if_present: what to do when a step forbids it and it is present.
     """
 
     what: str
@@ -115,7 +144,7 @@ _MEANINGS = {
         "restore or drop it before",
     ),
     TRAINER_AHEAD: Meaning(
-        "trained weights that the engine has not got",
+        "trained weights that are not synced to the engine",
         "put 'train_step' before it",
         "put 'weights_synced' between, or set unsynced=true for this step",
     ),
@@ -123,7 +152,7 @@ _MEANINGS = {
 
 
 def meaning(fact: str) -> Meaning:
-    """Return what ``fact`` means.
+    """Return the meaning of ``fact``.
 
     Raises:
         KeyError: it is not in the vocabulary.

@@ -3,11 +3,13 @@
 A pool is ``params``, ``kv``, ``program``, ``slot:<name>`` or ``other``; a plan keeps the trainer's
 programs apart from the engine's, as ``program:trainer``. Bytes are integers; no
 rounding happens here. The plan predicts a ledger for each step, the probe measures one, and
-:func:`differences` compares the two.
+:func:`differences` compares the two. A :class:`Change` is what one verb did to the bytes in use.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Self
 
 PARAMS = "params"
 KV = "kv"
@@ -16,6 +18,41 @@ TRAINER_PROGRAM = "program:trainer"
 OTHER = "other"
 
 PerDevice = tuple[int, ...]
+
+TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
+TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
+"""The trainer's programs: an update of its tree, and the transfer of that tree into the engine."""
+
+
+class Size(StrEnum):
+    """Size of a pool, by a name that a phase knows before anything is loaded."""
+
+    NOTHING = "nothing"
+    PARAMS = "params"
+    KV = "kv"
+    PROGRAM = "program"
+    TRAINER_PROGRAM = "program:trainer"
+    TRAINER_PARAMS = "trainer_params"
+    TRAINER_GRADIENTS = "trainer_gradients"
+    TRAINER_MOMENTS = "trainer_moments"
+
+
+TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENTS)
+"""The trainer's sets of arrays. Each is in the slot of its own name."""
+
+
+@dataclass(frozen=True)
+class KvTokens:
+    """Size of a KV cache whose capacity is not ``engine.max_total_tokens``.
+
+    Attributes:
+        tokens: its capacity; the engine allocates whole pages of it.
+    """
+
+    tokens: int
+
+
+PoolSize = Size | KvTokens
 
 
 def slot_pool(name: str) -> str:
@@ -68,6 +105,34 @@ class Ledger:
     def per_device(self) -> PerDevice:
         """Bytes over all pools, for each device."""
         return tuple(sum(sizes[i] for sizes in self.pools.values()) for i in range(self.devices))
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of the bytes in use that a verb of the engine or of the trainer caused.
+
+    All bytes are over all devices.
+
+    Attributes:
+        nbytes: bytes of the arrays that it freed or placed, from their shapes and shardings.
+        changed_bytes: bytes in use after it minus before it, measured.
+        replaced_bytes: bytes of the arrays that the placed ones replaced.
+        fields: what the record of the phase says about it.
+    """
+
+    nbytes: int
+    changed_bytes: int
+    replaced_bytes: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that came free."""
+        return -self.changed_bytes
+
+    def with_fields(self, **fields: Any) -> Self:
+        """Return this change with more fields for the record."""
+        return replace(self, fields={**self.fields, **fields})
 
 
 def is_contracted(pool: str) -> bool:

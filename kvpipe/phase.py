@@ -1,159 +1,163 @@
-"""What a phase is: what it needs, what it leaves, its effect on the ledger, and how it runs.
+"""The base of every phase: what it declares, how it runs, what it returns.
 
-A phase is a frozen dataclass whose fields are its options, so the config is checked against the
-very class that runs. It is the one subclass of :class:`Phase` in ``phases/<use>.py``. Phases never
-name each other: they meet through facts (:mod:`kvpipe.facts`) and the contexts
+A phase is the one subclass of :class:`Phase` in ``phases/<use>.py``. The base class makes it a frozen
+dataclass; its fields are its options, so the config is checked against the very class that runs.
+Phases never name each other: they meet through facts (:mod:`kvpipe.facts`) and the contexts
 (:mod:`kvpipe.context`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self, dataclass_transform
 
-from kvpipe.ledger import slot_pool
-
-if TYPE_CHECKING:
-    from kvpipe.context import ParentContext, WorkerContext
-    from kvpipe.cycles import Cycle
-    from kvpipe.records import Check
-    from kvpipe.schema import Kvpipe
+from kvpipe.context import ParentContext, WorkerContext
+from kvpipe.cycles import Cycle
+from kvpipe.ledger import Change, PoolSize
+from kvpipe.records import Check, check_equal
+from kvpipe.schema import Kvpipe
 
 
-class Size(StrEnum):
-    """A size that a phase can name before anything is loaded; abstract shapes resolve it."""
-
-    NOTHING = "nothing"
-    PARAMS = "params"
-    KV = "kv"
-    PROGRAM = "program"
-    TRAINER_PROGRAM = "program:trainer"
-    TRAINER_PARAMS = "trainer_params"
-    TRAINER_GRADIENTS = "trainer_gradients"
-    TRAINER_MOMENTS = "trainer_moments"
-
-
-TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENTS)
-"""What a trainer holds. Each is in the slot of its own name."""
-
-
-TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
-TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
-"""The programs that a trainer runs: an update of its tree, and that tree's way into the engine."""
-
-
-def trainer_pools(live: bool) -> dict[str, Size]:
-    """Return what the trainer's slots hold while it is on the devices, or while it is not."""
-    return {slot_pool(size): size if live else Size.NOTHING for size in TRAINER_SETS}
-
-
-class Kind(StrEnum):
-    """What a failure of a phase, or before it, means for the run.
+class OnFailure(StrEnum):
+    """Consequence of a failure of a phase.
 
     Attributes:
-        CHANGES: it brings about what later phases build on; after its failure they are left out.
-        MEASURES: it only looks; with ``runner.on_error=continue`` the run goes on after its failure.
-        CLEANS: it lets go of something; it is run after any failure, and has to bear that what it
-            lets go of was never there.
+        STOP: the run stops, because later phases build on this one.
+        MAY_CONTINUE: the run continues if ``runner.on_error=continue``, else it stops. For phases
+            that only measure.
+        ALWAYS_RUN: the run stops, and the phase itself runs after a failure of any other. For phases
+            that release something; it may never have been there.
     """
 
-    CHANGES = "changes"
-    MEASURES = "measures"
-    CLEANS = "cleans"
-
-
-@dataclass(frozen=True)
-class KvTokens:
-    """The size of a KV cache of another capacity than ``engine.max_total_tokens``.
-
-    Attributes:
-        tokens: its capacity; the engine gives whole pages of it.
-    """
-
-    tokens: int
-
-
-PoolSize = Size | KvTokens
+    STOP = "stop"
+    MAY_CONTINUE = "may_continue"
+    ALWAYS_RUN = "always_run"
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a phase does to the state: declared, so that it can be folded without running it.
+    """Effect of a phase on the state, declared so that it can be folded without running the phase.
 
     Attributes:
-        needs: facts that have to be true before it.
-        forbids: facts that must not be true before it.
-        leaves: facts that are true after it.
-        takes: facts that are no longer true after it.
-        pools: pool → the size that it holds after the phase.
-        runs: the programs that it runs, by the names that a plan gives them; their temporaries
-            count while it runs. Empty for a phase that runs the engine's steps, or none.
+        needs: facts that must be true before it.
+        forbids: facts that must be false before it.
+        adds: facts that are true after it.
+        removes: facts that are false after it.
+        pools: pool → its size after the phase, for pools that do not follow from the facts
+            (:func:`kvpipe.facts.pools`).
+        runs: the programs that it runs, by their names in a plan; their temporaries count while it
+            runs. Empty for a phase that runs the engine's steps, or none.
     """
 
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
+
+    def after(self, before: frozenset[str]) -> frozenset[str]:
+        """Return the facts after a phase with this effect."""
+        return (before - frozenset(self.removes)) | frozenset(self.adds)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a phase reports: fields for its record, and the checks that it made."""
+    """Result of a phase: fields for its record, and its checks."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
-    checks: tuple["Check", ...] = ()
+    checks: tuple[Check, ...] = ()
 
 
-@dataclass(frozen=True)
-class Phase:
+def freed(check: str, change: Change, group: str | None = None) -> Result:
+    """Return the result of a verb that freed arrays: exactly their bytes must have come free.
+
+    Args:
+        check: name of the check.
+        change: what the verb returned; the record gets its fields.
+        group: key of the record that holds the fields; None puts them into the record itself.
+    """
+    fields = {group: change.fields} if group else change.fields
+    return Result(fields, (check_equal(check, change.nbytes, change.freed_bytes),))
+
+
+def grown(check: str, change: Change, *others: Check, group: str | None = None) -> Result:
+    """Return the result of a verb that placed arrays: exactly their bytes must have been added.
+
+    The bytes of arrays that they replaced are subtracted.
+
+    Args:
+        check: name of the check.
+        change: what the verb returned; the record gets its fields.
+        others: more checks.
+        group: key of the record that holds the fields; None puts them into the record itself.
+    """
+    fields = {group: change.fields} if group else change.fields
+    added = change.nbytes - change.replaced_bytes
+    return Result(fields, (check_equal(check, added, change.changed_bytes), *others))
+
+
+@dataclass_transform(frozen_default=True)
+class _Frozen:
+    """Make every subclass a frozen dataclass."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(frozen=True)(cls)
+
+
+class Phase(_Frozen):
     """Base of every phase.
+
+    A subclass declares ``effect``, or overrides :meth:`effect_given` where the effect depends on its
+    options or on the facts before it. It may refuse a value in ``__post_init__``, with an InputError
+    that begins with the option's name.
 
     Attributes:
         step: name of the pipeline step, set when the step is built; not an option.
+        effect: its effect, if that is always the same.
+        on_failure: consequence of its failure.
+        runs_in: the process that runs it.
     """
 
     step: str
-    # A subclass may refuse a value in __post_init__: an InputError that begins with the option.
 
+    effect: ClassVar[Effect]
+    on_failure: ClassVar[OnFailure] = OnFailure.STOP
     runs_in: ClassVar[str] = "worker"
-    kind: ClassVar[Kind] = Kind.CHANGES
 
     @classmethod
-    def defaults(cls, config: "Kvpipe") -> dict[str, Any]:
-        """Return the option values that come from elsewhere in the config; a step overrides."""
+    def defaults(cls, config: Kvpipe) -> dict[str, Any]:
+        """Return the option values that come from elsewhere in the config; a step overrides them."""
         return {}
 
-    def in_later_cycle(self, first: str, cycle: "Cycle") -> Self:
-        """Return the phase as it is in a later cycle of a repeated stretch.
+    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
+        """Return the phase as it is in a later cycle of repeated steps.
 
         Args:
             first: the step's name in the first cycle.
-            cycle: the cycle that it is in.
+            cycle: the later cycle.
         """
         return self
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Declare what the phase needs and does, given the facts ``before`` it; no jax here."""
-        raise NotImplementedError
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        """Return the effect, given the facts before the phase; no jax here."""
+        return self.effect
 
 
-@dataclass(frozen=True)
 class WorkerPhase(Phase):
     """A phase that runs in the worker, beside the engine."""
 
-    def run(self, ctx: "WorkerContext") -> Result:
-        """Do it against the live engine."""
+    def run(self, ctx: WorkerContext) -> Result:
+        """Run the phase against the live engine."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class ParentPhase(Phase):
     """A phase that runs in the parent, before the worker is started; it has no jax."""
 
-    runs_in: ClassVar[str] = "parent"
+    runs_in = "parent"
 
-    def run(self, ctx: "ParentContext") -> Result:
-        """Do it in the parent process."""
+    def run(self, ctx: ParentContext) -> Result:
+        """Run the phase in the parent process."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""What can be known of a phase without running it, read off its own code.
+"""Description of a phase, read off its own code without running it.
 
-Options are the fields of its dataclass, their meanings its docstring's; what it needs and does is
-what it declares to the plan. So this cannot say anything else than what runs.
+Options are the fields of its dataclass, with the meanings of its docstring; its effect is the one that
+the plan folds. So the description cannot differ from what runs.
 """
 
 import importlib
@@ -43,13 +43,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Variant:
-    """What another value of an option changes in the effect.
+    """Difference that another value of an option makes to the effect.
 
     Attributes:
         option: the option.
         value: the value; ``NAME`` stands for any.
-        more: what the effect then has besides.
-        less: what it then has no longer.
+        more: parts that the effect has only with this value.
+        less: parts that it has only without it.
     """
 
     option: str
@@ -63,11 +63,12 @@ class PhaseDoc:
     """A phase.
 
     Attributes:
-        name: what ``use`` calls it.
-        summary: what it does, in a sentence.
+        name: its name in ``use``.
+        summary: its purpose, in a sentence.
         runs_in: ``worker`` (the engine's process) or ``parent``.
         options: its options.
-        effect: what it needs and does with its defaults; ``SLOT`` and ``STEP`` stand for any.
+        effect: its effect with its defaults, with every pool that it changes; ``SLOT`` and ``STEP``
+            stand for any.
         variants: what other values of its options change in that.
     """
 
@@ -80,7 +81,7 @@ class PhaseDoc:
 
 
 def describe(use: str, config: Kvpipe) -> PhaseDoc:
-    """Return what is known of the phase ``use``; some defaults come from ``config``.
+    """Return the description of the phase ``use``; some defaults come from ``config``.
 
     Raises:
         InputError: there is no such phase.
@@ -135,8 +136,12 @@ def _type_name(kind: Any) -> str:
 
 
 def _effect(cls: type[Phase], options: Mapping[str, Any]) -> Effect:
-    """Return what the phase declares, after a step that let some slot be shared."""
-    return cls(step="STEP", **options).effect(frozenset({facts.shared("SLOT")}))
+    """Return the effect of a phase after a swap of some slot, with every pool that it changes."""
+    effect = cls(step="STEP", **options).effect_given(frozenset({facts.shared("SLOT")}))
+    before = frozenset(effect.needs)
+    return replace(
+        effect, pools={**facts.changed_pools(before, effect.after(before)), **effect.pools}
+    )
 
 
 def _variants(
@@ -158,7 +163,7 @@ def _variants(
 
 
 def _other_values(option: Option) -> list[Any]:
-    """Return values worth trying: the other truth value, a number, a name, what the meaning names."""
+    """Return values to try: the other truth value, a number, a name, words that the meaning quotes."""
     match option.type:
         case "bool":
             return [not option.default]
@@ -177,10 +182,10 @@ def _other_values(option: Option) -> list[Any]:
 
 
 def _minus(a: Effect, b: Effect) -> Effect:
-    """Return what ``a`` has and ``b`` has not."""
+    """Return the parts of ``a`` that ``b`` lacks."""
     kept = {
         name: tuple(fact for fact in getattr(a, name) if fact not in getattr(b, name))
-        for name in ("needs", "forbids", "leaves", "takes")
+        for name in ("needs", "forbids", "adds", "removes")
     }
     pools = {pool: size for pool, size in a.pools.items() if b.pools.get(pool) != size}
     return Effect(**kept, pools=pools)

@@ -9,25 +9,27 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvpipe.errors import InputError
-from kvpipe.facts import meaning, own_kv_tokens
-from kvpipe.ledger import KV, Ledger, PerDevice
-from kvpipe.phase import TRAINER_PROGRAMS, Effect, KvTokens, Phase, PoolSize, Size
+from kvpipe.facts import changed_pools, meaning, own_kv_tokens
+from kvpipe.ledger import KV, TRAINER_PROGRAMS, KvTokens, Ledger, PerDevice, PoolSize, Size
+from kvpipe.phase import Effect, Phase
 from kvpipe.records import Fit, PlannedPhase, Program, RunPlanned
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step with what it declares at its place of the pipeline.
+    """A step with its effect at its place in the pipeline.
 
     Attributes:
         step: the step.
         effect: its effect, given the facts before it.
-        facts: what is true after it.
+        facts: the facts after it.
+        pools: pool → its size after the step; others have held nothing so far.
     """
 
     step: Phase
     effect: Effect
     facts: frozenset[str]
+    pools: Mapping[str, PoolSize]
 
 
 @dataclass(frozen=True)
@@ -80,49 +82,51 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
     """Fold the effects over the steps.
 
     Raises:
-        InputError: a step needs what is not there, or forbids what is; the message names the step,
-            the reason, the step that is to blame and what would be right.
+        InputError: a step needs a fact that is false, or forbids one that is true; the message names
+            the step, the fact, the step that caused it and what would be right.
     """
     facts: frozenset[str] = frozenset()
-    left_by: dict[str, str] = {}
-    taken_by: dict[str, str] = {}
+    pools: dict[str, PoolSize] = {}
+    added_by: dict[str, str] = {}
+    removed_by: dict[str, str] = {}
     planned = []
     for step in steps:
-        effect = step.effect(facts)
+        effect = step.effect_given(facts)
         for fact in effect.needs:
             if fact not in facts:
-                raise InputError(_missing(step.step, fact, taken_by.get(fact)))
+                raise InputError(_missing(step.step, fact, removed_by.get(fact)))
         for fact in effect.forbids:
             if fact in facts:
-                raise InputError(_forbidden(step.step, fact, left_by[fact]))
-        left_by |= dict.fromkeys(effect.leaves, step.step)
-        taken_by |= dict.fromkeys(effect.takes, step.step)
-        facts = (facts - frozenset(effect.takes)) | frozenset(effect.leaves)
-        planned.append(PlannedStep(step, effect, facts))
+                raise InputError(_forbidden(step.step, fact, added_by[fact]))
+        added_by |= dict.fromkeys(effect.adds, step.step)
+        removed_by |= dict.fromkeys(effect.removes, step.step)
+        before, facts = facts, effect.after(facts)
+        pools = {**pools, **changed_pools(before, facts), **effect.pools}
+        planned.append(PlannedStep(step, effect, facts, pools))
     return tuple(planned)
 
 
 def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
-    """Return the capacities in tokens that steps rebuild the KV cache to by themselves."""
-    held = (size for item in planned for size in item.effect.pools.values())
+    """Return the capacities in tokens, other than ``engine.max_total_tokens``, of the KV cache."""
+    held = (size for item in planned for size in item.pools.values())
     return frozenset(size.tokens for size in held if isinstance(size, KvTokens))
 
 
 def plan_ledgers(
     planned: Sequence[PlannedStep], sizes: Mapping[PoolSize, PerDevice], devices: int
 ) -> tuple[Ledger, ...]:
-    """Return the ledger after each step, from the size of a parameter set and of the KV cache.
+    """Return the ledger after each step.
 
     Args:
         planned: the checked steps.
-        sizes: bytes on each device for each size that a phase can name.
+        sizes: bytes on each device for each size that a pool can have.
         devices: number of devices of the mesh.
     """
     nothing: PerDevice = (0,) * devices
-    ledger = Ledger(devices)
     ledgers = []
     for item in planned:
-        for pool, size in item.effect.pools.items():
+        ledger = Ledger(devices)
+        for pool, size in item.pools.items():
             held = nothing if size is Size.NOTHING else sizes[size]
             ledger = ledger.with_pool(pool, held)
         ledgers.append(ledger)
@@ -230,15 +234,15 @@ def _whole_pages(tokens: int, page_size: int) -> int:
     return max(0, tokens // page_size * page_size)
 
 
-def _missing(step: str, fact: str, taken_by: str | None) -> str:
+def _missing(step: str, fact: str, removed_by: str | None) -> str:
     means = meaning(fact)
-    why = f"step {taken_by!r} took it away" if taken_by else "no step before it provides it"
+    why = f"step {removed_by!r} removed it" if removed_by else "no step before it provides it"
     return f"pipeline: step {step!r} needs {means.what}, but {why}; {means.if_missing}"
 
 
-def _forbidden(step: str, fact: str, left_by: str) -> str:
+def _forbidden(step: str, fact: str, added_by: str) -> str:
     means = meaning(fact)
     return (
-        f"pipeline: step {step!r} must not meet {means.what}, which step {left_by!r} left; "
-        f"{means.if_present}"
+        f"pipeline: step {step!r} requires {means.what} to be absent, but step {added_by!r} "
+        f"created it; {means.if_present}"
     )

@@ -18,9 +18,9 @@ from kvpipe import plan
 from kvpipe.child import send
 from kvpipe.engine import devices, shapes, training
 from kvpipe.errors import EngineError, InputError, KvpipeError
-from kvpipe.ledger import Ledger, PerDevice
+from kvpipe.ledger import TRAINER_PROGRAMS, TRAINER_SETS, Ledger, PerDevice, PoolSize, Size
 from kvpipe.model_dir import cache_dir
-from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, PoolSize, Size
+from kvpipe.phase import Phase
 from kvpipe.records import Program, RunPlanned
 from kvpipe.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.steps import build_steps
@@ -130,7 +130,7 @@ def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
 
 def trains(planned: Sequence[plan.PlannedStep]) -> bool:
     """Whether a step needs the sizes of a trainer."""
-    return any(size in TRAINER_SETS for item in planned for size in item.effect.pools.values())
+    return any(size in TRAINER_SETS for item in planned for size in item.pools.values())
 
 
 def _code_sizes(programs: Sequence[Program], count: int) -> dict[PoolSize, PerDevice]:

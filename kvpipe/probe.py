@@ -30,7 +30,7 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
         params=weights.parameters(engine).values() if engine else (),
         kv=kv_cache.buffers(engine) if engine else (),
         slots={name: arrays.values() for name, arrays in ctx.slots.items()}
-        | (ctx.trainer.sets if ctx.trainer else {}),
+        | (ctx.made_trainer.sets if ctx.made_trainer else {}),
     )
     stats = memory.device_stats()
     source = "device"

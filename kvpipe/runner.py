@@ -1,7 +1,7 @@
 """The worker's loop: run each step, measure after it, compare with the plan, emit a record.
 
 A step that fails gets its record too: out of memory is exactly when memory records matter. After a
-failure only the cleanup steps run.
+failure, only steps that are declared to run always still run.
 """
 
 import time
@@ -13,14 +13,14 @@ from typing import Any
 
 from kvpipe import probe, progress
 from kvpipe.context import WorkerContext
-from kvpipe.cycles import Cycles
+from kvpipe.drift import Drift
 from kvpipe.engine import lockstep
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import KvpipeError, failure_of
 from kvpipe.ledger import Ledger, differences
 from kvpipe.measurement import Measurement
-from kvpipe.phase import Kind, Result, WorkerPhase
+from kvpipe.phase import OnFailure, Result, WorkerPhase
 from kvpipe.process_memory import process_memory
 from kvpipe.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records import Check, Memory, PhaseRecord, RunPlanned
@@ -89,9 +89,10 @@ def run(
 ) -> Failure | None:
     """Run the jobs in order, each with its record; return the first failure.
 
-    After a failure only cleanup steps run. With ``runner.on_error=continue`` the failure of a step
-    that only measures does not stop the run, but fails it at the end. Several hosts run in
-    lockstep: at the end of each step they exchange results, so all take the same decision.
+    After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
+    the failure of a step with ``OnFailure.MAY_CONTINUE`` does not stop the run, but fails it at the
+    end. Several hosts run in lockstep: at the end of each step they exchange results, so all take
+    the same decision.
 
     Args:
         jobs: the steps.
@@ -105,7 +106,7 @@ def run(
         loop = _Loop(ctx, run_began, threads)
         threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
         for job in jobs:
-            if stopped and not (job.phase.kind is Kind.CLEANS and loop.engine_lives):
+            if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
                 continue
             error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
             if error is not None:
@@ -117,7 +118,7 @@ def run(
 def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
     """Whether the run continues after this step has failed."""
     asked = loop.ctx.config.runner.on_error == CONTINUE
-    return asked and phase.kind is Kind.MEASURES and loop.engine_lives
+    return asked and phase.on_failure is OnFailure.MAY_CONTINUE and loop.engine_lives
 
 
 def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
@@ -174,7 +175,7 @@ class _Loop:
         self.ctx = ctx
         self._run_began = run_began
         self._compiles = CompileCounter()
-        self._cycles = Cycles()
+        self._drift = Drift()
         self._step_began = 0.0
         self._step = ""
         self._memory: Memory | None = None
@@ -274,7 +275,7 @@ class _Loop:
 
     def _compared(self, job: Job, whole: Share) -> Result:
         """Return the checks, including those against the plan and the previous cycle."""
-        cycle = self._cycles.compare(job.phase.step, whole.measured)
+        cycle = self._drift.compare(job.phase.step, whole.measured)
         checks = (*whole.checks, *cycle.checks)
         ledger, config = whole.measured.ledger, self.ctx.config.plan
         if ledger and job.planned and config.enforce:

@@ -1,16 +1,17 @@
-"""Show that a swap of weights changed what the engine computes.
+"""Prove that a swap of weights changed the engine's output.
 
 A swap that did nothing would pass every other check.
 """
 
 from dataclasses import replace
 
-from kvpipe.context import Output, WorkerContext
+from kvpipe.context import WorkerContext
+from kvpipe.output import Output, different_output
 from kvpipe.records import Check
 
 
 class SwapProbe:
-    """A few greedy tokens before and after a swap; each time the prefix cache is flushed."""
+    """Generates a few greedy tokens before and after a swap, and flushes the prefix cache each time."""
 
     def __init__(self, ctx: WorkerContext, tokens: int) -> None:
         """Generate ``tokens`` tokens under the old weights; 0 makes no probe."""
@@ -19,18 +20,11 @@ class SwapProbe:
         self._before = self._generate() if tokens else None
 
     def checks(self) -> tuple[Check, ...]:
-        """Generate under the new weights; return the check that the ids differ, if there is one."""
+        """Generate under the new weights; return the check that the ids differ, if there is a probe."""
         if self._before is None:
             return ()
-        before, after = self._before.token_ids, self._generate().token_ids
-        check = Check(
-            "swap_changed_output",
-            f"other token ids than {list(before)}",
-            list(after),
-            before != after,
-            "the same prompt, greedy, under the old and under the new weights",
-        )
-        return (check,)
+        detail = "the same prompt, greedy, under the old and under the new weights"
+        return (different_output("swap_changed_output", self._before, self._generate(), detail),)
 
     def _generate(self) -> Output:
         sampling = self._ctx.config.sampling

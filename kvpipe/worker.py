@@ -175,7 +175,7 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
         return outcome
     engine, ctx.started = ctx.started, None
     ctx.slots.clear()
-    ctx.trainer = None
+    ctx.made_trainer = None
     try:
         engine.shut_down()
     except Exception as error:

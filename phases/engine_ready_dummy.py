@@ -1,14 +1,14 @@
 """Start the engine, with random weights unless ``engine.load_format`` says otherwise."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import override
 
-from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.phase import Effect, Result, WorkerPhase
 from kvpipe.schema import Kvpipe
 
 
-@dataclass(frozen=True)
 class EngineReadyDummy(WorkerPhase):
     """Start the engine.
 
@@ -19,40 +19,29 @@ class EngineReadyDummy(WorkerPhase):
     load_format: str
 
     @classmethod
+    @override
     def defaults(cls, config: Kvpipe) -> dict[str, str]:
-        """Take the load format from the engine's options."""
         return {"load_format": config.engine.load_format}
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave an engine with parameters and a KV cache."""
-        real = () if self.load_format == "dummy" else (facts.WEIGHTS_REAL,)
-        return Effect(
-            needs=(facts.JAX,),
-            forbids=(facts.ENGINE,),
-            leaves=(facts.ENGINE, facts.KV_LIVE, facts.WEIGHTS_LIVE, *real),
-            pools={ledger.PARAMS: Size.PARAMS, ledger.KV: Size.KV},
-        )
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        real = () if self.load_format == "dummy" else (WEIGHTS_REAL,)
+        return Effect(needs=(JAX,), forbids=(ENGINE,), adds=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real))
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Start it.
-
-        Raises:
-            InputError: the model is not there.
-            EngineError: it did not start, or cut the KV cache's capacity down.
-        """
         from kvpipe.engine import sglang, weights
 
-        config = ctx.config
-        engine = config.engine
-        ctx.started = sglang.start(engine, ctx.model_dir, config.runner.idle_timeout_s)
+        config, model_dir = ctx.config, ctx.model_dir
+        ctx.started = sglang.start(config.engine, model_dir, config.runner.idle_timeout_s)
         return Result(
             {
-                **asdict(engine),
+                **asdict(config.engine),
                 "model_id": config.model.id,
-                "model_dir": str(ctx.model_dir),
+                "model_dir": str(model_dir),
                 "tp_size": ctx.started.runner.tp_size,
                 "sgl_jax_version": ctx.started.version,
-                "max_total_num_tokens": ctx.started.scheduler.max_total_num_tokens,
+                "max_total_num_tokens": ctx.started.max_total_tokens,
                 "num_model_state_leaves": weights.num_leaves(ctx.started),
             }
         )

@@ -1,21 +1,23 @@
 """Generate text from the prompt and compare it, on token ids, with what an earlier step gave."""
 
-import hashlib
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, Self, override
 
-from kvpipe import facts, ledger
-from kvpipe.context import Output, WorkerContext
+from kvpipe import facts
+from kvpipe.context import WorkerContext
 from kvpipe.cycles import Cycle
 from kvpipe.errors import InputError
-from kvpipe.phase import Effect, Kind, Result, Size, WorkerPhase
+from kvpipe.facts import ENGINE, KV_LIVE, WANDB, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.ledger import PROGRAM, Size
+from kvpipe.output import Output, different_output, not_empty, same_output, sha256
+from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
 from kvpipe.records import Check, check_equal
 from kvpipe.schema import Kvpipe, SamplingConfig
 
 REAL, ANY = "real", "any"
 
 
-@dataclass(frozen=True)
 class Generate(WorkerPhase):
     """Generate.
 
@@ -24,17 +26,17 @@ class Generate(WorkerPhase):
         temperature: divides the logits, without a unit; 0.0 is greedy. Follows
             ``sampling.temperature``.
         ignore_eos: go on after an end-of-sequence token; follows ``sampling.ignore_eos``.
-        same_output_as: name of an earlier step whose token ids these have to equal.
+        same_output_as: name of an earlier step whose token ids these must equal.
         aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
             differ, the engine itself is to blame, and what comes later proves nothing about KV.
         different_output_from: name of an earlier step, of the same cycle if both are repeated,
-            whose token ids these must not be: the weights have been changed between them.
+            whose token ids these must not equal: the weights have changed between them.
         same_output_as_before: in the second and later cycles, name of a step of the cycle before
-            whose token ids these have to equal. With neither this nor ``same_output_as`` nor
+            whose token ids these must equal. With neither this nor ``same_output_as`` nor
             ``different_output_from``, that is this step itself in the first cycle.
-        same_cached_tokens_as: name of an earlier step that found as many tokens of its prompt in the
-            prefix cache as this one has to.
-        weights: ``real`` refuses dummy weights, ``any`` takes what is there.
+        same_cached_tokens_as: name of an earlier step that found the same number of tokens of its
+            prompt in the prefix cache.
+        weights: ``real`` refuses dummy weights, ``any`` accepts both.
         log_text: send prompt and text to W&B as media and files.
     """
 
@@ -49,7 +51,7 @@ class Generate(WorkerPhase):
     weights: str = REAL
     log_text: bool = False
 
-    kind: ClassVar[Kind] = Kind.MEASURES
+    on_failure = OnFailure.MAY_CONTINUE
 
     def __post_init__(self) -> None:
         try:
@@ -67,12 +69,12 @@ class Generate(WorkerPhase):
         return SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
 
     @classmethod
+    @override
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:
-        """Take the sampling parameters from ``sampling``."""
         return asdict(config.sampling)
 
+    @override
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        """Compare with the outputs of this cycle, of the one before or of the first."""
         same = self.same_output_as
         if self.same_output_as_before is not None:
             same = cycle.before.name(self.same_output_as_before)
@@ -81,87 +83,49 @@ class Generate(WorkerPhase):
         other = self.different_output_from and cycle.name(self.different_output_from)
         return replace(self, same_output_as=same, different_output_from=other)
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave an output and a prefix cache in use."""
-        earlier = (
-            self.same_output_as,
-            self.different_output_from,
-            self.same_cached_tokens_as,
-        )
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        earlier = (self.same_output_as, self.different_output_from, self.same_cached_tokens_as)
         compared = tuple(facts.output(step) for step in earlier if step)
-        real = () if self.weights == ANY else (facts.WEIGHTS_REAL,)
-        logged = (facts.WANDB,) if self.log_text else ()
+        real = () if self.weights == ANY else (WEIGHTS_REAL,)
+        logged = (WANDB,) if self.log_text else ()
         return Effect(
-            needs=(facts.ENGINE, facts.KV_LIVE, facts.WEIGHTS_LIVE, *real, *logged, *compared),
+            needs=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real, *logged, *compared),
             forbids=(facts.KV_STALE,),
-            leaves=(facts.KV_WRITTEN, facts.output(self.step)),
-            pools={ledger.PROGRAM: Size.PROGRAM},
+            adds=(facts.KV_WRITTEN, facts.output(self.step)),
+            pools={PROGRAM: Size.PROGRAM},
         )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Generate.
-
-        Raises:
-            EngineError: the engine failed.
-        """
-        output = ctx.engine.generate(ctx.prompt, self.sampling)
-        ctx.outputs[self.step] = output
+        output = ctx.outputs[self.step] = ctx.engine.generate(ctx.prompt, self.sampling)
+        checks = tuple(self.checks(ctx, output))
         fields = {
             "prompt": ctx.prompt,
-            "prompt_sha256": _sha256(ctx.prompt),
-            "prompt_tokens": output.prompt_tokens,
+            "prompt_sha256": sha256(ctx.prompt),
             "sampling_params": asdict(self.sampling),
-            "text": output.text,
-            "text_sha256": _sha256(output.text),
-            "token_ids": output.token_ids,
-            "cached_tokens": output.cached_tokens,
-            "raw": output.raw,
+            **asdict(output),
+            "text_sha256": sha256(output.text),
             "log_text": self.log_text,
         }
-        checks = (_not_empty(output),)
         if self.same_output_as is not None:
-            earlier = ctx.output_of(self.same_output_as)
-            same = same_output(earlier, output)
-            if self.aa_control:
-                same = replace(same, name="aa_control")
-            fields["same_output"] = int(same.passed)
-            fields["text_sha256_before"] = _sha256(earlier.text)
-            checks = (*checks, same)
-        if self.different_output_from is not None:
-            earlier = ctx.outputs[self.different_output_from]
-            checks = (*checks, different_output(self.different_output_from, earlier, output))
-        if self.same_cached_tokens_as is not None:
-            expected = ctx.output_of(self.same_cached_tokens_as).cached_tokens
-            checks = (*checks, check_equal("same_cached_tokens", expected, output.cached_tokens))
+            fields["same_output"] = int(checks[1].passed)
+            fields["text_sha256_before"] = sha256(ctx.output_of(self.same_output_as).text)
         return Result(fields, checks)
 
+    def checks(self, ctx: WorkerContext, output: Output) -> Iterator[Check]:
+        """Yield the check that ``output`` is not empty, then its comparisons with earlier ones.
 
-def _not_empty(output: Output) -> Check:
-    count = len(output.token_ids)
-    return Check("output_not_empty", "at least 1 token", count, count > 0)
-
-
-def same_output(earlier: Output, later: Output) -> Check:
-    """Return the check that two outputs have the same token ids, of which there is at least one."""
-    a, b = earlier.token_ids, later.token_ids
-    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-    detail = ""
-    if not a:
-        detail = "the earlier output is empty"
-    elif differ:
-        i = differ[0]
-        detail = f"the first differing token is at index {i}: {a[i]} before, {b[i]} now"
-    elif len(a) != len(b):
-        detail = f"the first {min(len(a), len(b))} tokens agree, then one output ends"
-    return Check("same_output", list(a), list(b), bool(a) and a == b, detail)
-
-
-def different_output(step: str, earlier: Output, later: Output) -> Check:
-    """Return the check that two outputs have other token ids; ``step`` gave the earlier one."""
-    a, b = earlier.token_ids, later.token_ids
-    expected = f"other token ids than {list(a)}"
-    return Check("different_output", expected, list(b), a != b, f"those of step {step!r}")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        Raises:
+            PhaseError: an earlier step has no output, because it failed.
+        """
+        yield not_empty(output)
+        if (step := self.same_output_as) is not None:
+            name = "aa_control" if self.aa_control else "same_output"
+            yield same_output(name, ctx.output_of(step), output)
+        if (step := self.different_output_from) is not None:
+            detail = f"those of step {step!r}"
+            yield different_output("different_output", ctx.output_of(step), output, detail)
+        if (step := self.same_cached_tokens_as) is not None:
+            expected = ctx.output_of(step).cached_tokens
+            yield check_equal("same_cached_tokens", expected, output.cached_tokens)

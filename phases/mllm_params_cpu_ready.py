@@ -1,21 +1,18 @@
 """Load the checkpoint as an MLLM-JAX parameter tree on the host."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import override
 
-from kvpipe import facts
 from kvpipe.context import WorkerContext
+from kvpipe.facts import host
 from kvpipe.phase import Effect, Result, WorkerPhase
 
 
-@dataclass(frozen=True)
 class MllmParamsCpuReady(WorkerPhase):
-    """Load the tree; its leaves are views of the mapped files, or what orbax read.
+    """Load the tree; its leaves are views of the mapped files, or arrays that orbax read.
 
     Attributes:
-        name: what later steps call the tree.
+        name: name of the tree for later steps.
         dtype: cast to this dtype, e.g. ``float32``, while loading; None keeps the checkpoint's.
         orbax: directory of a tree that orbax has saved, instead of the model's own files.
     """
@@ -24,28 +21,17 @@ class MllmParamsCpuReady(WorkerPhase):
     dtype: str | None = None
     orbax: str | None = None
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave the host tree."""
-        tree = facts.host(self.name)
-        return Effect(forbids=(tree,), leaves=(tree,))
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        return Effect(forbids=(host(self.name),), adds=(host(self.name),))
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Load it.
-
-        Raises:
-            InputError: the checkpoint is not there or damaged.
-        """
-        from kvpipe.checkpoints import mllm
-
-        tree = mllm.tree_from_checkpoint(self._weights(ctx), self.dtype)
-        ctx.host[self.name] = tree
-        return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})
-
-    def _weights(self, ctx: WorkerContext) -> Mapping[str, Any]:
-        from kvpipe.checkpoints.mllm import HfView
-        from kvpipe.checkpoints.orbax_tree import read_tree
-        from kvpipe.checkpoints.safetensors import Checkpoint
+        from kvpipe.checkpoints import mllm, orbax_tree
 
         if self.orbax is None:
-            return Checkpoint.open(ctx.model_dir)
-        return HfView(read_tree(Path(self.orbax).expanduser()))
+            weights = ctx.hf_weights(None)
+        else:
+            weights = mllm.HfView(orbax_tree.read_tree(Path(self.orbax).expanduser()))
+        tree = ctx.host[self.name] = mllm.tree_from_checkpoint(weights, self.dtype)
+        return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})

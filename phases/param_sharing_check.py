@@ -1,15 +1,13 @@
 """Check that the engine computes with the very arrays of a slot: all of them, not a sample."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import override
 
 from kvpipe import facts
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Kind, Result, WorkerPhase
+from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
 from kvpipe.records import check_equal
 
 
-@dataclass(frozen=True)
 class ParamSharingCheck(WorkerPhase):
     """Compare the engine's parameters with the slot's by identity.
 
@@ -19,28 +17,19 @@ class ParamSharingCheck(WorkerPhase):
 
     slot: str = "param_dict"
 
-    kind: ClassVar[Kind] = Kind.MEASURES
+    on_failure = OnFailure.MAY_CONTINUE
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Need the slot to be the engine's; change nothing."""
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
         return Effect(needs=(facts.slot(self.slot), facts.shared(self.slot)))
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Compare."""
         from kvpipe.engine import weights
 
-        held = ctx.slots[self.slot]
-        current = weights.parameters(ctx.engine)
-        shared = sorted(path for path, array in current.items() if held.get(path) is array)
-        apart = sorted(current.keys() - set(shared))
-        return Result(
-            {"num_params": len(current), "results": {"shared": len(shared), "apart": apart}},
-            (
-                check_equal(
-                    "params_are_shared",
-                    len(current),
-                    len(shared),
-                    f"not the engine's arrays: {apart}" if apart else "",
-                ),
-            ),
-        )
+        held, current = ctx.slots[self.slot], weights.parameters(ctx.engine)
+        apart = sorted(path for path, array in current.items() if held.get(path) is not array)
+        shared = len(current) - len(apart)
+        detail = f"not the engine's arrays: {apart}" if apart else ""
+        fields = {"num_params": len(current), "results": {"shared": shared, "apart": apart}}
+        return Result(fields, (check_equal("params_are_shared", len(current), shared, detail),))

@@ -1,24 +1,17 @@
 """Begin the W&B run. The one phase of the parent: the engine's process never sees W&B."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts
 from kvpipe.context import ParentContext
+from kvpipe.facts import WANDB
 from kvpipe.phase import Effect, ParentPhase, Result
 
 
-@dataclass(frozen=True)
 class WandbInit(ParentPhase):
-    """Begin the W&B run as ``tracking`` says; what is really in force stands in the record."""
+    """Begin the W&B run as ``tracking`` says; the record has the settings that are in force."""
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave a W&B run."""
-        return Effect(leaves=(facts.WANDB,))
+    effect = Effect(adds=(WANDB,))
 
+    @override
     def run(self, ctx: ParentContext) -> Result:
-        """Begin it.
-
-        Raises:
-            TrackingError: W&B cannot be had and the config allows no fallback.
-        """
         return Result(ctx.start_tracking())

@@ -1,41 +1,25 @@
 """Free the engine's weights; it cannot generate until a swap brings others."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_REAL, shared_in
+from kvpipe.phase import Effect, Result, WorkerPhase, freed
 
 
-@dataclass(frozen=True)
 class WeightsDropped(WorkerPhase):
-    """Drop the weights and check that exactly their bytes came free."""
+    """Drop the weights; exactly their bytes must come free."""
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Take the weights away for good."""
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
         return Effect(
-            needs=(facts.ENGINE, facts.WEIGHTS_LIVE),
-            # A slot that shares the arrays would keep their bytes on the devices.
-            forbids=tuple(map(facts.shared, facts.shared_slots(before))),
-            takes=(facts.WEIGHTS_LIVE, facts.WEIGHTS_REAL),
-            pools={ledger.PARAMS: Size.NOTHING},
+            needs=(ENGINE, WEIGHTS_LIVE),
+            forbids=shared_in(before),  # a slot that shares the arrays would keep their bytes
+            removes=(WEIGHTS_LIVE, WEIGHTS_REAL),
         )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Drop them.
+        from kvpipe.engine import weights
 
-        Raises:
-            EngineError: they are away already, or the engine stayed busy.
-        """
-        from kvpipe.engine import memory, weights
-
-        change = weights.drop(ctx.engine)
-        memory.give_back_host_memory()
-        fields = {
-            "num_params": change.num_params,
-            "param_bytes": change.param_bytes,
-            "freed_bytes": -change.changed_bytes,
-        }
-        freed = check_equal("drop_frees_params", change.param_bytes, -change.changed_bytes)
-        return Result(fields, (freed,))
+        return freed("drop_frees_params", weights.drop(ctx.engine))

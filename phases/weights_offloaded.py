@@ -1,43 +1,27 @@
-"""Put the engine's weights aside in host memory; the devices keep none of them."""
+"""Offload the engine's weights to host memory; the devices keep none of them."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED, shared_in
+from kvpipe.phase import Effect, Result, WorkerPhase, freed
 
 
-@dataclass(frozen=True)
 class WeightsOffloaded(WorkerPhase):
-    """Offload the weights and check that exactly their bytes came free."""
+    """Offload the weights; exactly their bytes must come free. The prefix cache stays valid."""
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Take the weights from the devices; what they are is not lost, nor is the prefix cache."""
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
         return Effect(
-            needs=(facts.ENGINE, facts.WEIGHTS_LIVE),
-            # A slot that shares the arrays would keep their bytes on the devices.
-            forbids=tuple(map(facts.shared, facts.shared_slots(before))),
-            leaves=(facts.WEIGHTS_OFFLOADED,),
-            takes=(facts.WEIGHTS_LIVE,),
-            pools={ledger.PARAMS: Size.NOTHING},
+            needs=(ENGINE, WEIGHTS_LIVE),
+            forbids=shared_in(before),  # a slot that shares the arrays would keep their bytes
+            adds=(WEIGHTS_OFFLOADED,),
+            removes=(WEIGHTS_LIVE,),
         )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Offload them.
+        from kvpipe.engine import weights
 
-        Raises:
-            EngineError: they are away already, or the engine stayed busy.
-        """
-        from kvpipe.engine import lockstep, memory, weights
-
-        change, ctx.weights = weights.offload(ctx.engine)
-        memory.give_back_host_memory()
-        fields = {
-            "num_params": change.num_params,
-            "param_bytes": change.param_bytes,
-            "freed_bytes": -change.changed_bytes,
-            "offloaded_bytes": lockstep.total(ctx.weights.nbytes),
-        }
-        freed = check_equal("offload_frees_params", change.param_bytes, -change.changed_bytes)
-        return Result(fields, (freed,))
+        change, ctx.host_weights = weights.offload(ctx.engine)
+        return freed("offload_frees_params", change)

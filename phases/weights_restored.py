@@ -1,44 +1,23 @@
 """Bring the engine's offloaded weights back to the devices."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
-from kvpipe.errors import PhaseError
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED
+from kvpipe.phase import Effect, Result, WorkerPhase, grown
 
 
-@dataclass(frozen=True)
 class WeightsRestored(WorkerPhase):
-    """Restore the weights and check that exactly their bytes came back."""
+    """Restore the weights; exactly their bytes must come back."""
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave the weights as they were when they were offloaded."""
-        return Effect(
-            needs=(facts.ENGINE, facts.WEIGHTS_OFFLOADED),
-            leaves=(facts.WEIGHTS_LIVE,),
-            takes=(facts.WEIGHTS_OFFLOADED,),
-            pools={ledger.PARAMS: Size.PARAMS},
-        )
+    effect = Effect(
+        needs=(ENGINE, WEIGHTS_OFFLOADED), adds=(WEIGHTS_LIVE,), removes=(WEIGHTS_OFFLOADED,)
+    )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Restore them.
+        from kvpipe.engine import weights
 
-        Raises:
-            EngineError: the engine has weights, or stayed busy.
-        """
-        from kvpipe.engine import memory, weights
-
-        if ctx.weights is None:
-            raise PhaseError("there are no offloaded weights to restore")
-        change = weights.restore(ctx.engine, ctx.weights)
-        ctx.weights = None
-        memory.give_back_host_memory()
-        fields = {
-            "num_params": change.num_params,
-            "param_bytes": change.param_bytes,
-            "allocated_bytes": change.changed_bytes,
-        }
-        back = check_equal("restore_brings_params", change.param_bytes, change.changed_bytes)
-        return Result(fields, (back,))
+        change = weights.restore(ctx.engine, ctx.offloaded_weights)
+        ctx.host_weights = None
+        return grown("restore_brings_params", change)

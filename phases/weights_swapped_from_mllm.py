@@ -1,64 +1,48 @@
 """Let the engine compute with the parameter set of a slot, and show that its output changed."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts, ledger
+from kvpipe import facts
 from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, Result, Size, WorkerPhase
+from kvpipe.facts import ENGINE, KV_LIVE, KV_WRITTEN, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.ledger import PROGRAM, Size
+from kvpipe.phase import Effect, Result, WorkerPhase
 from kvpipe.swap_probe import SwapProbe
 
 
-@dataclass(frozen=True)
 class WeightsSwappedFromMllm(WorkerPhase):
     """Swap the set in; the engine's old parameters are freed.
 
     Attributes:
         slot: name of the slot whose set is swapped in. It shares its arrays with the engine from then on,
             and so holds no bytes of its own.
-        probe_tokens: greedy tokens to generate before and after the swap, which have to differ;
+        probe_tokens: greedy tokens to generate before and after the swap, which must differ;
             both are flushed. 0 skips it, for engines that have these weights already.
     """
 
     slot: str = "param_dict"
     probe_tokens: int = 8
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave real weights, and a stale prefix cache if it was in use."""
-        others = [name for name in facts.shared_slots(before) if name != self.slot]
-        unshared = {ledger.slot_pool(n): Size.PARAMS for n in others if facts.slot(n) in before}
-        stale = (facts.KV_STALE,) if facts.KV_WRITTEN in before else ()
-        probe_needs = (facts.KV_LIVE, facts.WEIGHTS_LIVE) if self.probe_tokens else ()
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        shared = facts.shared(self.slot)
+        stale = (facts.KV_STALE,) if KV_WRITTEN in before else ()
+        probed = (KV_LIVE, WEIGHTS_LIVE) if self.probe_tokens else ()
         return Effect(
-            needs=(facts.ENGINE, facts.slot(self.slot), *probe_needs),
-            forbids=(facts.KV_WRITTEN,) if self.probe_tokens else (),
-            leaves=(facts.WEIGHTS_LIVE, facts.WEIGHTS_REAL, facts.shared(self.slot), *stale),
-            takes=(facts.WEIGHTS_OFFLOADED, *map(facts.shared, others)),
-            pools={
-                **unshared,
-                ledger.slot_pool(self.slot): Size.NOTHING,
-                ledger.PARAMS: Size.PARAMS,
-                **({ledger.PROGRAM: Size.PROGRAM} if self.probe_tokens else {}),
-            },
+            needs=(ENGINE, facts.slot(self.slot), *probed),
+            forbids=(KV_WRITTEN,) if self.probe_tokens else (),
+            adds=(WEIGHTS_LIVE, WEIGHTS_REAL, shared, *stale),
+            removes=(facts.WEIGHTS_OFFLOADED, *(f for f in facts.shared_in(before) if f != shared)),
+            pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
         )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Swap.
-
-        Raises:
-            EngineError: the set is not complete or not of the engine's shapes.
-        """
-        import time
-
         from kvpipe.engine import weights
 
         probe = SwapProbe(ctx, self.probe_tokens)
-        began = time.monotonic()
-        weights.swap(ctx.engine, ctx.slots[self.slot])
-        swap_s = time.monotonic() - began
-        ctx.weights = None
-        fields = {
-            "num_model_state_leaves": weights.num_leaves(ctx.engine),
-            "num_params": len(ctx.slots[self.slot]),
-            "swap_s": round(swap_s, 6),
-        }
+        swap_s = weights.swap(ctx.engine, ctx.slots[self.slot])
+        ctx.host_weights = None
+        leaves, params = weights.num_leaves(ctx.engine), len(ctx.slots[self.slot])
+        fields = {"num_model_state_leaves": leaves, "num_params": params, "swap_s": swap_s}
         return Result(fields, probe.checks())

@@ -1,63 +1,33 @@
-"""Bring the trained weights into the live engine: on the devices, leaf by leaf, no second set."""
+"""Transfer the trained weights into the live engine: on the devices, leaf by leaf, no second set."""
 
-from dataclasses import dataclass
+from typing import override
 
-from kvpipe import facts, ledger
+from kvpipe import facts
 from kvpipe.context import WorkerContext
-from kvpipe.errors import PhaseError
-from kvpipe.phase import WEIGHT_SYNC, Effect, Result, Size, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.facts import ENGINE, TRAINER_AHEAD, TRAINER_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.ledger import TRAINER_PROGRAM, WEIGHT_SYNC, Size
+from kvpipe.phase import Effect, Result, WorkerPhase, grown
 
 
-@dataclass(frozen=True)
 class WeightsSynced(WorkerPhase):
     """Sync the trainer's parameters into the engine; the prefix cache is flushed."""
 
-    def effect(self, before: frozenset[str]) -> Effect:
-        """Leave the trainer's weights in the engine and an empty prefix cache."""
+    @override
+    def effect_given(self, before: frozenset[str]) -> Effect:
         return Effect(
-            needs=(facts.ENGINE, facts.TRAINER_LIVE),
+            needs=(ENGINE, TRAINER_LIVE),
             # A slot that shares the old arrays would keep them alive beside the new ones.
-            forbids=tuple(map(facts.shared, facts.shared_slots(before))),
-            leaves=(facts.WEIGHTS_LIVE, facts.WEIGHTS_REAL),
-            takes=(
-                facts.TRAINER_AHEAD,
-                facts.KV_WRITTEN,
-                facts.KV_STALE,
-                facts.KV_OFFLOADED,
-                facts.WEIGHTS_OFFLOADED,
-            ),
-            pools={
-                ledger.PARAMS: Size.PARAMS,
-                ledger.TRAINER_PROGRAM: Size.TRAINER_PROGRAM,
-            },
+            forbids=facts.shared_in(before),
+            adds=(WEIGHTS_LIVE, WEIGHTS_REAL),
+            removes=(TRAINER_AHEAD, *facts.PREFIX_CACHE, facts.WEIGHTS_OFFLOADED),
+            pools={TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
             runs=(WEIGHT_SYNC,),
         )
 
+    @override
     def run(self, ctx: WorkerContext) -> Result:
-        """Sync.
+        from kvpipe.engine import training
 
-        Raises:
-            PhaseError: there is no trainer.
-            EngineError: the trained weights are not finite; the engine keeps its old ones.
-        """
-        import time
-
-        from kvpipe.engine import memory, training, weights
-
-        if ctx.trainer is None:
-            raise PhaseError("there is no trainer to take the weights from")
-        held = weights.live_bytes(ctx.engine)
-        began = time.monotonic()
         change = training.sync(ctx.engine, ctx.trainer.params)
-        sync_s = time.monotonic() - began
-        ctx.kv = ctx.weights = None
-        memory.give_back_host_memory()
-        fields = {
-            "num_params": change.num_params,
-            "param_bytes": change.param_bytes,
-            "trained_steps": ctx.trainer.steps,
-            "sync_s": round(sync_s, 6),
-        }
-        grown = check_equal("sync_leaves_one_set", change.param_bytes - held, change.changed_bytes)
-        return Result(fields, (grown,))
+        ctx.host_kv = ctx.host_weights = None
+        return grown("sync_leaves_one_set", change.with_fields(trained_steps=ctx.trainer.steps))

@@ -19,37 +19,29 @@ phases:
   after: {use: fault_changes}
   cleaning: {use: fault_cleans}
 """
+ON_FAILURE = {"changes": "STOP", "measures": "MAY_CONTINUE", "cleans": "ALWAYS_RUN"}
 PHASE = '''
 """A phase of the tests."""
-from dataclasses import dataclass
-from typing import ClassVar
-
 import what_goes_wrong
-from kvpipe.phase import Effect, Kind, Result, WorkerPhase
+from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
 
 
-@dataclass(frozen=True)
 class Fault(WorkerPhase):
     how: str = "nothing"
 
-    kind: ClassVar[Kind] = Kind.{kind}
-
-    def effect(self, before):
-        return Effect()
+    on_failure = OnFailure.{on_failure}
+    effect = Effect()
 
     def run(self, ctx):
         return getattr(what_goes_wrong, self.how)(ctx) or Result()
 '''
 PARENT_PHASE = '''
 """A phase of the tests."""
-from dataclasses import dataclass
 from kvpipe.phase import Effect, ParentPhase
 
 
-@dataclass(frozen=True)
 class Fault(ParentPhase):
-    def effect(self, before):
-        return Effect()
+    effect = Effect()
 
     def run(self, ctx):
         raise ValueError("a fault of the tests")
@@ -186,9 +178,9 @@ def write_site(directory: Path) -> None:
     (directory / "phases").mkdir(parents=True)
     for path in Path(phases.__path__[0]).glob("*.py"):
         (directory / "phases" / path.name).write_bytes(path.read_bytes())
-    for kind in ("CHANGES", "MEASURES", "CLEANS"):
-        path = directory / f"phases/fault_{kind.lower()}.py"
-        path.write_text(PHASE.replace("{kind}", kind))
+    for kind, on_failure in ON_FAILURE.items():
+        path = directory / f"phases/fault_{kind}.py"
+        path.write_text(PHASE.replace("{on_failure}", on_failure))
     (directory / "phases/fault_parent.py").write_text(PARENT_PHASE)
     (directory / "what_goes_wrong.py").write_text(textwrap.dedent(FAULTS))
     (directory / "conf/pipeline").mkdir(parents=True)

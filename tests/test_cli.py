@@ -119,8 +119,8 @@ REFUSED = {
         "a25011bf8712b7c88b7a65496b98056b95462ed9225228d72c9c1bc17a2362f0, not the expected abc"
     ),
     f"~phases.generate_result.log_text pipeline.{DROP}=flush_cache": (
-        "pipeline: step 'kv_cache_rebuilt' must not meet the KV cache on the devices, which step "
-        "'engine_ready_dummy' left; leave the step out"
+        "pipeline: step 'kv_cache_rebuilt' requires the KV cache on the devices to be absent, but step "
+        "'engine_ready_dummy' created it; leave the step out"
     ),
 }
 

@@ -1,6 +1,7 @@
 import pytest
 
-from kvpipe.cycles import Cycles, base_name, cycle_of, repeated
+from kvpipe.cycles import base_name, cycle_of, repeated
+from kvpipe.drift import Drift
 from kvpipe.errors import InputError
 from kvpipe.ledger import Ledger
 from kvpipe.measurement import Measurement
@@ -72,7 +73,7 @@ def test_a_slot_that_is_filled_in_every_cycle_and_never_released_is_refused():
     config.phases = {"param_dict": {"slot": "x"}}
     config.engine.max_total_tokens = 64
     config.repeat = RepeatConfig("param_dict", "param_dict", 2)
-    with pytest.raises(InputError, match="'param_dict#2' must not meet a parameter set in slot"):
+    with pytest.raises(InputError, match="'param_dict#2' requires a parameter set in slot"):
         check_order(build_steps(config))
 
 
@@ -81,18 +82,18 @@ def measured(kv: int, rss: int = 1000) -> Measurement:
 
 
 def test_drift_is_measured_from_the_second_cycle_and_checked_from_the_third():
-    cycles = Cycles()
-    assert cycles.compare("drop", measured(8)).checks == ()
-    second = cycles.compare("drop#2", measured(9, 1500))
+    drift = Drift()
+    assert drift.compare("drop", measured(8)).checks == ()
+    second = drift.compare("drop#2", measured(9, 1500))
     assert (dict(second.fields), second.checks) == ({"cycle": 2, "rss_drift_bytes": 0}, ())
-    third = cycles.compare("drop#3", measured(9, 1700))
+    third = drift.compare("drop#3", measured(9, 1700))
     assert third.fields["rss_drift_bytes"] == 200
     assert [check.passed for check in third.checks] == [True]
-    (failed,) = cycles.compare("drop#4", measured(10)).checks
+    (failed,) = drift.compare("drop#4", measured(10)).checks
     assert (failed.passed, failed.expected, failed.actual) == (False, {"kv": 9}, {"kv": 10})
 
 
 def test_steps_that_are_not_repeated_are_not_compared():
-    cycles = Cycles()
+    drift = Drift()
     for _ in range(3):
-        assert cycles.compare("drop", measured(8)).checks == ()
+        assert drift.compare("drop", measured(8)).checks == ()

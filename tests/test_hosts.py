@@ -25,6 +25,7 @@ from kvpipe.shares import Share, share_from_json, together
 from tests import faults
 from tests.command import KVPIPE, environment
 from tests.conftest import DEVICES, greedy
+from tests.helpers_config import default_names
 from tests.refusal import refusal
 from tests.sinks import wandb_file
 from tests.sop import STEPS
@@ -116,7 +117,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The tiny pipeline, all 16 phases, on two hosts."""
+    """The tiny pipeline, all its phases, on two hosts."""
     hosts = start_pair(tmp_path_factory.mktemp("whole") / "pair", AS_THE_SHARED_ENGINE)
     for host in hosts:
         host.finish()
@@ -128,7 +129,13 @@ def test_two_hosts_run_all_phases_and_the_first_alone_records_them(whole):
     first, second = whole
     assert [host.exit_code for host in whole] == [0, 0], [host.output for host in whole]
     phases = [record["phase"] for record in first.records()]
-    assert phases == ["run_started", "wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    assert phases == [
+        "run_started",
+        "wandb_init",
+        "run_planned",
+        *default_names()[1:],
+        "run_finished",
+    ]
     assert (
         first.output[0].splitlines() == (first.run_dir / "records.jsonl").read_text().splitlines()
     )

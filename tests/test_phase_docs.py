@@ -4,12 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from kvpipe import facts
-from kvpipe.phase import Effect, Size
+from kvpipe.ledger import Size
+from kvpipe.phase import Effect
 from kvpipe.phase_docs import Option, Variant, describe, meanings
 from kvpipe.report.phases import as_json, as_markdown, effect_rows
 from kvpipe.schema import Kvpipe, SamplingConfig
@@ -44,7 +44,7 @@ def test_every_phase_has_a_summary_and_what_it_says_in_words_is_all_that_it_decl
     assert "``" not in doc.summary
     words = " ".join(effect_rows(doc).values())
     effect = doc.effect
-    for fact in (*effect.needs, *effect.forbids, *effect.leaves, *effect.takes):
+    for fact in (*effect.needs, *effect.forbids, *effect.adds, *effect.removes):
         assert facts.meaning(fact).what in words
     for pool in effect.pools:
         assert f"{pool} has " in words
@@ -87,7 +87,6 @@ def test_a_kv_cache_of_another_capacity_is_told_in_tokens():
 
 
 def test_a_docstring_may_explain_options_together_and_over_several_lines():
-    @dataclass(frozen=True)
     class Together(phase_class("generate")):
         """Summary.
 
@@ -109,8 +108,8 @@ def test_the_json_has_every_phase_and_says_facts_in_words():
     assert dropped["effect"] == {
         "needs": {"engine": "a started engine", "kv:live": "the KV cache on the devices"},
         "forbids": {"kv:written": "a prefix cache in use"},
-        "leaves": {},
-        "takes": {"kv:live": "the KV cache on the devices"},
+        "adds": {},
+        "removes": {"kv:live": "the KV cache on the devices"},
         "pools": {"kv": "nothing"},
     }
     streamed = next(phase for phase in data if phase["name"] == "weights_streamed")
@@ -130,8 +129,8 @@ def test_the_markdown_of_a_phase_has_its_options_and_its_effect():
         "| `source` | str | `mllm` | name of the host tree. |",
         "",
         "- needs: a started engine; the host parameters 'mllm'",
-        "- must not meet: a parameter set in slot 'SLOT'",
-        "- leaves: a parameter set in slot 'SLOT'",
+        "- forbids: a parameter set in slot 'SLOT'",
+        "- adds: a parameter set in slot 'SLOT'",
         "- pools: slot:SLOT has a set of parameters",
         "- runs in: the worker",
     ]

@@ -5,8 +5,8 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from kvpipe import facts
-from kvpipe.ledger import KV, PARAMS, Ledger, slot_pool
-from kvpipe.phase import KvTokens, Size
+from kvpipe.ledger import KV, PARAMS, PROGRAM, KvTokens, Ledger, Size, slot_pool
+from kvpipe.phase import Effect, WorkerPhase
 from kvpipe.plan import (
     KvCapacity,
     check_order,
@@ -17,6 +17,7 @@ from kvpipe.plan import (
 )
 from tests.helpers_config import build, default_names
 from tests.refusal import refusal as refusal_of
+from tests.sop import STEPS
 
 # Bytes per device of a parameter set and of the KV cache; no sum of some equals one of another.
 P, K = (1_000, 1_001), (30_000, 30_000)
@@ -51,7 +52,7 @@ def test_generate_while_the_kv_cache_is_dropped_is_refused_with_the_step_that_dr
     names = [*SWAPPED, "kv_cache_dropped", "again"]
     assert refusal(names, again={"use": "generate"}) == (
         "pipeline: step 'again' needs the KV cache on the devices, but step 'kv_cache_dropped' "
-        "took it away; put 'kv_cache_rebuilt' between"
+        "removed it; put 'kv_cache_rebuilt' between"
     )
 
 
@@ -83,14 +84,14 @@ def test_a_second_drop_is_refused_with_both_steps_named():
     names = [*READY, "kv_cache_dropped", "dropped_again"]
     assert refusal(names, dropped_again={"use": "kv_cache_dropped"}) == (
         "pipeline: step 'dropped_again' needs the KV cache on the devices, but step "
-        "'kv_cache_dropped' took it away; put 'kv_cache_rebuilt' between"
+        "'kv_cache_dropped' removed it; put 'kv_cache_rebuilt' between"
     )
 
 
 def test_a_rebuild_of_what_is_there_is_refused_with_the_step_that_made_it():
     assert refusal([*READY, "kv_cache_rebuilt"]) == (
-        "pipeline: step 'kv_cache_rebuilt' must not meet the KV cache on the devices, which step "
-        "'engine_ready_dummy' left; leave the step out"
+        "pipeline: step 'kv_cache_rebuilt' requires the KV cache on the devices to be absent, but step "
+        "'engine_ready_dummy' created it; leave the step out"
     )
 
 
@@ -131,8 +132,9 @@ def test_a_capacity_of_no_tokens_is_refused():
 
 def test_a_second_rebuild_is_refused_with_the_first():
     names = [*READY, "kv_cache_dropped", "kv_cache_rebuilt", "once_more"]
-    assert "must not meet the KV cache on the devices, which step 'kv_cache_rebuilt' left" in (
-        refusal(names, once_more={"use": "kv_cache_rebuilt"})
+    assert (
+        "requires the KV cache on the devices to be absent, but step 'kv_cache_rebuilt' created it"
+        in (refusal(names, once_more={"use": "kv_cache_rebuilt"}))
     )
 
 
@@ -163,8 +165,8 @@ def options_for(names, options):
 def test_a_swap_after_a_generate_needs_a_flush_before_the_next_generate():
     names = swap_after_a_generate("again")
     assert refusal(names, **options_for(names, swap_options(probe_tokens=0))) == (
-        "pipeline: step 'again' must not meet a prefix cache that other weights have filled, which "
-        "step 'second_swap' left; flush the cache between the swap and the generate, or the ids "
+        "pipeline: step 'again' requires a prefix cache that other weights have filled to be absent, but "
+        "step 'second_swap' created it; flush the cache between the swap and the generate, or the ids "
         "are silently wrong"
     )
 
@@ -177,16 +179,16 @@ def test_a_swap_after_a_generate_is_accepted_with_a_flush_between_it_and_the_nex
 def test_the_probe_of_a_swap_refuses_a_prefix_cache_in_use_itself():
     names = swap_after_a_generate()
     assert refusal(names, **options_for(names, swap_options(probe_tokens=8))) == (
-        "pipeline: step 'second_swap' must not meet a prefix cache in use, which step 'first' "
-        "left; flush the cache before it"
+        "pipeline: step 'second_swap' requires a prefix cache in use to be absent, but step 'first' "
+        "created it; flush the cache before it"
     )
 
 
 def test_a_drop_with_the_prefix_cache_in_use_is_refused():
     names = [*SWAPPED, "first", "kv_cache_dropped"]
     assert refusal(names, first={"use": "generate"}) == (
-        "pipeline: step 'kv_cache_dropped' must not meet a prefix cache in use, which step 'first' "
-        "left; flush the cache before it"
+        "pipeline: step 'kv_cache_dropped' requires a prefix cache in use to be absent, but step 'first' "
+        "created it; flush the cache before it"
     )
 
 
@@ -220,7 +222,7 @@ def test_the_probe_of_a_streamed_swap_refuses_a_prefix_cache_in_use_no_more_than
 def test_a_generate_while_the_weights_are_away_is_refused_with_the_step_that_took_them(away):
     assert refusal([*STREAMED, away, "again"], again={"use": "generate"}) == (
         "pipeline: step 'again' needs the engine's weights on the devices, but step "
-        f"'{away}' took it away; put 'weights_restored' or a swap between"
+        f"'{away}' removed it; put 'weights_restored' or a swap between"
     )
 
 
@@ -263,8 +265,8 @@ def test_after_a_drop_of_the_weights_either_swap_makes_a_generate_legal():
 @pytest.mark.parametrize("use", ["weights_streamed", "weights_offloaded", "weights_dropped"])
 def test_a_slot_that_shares_the_weights_has_to_be_released_before_they_are_freed(use):
     assert refusal([*SWAPPED, "it"], it={"use": use}) == (
-        "pipeline: step 'it' must not meet an engine on the arrays of slot 'param_dict', which "
-        "step 'weights_swapped_from_mllm' left; release slot 'param_dict' before it"
+        "pipeline: step 'it' requires an engine on the arrays of slot 'param_dict' to be absent, but "
+        "step 'weights_swapped_from_mllm' created it; release slot 'param_dict' before it"
     )
     assert accepted([*SWAPPED, "after_cleanup", "it"], it={"use": use})
 
@@ -281,7 +283,7 @@ def test_a_slot_used_after_its_release_is_refused_with_the_step_that_released_it
     names = [*SWAPPED, "after_cleanup", "param_sharing_check"]
     assert refusal(names) == (
         "pipeline: step 'param_sharing_check' needs a parameter set in slot 'param_dict', but step "
-        "'after_cleanup' took it away; build slot 'param_dict' before it"
+        "'after_cleanup' removed it; build slot 'param_dict' before it"
     )
 
 
@@ -296,15 +298,15 @@ def test_a_slot_released_twice_is_refused_with_both_steps_named():
     names = [*SWAPPED, "after_cleanup", "cleaned_again"]
     assert refusal(names, cleaned_again={"use": "release", "slots": ["param_dict"]}) == (
         "pipeline: step 'cleaned_again' needs a parameter set in slot 'param_dict', but step "
-        "'after_cleanup' took it away; build slot 'param_dict' before it"
+        "'after_cleanup' removed it; build slot 'param_dict' before it"
     )
 
 
 def test_a_slot_built_twice_is_refused_with_both_steps_named():
     names = [*SWAPPED, "built_again"]
     assert refusal(names, built_again={"use": "param_dict", "slot": "param_dict"}) == (
-        "pipeline: step 'built_again' must not meet a parameter set in slot 'param_dict', which "
-        "step 'sglang_param_dict_ready' left; give the slot another name"
+        "pipeline: step 'built_again' requires a parameter set in slot 'param_dict' to be absent, but "
+        "step 'sglang_param_dict_ready' created it; give the slot another name"
     )
 
 
@@ -317,15 +319,15 @@ def test_a_slot_built_from_released_host_parameters_is_refused():
     ]
     assert refusal(names) == (
         "pipeline: step 'sglang_param_dict_ready' needs the host parameters 'mllm', but step "
-        "'after_drop_mllm_params_cpu' took it away; load 'mllm' before it"
+        "'after_drop_mllm_params_cpu' removed it; load 'mllm' before it"
     )
 
 
 def test_host_parameters_loaded_twice_are_refused():
     names = ["mllm_params_cpu_ready", "loaded_again"]
     assert refusal(names, loaded_again={"use": "mllm_params_cpu_ready"}) == (
-        "pipeline: step 'loaded_again' must not meet the host parameters 'mllm', which step "
-        "'mllm_params_cpu_ready' left; give them another name"
+        "pipeline: step 'loaded_again' requires the host parameters 'mllm' to be absent, but step "
+        "'mllm_params_cpu_ready' created it; give them another name"
     )
 
 
@@ -339,7 +341,7 @@ def test_a_sharing_check_of_a_slot_that_was_not_swapped_in_is_refused():
 
 def test_a_sharing_check_after_another_swap_is_refused_with_that_swap():
     names = [*SWAPPED, "second_dict", "second_swap", "param_sharing_check"]
-    assert "an engine on the arrays of slot 'param_dict', but step 'second_swap' took it away" in (
+    assert "an engine on the arrays of slot 'param_dict', but step 'second_swap' removed it" in (
         refusal(names, **options_for(names, swap_options()))
     )
 
@@ -382,8 +384,8 @@ def test_an_engine_before_the_devices_is_refused():
 def test_a_second_engine_is_refused():
     names = [*READY, "second"]
     assert refusal(names, second={"use": "engine_ready_dummy"}) == (
-        "pipeline: step 'second' must not meet a started engine, which step 'engine_ready_dummy' "
-        "left; leave the step out"
+        "pipeline: step 'second' requires a started engine to be absent, but step 'engine_ready_dummy' "
+        "created it; leave the step out"
     )
 
 
@@ -411,7 +413,7 @@ def test_every_fact_that_a_default_step_may_miss_or_meet_has_a_meaning():
             assert facts.meaning(fact).what
 
 
-# What is on the devices after each default step, written by hand.
+# Pools after each step of the SOP, written by hand.
 EXPECTED = {
     "wandb_init": {},
     "jax_ready": {},
@@ -432,11 +434,26 @@ EXPECTED = {
 }
 
 
-def test_the_ledger_after_each_default_step_is_the_expected_one():
-    planned = check_order(build(default_names()))
+def test_the_ledger_after_each_step_of_the_sop_is_the_expected_one():
+    planned = check_order(build(STEPS))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     found = {p.step.step: led.pools for p, led in zip(planned, ledgers, strict=True)}
     assert found == EXPECTED
+
+
+class Unusual(WorkerPhase):
+    """Fills a slot with something that is no parameter set, and the engine's programs."""
+
+    effect = Effect(adds=(facts.slot("odd"),), pools={slot_pool("odd"): Size.KV, PROGRAM: Size.KV})
+
+
+def test_a_pool_that_a_phase_names_keeps_its_size_until_the_facts_change_it():
+    names = ["jax_ready", "gone"]
+    jax, release = build(names, gone={"use": "release", "slots": ["odd"]})
+    planned = check_order([Unusual("odd"), jax, release])
+    held = [ledger.pools for ledger in plan_ledgers(planned, SIZES, devices=2)]
+    named = {slot_pool("odd"): K, PROGRAM: K}
+    assert held == [named, named, {PROGRAM: K}]
 
 
 def test_the_second_swap_gives_the_bytes_of_the_first_slot_back_to_that_slot():
@@ -458,8 +475,8 @@ def test_a_record_of_the_plan_has_the_sums_and_the_fullest_device():
 
 
 def verdict(hbm_bytes, page_size=1, tokens=299):
-    """Return the fit of the default pipeline: at most P + K + P = 32002 bytes on a device."""
-    planned = check_order(build(default_names()))
+    """Return the fit of the SOP: at most P + K + P = 32002 bytes on a device."""
+    planned = check_order(build(STEPS))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     return judge(planned, ledgers, hbm_bytes, KvCapacity(K[0], tokens, page_size))
 
@@ -499,7 +516,7 @@ def test_no_capacity_helps_where_the_parameters_alone_do_not_fit():
 
 
 class Devices:
-    """An independent account of what the default steps do, as a person would keep it."""
+    """An independent account of the effects of the SOP's steps, as a person would keep it."""
 
     def __init__(self):
         self.jax = self.engine = self.wandb = self.real = self.used = self.kv = False
@@ -565,8 +582,8 @@ class Devices:
 
 @st.composite
 def orders(draw):
-    """Orders of the default steps, wandb_init first: any, or the default with a few moved."""
-    first, *rest = default_names()
+    """Orders of the SOP's steps, wandb_init first: any, or the SOP's with a few moved."""
+    first, *rest = STEPS
     if draw(st.booleans()):
         return [first, *draw(st.permutations(rest))]
     for _ in range(draw(st.integers(1, 3))):
@@ -577,7 +594,7 @@ def orders(draw):
 
 @settings(max_examples=400)
 @given(orders())
-@example(default_names())
+@example(STEPS)
 def test_an_order_is_accepted_exactly_if_a_person_would_and_its_ledgers_are_consistent(names):
     devices = Devices()
     first_illegal = None
@@ -600,4 +617,3 @@ def test_an_order_is_accepted_exactly_if_a_person_would_and_its_ledgers_are_cons
     planned = check_order(build(names))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
     assert [ledger.pools for ledger in ledgers] == pools
-    assert [KV in led.pools for led in ledgers] == [facts.KV_LIVE in p.facts for p in planned]

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from kvpipe import facts
-from kvpipe.ledger import KV, PARAMS, TRAINER_PROGRAM, slot_pool
-from kvpipe.phase import TRAINER_SETS, Effect, Size
+from kvpipe.ledger import KV, PARAMS, TRAINER_PROGRAM, TRAINER_SETS, Size, slot_pool
+from kvpipe.phase import Effect
 from kvpipe.plan import KvCapacity, check_order, judge, plan_ledgers, temporaries
 from kvpipe.records import Program
 from kvpipe.steps import build_steps
@@ -42,7 +42,7 @@ def accepted(names, **options):
         ),
         (
             [*READY, "trainer_ready", "trainer_offloaded", "train_step"],
-            "needs a trainer on the devices, but step 'trainer_offloaded' took it away",
+            "needs a trainer on the devices, but step 'trainer_offloaded' removed it",
         ),
         (
             [*READY, "trainer_ready", "trainer_offloaded", "weights_synced"],
@@ -55,12 +55,12 @@ def accepted(names, **options):
         ),
         (
             [*READY, "trainer_ready", "trainer_dropped", "weights_synced"],
-            "needs a trainer on the devices, but step 'trainer_dropped' took it away",
+            "needs a trainer on the devices, but step 'trainer_dropped' removed it",
         ),
         (
             [*TRAINED, "trainer_dropped"],
-            "'trainer_dropped' must not meet trained weights that the engine has not got, which "
-            "step 'train_step' left; put 'weights_synced' between, or set unsynced=true for this",
+            "'trainer_dropped' requires trained weights that are not synced to the engine to be absent, but "
+            "step 'train_step' created it; put 'weights_synced' between, or set unsynced=true for this",
         ),
         ([*READY, "trainer_dropped"], "'trainer_dropped' needs a trainer on the devices"),
     ],
@@ -72,9 +72,15 @@ def test_a_trainer_in_the_wrong_place_is_refused_with_the_step_to_blame(names, m
 def test_a_second_trainer_is_refused_wherever_the_first_one_is():
     second = {"second": {"use": "trainer_ready"}}
     message = refused([*READY, "trainer_ready", "second"], **second)
-    assert "must not meet a trainer on the devices, which step 'trainer_ready' left" in message
+    assert (
+        "requires a trainer on the devices to be absent, but step 'trainer_ready' created it"
+        in message
+    )
     message = refused([*READY, "trainer_ready", "trainer_offloaded", "second"], **second)
-    assert "must not meet an offloaded trainer, which step 'trainer_offloaded' left" in message
+    assert (
+        "requires an offloaded trainer to be absent, but step 'trainer_offloaded' created it"
+        in message
+    )
     assert accepted([*READY, "trainer_ready", "trainer_dropped", "second"], **second)
 
 
@@ -117,7 +123,7 @@ def test_a_peak_is_compared_with_an_earlier_step_and_only_without_the_kv_cache()
     kept = {"kept": {"use": "train_step"}, "train_step": {"peak_below": "kept"}}
     names = [*READY, "trainer_ready", "kept", "kv_cache_dropped", "train_step"]
     assert accepted(names, **kept)
-    assert "'train_step' must not meet the KV cache on the devices" in (
+    assert "'train_step' requires the KV cache on the devices to be absent" in (
         refused([name for name in names if name != "kv_cache_dropped"], **kept)
     )
     without = [name for name in names if name != "kept"]

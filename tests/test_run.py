@@ -18,6 +18,7 @@ import pytest
 
 from tests.command import FAKE_KEY, Finished, environment, kvpipe
 from tests.golden.answers import comparable, golden
+from tests.helpers_config import default_names
 from tests.sinks import wandb_file
 from tests.sop import STEPS
 
@@ -52,7 +53,7 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: Finished) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
-    phases = ["run_started", "wandb_init", "run_planned", *STEPS[1:], "run_finished"]
+    phases = ["run_started", "wandb_init", "run_planned", *default_names()[1:], "run_finished"]
     assert [line["phase"] for line in run.lines] == phases
     assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
     assert all(check["passed"] for check in run.end["checks"])
@@ -78,7 +79,7 @@ def test_the_records_file_holds_the_very_lines_of_stdout(run: Finished) -> None:
 
 def test_the_first_line_says_what_runs(run: Finished) -> None:
     first = run.lines[0]
-    assert (first["experiment"], first["steps"]) == ("tiny", STEPS)
+    assert (first["experiment"], first["steps"]) == ("tiny", default_names())
     assert first["config"]["engine"]["tp_size"] == 4
     assert first["versions"]["sglang-jax"] == "0.0.2"
 
@@ -174,7 +175,7 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     (path,) = run.run_dir.glob("wandb/*/*.wandb")
     logged = wandb_file.read(path)
     rows = {row["phase/name"]: row for row in logged["history"] if "phase/name" in row}
-    assert list(rows) == STEPS
+    assert list(rows) == default_names()
     dropped = rows["kv_cache_dropped"]
     assert dropped["kv/fused_bytes_total"] == KV
     assert dropped["kv/deleted_buffers"] == 3
@@ -206,7 +207,7 @@ def test_the_config_that_is_logged_is_the_one_that_ran(run: Finished) -> None:
     ready = run.phase("engine_ready_dummy")
     assert config["engine"]["tp_size"] == ready["tp_size"] == 4
     assert config["engine"]["mem_fraction_static"] == ready["mem_fraction_static"] == 0.8
-    assert config["pipeline"] == STEPS
+    assert config["pipeline"] == default_names()
 
 
 def test_the_wandb_key_is_nowhere_in_what_the_run_left(run: Finished) -> None:
@@ -260,7 +261,8 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
     assert run.lines[-2]["phase"] == "after_drop_param_dict2", "what cleans is run all the same"
     beats = run.stderr.splitlines()
     assert beats
-    heartbeat = r"kvpipe: \d+/16 \w+ has run for \d+ s(: (compiling|loading|generating) .+)?"
+    steps = len(default_names())
+    heartbeat = rf"kvpipe: \d+/{steps} \w+ has run for \d+ s(: (compiling|loading|generating) .+)?"
     assert [line for line in beats if not re.fullmatch(heartbeat, line)] == []
     assert any(": compiling program " in line for line in beats)
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout

@@ -1,10 +1,8 @@
 """The loop of the worker, with steps that need no engine."""
 
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 
@@ -13,12 +11,11 @@ from kvpipe.context import WorkerContext
 from kvpipe.engine import peaks
 from kvpipe.errors import KvpipeError
 from kvpipe.ledger import Ledger
-from kvpipe.phase import Kind, Result, WorkerPhase
+from kvpipe.phase import OnFailure, Result, WorkerPhase
 from kvpipe.progress import COMPILING, GENERATING, Progress
 from kvpipe.schema import Kvpipe, RunnerConfig
 
 
-@dataclass(frozen=True)
 class Waits(WorkerPhase):
     """Says that it generates, for ``seconds``."""
 
@@ -30,7 +27,6 @@ class Waits(WorkerPhase):
         return Result()
 
 
-@dataclass(frozen=True)
 class Peaks(WorkerPhase):
     """Knows three moments of its own that may be its peak."""
 
@@ -40,25 +36,21 @@ class Peaks(WorkerPhase):
         return Result()
 
 
-@dataclass(frozen=True)
 class Fails(WorkerPhase):
     def run(self, ctx):
         raise KvpipeError("it cannot be done")
 
 
-@dataclass(frozen=True)
 class Looks(Fails):
-    kind: ClassVar[Kind] = Kind.MEASURES
+    on_failure = OnFailure.MAY_CONTINUE
 
 
-@dataclass(frozen=True)
 class Cleans(Waits):
-    kind: ClassVar[Kind] = Kind.CLEANS
+    on_failure = OnFailure.ALWAYS_RUN
 
 
-@dataclass(frozen=True)
 class FailsToClean(Fails):
-    kind: ClassVar[Kind] = Kind.CLEANS
+    on_failure = OnFailure.ALWAYS_RUN
 
 
 def run(*phases, **options):

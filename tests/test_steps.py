@@ -1,4 +1,4 @@
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 from hypothesis import given
@@ -10,6 +10,7 @@ from kvpipe.schema import Kvpipe, SamplingConfig
 from kvpipe.steps import build_steps, option_types, phase_class, phase_names, use_of
 from tests.helpers_config import ROOT, build, default_names
 from tests.refusal import refusal as refusal_of
+from tests.sop import STEPS
 
 FILES = sorted(path.stem for path in (ROOT / "phases").glob("*.py") if path.stem != "__init__")
 
@@ -32,6 +33,12 @@ def test_every_file_in_phases_is_a_name_for_use_and_defines_one_phase():
         assert cls.__module__ == f"phases.{use}"
 
 
+def test_a_phase_is_frozen_without_a_decorator():
+    (step,) = build_steps(Kvpipe(pipeline=["jax_ready"]))
+    with pytest.raises(FrozenInstanceError):
+        step.step = "another"
+
+
 def test_every_option_of_every_phase_is_described_in_its_docstring():
     undescribed = {
         (use, option)
@@ -48,8 +55,8 @@ def test_the_steps_stand_in_the_order_of_the_pipeline_under_their_own_names():
     assert all(isinstance(step, Phase) for step in steps)
 
 
-def test_the_default_pipeline_runs_the_phases_and_options_that_it_says():
-    options = {step.step: (type(step).__name__, asdict(step)) for step in build(default_names())}
+def test_the_steps_of_the_sop_have_the_phases_and_options_that_the_default_pipeline_says():
+    options = {step.step: (type(step).__name__, asdict(step)) for step in build(STEPS)}
     sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False}
     control = {"aa_control": False, "same_cached_tokens_as": None}
     control |= {"different_output_from": None, "same_output_as_before": None}

@@ -1,10 +1,9 @@
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpipe.ledger import KV, PARAMS
-from kvpipe.phase import Size
+from kvpipe.ledger import KV, PARAMS, Size
 from kvpipe.plan import KvCapacity, check_order, engine_kv_bytes, judge, plan_ledgers
 from kvpipe.schema import EngineConfig
 from kvpipe.targets import Target, find_target
@@ -80,6 +79,7 @@ def fit(hbm_bytes, params, token_bytes, page_size, tokens, fraction):
     return judge(planned, ledgers, hbm_bytes, KvCapacity(kv_bytes, tokens, page_size, engine_bytes))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["v4:2x2x1", "v5e:2x2x1", "v5p:2x2x1", "v6e:2x2x1"]),
     st.integers(1, 20 * GIB),

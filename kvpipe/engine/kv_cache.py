@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory, peaks, placement
+from kvpipe.engine import lockstep, memory, peaks, placement
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
+from kvpipe.ledger import Change
 
 KV = "kv"
 # Rows that are copied at once: whole blocks that hold a used row, so that copying any number of them
@@ -28,23 +29,6 @@ _NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
 HostRows = list[dict[placement.Index, np.ndarray[Any, np.dtype[Any]]]]
-
-
-@dataclass(frozen=True)
-class KvChange:
-    """What a drop or a rebuild did.
-
-    Attributes:
-        fused_bytes_total: bytes of all layers over all devices, from the arrays' own shapes.
-        fused_bytes_per_layer: bytes of one layer over all devices.
-        layers: number of buffers; keys and values of a layer are fused in one.
-        changed_bytes: change of the bytes in use over all devices, measured around it.
-    """
-
-    fused_bytes_total: int
-    fused_bytes_per_layer: int
-    layers: int
-    changed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -80,17 +64,19 @@ def nbytes(engine: SglangEngine) -> int:
     return sum(memory.bytes_of(engine.runner.token_to_kv_pool.kv_buffer))
 
 
-def drop(engine: SglangEngine) -> KvChange:
+def drop(engine: SglangEngine) -> Change:
     """Delete the KV buffers; until the rebuild every request is refused.
 
     Raises:
         EngineError: the cache is away already, tokens in it are still in use (no flush came
             before), or the engine stayed busy.
     """
-    return engine.on_scheduler.call(lambda: _drop_unused(engine))
+    change = engine.on_scheduler.call(lambda: _drop_unused(engine))
+    memory.give_back_host_memory()
+    return change
 
 
-def rebuild(engine: SglangEngine, max_total_tokens: int | None = None) -> KvChange:
+def rebuild(engine: SglangEngine, max_total_tokens: int | None = None) -> Change:
     """Make zeroed KV buffers in the places of the deleted ones and return when they exist.
 
     Args:
@@ -103,19 +89,23 @@ def rebuild(engine: SglangEngine, max_total_tokens: int | None = None) -> KvChan
             small for a request.
         InputError: the capacity is less than a page.
     """
-    return engine.on_scheduler.call(lambda: _rebuild_dropped(engine, max_total_tokens))
+    change = engine.on_scheduler.call(lambda: _rebuild_dropped(engine, max_total_tokens))
+    return change.with_fields(max_total_tokens=engine.max_total_tokens)
 
 
-def offload(engine: SglangEngine) -> tuple[KvChange, HostKv]:
+def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Copy the used part of the cache to the host and delete the buffers; no prefix is lost.
 
     Raises:
         EngineError: the cache is away already, or the engine stayed busy.
     """
-    return engine.on_scheduler.call(lambda: offload_now(engine))
+    change, kept = engine.on_scheduler.call(lambda: offload_now(engine))
+    memory.give_back_host_memory()
+    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": lockstep.total(kept.nbytes)}
+    return change.with_fields(**sizes), kept
 
 
-def restore(engine: SglangEngine, kept: HostKv) -> KvChange:
+def restore(engine: SglangEngine, kept: HostKv) -> Change:
     """Rebuild the cache and put what was offloaded back into its places.
 
     Args:
@@ -125,7 +115,9 @@ def restore(engine: SglangEngine, kept: HostKv) -> KvChange:
     Raises:
         EngineError: the cache is there, or was flushed meanwhile.
     """
-    return engine.on_scheduler.call(lambda: restore_now(engine, kept))
+    change = engine.on_scheduler.call(lambda: restore_now(engine, kept))
+    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": lockstep.total(kept.nbytes)}
+    return change.with_fields(**sizes)
 
 
 def used_rows(engine: SglangEngine) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -145,14 +137,14 @@ def used_rows(engine: SglangEngine) -> np.ndarray[Any, np.dtype[np.int32]]:
     return (pages[:, None] * page_size + np.arange(page_size)).ravel().astype(np.int32)
 
 
-def _drop_unused(engine: SglangEngine) -> KvChange:
+def _drop_unused(engine: SglangEngine) -> Change:
     _needs_kv(engine)
     if used := len(used_rows(engine)):
         raise EngineError(f"{used} tokens of the KV cache are in use; flush it before the drop")
     return _delete(engine, "its KV cache is dropped; rebuild it first")
 
 
-def offload_now(engine: SglangEngine) -> tuple[KvChange, HostKv]:
+def offload_now(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Offload at once; for the scheduler's own thread, when the engine is idle."""
     _needs_kv(engine)
     rows = used_rows(engine)
@@ -162,7 +154,7 @@ def offload_now(engine: SglangEngine) -> tuple[KvChange, HostKv]:
     return _delete(engine, "its KV cache is offloaded; restore it first"), kept
 
 
-def _rebuild_dropped(engine: SglangEngine, max_total_tokens: int | None) -> KvChange:
+def _rebuild_dropped(engine: SglangEngine, max_total_tokens: int | None) -> Change:
     _needs_kv_away(engine)
     if used := len(used_rows(engine)):
         raise EngineError(
@@ -173,7 +165,7 @@ def _rebuild_dropped(engine: SglangEngine, max_total_tokens: int | None) -> KvCh
     return _allocate(engine)
 
 
-def restore_now(engine: SglangEngine, kept: HostKv) -> KvChange:
+def restore_now(engine: SglangEngine, kept: HostKv) -> Change:
     """Restore at once; for the scheduler's own thread, when the engine is idle."""
     if not np.array_equal(used_rows(engine), kept.rows):
         raise EngineError("the cache was flushed after it was offloaded; rebuild it instead")
@@ -189,7 +181,7 @@ def _needs_kv(engine: SglangEngine) -> None:
         raise EngineError(f"the KV cache is not there: {engine.away[KV]}")
 
 
-def _delete(engine: SglangEngine, why: str) -> KvChange:
+def _delete(engine: SglangEngine, why: str) -> Change:
     engine.away[KV] = why
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
@@ -200,7 +192,8 @@ def _delete(engine: SglangEngine, why: str) -> KvChange:
     for buffer in pool.kv_buffer:
         buffer.delete()
     pool.kv_buffer[:] = blueprint
-    return _change(blueprint, memory.total_in_use() - before)
+    change = _change(blueprint, memory.total_in_use() - before)
+    return change.with_fields(deleted_buffers=len(blueprint), freed_bytes=change.freed_bytes)
 
 
 def _needs_kv_away(engine: SglangEngine) -> None:
@@ -208,13 +201,14 @@ def _needs_kv_away(engine: SglangEngine) -> None:
         raise EngineError("the KV cache is there: only one that is away can be made again")
 
 
-def _allocate(engine: SglangEngine) -> KvChange:
+def _allocate(engine: SglangEngine) -> Change:
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
     pool.kv_buffer[:] = jax.block_until_ready(_allocator(blueprint)())
     del engine.away[KV]
-    return _change(blueprint, memory.total_in_use() - before)
+    change = _change(blueprint, memory.total_in_use() - before)
+    return change.with_fields(rebuilt_buffers=len(blueprint), allocated_bytes=change.changed_bytes)
 
 
 @lru_cache(maxsize=4)
@@ -315,6 +309,8 @@ def _block_of(layer: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layer.sharding)
 
 
-def _change(blueprint: Blueprint, changed_bytes: int) -> KvChange:
+def _change(blueprint: Blueprint, changed_bytes: int) -> Change:
+    """Return the change of all layers; keys and values of a layer are fused in one buffer."""
     sizes = [sum(memory.bytes_of([layer])) for layer in blueprint]
-    return KvChange(sum(sizes), sizes[0], len(sizes), changed_bytes)
+    fields = {"fused_bytes_total": sum(sizes), "fused_bytes_per_layer": sizes[0]}
+    return Change(sum(sizes), changed_bytes, fields=fields)

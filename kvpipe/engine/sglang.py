@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from kvpipe import progress
-from kvpipe.context import Output
 from kvpipe.engine import compat, lockstep, memory
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
+from kvpipe.output import Output
 from kvpipe.schema import EngineConfig, SamplingConfig
 
 

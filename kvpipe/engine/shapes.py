@@ -22,8 +22,7 @@ from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of
 from kvpipe.errors import InputError
-from kvpipe.ledger import PerDevice
-from kvpipe.phase import KvTokens, PoolSize, Size
+from kvpipe.ledger import KvTokens, PerDevice, PoolSize, Size
 from kvpipe.schema import EngineConfig
 
 # More than any device has, so that the engine's profiling never cuts the KV cache down here.

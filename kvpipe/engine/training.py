@@ -5,6 +5,7 @@ into the engine a trained parameter stays on the devices. A small program for ea
 casts, transposes and widens it and lays it out as the engine has it.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kvpipe.engine import weights
+from kvpipe.engine import memory, weights
 from kvpipe.engine.params import Param, ParamTable
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_shapes, check_weights, refuse_infinite
 from kvpipe.engine.weight_map import Heads, HostArray, Leaf, leaf_sources
+from kvpipe.ledger import Change
 
 Blueprint = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -58,7 +60,7 @@ def check(engine: SglangEngine, given: Mapping[str, HostArray]) -> None:
     check_weights(leaf_sources(engine, table), table.blueprint, given)
 
 
-def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights.WeightChange:
+def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     """Replace the engine's parameters by trained ones leaf by leaf, and flush its prefix cache.
 
     Each old leaf is freed before its successor is made, so the devices never hold a second set.
@@ -72,10 +74,14 @@ def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights.Weig
         EngineError: they are not complete, not of the engine's shapes or not finite in its dtype,
             or the engine stayed busy; it keeps its old weights.
     """
-    return engine.on_scheduler.call(lambda: _sync_now(engine, trained))
+    began = time.monotonic()
+    change = engine.on_scheduler.call(lambda: _sync_now(engine, trained))
+    sync_s = round(time.monotonic() - began, 6)
+    memory.give_back_host_memory()
+    return change.with_fields(sync_s=sync_s)
 
 
-def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> weights.WeightChange:
+def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     table = ParamTable(engine)
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
     check_shapes(leaves, blueprint, trained)

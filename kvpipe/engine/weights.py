@@ -8,8 +8,9 @@ Everything runs on the scheduler's thread, reading and checking too: until it is
 loop neither begins a step nor takes Python's lock from the threads that copy.
 """
 
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +19,24 @@ import jax
 
 from kvpipe import progress
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import memory, peaks, placement
+from kvpipe.engine import lockstep, memory, peaks, placement
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
 from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
 from kvpipe.errors import EngineError
+from kvpipe.ledger import Change
 from kvpipe.suggest import nearest
 
 __all__ = [
     "HostWeights",
-    "WeightChange",
     "build",
     "drop",
     "live_bytes",
     "num_leaves",
     "offload",
     "parameters",
+    "release",
     "replace_leaves",
     "restore",
     "stream",
@@ -50,21 +52,6 @@ _AT_ONCE = 2
 _LEAVES_UNTRIMMED = 1
 
 HfWeights = Mapping[str, HostArray]
-
-
-@dataclass(frozen=True)
-class WeightChange:
-    """What a change of the engine's weights did.
-
-    Attributes:
-        num_params: number of parameters.
-        param_bytes: their bytes over all devices, from their shapes and shardings.
-        changed_bytes: change of the bytes in use over all devices, measured around it.
-    """
-
-    num_params: int
-    param_bytes: int
-    changed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,14 +86,16 @@ def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
     return engine.on_scheduler.call(lambda: _build_now(engine, weights))
 
 
-def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
-    """Let the engine compute with the arrays of ``new``; its old arrays lose this owner.
+def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
+    """Let the engine compute with the arrays of ``new``; return the seconds that it took.
 
-    The prefix cache is left as it is: it belongs to the old weights until somebody flushes it.
+    The engine no longer owns its old arrays. The prefix cache is not flushed, although it belongs to
+    the old weights.
 
     Raises:
         EngineError: the set is not complete or not of the engine's shapes.
     """
+    began = time.monotonic()
     table = ParamTable(engine)
     _check_set(table.blueprint, new)
 
@@ -116,9 +105,10 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> None:
         engine.away.pop(WEIGHTS, None)
 
     engine.on_scheduler.call(put)
+    return round(time.monotonic() - began, 6)
 
 
-def stream(engine: SglangEngine, weights: HfWeights) -> WeightChange:
+def stream(engine: SglangEngine, weights: HfWeights) -> Change:
     """Replace the engine's parameters by ``weights`` leaf by leaf, and flush its prefix cache.
 
     Each old leaf is freed before its successor is placed, so the devices never hold more than one
@@ -133,10 +123,14 @@ def stream(engine: SglangEngine, weights: HfWeights) -> WeightChange:
             engine stayed busy; it keeps its old weights. If placing itself fails, the engine
             refuses to generate until another swap.
     """
-    return engine.on_scheduler.call(lambda: _stream_now(engine, weights))
+    began = time.monotonic()
+    change = engine.on_scheduler.call(lambda: _stream_now(engine, weights))
+    swap_s = round(time.monotonic() - began, 6)
+    memory.give_back_host_memory()
+    return change.with_fields(swap_s=swap_s, num_model_state_leaves=num_leaves(engine))
 
 
-def offload(engine: SglangEngine) -> tuple[WeightChange, HostWeights]:
+def offload(engine: SglangEngine) -> tuple[Change, HostWeights]:
     """Copy the engine's parameters to the host, leaf by leaf, and free them on the devices.
 
     Raises:
@@ -148,17 +142,19 @@ def offload(engine: SglangEngine) -> tuple[WeightChange, HostWeights]:
         kept.shards[path] = placement.to_host(leaf)
 
     why = "its weights are offloaded; restore them first"
-    return engine.on_scheduler.call(lambda: _take_away(engine, why, keep)), kept
+    change = engine.on_scheduler.call(lambda: _take_away(engine, why, keep))
+    memory.give_back_host_memory()
+    return change.with_fields(offloaded_bytes=lockstep.total(kept.nbytes)), kept
 
 
-def restore(engine: SglangEngine, kept: HostWeights) -> WeightChange:
+def restore(engine: SglangEngine, kept: HostWeights) -> Change:
     """Bring offloaded parameters back to the devices, leaf by leaf; ``kept`` is empty after it.
 
     Raises:
         EngineError: the engine has weights, or stayed busy.
     """
 
-    def bring() -> WeightChange:
+    def bring() -> Change:
         if WEIGHTS not in engine.away:
             raise EngineError("the weights are there: only weights that are away can be restored")
         return replace_leaves(
@@ -168,17 +164,40 @@ def restore(engine: SglangEngine, kept: HostWeights) -> WeightChange:
             lambda path: kept.shards.pop(path),
         )
 
-    return engine.on_scheduler.call(bring)
+    change = engine.on_scheduler.call(bring)
+    memory.give_back_host_memory()
+    return change.with_fields(allocated_bytes=change.changed_bytes)
 
 
-def drop(engine: SglangEngine) -> WeightChange:
+def drop(engine: SglangEngine) -> Change:
     """Free the engine's parameters; every request is refused until a swap brings others.
 
     Raises:
         EngineError: they are away already, or the engine stayed busy.
     """
     why = "its weights are dropped; swap others in first"
-    return engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
+    change = engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
+    memory.give_back_host_memory()
+    return change
+
+
+def release(engine: SglangEngine | None, sets: Iterable[Mapping[str, jax.Array]]) -> int:
+    """Delete the arrays of parameter sets, except those that the engine computes with.
+
+    Args:
+        engine: the engine, if there is one.
+        sets: the parameter sets.
+
+    Returns:
+        The bytes of the deleted arrays over all devices.
+    """
+    in_use = {id(array) for array in parameters(engine).values()} if engine else set()
+    own = [a for arrays in sets for a in arrays.values() if id(a) not in in_use]
+    freed_bytes = sum(memory.bytes_of(own))
+    for array in own:
+        array.delete()
+    memory.give_back_host_memory()
+    return freed_bytes
 
 
 def _check_set(blueprint: Mapping[str, Param], new: Mapping[str, Any]) -> None:
@@ -213,7 +232,7 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
     return built
 
 
-def _stream_now(engine: SglangEngine, weights: HfWeights) -> WeightChange:
+def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
     table = ParamTable(engine)
     leaves = leaf_sources(engine, table)
     check_weights(leaves, table.blueprint, weights)
@@ -232,7 +251,7 @@ def replace_leaves(
     table: ParamTable,
     begin: Callable[[str, Param], placement.Pending],
     done: Callable[[str], Any] = lambda path: None,
-) -> WeightChange:
+) -> Change:
     """Exchange every leaf; each old one is freed before its successor is begun.
 
     For functions that run on the scheduler's thread. If it breaks off, the engine refuses to
@@ -244,7 +263,7 @@ def replace_leaves(
         begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets.
         done: called with the path of each leaf that is in its place.
     """
-    before = memory.total_in_use()
+    replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
@@ -277,7 +296,7 @@ def replace_leaves(
             finish()
     table.tell_model()
     del engine.away[WEIGHTS]
-    return _change(blueprint, memory.total_in_use() - before)
+    return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
 
 
 def _loading(
@@ -303,7 +322,7 @@ def _by_shape(item: tuple[str, Param]) -> Any:
     return leaf.shape, path
 
 
-def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> WeightChange:
+def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> Change:
     """Free every leaf, after ``keep`` has seen it."""
     if WEIGHTS in engine.away:
         raise EngineError(f"the weights are not there: {engine.away[WEIGHTS]}")
@@ -317,8 +336,11 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
             keep(path, table[path])
             table.put_in_step({path: shape})
     engine.away[WEIGHTS] = why
-    return _change(blueprint, memory.total_in_use() - before)
+    change = _change(blueprint, memory.total_in_use() - before)
+    return change.with_fields(freed_bytes=change.freed_bytes)
 
 
-def _change(blueprint: Mapping[str, Param], changed_bytes: int) -> WeightChange:
-    return WeightChange(len(blueprint), sum(memory.bytes_of(blueprint.values())), changed_bytes)
+def _change(blueprint: Mapping[str, Param], changed_bytes: int, replaced_bytes: int = 0) -> Change:
+    nbytes = sum(memory.bytes_of(blueprint.values()))
+    fields = {"num_params": len(blueprint), "param_bytes": nbytes}
+    return Change(nbytes, changed_bytes, replaced_bytes, fields)

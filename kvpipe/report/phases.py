@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from kvpipe import facts
-from kvpipe.phase import Effect, KvTokens, PoolSize, Size
+from kvpipe.ledger import KvTokens, PoolSize, Size
+from kvpipe.phase import Effect
 from kvpipe.phase_docs import Option, PhaseDoc
 from kvpipe.report.plan import markdown_table
 
@@ -20,19 +21,12 @@ _SIZES = {
     Size.TRAINER_GRADIENTS: "the trainer's gradients",
     Size.TRAINER_MOMENTS: "the trainer's moments",
 }
-_FACTS = ("needs", "forbids", "leaves", "takes")
-_HEADINGS = {
-    "needs": "needs",
-    "forbids": "must not meet",
-    "leaves": "leaves",
-    "takes": "takes away",
-    "pools": "pools",
-}
+_FACTS = ("needs", "forbids", "adds", "removes")
 _NO_LONGER = {
     "needs": "does not need",
-    "forbids": "may meet",
-    "leaves": "does not leave",
-    "takes": "does not take away",
+    "forbids": "does not forbid",
+    "adds": "does not add",
+    "removes": "does not remove",
     "pools": "does not change",
 }
 
@@ -63,13 +57,12 @@ def as_markdown(phases: Sequence[PhaseDoc]) -> str:
 
 
 def effect_rows(phase: PhaseDoc) -> dict[str, str]:
-    """Return what a phase needs and does, and what its options change in it, in words by heading."""
-    rows = {_HEADINGS[part]: words for part, words in _words(phase.effect).items()}
+    """Return the effect of a phase, and what its options change in it, in words by heading."""
+    rows = _words(phase.effect)
     for variant in phase.variants:
         changes = [
-            f"{said[part]}: {words}"
-            for effect, said in ((variant.more, _HEADINGS), (variant.less, _NO_LONGER))
-            for part, words in _words(effect).items()
+            *(f"{part}: {words}" for part, words in _words(variant.more).items()),
+            *(f"{_NO_LONGER[part]}: {words}" for part, words in _words(variant.less).items()),
         ]
         rows[f"{variant.option}={shown(variant.value)}"] = "; ".join(changes)
     return rows

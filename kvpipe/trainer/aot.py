@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 from kvpipe.engine import shapes, training
 from kvpipe.engine.aot import CompileFinding, target_mesh
 from kvpipe.engine.program_cache import cached
-from kvpipe.phase import TRAIN_STEP, WEIGHT_SYNC
+from kvpipe.ledger import TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records import Program
 from kvpipe.schema import EngineConfig, TrainerConfig
 from kvpipe.trainer.layout import Layout, lay_out

@@ -13,8 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.engine import memory
-from kvpipe.ledger import PerDevice
-from kvpipe.phase import Size
+from kvpipe.ledger import PerDevice, Size
 from kvpipe.schema import TrainerConfig
 
 Shapes = dict[str, jax.ShapeDtypeStruct]

@@ -5,7 +5,7 @@ While its arrays are away, their places hold their shapes, as the engine's do.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,35 +15,18 @@ import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.engine import lockstep, memory, placement
-from kvpipe.phase import Size
+from kvpipe.ledger import Change, Size
 from kvpipe.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
-from kvpipe.trainer.step import CompiledStep, compile_step, gradient_inputs
+from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 HostLeaf = dict[placement.Index, HostArray]
 
 
 @dataclass(frozen=True)
-class SetChange:
-    """What a change of the trainer's place did.
-
-    Attributes:
-        num_arrays: arrays of all three sets.
-        set_bytes: their bytes over all devices, from their shapes and shardings.
-        changed_bytes: change of the bytes in use over all devices, measured around it.
-        host_bytes: bytes that the hosts hold of them after it.
-    """
-
-    num_arrays: int
-    set_bytes: int
-    changed_bytes: int
-    host_bytes: int = 0
-
-
-@dataclass(frozen=True)
 class StepReport:
-    """What a training step did; bytes are over all devices.
+    """Measurements of a training step; bytes are over all devices.
 
     Attributes:
         step: number of the step, from 1.
@@ -65,6 +48,20 @@ class StepReport:
     def peak_bytes(self) -> int:
         """Most bytes that were in use during the step."""
         return self.in_use_bytes + self.temp_bytes
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields for the record of the phase."""
+        return {
+            "gradients": GRADIENTS,
+            "train_step": self.step,
+            "compute_s": round(self.compute_s, 6),
+            "step_memory": {
+                "in_use_bytes": self.in_use_bytes,
+                "temp_bytes": self.temp_bytes,
+                "peak_bytes": self.peak_bytes,
+            },
+        }
 
 
 class Trainer:
@@ -100,7 +97,7 @@ class Trainer:
             for size, tree in held.items()
         }
 
-    def start(self, weights: Mapping[str, HostArray]) -> SetChange:
+    def start(self, weights: Mapping[str, HostArray]) -> Change:
         """Place the parameters, cast to the trainer's dtype; gradients and moments are zeros.
 
         Args:
@@ -114,7 +111,7 @@ class Trainer:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout.moments)
         init = jax.jit(optimizer(self._config).init, out_shardings=shardings)
         self.moments = jax.block_until_ready(init(self.params))
-        return self._change(before)
+        return self._completed(before)
 
     def step(self) -> StepReport:
         """Carry out one step; the three sets take over their own memory."""
@@ -138,7 +135,7 @@ class Trainer:
             temp_bytes=compiled.temp_bytes * devices,
         )
 
-    def offload(self) -> SetChange:
+    def offload(self) -> Change:
         """Copy parameters and moments to the host, leaf by leaf, and free the devices.
 
         The gradients are freed only: each step makes them anew.
@@ -151,19 +148,20 @@ class Trainer:
                 leaf.delete()
         return self._freed(before)
 
-    def restore(self) -> SetChange:
+    def restore(self) -> Change:
         """Bring what was offloaded back to the devices, leaf by leaf; the gradients are zeros."""
         before = memory.total_in_use()
         self.params = self._brought(Size.TRAINER_PARAMS, self._layout.params)
         self.gradients = self._zeros()
         self.moments = self._brought(Size.TRAINER_MOMENTS, self._layout.moments)
-        return self._change(before)
+        return self._completed(before)
 
-    def drop(self) -> SetChange:
+    def drop(self) -> Change:
         """Free all that it holds, on the devices and on the host."""
         before = memory.total_in_use()
+        held = sum(sum(memory.bytes_of(arrays)) for arrays in self.sets.values())
         self._kept = {}
-        return self._freed(before)
+        return replace(self._freed(before), nbytes=held)
 
     @cached_property
     def _compiled(self) -> CompiledStep:
@@ -190,20 +188,26 @@ class Trainer:
             placed.append(placement.begin(kept.pop(0), like).wait())
         return jax.tree.unflatten(structure, placed)
 
-    def _freed(self, before: int) -> SetChange:
+    def _freed(self, before: int) -> Change:
         for leaf in [leaf for arrays in self.sets.values() for leaf in arrays]:
             if not leaf.is_deleted():
                 leaf.delete()
         self.params = dict(self._layout.params)
         self.gradients = dict(self._layout.gradients)
         self.moments = self._layout.moments
-        return self._change(before)
+        return self._completed(before)
 
-    def _change(self, before: int) -> SetChange:
+    def _completed(self, before: int) -> Change:
+        """Give freed host memory back to the system; return the change of all three sets."""
         kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
-        return SetChange(
-            len(self._layout.leaves),
-            sum(memory.bytes_of(self._layout.leaves)),
-            memory.total_in_use() - before,
-            lockstep.total(sum(shard.nbytes for shards in kept for shard in shards)),
-        )
+        host_bytes = lockstep.total(sum(shard.nbytes for shards in kept for shard in shards))
+        nbytes = sum(memory.bytes_of(self._layout.leaves))
+        changed_bytes = memory.total_in_use() - before
+        memory.give_back_host_memory()
+        fields = {
+            "num_arrays": len(self._layout.leaves),
+            "set_bytes": nbytes,
+            "changed_bytes": changed_bytes,
+            "host_bytes": host_bytes,
+        }
+        return Change(nbytes, changed_bytes, fields=fields)

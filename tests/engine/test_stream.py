@@ -41,7 +41,7 @@ def test_weights_swapped_in_and_back_give_the_first_ids_and_nothing_is_compiled_
     found = []
     for given in (other_weights, HfView(tree_from_checkpoint(tiny_weights))):
         change = weights.stream(real_engine, given)
-        assert (change.changed_bytes, change.num_params) == (0, 38)
+        assert (change.changed_bytes, change.fields["num_params"]) == (0, 38)
         assert sum(memory.bytes_in_use()) == in_use
         output = real_engine.generate(prompt, greedy(8))
         assert output.cached_tokens == 0
@@ -166,7 +166,7 @@ def test_offloaded_weights_free_their_bytes_and_come_back_with_the_same_ids_and_
     compilations = CompileCounter()
     compilations.take()
     gone, kept = weights.offload(real_engine)
-    assert -gone.changed_bytes == gone.param_bytes == set_bytes
+    assert gone.freed_bytes == gone.nbytes == set_bytes
     assert sum(memory.bytes_in_use()) == in_use - set_bytes
     assert weights.live_bytes(real_engine) == 0
     assert 0 < kept.nbytes < set_bytes  # what the devices replicate is kept once
@@ -175,7 +175,7 @@ def test_offloaded_weights_free_their_bytes_and_come_back_with_the_same_ids_and_
     with pytest.raises(EngineError, match="the weights are not there: its weights are offloaded"):
         weights.offload(real_engine)
     back = weights.restore(real_engine, kept)
-    assert back.changed_bytes == back.param_bytes == set_bytes
+    assert back.changed_bytes == back.nbytes == set_bytes
     assert kept.nbytes == 0
     again = real_engine.generate(prompt, greedy(8))
     assert again.token_ids == first.token_ids

@@ -9,7 +9,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.errors import InputError
-from kvpipe.phase import Size
+from kvpipe.ledger import Size
 from kvpipe.schema import TrainerConfig
 from tests.conftest import DEVICES, engine_config
 
@@ -99,7 +99,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
     change = made.start(given)
     planned, begun = layout.sizes, kinds()
     assert held() == planned
-    assert change.set_bytes == change.changed_bytes == sum(map(sum, planned.values()))
+    assert change.nbytes == change.changed_bytes == sum(map(sum, planned.values()))
 
     params = {name: jax.numpy.asarray(array).astype(config.dtype) for name, array in given.items()}
     transformation = optimizer(config)
@@ -118,7 +118,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
     assert not any(map(np.array_equal, values(made.params), values(given)))
 
     assert (held(), kinds()) == (planned, begun)
-    assert report.in_place_bytes == report.set_bytes == change.set_bytes
+    assert report.in_place_bytes == report.set_bytes == change.nbytes
     assert report.peak_bytes == report.in_use_bytes + report.temp_bytes
     made.drop()
     assert not any(made.sets.values())
@@ -208,15 +208,15 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
     counter.take()
     for _ in range(2):
         gone = away.offload()
-        assert -gone.changed_bytes == gone.set_bytes == one
+        assert gone.freed_bytes == gone.nbytes == one
         assert (away.params, away.moments) == (layout.params, layout.moments)
         back = away.restore()
-        assert (back.changed_bytes, back.host_bytes) == (one, 0)
+        assert (back.changed_bytes, back.fields["host_bytes"]) == (one, 0)
         assert not any(gradient.any() for gradient in values(away.gradients))
         both = [values((t.params, t.moments)) for t in (stayed, away)]
         assert all(map(np.array_equal, *both))
         # Once a parameter, not once for each device that has a copy of it.
-        assert gone.host_bytes == sum(array.nbytes for array in both[0])
+        assert gone.fields["host_bytes"] == sum(array.nbytes for array in both[0])
         for each in (stayed, away):
             each.step()
     both = [values((t.params, t.gradients, t.moments)) for t in (stayed, away)]
