@@ -1,7 +1,7 @@
 """Runs of the real command that something happens to, and what has to hold after each of them.
 
-A :class:`Matrix` carries them out in a few places at a time, and in one place one after the other:
-each is the next run of the one before it, which it shows to have left nothing that disturbs.
+A :class:`Matrix` carries them out in one place, one after the other: each is the next run of the
+one before it, which it shows to have left nothing that disturbs.
 """
 
 import itertools
@@ -25,7 +25,8 @@ from tests.sinks import wandb_file, wandb_server
 
 TOKEN = "hf_" + "0Secret9" * 5
 MARK = "KVPIPE_TEST_CELL"
-PATIENCE_S = 120
+PATIENCE_S = 240
+UNTRACKED = "tracking=disabled"
 GO_ON = ("runner.on_error=continue",)
 # What fails here is a sink: the phase itself, and its record, are as they should be.
 PASSED_ITSELF = ("W&B did not take", "No space left", "<stdout>")
@@ -71,6 +72,11 @@ class Cell:
     def command(self):
         """The command that runs it."""
         return KVPIPE if "jax_ready" in faults.PIPELINES[self.pipeline] else WITHOUT_ENGINE
+
+    @property
+    def tracked(self):
+        """Whether W&B is told of it."""
+        return UNTRACKED not in self.overrides
 
     @property
     def arguments(self):
@@ -169,31 +175,28 @@ class Ended:
 
 
 class Matrix:
-    """The cells that are asked for, in places: in each a thread does one run after the other.
+    """The cells that tests ask for, and the place in which a thread does one after the other.
 
     A cell with a disk of its own has a place of its own: the disk would hide what is there.
     """
 
-    def __init__(self, request, tmp_path_factory, places):
+    def __init__(self, request, tmp_path_factory):
         self.cells = request.module.CELLS
         self.site = tmp_path_factory.mktemp("site")
+        self.place = tmp_path_factory.mktemp("place")
         faults.write_site(self.site)
-        self._places = [
-            (ThreadPoolExecutor(1), tmp_path_factory.mktemp("place")) for _ in range(places)
-        ]
+        self._thread = ThreadPoolExecutor(1)
         self._runs = {}
-        turns = zip(_asked(request), itertools.cycle(self._places), strict=False)
-        for name, (thread, shared) in turns:
+        for name in _asked(request):
             cell = self.cells[name]
-            place = tmp_path_factory.mktemp("disk") if cell.disk_bytes else shared
-            self._runs[name] = thread.submit(carry_out, cell, self.site, place)
+            place = tmp_path_factory.mktemp("disk") if cell.disk_bytes else self.place
+            self._runs[name] = self._thread.submit(carry_out, cell, self.site, place)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for thread, _ in self._places:
-            thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
 
     def run(self, name):
         """The run of a cell; skips a test if it was not asked for."""
@@ -202,9 +205,8 @@ class Matrix:
         return self._runs[name].result()
 
     def after_all(self, act):
-        """Call ``act`` with the site and each place, after all cells there; return the results."""
-        calls = [thread.submit(act, self.site, place) for thread, place in self._places]
-        return [call.result() for call in calls]
+        """Call ``act`` with the site and the place, after all the cells; return the result."""
+        return self._thread.submit(act, self.site, self.place).result()
 
     def check_end(self, name):
         """Its exit code is right, and its last record truthful."""

@@ -87,6 +87,10 @@ def nothing(ctx):
     pass
 
 
+def leave_a_mark(ctx):
+    Path("mark").touch()
+
+
 def exception(ctx):
     raise ValueError("a fault of the tests")
 
