@@ -33,6 +33,19 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A plan for the devices of one target.
+
+    Attributes:
+        record: the plan as a record.
+        ledgers: the exact ledger after each step, per device.
+    """
+
+    record: RunPlanned
+    ledgers: tuple[Ledger, ...]
+
+
+@dataclass(frozen=True)
 class KvCapacity:
     """The KV cache that the ledgers were made with.
 
@@ -228,6 +241,16 @@ def misfit(plan: RunPlanned) -> str | None:
         f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "
         f"KV cache down to what engine.mem_fraction_static leaves; {advice}"
     )
+
+
+def refuse_misfit(plan: RunPlanned) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        InputError: with the peak, the memory of a device, and the largest capacity that would fit.
+    """
+    if why := misfit(plan):
+        raise InputError(f"{why} (plan.enforce=false runs it anyway)")
 
 
 def _whole_pages(tokens: int, page_size: int) -> int:

@@ -9,19 +9,27 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvpipe.child import STACKS_FILE, remove_tree
 
+if TYPE_CHECKING:
+    from kvpipe.worker import Planner
 
-def main() -> None:
+
+def main(load: "Callable[[], Planner] | None" = None) -> None:
     """Entry point of ``python -m kvpipe.worker_process FD``: do the job on stdin, report on FD.
 
     The job is one line with the plain config (``config``), the start of the run (``run_began``) and
     the directory for temporary files (``scratch``). The parent sends one more line when its own
-    steps are done, and one for each record that it has written; the next step waits for them.
-    Standard input stays open for as long as the parent lives. SIGUSR1 writes the stacks of all
-    threads into ``scratch``.
+    steps are done, one when it knows which step begins, and one for each record that it has
+    written; the worker waits for each of them. Standard input stays open for as long as the parent
+    lives. SIGUSR1 writes the stacks of all threads into ``scratch``.
+
+    Args:
+        load: imports what replaces the engine and returns the planner; None is the engine.
     """
     # The parent handles the terminal's Ctrl-C; a SIGINT sent to this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -33,8 +41,13 @@ def main() -> None:
         threading.Thread(target=_listen, args=(orders, scratch), daemon=True).start()
         from kvpipe import worker
 
-        descriptor = int(sys.argv[1])
-        exit_code = worker.work(job["config"], job["run_began"], descriptor, orders.acquire)
+        exit_code = worker.work(
+            job["config"],
+            job["run_began"],
+            int(sys.argv[1]),
+            orders.acquire,
+            load or worker.with_engine,
+        )
     # The engine's daemon threads are deep in C++, where Python's normal exit can crash.
     os._exit(exit_code)
 

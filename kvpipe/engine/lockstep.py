@@ -5,7 +5,7 @@ values through the key-value store of jax's distributed runtime, which runs no p
 devices, so it cannot interleave with the engine's collectives. That runtime detects a dead host
 and ends the processes of all others.
 
-On a single host every function here is the identity.
+On a single host every function here is the identity, and nothing imports jax.
 """
 
 import json
@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import jax
 
 from kvpipe.errors import DEFECT, KvpipeError, OutOfMemory, is_out_of_memory
 from kvpipe.hosts import host_label
@@ -88,6 +86,9 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
     if config.nnodes == 1:
         return ()
     assert config.node_rank is not None
+    import jax
+    from jax._src import distributed
+
     jax.distributed.initialize(
         config.dist_init_addr,
         config.nnodes,
@@ -97,8 +98,6 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
         heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         shutdown_timeout_seconds=_LEAVE_TIMEOUT_S,
     )
-    from jax._src import distributed
-
     rank, ranks = config.node_rank, range(config.nnodes)
     others = [other for other in ranks if other != rank]
     _hosts = _Hosts(rank, (), distributed.global_state.client, others=others)
@@ -119,6 +118,8 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
 def leave() -> None:
     """Wait for the other hosts at exit, so that none mistakes this exit for a failure."""
     if several() and not _hosts.left_alone:
+        import jax
+
         jax.distributed.shutdown()
 
 
@@ -139,6 +140,8 @@ def label(host: int) -> str:
 
 def positions_here() -> tuple[int, ...]:
     """Return the positions of this host's devices in the list of all devices."""
+    import jax
+
     ids = [device.id for device in jax.devices()]
     return tuple(ids.index(device.id) for device in jax.local_devices())
 
@@ -251,9 +254,11 @@ def raise_if_failed() -> None:
 
 def _raise_if_ended(other: int) -> None:
     """Raise if another host has ended the stage with a failure."""
+    from jax.errors import JaxRuntimeError
+
     try:
         text = _hosts.client.key_value_try_get(_key(other, _END))
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return
         raise
@@ -312,9 +317,11 @@ def _wait_for_end(other: int, failed: Mapping[str, Any] | None) -> Any:
 
 def _look(key: str) -> Any:
     """Return the value of a key, or None if it is not there within ``_LOOK_EVERY_S``."""
+    from jax.errors import JaxRuntimeError
+
     try:
         return json.loads(_hosts.client.blocking_key_value_get(key, int(_LOOK_EVERY_S * 1000)))
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         return None
