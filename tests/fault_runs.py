@@ -51,6 +51,7 @@ class Cell:
         rows_lost: whether W&B may miss the last rows, and cannot tell how the run ended.
         respond: how the W&B server answers; none is there without it.
         disk_bytes: size of a disk for the run directory alone.
+        variables: more of the environment.
         finds: the fault that no test of the first tier would find, for a cell of the second.
     """
 
@@ -66,6 +67,7 @@ class Cell:
     rows_lost: bool = False
     respond: Callable | None = None
     disk_bytes: int | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
     finds: str | None = None
 
     @property
@@ -273,7 +275,7 @@ def carry_out(cell, site, cwd):
     """Do what the cell says, and look at what is left on the machine."""
     (cwd / "worker.pid").unlink(missing_ok=True)
     with disk(cwd / "outputs", cell.disk_bytes), server(cell.respond) as served:
-        running = start(cell.command, cell.arguments, site, cwd, served)
+        running = start(cell.command, cell.arguments, site, cwd, served, **cell.variables)
         if cell.act:
             cell.act(running)
         stdout, stderr = running.process.communicate(timeout=PATIENCE_S)

@@ -27,6 +27,7 @@ from tests.fault_runs import (
     survivors,
 )
 from tests.sinks import wandb_file, wandb_server
+from tests.without_engine.__main__ import SAME_SIGNAL_S
 
 
 def to_worker(signum):
@@ -37,11 +38,14 @@ def to_parent(signum):
     return lambda run: run.interrupt(signum)
 
 
-def to_both(signum):
-    """As a cluster does; the worker, which takes no signal, ends first."""
+def to_worker_then_parent(signum):
+    """As a cluster does; the worker, which takes no signal, has ended before the parent gets it."""
 
     def act(run):
+        worker = psutil.Process(run.worker())
         run.tell_worker(signum)
+        run.wait_for(lambda: has_ended(worker))
+        time.sleep(0.5)
         run.process.send_signal(signum)
 
     return act
@@ -155,7 +159,9 @@ CELLS = {
         *(140, "SIGUSR2 ended the run", "wait"), act=to_parent(signal.SIGUSR2), finds=TAKEN
     ),
     "SIGTERM to parent and worker": Cell(
-        143, "SIGTERM ended the run", "wait", act=to_both(signal.SIGTERM)
+        *(143, "SIGTERM ended the run", "wait"),
+        act=to_worker_then_parent(signal.SIGTERM),
+        variables={SAME_SIGNAL_S: str(PATIENCE_S)},
     ),
     "SIGINT twice": Cell(
         130,
