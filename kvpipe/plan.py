@@ -31,6 +31,19 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A plan for the devices of one target.
+
+    Attributes:
+        record: the plan as a record.
+        ledgers: the exact ledger after each step, per device.
+    """
+
+    record: RunPlanned
+    ledgers: tuple[Ledger, ...]
+
+
+@dataclass(frozen=True)
 class KvCapacity:
     """The KV cache that the ledgers were made with.
 
@@ -224,6 +237,16 @@ def misfit(plan: RunPlanned) -> str | None:
         f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "
         f"KV cache down to what engine.mem_fraction_static leaves; {advice}"
     )
+
+
+def refuse_misfit(plan: RunPlanned) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        InputError: with the peak, what a device has, and the largest capacity that would fit.
+    """
+    if why := misfit(plan):
+        raise InputError(f"{why} (plan.enforce=false runs it all the same)")
 
 
 def _whole_pages(tokens: int, page_size: int) -> int:

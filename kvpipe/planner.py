@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kvpipe import plan
 from kvpipe.child import send
 from kvpipe.engine import devices, shapes, training
 from kvpipe.errors import EngineError, InputError, KvpipeError
-from kvpipe.ledger import Ledger, PerDevice
+from kvpipe.ledger import PerDevice
 from kvpipe.model_dir import cache_dir
 from kvpipe.phase import TRAINER_PROGRAMS, TRAINER_SETS, Phase, PoolSize, Size
 from kvpipe.records import Program, RunPlanned
@@ -28,20 +28,7 @@ from kvpipe.targets import CPU, Target
 from kvpipe.trainer.layout import lay_out
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A plan for the devices that jax has.
-
-    Attributes:
-        record: the plan as a record.
-        ledgers: the exact ledger after each step, per device.
-    """
-
-    record: RunPlanned
-    ledgers: tuple[Ledger, ...]
-
-
-def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> Plan:
+def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> plan.Plan:
     """Plan the steps for this machine's devices.
 
     Args:
@@ -62,7 +49,7 @@ def plan_for(
     config: Kvpipe,
     model_dir: Path,
     programs: Sequence[Program] = (),
-) -> Plan:
+) -> plan.Plan:
     """Plan the steps for a target; this process has as many devices, of whatever kind.
 
     Args:
@@ -104,7 +91,7 @@ def plan_for(
         fit=plan.judge(planned, ledgers, target.hbm_bytes, capacity, temporaries),
         programs=programs,
     )
-    return Plan(record, ledgers)
+    return plan.Plan(record, ledgers)
 
 
 def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
@@ -141,16 +128,6 @@ def _code_sizes(programs: Sequence[Program], count: int) -> dict[PoolSize, PerDe
         owner = Size.TRAINER_PROGRAM if program.name in TRAINER_PROGRAMS else Size.PROGRAM
         code[owner] += program.code_bytes
     return {size: (held,) * count for size, held in code.items()}
-
-
-def refuse_misfit(planned: RunPlanned) -> None:
-    """Refuse a plan that does not fit.
-
-    Raises:
-        InputError: with the peak, what a device has, and the largest capacity that would fit.
-    """
-    if why := plan.misfit(planned):
-        raise InputError(f"{why} (plan.enforce=false runs it all the same)")
 
 
 def main() -> None:

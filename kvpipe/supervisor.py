@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvpipe import errors
 from kvpipe.child import STACKS_FILE, Child, start_child
@@ -87,7 +87,10 @@ class Run:
         command: the command line that does this run again.
         secrets: environment variables that the worker must not see.
         redactor: takes secrets out of records and logs.
+        worker_module: what runs as the worker's process.
     """
+
+    worker_module: ClassVar[str] = "kvpipe.worker_process"
 
     config: Kvpipe
     plain: dict[str, Any]
@@ -262,6 +265,8 @@ class Run:
                         return ending
                     if "record" in message:
                         child.send({"recorded": message["record"]["phase"]})
+                    elif "started" in message:
+                        child.send({"begin": message["started"]})
             except TimedOut as error:
                 self._worker_memory = child_memory(child.process.pid)
                 raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
@@ -312,7 +317,7 @@ class Run:
     def _start_worker(self) -> AbstractContextManager[Child]:
         inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
         return start_child(
-            "kvpipe.worker_process",
+            self.worker_module,
             self._file(ENGINE_LOG),
             inherited | jax_environment(self.config.engine, os.environ),
             self.config.runner.shutdown_timeout_s,

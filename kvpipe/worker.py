@@ -1,6 +1,7 @@
-"""The worker's part of a run: plan, run the steps beside the engine, tell what happens.
+"""The worker's part of a run: plan, run the steps beside the engine, report what happens.
 
-:mod:`kvpipe.worker_process` is the process that it usually runs in.
+:mod:`kvpipe.worker_process` is the process that it usually runs in. Only :func:`with_engine`
+imports jax and the engine.
 """
 
 import os
@@ -10,19 +11,23 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from kvpipe import errors, planner, runner
+from kvpipe import errors, runner
 from kvpipe.child import send
 from kvpipe.context import WorkerContext
-from kvpipe.engine import lockstep, memory, shapes
+from kvpipe.engine import lockstep
 from kvpipe.errors import KvpipeError
-from kvpipe.phase import WorkerPhase
+from kvpipe.phase import Phase, WorkerPhase
+from kvpipe.plan import Plan, refuse_misfit
 from kvpipe.prompt import read_prompt
 from kvpipe.records import PhaseRecord
 from kvpipe.schema import Kvpipe, from_plain
 from kvpipe.steps import build_steps, use_of
 from kvpipe.versions import installed_versions
+
+Planner = Callable[[Sequence[Phase], Kvpipe, Path], Plan]
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,21 @@ class Outcome:
     failing_phase: str | None = None
 
 
+def with_engine() -> Planner:
+    """Import jax and the engine, which takes seconds; return what plans with its shapes."""
+    from kvpipe import planner
+    from kvpipe.engine import shapes
+
+    shapes.import_engine()
+    return planner.plan_here
+
+
 def execute(
     config: Kvpipe,
     events: runner.Events,
     run_began: float,
     may_begin: Callable[[], object] = lambda: None,
+    load: Callable[[], Planner] = with_engine,
 ) -> Outcome:
     """Run the worker's steps in this process; the engine is shut down at the end.
 
@@ -55,13 +70,15 @@ def execute(
         events: where starts and records go.
         run_began: ``time.time()`` when the run began.
         may_begin: returns once the parent has done its own steps.
+        load: imports what the steps run beside; returns what plans them.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
-        shapes.import_engine()
+        planner = load()
         may_begin()
         events.joined(lockstep.join(config.engine, _common(ctx)))
-        failure = runner.run(_planned_jobs(ctx, events, run_began), ctx, events, run_began)
+        jobs = _planned_jobs(ctx, events, run_began, planner)
+        failure = runner.run(jobs, ctx, events, run_began)
         outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
     except Exception as error:
         traceback.print_exc()
@@ -107,6 +124,7 @@ def work(
     run_began: float,
     descriptor: int,
     next_order: Callable[[], object],
+    load: Callable[[], Planner] = with_engine,
 ) -> int:
     """Do the job and report on a descriptor; return the exit code.
 
@@ -115,13 +133,19 @@ def work(
         run_began: ``time.time()`` when the run began.
         descriptor: where plan, starts, records and the outcome go, a JSON line each.
         next_order: returns once the parent sends the next line: first that its own steps are done,
-            then that it has written the record that was sent to it, each time.
+            then, each time, that it knows which step begins, or has written the record of one.
+        load: imports what the steps run beside; returns what plans them.
     """
     whole_lines = threading.Lock()  # progress is told from a thread of its own
 
     def tell(message: Mapping[str, Any]) -> None:
         with whole_lines:
             send(channel, message)
+
+    def start(step: str, idx: int) -> None:
+        # Whatever ends the run inside the step, the parent's last record names this step.
+        tell({"started": step, "idx": idx})
+        next_order()
 
     def finish(record: PhaseRecord) -> None:
         tell({"record": record.to_json()})
@@ -131,11 +155,11 @@ def work(
         events = runner.Events(
             joined=lambda hosts: tell({"hosts": list(hosts)}),
             planned=lambda plan: tell({"plan": plan.to_json()}),
-            started=lambda step, idx: tell({"started": step, "idx": idx}),
+            started=start,
             progressed=lambda progress: tell({"progress": progress.to_json()}),
             finished=finish,
         )
-        outcome = execute(from_plain(dict(plain)), events, run_began, next_order)
+        outcome = execute(from_plain(dict(plain)), events, run_began, next_order, load)
         # The parent, once told, waits for nothing any more.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -144,7 +168,7 @@ def work(
 
 
 def _planned_jobs(
-    ctx: WorkerContext, events: runner.Events, run_began: float
+    ctx: WorkerContext, events: runner.Events, run_began: float, planner: Planner
 ) -> Sequence[runner.Job]:
     """Plan the run, tell the plan, and return the worker's steps with what each has to leave.
 
@@ -154,11 +178,11 @@ def _planned_jobs(
     config = ctx.config
     steps = build_steps(config)
 
-    def make() -> planner.Plan:
-        plan = planner.plan_here(steps, config, ctx.model_dir)
+    def make() -> Plan:
+        plan = planner(steps, config, ctx.model_dir)
         events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
         if config.plan.enforce:
-            planner.refuse_misfit(plan.record)
+            refuse_misfit(plan.record)
         return plan
 
     plan = lockstep.in_stage(make)
@@ -173,6 +197,8 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
     """Shut the engine down; a failure of that counts only if nothing failed before it."""
     if ctx.started is None:
         return outcome
+    from kvpipe.engine import memory
+
     engine, ctx.started = ctx.started, None
     ctx.slots.clear()
     ctx.trainer = None

@@ -5,7 +5,7 @@ agree on goes through the key-value store of jax's own distributed runtime, whic
 the devices and so cannot come between those of the engine. A host that dies is noticed by that
 runtime, which then ends the processes of all others.
 
-With one host everything here is the identity.
+With one host everything here is the identity, and nothing imports jax.
 """
 
 import json
@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import jax
 
 from kvpipe.errors import DEFECT, KvpipeError, OutOfMemory, is_out_of_memory
 from kvpipe.hosts import host_label
@@ -87,6 +85,9 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
     if config.nnodes == 1:
         return ()
     assert config.node_rank is not None
+    import jax
+    from jax._src import distributed
+
     jax.distributed.initialize(
         config.dist_init_addr,
         config.nnodes,
@@ -96,8 +97,6 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
         heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         shutdown_timeout_seconds=_LEAVE_TIMEOUT_S,
     )
-    from jax._src import distributed
-
     rank, ranks = config.node_rank, range(config.nnodes)
     others = [other for other in ranks if other != rank]
     _hosts = _Hosts(rank, (), distributed.global_state.client, others=others)
@@ -118,6 +117,8 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
 def leave() -> None:
     """Wait for the others at the end, so that none takes the end of this process for a failure."""
     if several() and not _hosts.left_alone:
+        import jax
+
         jax.distributed.shutdown()
 
 
@@ -138,6 +139,8 @@ def label(host: int) -> str:
 
 def positions_here() -> tuple[int, ...]:
     """Return where the devices of this host stand among those of all hosts."""
+    import jax
+
     ids = [device.id for device in jax.devices()]
     return tuple(ids.index(device.id) for device in jax.local_devices())
 
@@ -250,9 +253,11 @@ def raise_if_failed() -> None:
 
 def _raise_if_ended(other: int) -> None:
     """Raise if another host has ended the stage by a failure."""
+    from jax.errors import JaxRuntimeError
+
     try:
         text = _hosts.client.key_value_try_get(_key(other, _END))
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return
         raise
@@ -311,9 +316,11 @@ def _wait_for_end(other: int, failed: Mapping[str, Any] | None) -> Any:
 
 def _look(key: str) -> Any:
     """Return the value of a key once it is there; None if it is not within a moment."""
+    from jax.errors import JaxRuntimeError
+
     try:
         return json.loads(_hosts.client.blocking_key_value_get(key, int(_LOOK_EVERY_S * 1000)))
-    except jax.errors.JaxRuntimeError as error:
+    except JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         return None
