@@ -1,24 +1,29 @@
 """Phases that fail on purpose, for a directory that a test puts before the real ``phases``."""
 
+import json
 import textwrap
 from pathlib import Path
 
 import phases
 
 PIPELINES = {
-    "faulty": "[wandb_init, jax_ready, fault, after, cleaning]",
-    "no_wandb": "[jax_ready, fault, after, cleaning]",
-    "in_the_parent": "[wandb_init, fault_parent, jax_ready]",
-    "on_the_engine": (
-        "[wandb_init, jax_ready, engine_ready_dummy, kv_cache_dropped, fault, after, cleaning]"
-    ),
+    "without_engine": ["wandb_init", "before", "fault", "after", "cleaning"],
+    "in_the_parent": ["wandb_init", "fault_parent", "before"],
+    "no_wandb": ["jax_ready", "fault", "after", "cleaning"],
+    "on_the_engine": [
+        *("wandb_init", "jax_ready", "engine_ready_dummy", "kv_cache_dropped"),
+        *("fault", "after", "cleaning"),
+    ],
+    "before_the_engine": [
+        *("wandb_init", "jax_ready", "fault", "engine_ready_dummy", "after", "cleaning"),
+    ],
 }
-OPTIONS = """
-phases:
-  fault: {use: fault_changes}
-  after: {use: fault_changes}
-  cleaning: {use: fault_cleans}
-"""
+USED = {
+    "before": "fault_changes",
+    "fault": "fault_changes",
+    "after": "fault_changes",
+    "cleaning": "fault_cleans",
+}
 PHASE = '''
 """A phase of the tests."""
 from dataclasses import dataclass
@@ -35,6 +40,7 @@ class Fault(WorkerPhase):
     kind: ClassVar[Kind] = Kind.{kind}
 
     def effect(self, before):
+        what_goes_wrong.declare(self.how)
         return Effect()
 
     def run(self, ctx):
@@ -71,8 +77,18 @@ from kvpipe.records import Check
 WORKER_ID = Path("worker.pid")
 
 
+def declare(how):
+    # Both processes ask what a phase declares; only the worker loads its module.
+    if how == "hang_in_the_plan" and "kvpipe.worker" in sys.modules:
+        hang()
+
+
 def nothing(ctx):
     pass
+
+
+def leave_a_mark(ctx):
+    Path("mark").touch()
 
 
 def exception(ctx):
@@ -127,8 +143,7 @@ def leave(ctx):
 
 
 def tell_worker():
-    # The parent is told of this step beside the test; what is done to it has to come later.
-    time.sleep(0.5)
+    # The parent knows that this step has begun: the step would not run before.
     WORKER_ID.write_text(str(os.getpid()))
 
 
@@ -175,6 +190,11 @@ def tell_secrets(ctx):
     raise ValueError(f"{token} and {key}")
 
 
+def spoil_the_model(ctx):
+    ctx.model_dir = Path(os.environ["TMPDIR"])
+    (ctx.model_dir / "config.json").write_text("{}")
+
+
 def generate_while_dropped(ctx):
     ctx.engine.away.clear()
     ctx.engine.generate("Hello", ctx.config.sampling)
@@ -193,6 +213,6 @@ def write_site(directory: Path) -> None:
     (directory / "what_goes_wrong.py").write_text(textwrap.dedent(FAULTS))
     (directory / "conf/pipeline").mkdir(parents=True)
     for name, steps in PIPELINES.items():
-        options = OPTIONS if "fault," in steps else ""
-        text = f"# @package _global_\npipeline: {steps}\n{options}"
-        (directory / f"conf/pipeline/{name}.yaml").write_text(text)
+        options = {step: {"use": USED[step]} for step in steps if step in USED}
+        text = json.dumps({"pipeline": steps, "phases": options})
+        (directory / f"conf/pipeline/{name}.yaml").write_text(f"# @package _global_\n{text}\n")

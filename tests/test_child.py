@@ -86,8 +86,9 @@ def test_an_error_of_the_parent_ends_the_child_and_its_own_children(start):
 
 
 def has_ended(pid):
-    """Whether a process ends within seconds; what nobody waits for stays as a zombie."""
-    for _ in range(50):
+    """Whether a process comes to its end; what nobody waits for stays as a zombie."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True
         time.sleep(0.1)

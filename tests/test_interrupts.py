@@ -3,10 +3,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from kvpipe import interrupts as module
 from kvpipe.interrupts import Interrupted, Interrupts
+
+PATIENCE_S = 60
 
 
 def send(signum):
@@ -38,24 +42,48 @@ def test_a_signal_waits_until_it_is_allowed():
     assert done == ["the record is written"]
 
 
-def test_a_second_signal_kills_every_child_and_raises_nothing():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+@pytest.fixture
+def seconds(monkeypatch):
+    """The seconds that pass from each signal to the next, for a test to set."""
+    passed = SimpleNamespace(now=0.0, each=0.0)
+
+    def monotonic():
+        passed.now += passed.each
+        return passed.now
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
+    return passed
+
+
+@pytest.fixture
+def child():
+    """A child that ends when its input does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def test_a_second_signal_kills_every_child_and_raises_nothing(child, seconds):
+    seconds.each = 0.3
     with Interrupts() as interrupts:
         with pytest.raises(Interrupted), interrupts.allowed():
             send(signal.SIGINT)
             time.sleep(5)
-        time.sleep(0.3)
         send(signal.SIGINT)
-        assert child.wait(10) == -signal.SIGKILL
+        assert child.wait(PATIENCE_S) == -signal.SIGKILL
 
 
-def test_the_same_press_that_comes_twice_is_one():
+def test_the_same_press_that_comes_twice_is_one(child, seconds):
     """Some launchers pass the terminal's Ctrl-C on to a child that has got it already."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+    seconds.each = 0.2
     with Interrupts():
         send(signal.SIGINT)
         send(signal.SIGINT)
-        assert child.wait(10) == 0
+        child.communicate(b"the end\n", timeout=PATIENCE_S)
+        assert child.returncode == 0
 
 
 def test_under_nohup_the_end_of_the_terminal_is_ignored():

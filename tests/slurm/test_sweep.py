@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from tests import faults
+from tests.fault_runs import environment, survivors
 from tests.helpers_config import ROOT
 from tests.slurm.cluster import Queued
-from tests.test_faults import environment, survivors
 from tests.test_readme import README, named_files
 
 pytestmark = pytest.mark.slow

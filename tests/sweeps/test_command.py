@@ -14,6 +14,7 @@ import pytest
 from kvpipe import cli
 from tests import faults
 from tests.command import FAKE_KEY, environment
+from tests.fault_runs import WITHOUT_ENGINE
 from tests.sinks import wandb_file
 
 SWEPT = "sampling.max_new_tokens"
@@ -190,12 +191,12 @@ def test_what_hydra_calls_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(task)) == task
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_and_leaves_what_there_is(site, tmp_path):
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "kvpipe", "--config-dir", str(site / "conf"), "-m"),
-            *("pipeline=no_wandb", "phases.fault.how=wait", f"{SWEPT}=1,2", "tracking=disabled"),
+            *(sys.executable, "-m", WITHOUT_ENGINE, "--config-dir", str(site / "conf"), "-m"),
+            *("pipeline=without_engine", "phases.fault.how=wait"),
+            *(f"{SWEPT}=1,2", "tracking=disabled"),
         ],
         cwd=tmp_path,
         env=environment(tmp_path, site),

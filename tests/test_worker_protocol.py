@@ -1,0 +1,69 @@
+"""What the worker's process says and waits for, with a test in the parent's place and no engine."""
+
+import select
+import time
+
+import pytest
+
+from kvpipe.child import start_child
+from tests import faults
+from tests.command import environment
+from tests.helpers_config import compose_plain
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A worker that has got its job: to leave a mark, and then to do nothing."""
+    monkeypatch.chdir(tmp_path)
+    site = tmp_path / "site"
+    faults.write_site(site)
+    phases = {
+        "fault": {"use": "fault_changes", "how": "leave_a_mark"},
+        "after": {"use": "fault_changes"},
+    }
+    config = compose_plain() | {"pipeline": list(phases), "phases": phases}
+    module, log = "tests.without_engine.worker", tmp_path / "log"
+    with start_child(module, log, environment(tmp_path, site), 60.0) as child:
+        scratch = str(child.scratch)
+        child.send({"config": config, "run_began": time.time(), "scratch": scratch})
+        yield child
+
+
+def is_silent(child):
+    """Whether it says nothing for a time in which it could."""
+    return select.select([child.reports], [], [], 1.0)[0] == []
+
+
+def test_the_worker_goes_on_only_once_the_parent_says_so(worker, tmp_path):
+    """Else a step would run that no record could name, or after a record that was lost."""
+    messages, mark = worker.messages(), tmp_path / "mark"
+    assert is_silent(worker)
+    worker.send({"begin": "run_planned"})
+    assert next(messages) == {"hosts": []}
+    assert [phase["name"] for phase in next(messages)["plan"]["phases"]] == ["fault", "after"]
+    assert next(messages) == {"started": "fault", "idx": 0}
+    assert is_silent(worker)
+    assert not mark.exists()
+    worker.send({"begin": "fault"})
+    assert next(messages)["record"]["phase"] == "fault"
+    assert mark.exists()
+    assert is_silent(worker)
+    worker.send({"recorded": "fault"})
+    assert next(messages) == {"started": "after", "idx": 1}
+    worker.send({"begin": "after"})
+    assert next(messages)["record"]["phase"] == "after"
+    worker.send({"recorded": "after"})
+    assert next(messages) == {"exit_code": 0, "error": None, "failing_phase": None}
+    assert list(messages) == []
+    assert worker.how_it_ended() == "exit code 0"
+
+
+def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(worker):
+    (worker.scratch / "a temporary file").touch()
+    worker.send({"begin": "run_planned"})
+    messages = worker.messages()
+    assert [next(iter(next(messages))) for _ in range(3)] == ["hosts", "plan", "started"]
+    worker.end_jobs()
+    assert list(messages) == []
+    assert worker.how_it_ended() == "SIGKILL"
+    assert not worker.scratch.exists()

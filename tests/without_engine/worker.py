@@ -1,0 +1,38 @@
+"""The worker's process without an engine: the real loop and the real protocol, but no jax.
+
+Importing the engine takes most of the CPU time of a short run, and what the parent makes of its
+worker has nothing to do with it. Only the sizes of the plan are missing.
+"""
+
+import sys
+
+from kvpipe import plan, worker_process
+from kvpipe.records import Fit, RunPlanned
+
+ENGINE = ("jax", "jaxlib", "sgl_jax")
+
+
+class NoEngine:
+    """Finder that fails an import of the engine, so that no test runs half of one."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ENGINE:
+            raise ImportError(f"{name} is imported in the worker without an engine")
+
+
+def without_engine():
+    """Import nothing; return what plans steps that hold nothing on a device."""
+    return plan_nothing
+
+
+def plan_nothing(steps, config, model_dir):
+    planned = plan.check_order(steps)
+    ledgers = plan.plan_ledgers(planned, {}, devices=1)
+    phases = plan.planned_phases(planned, ledgers)
+    fit = Fit(True, 1 << 30, steps[0].step, config.engine.max_total_tokens)
+    return plan.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NoEngine())
+    worker_process.main(without_engine)
