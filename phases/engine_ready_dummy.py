@@ -1,11 +1,12 @@
 """Start the engine, with random weights unless ``engine.load_format`` says otherwise."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, Size, WorkerPhase
-from kvpipe.schema import Kvpipe
+from kvpipe.schema import EngineConfig, Kvpipe
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class EngineReadyDummy(WorkerPhase):
     """
 
     load_format: str
+
+    def __post_init__(self) -> None:
+        try:
+            EngineConfig(load_format=self.load_format)
+        except InputError as error:
+            raise InputError(str(error).removeprefix("engine.")) from None
 
     @classmethod
     def defaults(cls, config: Kvpipe) -> dict[str, str]:
@@ -43,7 +50,7 @@ class EngineReadyDummy(WorkerPhase):
         from kvpipe.engine import sglang, weights
 
         config = ctx.config
-        engine = config.engine
+        engine = replace(config.engine, load_format=self.load_format)
         ctx.started = sglang.start(engine, ctx.model_dir, config.runner.idle_timeout_s)
         return Result(
             {

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe import facts
+from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.suggest import nearest
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class MllmParamsCpuReady(WorkerPhase):
     name: str = "mllm"
     dtype: str | None = None
     orbax: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in HOST_DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; {nearest(self.dtype, HOST_DTYPES)}")
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave the host tree."""

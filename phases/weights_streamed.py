@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, Size, WorkerPhase
 from kvpipe.records import check_equal
 from kvpipe.swap_probe import SwapProbe
@@ -23,6 +24,10 @@ class WeightsStreamed(WorkerPhase):
 
     source: str | None = None
     probe_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.probe_tokens < 0:
+            raise InputError(f"probe_tokens is {self.probe_tokens}, it has to be at least 0")
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave real weights and an empty prefix cache; the parameters take what they took."""

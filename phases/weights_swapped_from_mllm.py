@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kvpipe import facts, ledger
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.phase import Effect, Result, Size, WorkerPhase
 from kvpipe.swap_probe import SwapProbe
 
@@ -21,6 +22,10 @@ class WeightsSwappedFromMllm(WorkerPhase):
 
     slot: str = "param_dict"
     probe_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.probe_tokens < 0:
+            raise InputError(f"probe_tokens is {self.probe_tokens}, it has to be at least 0")
 
     def effect(self, before: frozenset[str]) -> Effect:
         """Leave real weights, and a stale prefix cache if it was in use."""
