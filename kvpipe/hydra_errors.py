@@ -98,12 +98,11 @@ def _no_name(override: Override) -> str | None:
 def _optional_sections(cls: type, path: str = "") -> Iterator[tuple[str, list[str]]]:
     """Yield the sections of the schema that may be null, with their keys."""
     for name, hint in get_type_hints(cls).items():
-        kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
-        for kind in kinds:
-            if kind is hint:
-                yield from _optional_sections(kind, f"{path}{name}.")
-            else:
-                yield f"{path}{name}", _keys(kind)
+        if _keys(hint):
+            yield from _optional_sections(hint, f"{path}{name}.")
+        for kind in get_args(hint):
+            if keys := _keys(kind):
+                yield f"{path}{name}", keys
 
 
 def _no_such_file(error: MissingConfigException) -> str:
