@@ -27,7 +27,7 @@ from kvpipe import slurm
 from kvpipe.credentials import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.errors import CHECK_FAILED, DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.hosts import check_hosts, is_first, node_rank, own_file
-from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
+from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message, uncaught
 from kvpipe.hydra_store import store_schema
 from kvpipe.jax_environment import check_mesh, jax_environment
 from kvpipe.model_dir import check_model, check_shape
@@ -582,7 +582,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
     with _run_dir(verb) as where:
         sys.argv = ["kvpipe", *overrides, *where]
         try:
-            _let_hydra_call(task)
+            _let_hydra_call(task, overrides)
         except BaseException as error:
             sweep = _sweep_finished(verb)
             told = isinstance(error, (KvpipeError, *COMPOSITION_ERRORS))
@@ -595,18 +595,21 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
     return sweep.exit_code if sweep else max(task.codes, default=HELD)
 
 
-def _let_hydra_call(task: Task) -> None:
+def _let_hydra_call(task: Task, overrides: Sequence[str]) -> None:
     try:
         with slurm.jobs(_tell):
             hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
-    except (OSError, ValueError) as error:
+    except (AssertionError, AttributeError, OSError, ValueError) as error:
         if task.codes:
             raise
         # Raised before the first job: a run directory that cannot be created, GROUP=3, a YAML file
-        # that is not UTF-8.
-        raise InputError(str(error)) from None
+        # that is not UTF-8, a key below a section that is null.
+        message = uncaught(error, overrides)
+        if message is None and not isinstance(error, OSError | ValueError):
+            raise
+        raise InputError(message or str(error)) from None
 
 
 def _sweep_finished(verb: str) -> SweepFinished | None:

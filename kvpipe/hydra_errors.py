@@ -1,9 +1,12 @@
 """Turn the long messages of Hydra and OmegaConf into one line in the config's own terms."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -13,6 +16,7 @@ from omegaconf.errors import (
 )
 from yaml import MarkedYAMLError, YAMLError
 
+from kvpipe.schema import Kvpipe
 from kvpipe.suggest import nearest
 
 # Raised while composing a config when the config or the command line is wrong.
@@ -50,6 +54,55 @@ def one_message(error: Exception) -> str:
                 message += "; the file has to begin with '# @package _global_'"
         return message
     return _restated(str(error))
+
+
+def uncaught(error: Exception, arguments: Sequence[str]) -> str | None:
+    """Return the message for an error of Hydra's or OmegaConf's own that names no key.
+
+    Two mistakes end in one: a value that cannot be the name of a file of a group, and a key below a
+    section that is null, which OmegaConf 2.3 cannot fill from the command line.
+
+    Args:
+        error: an error other than :data:`COMPOSITION_ERRORS`, from before any job.
+        arguments: the command line; flags and their values are passed over.
+    """
+    given = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
+    overrides = OverridesParser.create().parse_overrides(given)
+    if isinstance(error, AssertionError | AttributeError) and "NoneType" in str(error):
+        return next(filter(None, map(_below_null, overrides)), None)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return next(filter(None, map(_no_name, overrides)), None)
+    return None
+
+
+def _below_null(override: Override) -> str | None:
+    for section, keys in _optional_sections(Kvpipe):
+        if f"{override.key_or_group}.".startswith(f"{section}."):
+            return (
+                f"{override.input_line}: {section} is null, which the command line cannot change; "
+                f"write {section} with its keys ({', '.join(keys)}) into an experiment file"
+            )
+    return None
+
+
+def _no_name(override: Override) -> str | None:
+    group, value = override.key_or_group, override.value()
+    if "." in group or isinstance(value, str | list):
+        return None
+    return (
+        f"{override.input_line} chooses a file of conf/{group} by its name, and a value of type "
+        f"{type(value).__name__} is no name; a value goes into an experiment file"
+    )
+
+
+def _optional_sections(cls: type, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the sections of the schema that may be null, with their keys."""
+    for name, hint in get_type_hints(cls).items():
+        if _keys(hint):
+            yield from _optional_sections(hint, f"{path}{name}.")
+        for kind in get_args(hint):
+            if keys := _keys(kind):
+                yield f"{path}{name}", keys
 
 
 def _no_such_file(error: MissingConfigException) -> str:

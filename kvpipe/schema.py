@@ -274,6 +274,7 @@ class TrackingConfig:
         _check_seconds("tracking.init_timeout_s", self.init_timeout_s)
         _check_seconds("tracking.finish_timeout_s", self.finish_timeout_s)
         _check_at_least(1, "tracking.text_max_chars", self.text_max_chars)
+        _check_texts("tracking.tags", self.tags)
 
 
 @dataclass
@@ -394,6 +395,7 @@ class ComparePlansConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(0, "compare_plans.budget_bytes", self.budget_bytes)
+        _check_texts("compare_plans.overrides", self.overrides)
 
 
 @dataclass
@@ -505,6 +507,13 @@ def _check_at_least(least: int, key: str, value: Any) -> None:
     """Refuse a number that is not finite or below ``least``; None and MISSING pass."""
     if isinstance(value, int | float) and not least <= value < math.inf:
         raise InputError(f"{key} is {value}, it has to be at least {least}")
+
+
+def _check_texts(key: str, values: list[Any]) -> None:
+    """Refuse an item that is no text: OmegaConf lets a list pass as an item of list[str]."""
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
 
 
 def _check_seconds(key: str, value: float | None) -> None:

@@ -1,12 +1,13 @@
 """Start the engine, with random weights unless ``engine.load_format`` says otherwise."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import override
 
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
 from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.schema import Kvpipe
+from kvpipe.schema import EngineConfig, Kvpipe
 
 
 class EngineReadyDummy(WorkerPhase):
@@ -17,6 +18,12 @@ class EngineReadyDummy(WorkerPhase):
     """
 
     load_format: str
+
+    def __post_init__(self) -> None:
+        try:
+            EngineConfig(load_format=self.load_format)
+        except InputError as error:
+            raise InputError(str(error).removeprefix("engine.")) from None
 
     @classmethod
     @override
@@ -33,7 +40,8 @@ class EngineReadyDummy(WorkerPhase):
         from kvpipe.engine import sglang, weights
 
         config, model_dir = ctx.config, ctx.model_dir
-        ctx.started = sglang.start(config.engine, model_dir, config.runner.idle_timeout_s)
+        engine = replace(config.engine, load_format=self.load_format)
+        ctx.started = sglang.start(engine, model_dir, config.runner.idle_timeout_s)
         return Result(
             {
                 **asdict(config.engine),

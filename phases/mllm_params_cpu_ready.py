@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import override
 
+from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.facts import host
 from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.suggest import nearest
 
 
 class MllmParamsCpuReady(WorkerPhase):
@@ -20,6 +23,10 @@ class MllmParamsCpuReady(WorkerPhase):
     name: str = "mllm"
     dtype: str | None = None
     orbax: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in HOST_DTYPES:
+            raise InputError(f"dtype is {self.dtype!r}; {nearest(self.dtype, HOST_DTYPES)}")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

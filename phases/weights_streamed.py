@@ -4,6 +4,7 @@ from typing import override
 
 from kvpipe import facts
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.facts import ENGINE, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED, WEIGHTS_REAL
 from kvpipe.ledger import PROGRAM, Size
 from kvpipe.phase import Effect, Result, WorkerPhase, grown
@@ -21,6 +22,10 @@ class WeightsStreamed(WorkerPhase):
 
     source: str | None = None
     probe_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.probe_tokens < 0:
+            raise InputError(f"probe_tokens is {self.probe_tokens}, it has to be at least 0")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

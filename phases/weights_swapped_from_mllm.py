@@ -4,6 +4,7 @@ from typing import override
 
 from kvpipe import facts
 from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError
 from kvpipe.facts import ENGINE, KV_LIVE, KV_WRITTEN, WEIGHTS_LIVE, WEIGHTS_REAL
 from kvpipe.ledger import PROGRAM, Size
 from kvpipe.phase import Effect, Result, WorkerPhase
@@ -22,6 +23,10 @@ class WeightsSwappedFromMllm(WorkerPhase):
 
     slot: str = "param_dict"
     probe_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.probe_tokens < 0:
+            raise InputError(f"probe_tokens is {self.probe_tokens}, it has to be at least 0")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

@@ -90,17 +90,41 @@ SECONDS = [
     "tracking.init_timeout_s",
     "tracking.finish_timeout_s",
 ]
+# Numbers that may be 0.
+INTEGERS = [
+    "engine.node_rank",
+    "trainer.seed",
+    "plan.allowance_bytes",
+    "compare.budget_bytes",
+    "compare.allowance_bytes",
+    "compare.compilations",
+    "compare_plans.budget_bytes",
+]
+FLOATS = [
+    "sampling.temperature",
+    "trainer.learning_rate",
+    "trainer.weight_decay",
+    "compare.duration_factor",
+]
 CHOICES = [
     "engine.device",
     "engine.dtype",
     "engine.load_format",
     "engine.log_level",
+    "trainer.dtype",
+    "trainer.gradients_dtype",
+    "trainer.mu_dtype",
     "runner.on_error",
     "tracking.mode",
     "output",
     "plan.format",
+    "compare.format",
+    "describe.format",
     "model.generate.architecture",
     "model.generate.torch_dtype",
+    "phases.engine_ready_dummy.load_format",
+    "phases.mllm_params_cpu_ready.dtype",
+    "phases.generate_result.weights",
 ]
 # A step, and another that has to come later.
 BEFORE = [
@@ -127,7 +151,7 @@ def wrong_value(kind):
     if kind in (int, float):
         return words | st.just("[1]") | st.just("{a: 1}") | st.just("true and false")
     if get_origin(kind) is list:
-        return words | st.just("{a: 1}") | st.integers(1, 9).map(str)
+        return words | st.just("{a: 1}") | st.just("[[a]]") | st.integers(1, 9).map(str)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return words
     return st.just("[1]") | st.just("{a: 1}")
@@ -145,7 +169,7 @@ def wrong_types(draw):
 
 @st.composite
 def wrong_ranges(draw):
-    which = draw(st.integers(0, 4))
+    which = draw(st.integers(0, 5))
     if which == 0:
         return one(draw(st.sampled_from(POSITIVE_INTEGERS)), draw(st.integers(-(2**40), 0)))
     if which == 1:
@@ -156,9 +180,11 @@ def wrong_ranges(draw):
         return one("engine.mem_fraction_static", draw(wrong))
     if which == 3:
         wrong = st.floats(max_value=-1e-9, allow_nan=False) | numbers_that_are_none
-        return one("sampling.temperature", draw(wrong))
-    key = draw(st.sampled_from(["plan.allowance_bytes", "compare.budget_bytes"]))
-    return one(key, draw(st.integers(-(2**40), -1)))
+        return one(draw(st.sampled_from(FLOATS)), draw(wrong))
+    if which == 4:
+        return one(draw(st.sampled_from(INTEGERS)), draw(st.integers(-(2**40), -1)))
+    wrong = st.floats(max_value=0.99, allow_nan=False) | numbers_that_are_none
+    return one("runner.heartbeat_s", draw(wrong))
 
 
 @st.composite
@@ -198,15 +224,16 @@ def wrong_orders(draw):
 
 @st.composite
 def wrong_options(draw):
-    """Give an option of a phase a value of another type."""
+    """Give an option of a phase a value of another type, or a number below 0."""
     phases = default_phases()
     step = draw(st.sampled_from(default_names()))
     types = option_types(phase_class(phases.get(step, {}).get("use", step)))
     if not types:
         return one(f"phases.{step}.nosuch_zz", 1)
     option = draw(st.sampled_from(sorted(types)))
-    key = f"phases.{step}.{option}"
-    return one(key, "{a: 1}")
+    number = {int, float} & {types[option], *get_args(types[option])}
+    wrong = words | st.integers(-(2**40), -1) if number else st.just("{a: 1}")
+    return one(f"phases.{step}.{option}", draw(wrong))
 
 
 @st.composite

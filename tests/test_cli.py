@@ -41,7 +41,29 @@ REFUSED = {
         "there is no hydra/launcher 'joblib'; valid are: basic, slurm, submitit_local, "
         "submitit_slurm"
     ),
-    "engine=3": "Config group override must be a string or a list. Got int",
+    "engine=3": (
+        "engine=3 chooses a file of conf/engine by its name, and a value of type int is no name; a "
+        "value goes into an experiment file"
+    ),
+    "pipeline=null": (
+        "pipeline=null chooses a file of conf/pipeline by its name, and a value of type NoneType is "
+        "no name; a value goes into an experiment file"
+    ),
+    "repeat.times=3": (
+        "repeat.times=3: repeat is null, which the command line cannot change; write repeat with "
+        "its keys (first, last, times) into an experiment file"
+    ),
+    "+repeat={first:jax_ready,last:jax_ready}": (
+        "+repeat={first:jax_ready,last:jax_ready}: repeat is null, which the command line cannot "
+        "change; write repeat with its keys (first, last, times) into an experiment file"
+    ),
+    "+experiment=qwen25_3b_bigkv model.generate.head_dim=8": (
+        "model.generate.head_dim=8: model.generate is null, which the command line cannot change; "
+        "write model.generate with its keys (seed, architecture, hidden_size, num_hidden_layers, "
+        "num_attention_heads, num_key_value_heads, head_dim, intermediate_size, vocab_size, "
+        "tie_word_embeddings, torch_dtype, max_position_embeddings) into an experiment file"
+    ),
+    "tracking.tags=[[a]]": "tracking.tags: ['a'] is of type list, not str",
     "pipeline=[jax_ready,nosuch]": (
         "pipeline=[...] chooses files of conf/pipeline, and 'nosuch' is none of them; a value goes "
         "into an experiment file"

@@ -1,10 +1,14 @@
 from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpipe.errors import InputError
+import kvpipe.engine
+from kvpipe.context import WorkerContext
+from kvpipe.errors import InputError, KvpipeError
 from kvpipe.phase import ParentPhase, Phase, WorkerPhase
 from kvpipe.schema import Kvpipe, SamplingConfig
 from kvpipe.steps import build_steps, option_types, phase_class, phase_names, use_of
@@ -260,14 +264,46 @@ def test_a_list_option_takes_lists_of_texts_only(value):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("use", "option", "value", "message"),
     [
-        ("weights", "reel", "phases.it.weights is 'reel'; valid are: real, any"),
-        ("max_new_tokens", 0, "phases.it.max_new_tokens is 0"),
+        ("generate", "weights", "reel", "weights is 'reel'; valid are: real, any"),
+        ("generate", "max_new_tokens", 0, "max_new_tokens is 0, it has to be at least 1"),
+        ("weights_streamed", "probe_tokens", -1, "probe_tokens is -1, it has to be at least 0"),
+        (
+            *("weights_swapped_from_mllm", "probe_tokens", -1),
+            "probe_tokens is -1, it has to be at least 0",
+        ),
+        (
+            *("engine_ready_dummy", "load_format", "real"),
+            "load_format is 'real'; valid are: auto, dummy",
+        ),
+        (
+            *("mllm_params_cpu_ready", "dtype", "int8"),
+            "dtype is 'int8'; valid are: bfloat16, float16, float32",
+        ),
     ],
 )
-def test_a_value_that_a_phase_itself_refuses_is_told_with_the_steps_name(option, value, message):
-    assert message in refusal_of(step_of, "generate", {option: value})
+def test_a_value_that_a_phase_itself_refuses_is_told_with_the_steps_name(
+    use, option, value, message
+):
+    assert refusal_of(step_of, use, {option: value}) == f"phases.it.{message}"
+
+
+def test_the_engine_is_started_with_the_load_format_of_the_step(monkeypatch):
+    """It was started with that of the config: with dummy weights that the plan called real."""
+    engines = []
+
+    def start(engine, *arguments):
+        engines.append(engine)
+        raise KvpipeError("that is all")
+
+    monkeypatch.setattr(kvpipe.engine, "sglang", SimpleNamespace(start=start), raising=False)
+    monkeypatch.setattr(kvpipe.engine, "weights", None, raising=False)
+    ctx = WorkerContext(Kvpipe(), "Hello")
+    ctx.model_dir = Path("model")
+    with pytest.raises(KvpipeError, match="that is all"):
+        step_of("engine_ready_dummy", {"load_format": "auto"}).run(ctx)
+    assert [engine.load_format for engine in engines] == ["auto"]
 
 
 def test_a_name_with_the_mark_of_a_cycle_is_refused():

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
@@ -38,9 +39,7 @@ _TEMPLATES_BACK = {path: name for name, path in _TEMPLATES.items()}
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers[._])(0|[1-9][0-9]*)(?=\.)")
 _NDIMS = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
 _DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
+    name: np.dtype(getattr(ml_dtypes, name, name)) for name in HOST_DTYPES
 }
 
 Tree = dict[str, Any]
