@@ -115,7 +115,10 @@ def _failing_without_fault(
             return {package: "processes in other directories import another one than the copy's"}
     answers: dict[str, Answer] = {}
     if tests := list(dict.fromkeys(test for fault in faults for test in fault.tests)):
-        answers["tests"] = sound.test(tests, "-n", str(_AT_ONCE), "--dist", "loadfile")
+        # A file's tests share engines; processes for one file alone would only cost their start.
+        files = {test.partition("::")[0] for test in tests}
+        spread = ("-n", str(_AT_ONCE), "--dist", "loadfile") if len(files) > 1 else ()
+        answers["tests"] = sound.test(tests, *spread)
     runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
     copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
     answers |= zip(runs, threads.map(Copy.run, copies, runs), strict=True)
