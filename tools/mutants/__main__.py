@@ -1,7 +1,7 @@
 """Plant each fault of tests/mutants in a copy of the repository and see that it is noticed.
 
     make mutants                    all faults
-    make mutants ARGS="-k kv"       those with 'kv' in their names
+    make mutants ARGS="-k kv"       those with 'kv' in their names; -k may be given several times
 
 First the chosen tests and runs have to pass without a fault, since what fails anyway notices
 nothing. Then each fault gets a copy of its own. It exits 1 if a fault is not noticed or no longer
@@ -59,10 +59,11 @@ class Verdict:
 def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
     """Plant the chosen faults; return the exit code."""
     parser = argparse.ArgumentParser(prog="make mutants", allow_abbrev=False)
-    parser.add_argument("-k", dest="word", default="", help="only faults with WORD in their names")
-    word = parser.parse_args(arguments).word
+    only = "only faults with WORD in their names"
+    parser.add_argument("-k", dest="words", metavar="WORD", action="append", help=only)
+    words = parser.parse_args(arguments).words or [""]
     began = time.monotonic()
-    faults, broken = _read(root, word)
+    faults, broken = _read(root, words)
     verdicts: list[Verdict] = []
     with (
         tempfile.TemporaryDirectory(prefix="kvpipe-mutants-") as scratch,
@@ -79,18 +80,18 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
     return _conclude(verdicts, broken, time.monotonic() - began)
 
 
-def _read(root: Path, word: str) -> tuple[list[Fault], dict[str, str]]:
+def _read(root: Path, words: Sequence[str]) -> tuple[list[Fault], dict[str, str]]:
     """Return the chosen faults, and name → what is wrong with a file."""
     faults: list[Fault] = []
     broken: dict[str, str] = {}
     for path in sorted((root / FAULTS).glob("*.toml")):
-        if word in path.stem:
+        if any(word in path.stem for word in words):
             try:
                 faults.append(read_fault(path))
             except BrokenFault as error:
                 broken[path.stem] = str(error)
     if not faults and not broken:
-        broken[f"-k {word}"] = f"no fault in {FAULTS} has such a name"
+        broken[f"-k {' '.join(words)}"] = f"no fault in {FAULTS} has such a name"
     return faults, broken
 
 
@@ -114,7 +115,10 @@ def _failing_without_fault(
             return {package: "processes in other directories import another one than the copy's"}
     answers: dict[str, Answer] = {}
     if tests := list(dict.fromkeys(test for fault in faults for test in fault.tests)):
-        answers["tests"] = sound.test(tests, "-n", str(_AT_ONCE), "--dist", "loadfile")
+        # A file's tests share engines; processes for one file alone would only cost their start.
+        files = {test.partition("::")[0] for test in tests}
+        spread = ("-n", str(_AT_ONCE), "--dist", "loadfile") if len(files) > 1 else ()
+        answers["tests"] = sound.test(tests, *spread)
     runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
     copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
     answers |= zip(runs, threads.map(Copy.run, copies, runs), strict=True)
