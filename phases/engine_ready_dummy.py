@@ -44,7 +44,7 @@ class EngineReadyDummy(WorkerPhase):
         ctx.started = sglang.start(engine, model_dir, config.runner.idle_timeout_s)
         return Result(
             {
-                **asdict(config.engine),
+                **asdict(engine),
                 "model_id": config.model.id,
                 "model_dir": str(model_dir),
                 "tp_size": ctx.started.runner.tp_size,
