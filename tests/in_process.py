@@ -49,7 +49,8 @@ def callable_in(
     def call(*arguments: str) -> Answer:
         capfd.readouterr()
         code = cli.main(["kvpipe", *arguments])
-        return Answer(code, *capfd.readouterr())
+        printed = capfd.readouterr()
+        return Answer(code, printed.out, printed.err)
 
     yield call
     root.handlers[:] = handlers

@@ -3,7 +3,6 @@
 import io
 import json
 import time
-from dataclasses import dataclass
 
 from kvpipe import runner
 from kvpipe.context import WorkerContext
@@ -16,7 +15,6 @@ from kvpipe.sinks.jsonl import JsonLines
 from kvpipe.supervisor import Run
 
 
-@dataclass(frozen=True)
 class Compares(WorkerPhase):
     """Checks that a value is 8."""
 
@@ -26,7 +24,6 @@ class Compares(WorkerPhase):
         return Result(checks=(check_equal("bytes", 8, self.value),))
 
 
-@dataclass(frozen=True)
 class Breaks(ParentPhase):
     """Fails in the parent."""
 

@@ -68,9 +68,10 @@ def test_the_modules_of_the_worker_that_are_left_out_above_exist():
     assert modules() >= WORKER_ONLY
 
 
-def test_help_and_cfg_and_check_import_neither_jax_nor_numpy_nor_jinja2(tmp_path):
+def test_help_and_cfg_and_check_import_neither_jax_nor_numpy_nor_what_draws(tmp_path):
     for arguments in (["--help"], ["--cfg", "job"], ["check"]):
         done = python(RUN_CLI, "kvpipe", *arguments, cwd=tmp_path)
         code, imported = json.loads(done.stderr)
         assert code in (0, None), arguments
-        assert (HEAVY | {"jinja2", "numpy", "ml_dtypes"}) & set(imported) == set(), arguments
+        drawing = {"PIL", "jinja2", "ml_dtypes", "numpy"}
+        assert (HEAVY | drawing) & set(imported) == set(), arguments

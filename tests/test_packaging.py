@@ -96,6 +96,7 @@ def test_make_help_is_the_default_and_lists_every_target(arguments):
         "plans",
         "test",
         "test-all",
+        "mutants",
         "test-fast",
         "bench",
         "lint",

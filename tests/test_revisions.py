@@ -100,9 +100,10 @@ def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repo
     experiment = repository / "conf/experiment/tiny.yaml"
     experiment.write_text(experiment.read_text() + "engine: {max_total_tokens: 4096}\n")
     swap = repository / "phases/weights_swapped_from_mllm.py"
-    kept = "ledger.slot_pool(self.slot): Size.NOTHING"
-    assert kept in swap.read_text()
-    swap.write_text(swap.read_text().replace(kept, "ledger.slot_pool(self.slot): Size.PARAMS"))
+    freed = "pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},"
+    assert freed in swap.read_text()
+    kept = 'pools={f"slot:{self.slot}": Size.PARAMS},'
+    swap.write_text(swap.read_text().replace(freed, kept))
     git(repository, "commit", "-q", "-a", "-m", "change")
     grown = 3 * 2048 * 2 * 2 * 128 * 2 // 2  # layers, tokens, K and V, heads, head_dim, bf16, tp
     done = kvpipe(
