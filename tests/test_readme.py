@@ -156,7 +156,7 @@ def test_every_command_in_the_readme_works(block, ran):
 @pytest.mark.parametrize("block", [b for b in BLOCKS if "make " in b], ids=["local", "TPU"])
 def test_make_runs_the_default_pipeline_and_the_tests(block):
     commands = [printed_by_make(line) for line in block.splitlines()]
-    parallel = "-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
+    (parallel,) = re.findall(r"^PARALLEL := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert commands in (
         [
             ".venv/bin/python -m kvpipe",
