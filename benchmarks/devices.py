@@ -3,7 +3,7 @@
 import os
 import sys
 
-from kvpipe.jax_environment import cpu_environment
+from kvpipe.config.jax_environment import cpu_environment
 
 DEVICES = 2
 _READY = "KVPIPE_BENCHMARK"

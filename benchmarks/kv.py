@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.devices import DEVICES
 from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import kv_cache, memory, sglang
-from kvpipe.schema import EngineConfig
 
 _TOKENS = 360_000
 _REPETITIONS = 5

@@ -20,16 +20,16 @@ from flax import nnx
 
 from benchmarks.devices import DEVICES
 from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
+from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.engine import compat, memory, sglang, weights
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.engine.weight_map import EngineView, leaf_sources
-from kvpipe.model_dir import cache_dir
-from kvpipe.process_memory import process_memory
-from kvpipe.records import Memory
-from kvpipe.schema import EngineConfig, Kvpipe
+from kvpipe.records.run import Memory
+from kvpipe.system.process_memory import process_memory
 
 MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
     hidden_size=2048,

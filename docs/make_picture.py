@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
-from kvpipe.records import Record, RunFinished, RunPlanned, RunStarted, record_from_json
+from kvpipe.records.run import Record, RunFinished, RunPlanned, RunStarted, record_from_json
 from kvpipe.report.picture import timeline
 from kvpipe.report.render import as_svg
 from kvpipe.report.run import run_of

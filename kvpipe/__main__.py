@@ -5,9 +5,9 @@ import sys
 
 def main() -> None:
     """Entry of the ``kvpipe`` command; ends the process with the exit code of what it did."""
-    from kvpipe import cli
+    from kvpipe.cli import app
 
-    sys.exit(cli.main(sys.argv))
+    sys.exit(app.main(sys.argv))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from dataclasses import asdict, replace
 from typing import override
 
-from kvpipe.context import WorkerContext
+from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.errors import InputError
-from kvpipe.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.schema import EngineConfig, Kvpipe
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 
 
 class EngineReadyDummy(WorkerPhase):

@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, PREFIX_CACHE
-from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, PREFIX_CACHE
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 
 
 class FlushCache(WorkerPhase):

@@ -4,16 +4,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, Self, override
 
-from kvpipe import facts
-from kvpipe.context import WorkerContext
-from kvpipe.cycles import Cycle
+from kvpipe.config.schema import Kvpipe, SamplingConfig
 from kvpipe.errors import InputError
-from kvpipe.facts import ENGINE, KV_LIVE, WANDB, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.ledger import PROGRAM, Size
-from kvpipe.output import Output, different_output, not_empty, same_output, sha256
-from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
-from kvpipe.records import Check, check_equal
-from kvpipe.schema import Kvpipe, SamplingConfig
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.cycles import Cycle
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE, WANDB, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.ledger import PROGRAM, Size
+from kvpipe.pipeline.output import Output, different_output, not_empty, same_output, sha256
+from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase
+from kvpipe.records.run import Check, check_equal
 
 REAL, ANY = "real", "any"
 

@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import JAX
-from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import JAX
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 
 
 class JaxReady(WorkerPhase):

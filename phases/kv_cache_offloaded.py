@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, KV_LIVE, KV_OFFLOADED
-from kvpipe.phase import Effect, Result, WorkerPhase, freed
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed
 
 
 class KvCacheOffloaded(WorkerPhase):

@@ -2,10 +2,10 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
 from kvpipe.errors import InputError
-from kvpipe.facts import ENGINE, KV_LIVE, KV_OFFLOADED, kv_tokens, own_kv_tokens
-from kvpipe.phase import Effect, Result, WorkerPhase, grown
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED, kv_tokens, own_kv_tokens
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class KvCacheRebuilt(WorkerPhase):

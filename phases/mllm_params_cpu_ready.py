@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import override
 
 from kvpipe.checkpoints import HOST_DTYPES
-from kvpipe.context import WorkerContext
 from kvpipe.errors import InputError
-from kvpipe.facts import host
-from kvpipe.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import host
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 from kvpipe.suggest import nearest
 
 

@@ -2,12 +2,12 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
 from kvpipe.errors import InputError
-from kvpipe.facts import ENGINE, host, slot
-from kvpipe.ledger import TRAINER_SETS
-from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, host, slot
+from kvpipe.pipeline.ledger import TRAINER_SETS
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.records.run import check_equal
 
 
 class ParamDict(WorkerPhase):

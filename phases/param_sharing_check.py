@@ -2,10 +2,10 @@
 
 from typing import override
 
-from kvpipe import facts
-from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase
+from kvpipe.records.run import check_equal
 
 
 class ParamSharingCheck(WorkerPhase):

@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe import facts
-from kvpipe.context import WorkerContext
-from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase
 
 
 class Release(WorkerPhase):

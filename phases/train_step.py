@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Self, override
 
-from kvpipe.context import WorkerContext
-from kvpipe.cycles import Cycle
-from kvpipe.facts import ENGINE, KV_LIVE, TRAINER_AHEAD, TRAINER_LIVE, trained
-from kvpipe.ledger import TRAIN_STEP, TRAINER_PROGRAM, Size
-from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.records import check_equal
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.cycles import Cycle
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE, TRAINER_AHEAD, TRAINER_LIVE, trained
+from kvpipe.pipeline.ledger import TRAIN_STEP, TRAINER_PROGRAM, Size
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.records.run import check_equal
 
 
 class TrainStep(WorkerPhase):

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, TRAINER_LIVE, TRAINER_OFFLOADED, host
-from kvpipe.phase import Effect, Result, WorkerPhase, grown
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, TRAINER_LIVE, TRAINER_OFFLOADED, host
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class TrainerReady(WorkerPhase):

@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import ParentContext
-from kvpipe.facts import WANDB
-from kvpipe.phase import Effect, ParentPhase, Result
+from kvpipe.pipeline.context import ParentContext
+from kvpipe.pipeline.facts import WANDB
+from kvpipe.pipeline.phase import Effect, ParentPhase, Result
 
 
 class WandbInit(ParentPhase):

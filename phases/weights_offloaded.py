@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED, shared_in
-from kvpipe.phase import Effect, Result, WorkerPhase, freed
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED, shared_in
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed
 
 
 class WeightsOffloaded(WorkerPhase):

@@ -2,9 +2,9 @@
 
 from typing import override
 
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED
-from kvpipe.phase import Effect, Result, WorkerPhase, grown
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, WEIGHTS_LIVE, WEIGHTS_OFFLOADED
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class WeightsRestored(WorkerPhase):

@@ -2,13 +2,13 @@
 
 from typing import override
 
-from kvpipe import facts
-from kvpipe.context import WorkerContext
 from kvpipe.errors import InputError
-from kvpipe.facts import ENGINE, KV_LIVE, KV_WRITTEN, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.ledger import PROGRAM, Size
-from kvpipe.phase import Effect, Result, WorkerPhase
-from kvpipe.swap_probe import SwapProbe
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_WRITTEN, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.ledger import PROGRAM, Size
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.swap_probe import SwapProbe
 
 
 class WeightsSwappedFromMllm(WorkerPhase):

@@ -2,11 +2,11 @@
 
 from typing import override
 
-from kvpipe import facts
-from kvpipe.context import WorkerContext
-from kvpipe.facts import ENGINE, TRAINER_AHEAD, TRAINER_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.ledger import TRAINER_PROGRAM, WEIGHT_SYNC, Size
-from kvpipe.phase import Effect, Result, WorkerPhase, grown
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, TRAINER_AHEAD, TRAINER_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.ledger import TRAINER_PROGRAM, WEIGHT_SYNC, Size
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class WeightsSynced(WorkerPhase):

@@ -24,7 +24,7 @@ import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.schema import EngineConfig, SamplingConfig
+from kvpipe.config.schema import EngineConfig, SamplingConfig
 from tests.in_process import Call, callable_in
 
 IDLE_TIMEOUT_S = 60.0

@@ -28,7 +28,7 @@ ON_FAILURE = {"changes": "STOP", "measures": "MAY_CONTINUE", "cleans": "ALWAYS_R
 PHASE = '''
 """A phase of the tests."""
 import what_goes_wrong
-from kvpipe.phase import Effect, OnFailure, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase
 
 
 class Fault(WorkerPhase):
@@ -45,7 +45,7 @@ class Fault(WorkerPhase):
 '''
 PARENT_PHASE = '''
 """A phase of the tests."""
-from kvpipe.phase import Effect, ParentPhase
+from kvpipe.pipeline.phase import Effect, ParentPhase
 
 
 class Fault(ParentPhase):
@@ -65,15 +65,15 @@ import threading
 import time
 from pathlib import Path
 
-from kvpipe.phase import Result
-from kvpipe.records import Check
+from kvpipe.pipeline.phase import Result
+from kvpipe.records.run import Check
 
 WORKER_ID = Path("worker.pid")
 
 
 def declare(how):
     # Both processes ask what a phase declares; only the worker loads its module.
-    if how == "hang_in_the_plan" and "kvpipe.worker" in sys.modules:
+    if how == "hang_in_the_plan" and "kvpipe.worker.work" in sys.modules:
         hang()
 
 

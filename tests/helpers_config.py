@@ -13,10 +13,10 @@ from hydra._internal.core_plugins.importlib_resources_config_source import (
 )
 from hydra.plugins.config_source import ConfigResult
 
-from kvpipe.hydra_store import store_schema
-from kvpipe.phase import Phase
-from kvpipe.schema import Kvpipe, from_plain, to_plain
-from kvpipe.steps import build_steps
+from kvpipe.config.hydra_store import store_schema
+from kvpipe.config.schema import Kvpipe, from_plain, to_plain
+from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import build_steps
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))

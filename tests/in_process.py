@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpipe import cli, supervisor
+from kvpipe.cli import app
+from kvpipe.parent import supervisor
 from tests.helpers_config import read_shipped_files_once
 
 
@@ -48,7 +49,7 @@ def callable_in(
 
     def call(*arguments: str) -> Answer:
         capfd.readouterr()
-        code = cli.main(["kvpipe", *arguments])
+        code = app.main(["kvpipe", *arguments])
         printed = capfd.readouterr()
         return Answer(code, printed.out, printed.err)
 

@@ -16,12 +16,12 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpipe import cli
+from kvpipe.cli import app
+from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, one_message
+from kvpipe.config.hydra_store import store_schema
+from kvpipe.config.schema import Kvpipe, from_plain, to_plain
 from kvpipe.errors import InputError
-from kvpipe.hydra_errors import COMPOSITION_ERRORS, one_message
-from kvpipe.hydra_store import store_schema
-from kvpipe.schema import Kvpipe, from_plain, to_plain
-from kvpipe.steps import option_types, phase_class
+from kvpipe.pipeline.steps import option_types, phase_class
 from tests.helpers_config import default_names, read_shipped_files_once
 from tests.refusal import refusal
 from tests.test_layers import RUN_CLI, python
@@ -271,7 +271,7 @@ def check(overrides):
     """Compose a config and check it, as the command does."""
     try:
         plain = to_plain(compose("config", overrides=overrides))
-        cli._checked_steps(from_plain(plain))
+        app._checked_steps(from_plain(plain))
     except COMPOSITION_ERRORS as error:
         raise InputError(one_message(error)) from None
 

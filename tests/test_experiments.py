@@ -10,12 +10,12 @@ from operator import getitem
 import pytest
 from omegaconf import OmegaConf
 
-from kvpipe.jax_environment import check_mesh
-from kvpipe.model_dir import check_model
-from kvpipe.plan import check_order
-from kvpipe.prompt import read_prompt
-from kvpipe.schema import TinyModelConfig, schema, to_plain
-from kvpipe.steps import build_steps
+from kvpipe.checkpoints.model_dir import check_model
+from kvpipe.config.jax_environment import check_mesh
+from kvpipe.config.prompt import read_prompt
+from kvpipe.config.schema import TinyModelConfig, schema, to_plain
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fold import check_order
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, config_of
 from tests.sop import STEPS
 
@@ -85,7 +85,7 @@ def test_the_default_is_the_schemas_with_a_generated_model_on_two_virtual_device
             {
                 "experiment": "tiny",
                 "pipeline": DEFAULT["pipeline"],  # the steps of the SOP: see below
-                "phases": DEFAULT["phases"],  # their options: tests/test_steps.py
+                "phases": DEFAULT["phases"],  # their options: tests/pipeline/test_steps.py
                 "model.id": "kvpipe/tiny-qwen2",
                 "model.generate": asdict(TinyModelConfig()),
                 "engine.device": "cpu",

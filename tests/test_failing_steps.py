@@ -4,15 +4,15 @@ import io
 import json
 import time
 
-from kvpipe import runner
-from kvpipe.context import WorkerContext
+from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
-from kvpipe.ledger import Ledger
-from kvpipe.phase import ParentPhase, Result, WorkerPhase
-from kvpipe.records import RunStarted, check_equal
-from kvpipe.schema import Kvpipe
+from kvpipe.parent.supervisor import Run
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.ledger import Ledger
+from kvpipe.pipeline.phase import ParentPhase, Result, WorkerPhase
+from kvpipe.records.run import RunStarted, check_equal
 from kvpipe.sinks.jsonl import JsonLines
-from kvpipe.supervisor import Run
+from kvpipe.worker import loop
 
 
 class Compares(WorkerPhase):
@@ -33,9 +33,9 @@ class Breaks(ParentPhase):
 
 def failure_of(*phases):
     ctx = WorkerContext(Kvpipe(), "Hello")
-    events = runner.Events(*[lambda *told: None] * 5)
-    jobs = [runner.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
-    return runner.run(jobs, ctx, events, time.time())
+    events = loop.Events(*[lambda *told: None] * 5)
+    jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
+    return loop.run(jobs, ctx, events, time.time())
 
 
 def test_a_check_that_does_not_hold_fails_the_run_under_its_steps_name():

@@ -93,7 +93,7 @@ def reader_goes(run):
     run.tell_worker(signal.SIGUSR2)
 
 
-# Twice in less than this is one press (kvpipe.interrupts).
+# Twice in less than this is one press (kvpipe.parent.deferred_signals).
 SAME_PRESS_S = 0.25
 ONLINE = ("tracking=online", "tracking.init_timeout_s=120", "tracking.finish_timeout_s=2")
 AN_HOUR = "tracking.finish_timeout_s=3600"

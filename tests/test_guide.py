@@ -13,8 +13,8 @@ import shlex
 
 import pytest
 
-from kvpipe.records import PhaseRecord
-from kvpipe.steps import build_steps
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.records.run import PhaseRecord
 from tests.helpers_config import ROOT, compose_plain, config_of
 from tests.sinks import pipeline_records
 from tests.test_readme import BLOCKS as README_BLOCKS

@@ -13,8 +13,8 @@ HEAVY = {"flax", "jax", "jaxlib", "optax", "sgl_jax", "torch", "transformers", "
 # What a child process imports beside the engine's own room. The worker's own modules import jax
 # only once the parent can be listened to.
 WORKER_ONLY = {
-    "kvpipe.doctor_probe",
-    "kvpipe.planner",
+    "kvpipe.worker.doctor_probe",
+    "kvpipe.worker.planner",
 }
 
 IMPORT_EACH = """
@@ -58,7 +58,7 @@ def python(code, *arguments, cwd=ROOT):
 
 def test_every_module_of_the_parent_and_every_phase_leaves_jax_and_wandb_out():
     parents = modules() - WORKER_ONLY - {"kvpipe.__main__"}
-    assert {"kvpipe.cli", "kvpipe.supervisor", "kvpipe.sinks.wandb"} <= parents
+    assert {"kvpipe.cli.app", "kvpipe.parent.supervisor", "kvpipe.sinks.wandb"} <= parents
     assert {"kvpipe.checkpoints.tiny", "phases.generate"} <= parents
     found = json.loads(python(IMPORT_EACH, ",".join(HEAVY), *sorted(parents)).stdout)
     assert found == {name: [] for name in parents}

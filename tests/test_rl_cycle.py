@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from kvpipe import facts
-from kvpipe.ledger import KV, PARAMS, TRAINER_PROGRAM, TRAINER_SETS, Size, slot_pool
-from kvpipe.phase import Effect
-from kvpipe.plan import KvCapacity, check_order, judge, plan_ledgers, temporaries
-from kvpipe.records import Program
-from kvpipe.steps import build_steps
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.ledger import KV, PARAMS, TRAINER_PROGRAM, TRAINER_SETS, Size, slot_pool
+from kvpipe.pipeline.phase import Effect
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fit import KvCapacity, judge, temporaries
+from kvpipe.plan.fold import check_order, plan_ledgers
+from kvpipe.records.run import Program
 from tests.command import Finished, kvpipe
 from tests.helpers_config import build, compose_plain, config_of
 from tests.refusal import refusal

@@ -302,7 +302,7 @@ def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
     (worker,) = [
         child
         for child in psutil.Process(started.pid).children()
-        if "kvpipe.worker_process" in child.cmdline()
+        if "kvpipe.worker.entry" in child.cmdline()
     ]
     worker.kill()
     stdout, stderr = started.communicate(timeout=60)

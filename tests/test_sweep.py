@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvpipe.steps import build_steps
+from kvpipe.pipeline.steps import build_steps
 from tests import command
 from tests.helpers_config import ROOT, compose_plain, config_of
 from tests.report.html_page import Page

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from kvpipe.child import start_child
+from kvpipe.parent.child_process import start_child
 from tests import faults
 from tests.command import environment
 from tests.helpers_config import compose_plain

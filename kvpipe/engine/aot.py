@@ -16,11 +16,11 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat
 from kvpipe.engine.shapes import abstract_worker, sharded_leaves
 from kvpipe.errors import KvpipeError
-from kvpipe.records import Program
-from kvpipe.schema import EngineConfig
+from kvpipe.records.run import Program
 
 _MEGACORE = ("v4", "v5p")
 # Let libtpu describe a topology without querying the metadata of the machine it would run on.

@@ -13,7 +13,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from kvpipe.versions import version_of
+from kvpipe.system.versions import version_of
 
 
 def sgl_jax_version() -> str:
@@ -210,7 +210,7 @@ def scheduler_of_any_host() -> Iterator[list[Any]]:
     """Capture the scheduler that the engine's constructor makes, on every host.
 
     Defect: on ranks after 0 the constructor never returns; or it returns without the scheduler, with
-    SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which :mod:`kvpipe.jax_environment` sets.
+    SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which :mod:`kvpipe.config.jax_environment` sets.
     For: 0.0.2, bd09a87, HEAD. Goes when ``scheduler_info`` exists on every host.
 
     Yields:

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import psutil
 
+from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat
 from kvpipe.errors import InputError
-from kvpipe.schema import EngineConfig
 
 
 def describe() -> dict[str, Any]:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import lockstep, memory, peaks, placement
+from kvpipe.engine import memory, multihost, peaks, transfer
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
-from kvpipe.ledger import Change
+from kvpipe.pipeline.ledger import Change
 
 KV = "kv"
 # Rows that are copied at once: whole blocks that hold a used row, so that copying any number of them
@@ -28,7 +28,7 @@ _BLOCK_ROWS = 1024
 _NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
-HostRows = list[dict[placement.Index, np.ndarray[Any, np.dtype[Any]]]]
+HostRows = list[dict[transfer.Index, np.ndarray[Any, np.dtype[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
     """
     change, kept = engine.on_scheduler.call(lambda: offload_now(engine))
     memory.give_back_host_memory()
-    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": lockstep.total(kept.nbytes)}
+    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": multihost.total(kept.nbytes)}
     return change.with_fields(**sizes), kept
 
 
@@ -116,7 +116,7 @@ def restore(engine: SglangEngine, kept: HostKv) -> Change:
         EngineError: the cache is there, or was flushed meanwhile.
     """
     change = engine.on_scheduler.call(lambda: restore_now(engine, kept))
-    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": lockstep.total(kept.nbytes)}
+    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": multihost.total(kept.nbytes)}
     return change.with_fields(**sizes)
 
 
@@ -282,7 +282,7 @@ def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRo
         if not copied:
             peaks.mark()  # the buffers and a block of each; the blocks are of one size
         with memory.uncounted():  # a block that is read keeps each of its shards as an array too
-            copied.append([placement.to_host(block) for block in blocks])
+            copied.append([transfer.to_host(block) for block in blocks])
             del blocks
     return copied
 
@@ -293,7 +293,7 @@ def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
     current = list(layers)
     for start, blocks in zip(kept.starts, kept.blocks, strict=True):
         placed = [
-            placement.begin(block, _block_of(layer)).wait()
+            transfer.begin(block, _block_of(layer)).wait()
             for block, layer in zip(blocks, current, strict=True)
         ]
         if start == kept.starts[0]:

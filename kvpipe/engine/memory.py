@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 
-from kvpipe.engine import lockstep
+from kvpipe.engine import multihost
 from kvpipe.errors import EngineError
-from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
+from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
 
 # `jax.live_arrays()` returns strong references, so counts are serialised: a list that lives only
 # under this lock cannot keep alive an array that another count finds.
@@ -96,7 +96,7 @@ def bytes_in_use() -> PerDevice:
 
 def total_in_use() -> int:
     """Return the bytes in use over all hosts; every host must call it at the same point."""
-    return lockstep.total(sum(bytes_in_use()))
+    return multihost.total(sum(bytes_in_use()))
 
 
 def used_now() -> PerDevice:

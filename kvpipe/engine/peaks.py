@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from kvpipe.records import Memory, Peak
-from kvpipe.ticker import Ticker
+from kvpipe.records.run import Memory, Peak
+from kvpipe.system.periodic_thread import Ticker
 
 # Not more often: each wake-up takes the GIL from the phase. Not less often: a peak may be short.
 _LEAST_S, _MOST_S = 0.01, 2.0

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import aot
 from kvpipe.errors import InputError
-from kvpipe.records import Program
-from kvpipe.schema import EngineConfig
-from kvpipe.versions import version_of
+from kvpipe.records.run import Program
+from kvpipe.system.versions import version_of
 
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax")
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-from kvpipe.engine import lockstep
+from kvpipe.engine import multihost
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.errors import EngineError
 
@@ -32,7 +32,7 @@ class SchedulerThread:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         self._process_requests = scheduler.process_input_requests
         scheduler.process_input_requests = self._process_requests_then_ours
-        self._follows = lockstep.rank() > 0
+        self._follows = multihost.rank() > 0
         if self._follows:
             self._receive = scheduler.run_subscriber
             scheduler.run_subscriber = self._receive_and_do_ours
@@ -48,7 +48,7 @@ class SchedulerThread:
         deadline = time.monotonic() + self._idle_timeout_s
         while True:
             self._failure.raise_if_failed()
-            lockstep.raise_if_failed()
+            multihost.raise_if_failed()
             try:
                 return future.result(timeout=_POLL_S)
             except TimeoutError:
@@ -142,7 +142,7 @@ class CallerThread:
         self._queue.put((function, future))
         while True:
             self._failure.raise_if_failed()
-            lockstep.raise_if_failed()
+            multihost.raise_if_failed()
             try:
                 return future.result(timeout=_POLL_S)
             except TimeoutError:

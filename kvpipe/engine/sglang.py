@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 
-from kvpipe import progress
-from kvpipe.engine import compat, lockstep, memory
+from kvpipe.config.schema import EngineConfig, SamplingConfig
+from kvpipe.engine import compat, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
-from kvpipe.output import Output
-from kvpipe.schema import EngineConfig, SamplingConfig
+from kvpipe.pipeline.output import Output
+from kvpipe.records import progress
 
 
 @dataclass
@@ -95,13 +95,13 @@ class SglangEngine:
         compute with it. The other hosts then receive the first host's answer.
         """
         raw = None
-        if lockstep.rank() == 0:
+        if multihost.rank() == 0:
             raw = _plain(
                 self.on_caller.call(
                     lambda: self.engine.generate(prompt=prompt, sampling_params=params)
                 )
             )
-        return lockstep.of_first(raw, self.failure.raise_if_failed)
+        return multihost.of_first(raw, self.failure.raise_if_failed)
 
     def _tokens_so_far(self) -> dict[str, int]:
         """Return the tokens that the running requests have so far; safe from any thread."""

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat, memory
 from kvpipe.engine.kv_capacity import abstract, in_whole_pages
 from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of
 from kvpipe.errors import InputError
-from kvpipe.ledger import KvTokens, PerDevice, PoolSize, Size
-from kvpipe.schema import EngineConfig
+from kvpipe.pipeline.ledger import KvTokens, PerDevice, PoolSize, Size
 
 # More than any device has, so that the engine's profiling never cuts the KV cache down here.
 _BOUNDLESS = 1 << 60

@@ -20,7 +20,7 @@ from kvpipe.engine.params import Param, ParamTable
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_shapes, check_weights, refuse_infinite
 from kvpipe.engine.weight_map import Heads, HostArray, Leaf, leaf_sources
-from kvpipe.ledger import Change
+from kvpipe.pipeline.ledger import Change
 
 Blueprint = Mapping[str, jax.ShapeDtypeStruct]
 

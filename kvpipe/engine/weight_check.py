@@ -14,7 +14,7 @@ import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.engine.params import Param
-from kvpipe.engine.placement import in_lane
+from kvpipe.engine.transfer import in_lane
 from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import EngineError
 from kvpipe.suggest import nearest

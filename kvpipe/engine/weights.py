@@ -17,15 +17,15 @@ from typing import Any
 
 import jax
 
-from kvpipe import progress
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import lockstep, memory, peaks, placement
+from kvpipe.engine import memory, multihost, peaks, transfer
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
 from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
 from kvpipe.errors import EngineError
-from kvpipe.ledger import Change
+from kvpipe.pipeline.ledger import Change
+from kvpipe.records import progress
 from kvpipe.suggest import nearest
 
 __all__ = [
@@ -58,7 +58,7 @@ HfWeights = Mapping[str, HostArray]
 class HostWeights:
     """The engine's parameters on the host: of each path, every distinct shard by its index."""
 
-    shards: dict[str, dict[placement.Index, HostArray]]
+    shards: dict[str, dict[transfer.Index, HostArray]]
 
     @property
     def nbytes(self) -> int:
@@ -139,12 +139,12 @@ def offload(engine: SglangEngine) -> tuple[Change, HostWeights]:
     kept = HostWeights({})
 
     def keep(path: str, leaf: Any) -> None:
-        kept.shards[path] = placement.to_host(leaf)
+        kept.shards[path] = transfer.to_host(leaf)
 
     why = "its weights are offloaded; restore them first"
     change = engine.on_scheduler.call(lambda: _take_away(engine, why, keep))
     memory.give_back_host_memory()
-    return change.with_fields(offloaded_bytes=lockstep.total(kept.nbytes)), kept
+    return change.with_fields(offloaded_bytes=multihost.total(kept.nbytes)), kept
 
 
 def restore(engine: SglangEngine, kept: HostWeights) -> Change:
@@ -160,7 +160,7 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
         return replace_leaves(
             engine,
             ParamTable(engine),
-            lambda path, like: placement.begin(kept.shards[path], like),
+            lambda path, like: transfer.begin(kept.shards[path], like),
             lambda path: kept.shards.pop(path),
         )
 
@@ -226,7 +226,7 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
     with _loading(blueprint, built):
         for path, leaf in leaves.items():
             source = weights[leaf.source]
-            built[path] = placement.begin(EngineView(source, leaf), blueprint[path]).wait()
+            built[path] = transfer.begin(EngineView(source, leaf), blueprint[path]).wait()
             mapped.let_go(source)
     peaks.mark()
     return built
@@ -241,7 +241,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
     return replace_leaves(
         engine,
         table,
-        lambda path, like: placement.begin(hosts[path], like),
+        lambda path, like: transfer.begin(hosts[path], like),
         lambda path: mapped.let_go(weights[leaves[path].source]),
     )
 
@@ -249,7 +249,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
 def replace_leaves(
     engine: SglangEngine,
     table: ParamTable,
-    begin: Callable[[str, Param], placement.Pending],
+    begin: Callable[[str, Param], transfer.Pending],
     done: Callable[[str], Any] = lambda path: None,
 ) -> Change:
     """Exchange every leaf; each old one is freed before its successor is begun.
@@ -267,7 +267,7 @@ def replace_leaves(
     blueprint = table.blueprint
     engine.away[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
-    under_way: deque[tuple[str, placement.Pending]] = deque()
+    under_way: deque[tuple[str, transfer.Pending]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
     placed_bytes = 0

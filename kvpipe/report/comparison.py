@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from kvpipe.config.schema import CompareConfig
 from kvpipe.errors import InputError
-from kvpipe.ledger import is_contracted
-from kvpipe.records import RunPlanned
+from kvpipe.pipeline.ledger import is_contracted
+from kvpipe.records.run import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
 from kvpipe.report.plan import peak_of
 from kvpipe.report.side import Side
 from kvpipe.report.tokens import first_difference
-from kvpipe.schema import CompareConfig
 
 TOTAL, PEAK, FULLEST = "total", "peak inside", "fullest device"
 SECONDS, PROGRAMS, TEXT = "seconds", "programs", "text"

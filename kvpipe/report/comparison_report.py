@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from kvpipe.ledger import is_contracted
+from kvpipe.config.schema import CompareConfig
+from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.report.chart import Chart
 from kvpipe.report.chart import Row as ChartRow
 from kvpipe.report.comparison import (
@@ -27,7 +28,6 @@ from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, number
 from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
-from kvpipe.schema import CompareConfig
 from kvpipe.units import sized
 
 _MOST_NAMES = 3

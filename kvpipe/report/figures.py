@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvpipe.cycles import cycle_of
-from kvpipe.records import PhaseRecord
+from kvpipe.pipeline.cycles import cycle_of
+from kvpipe.records.run import PhaseRecord
 from kvpipe.report.chart import Bar, Chart, Part, Row
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
 from kvpipe.report.palette import Key, pool_keys, pool_roles

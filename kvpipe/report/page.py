@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from kvpipe.ledger import KV, PARAMS, is_contracted
-from kvpipe.records import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
+from kvpipe.pipeline.ledger import KV, PARAMS, is_contracted
+from kvpipe.records.run import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.config_changes import flat, value_text
 from kvpipe.report.figures import (
     DevicesChart,

@@ -7,7 +7,7 @@ Contrast to the ground: at least 3:1 for a pool, 4.5:1 for a text.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
+from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
 
 # Role -> its colour on a light and on a dark ground.
 _COLOURS = {

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from kvpipe import facts
-from kvpipe.ledger import KvTokens, PoolSize, Size
-from kvpipe.phase import Effect
-from kvpipe.phase_docs import Option, PhaseDoc
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.description import Option, PhaseDoc
+from kvpipe.pipeline.ledger import KvTokens, PoolSize, Size
+from kvpipe.pipeline.phase import Effect
 from kvpipe.report.plan import markdown_table
 
 _SIZES = {

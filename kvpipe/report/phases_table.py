@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kvpipe.phase_docs import PhaseDoc
+from kvpipe.pipeline.description import PhaseDoc
 from kvpipe.report.phases import default_of, effect_rows
 
 _INDENT = (0, 0, 0, 2)

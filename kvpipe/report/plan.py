@@ -7,8 +7,8 @@ changes: no times, no dates, and of a plan for this host not the host's own memo
 from collections.abc import Sequence
 from typing import Any
 
-from kvpipe.records import PlannedPhase, Program, RunPlanned
-from kvpipe.targets import CPU
+from kvpipe.plan.targets import CPU
+from kvpipe.records.run import PlannedPhase, Program, RunPlanned
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:

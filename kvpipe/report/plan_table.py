@@ -5,7 +5,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from kvpipe.records import PlannedPhase, RunPlanned
+from kvpipe.records.run import PlannedPhase, RunPlanned
 from kvpipe.report.plan import compiled, verdict
 from kvpipe.report.rows import pool_sizes
 from kvpipe.report.tables import NONE

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvpipe.ledger import KV, OTHER, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
-from kvpipe.records import PhaseRecord
+from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
+from kvpipe.records.run import PhaseRecord
 
 
 @dataclass(frozen=True)

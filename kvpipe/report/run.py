@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.errors import InputError
-from kvpipe.records import (
+from kvpipe.records.run import (
     RECORDS_FILE,
     Check,
     PhaseRecord,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.errors import InputError
-from kvpipe.ledger import is_contracted
-from kvpipe.records import (
+from kvpipe.pipeline.ledger import is_contracted
+from kvpipe.records.run import (
     RECORDS_FILE,
     RUN_FINISHED,
     RUN_PLANNED,

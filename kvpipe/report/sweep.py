@@ -7,8 +7,9 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from kvpipe.ledger import KV
-from kvpipe.records import INTERRUPTED, PASSED, SKIPPED, SweepFinished, SweepJob
+from kvpipe.pipeline.ledger import KV
+from kvpipe.records.run import INTERRUPTED, PASSED, SKIPPED
+from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.chart import WIDE, Bar, Chart, Part, Row
 from kvpipe.report.drawing import Drawable, Drawing
 from kvpipe.report.line_plot import LinePlot, Point

@@ -8,7 +8,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from kvpipe.records import PASSED, SKIPPED, SweepFinished
+from kvpipe.records.run import PASSED, SKIPPED
+from kvpipe.records.sweep import SweepFinished
 from kvpipe.report.sweep import COLUMNS, bytes_a_token, counts, job_row, name_of, reason_of
 from kvpipe.report.tables import NONE, Cell
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
 class Sink(Protocol):

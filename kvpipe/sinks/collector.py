@@ -1,7 +1,7 @@
 """Base of the sinks that write only after the run has ended."""
 
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, Record, RunPlanned, RunStarted
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import PhaseRecord, Record, RunPlanned, RunStarted
 
 
 class Collector:

@@ -14,8 +14,8 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvpipe.progress import Progress
-from kvpipe.records import (
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import (
     PASSED,
     RECORDS_FILE,
     SKIPPED,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.records import RunFinished, RunStarted, dumps
+from kvpipe.records.run import RunFinished, RunStarted, dumps
 from kvpipe.sinks.collector import Collector
 
 

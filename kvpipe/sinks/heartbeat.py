@@ -6,9 +6,9 @@ The lines come from the parent, so they continue while the worker is stuck.
 import time
 from typing import TextIO
 
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted
-from kvpipe.ticker import Ticker
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.system.periodic_thread import Ticker
 
 # The worker reports progress several times a second; mark an older report with its age.
 _OLD_S = 5.0

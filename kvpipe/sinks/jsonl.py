@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.progress import Progress
-from kvpipe.records import (
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import (
     RUN_FINISHED,
     RUN_PLANNED,
     RUN_STARTED,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvpipe.errors import KvpipeError
-from kvpipe.records import RunFinished
+from kvpipe.records.run import RunFinished
 from kvpipe.report.run import PAGE_FILE, Run, run_of
 from kvpipe.sinks.collector import Collector
 

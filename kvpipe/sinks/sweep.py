@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from kvpipe.records import SweepFinished, dumps
-from kvpipe.schema import OutputFormat
+from kvpipe.config.schema import OutputFormat
+from kvpipe.records.run import dumps
+from kvpipe.records.sweep import SweepFinished
 from kvpipe.sinks.report import written
 
 JSON_FILE = "sweep.json"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpipe.records import PhaseRecord
+from kvpipe.records.run import PhaseRecord
 
 TABLE_COLUMNS = ("kind", "sha256", "chars", "truncated", "text")
 _FIRST_OUTPUT, _OUTPUT_AFTER_REBUILD = "output_1", "output_2"

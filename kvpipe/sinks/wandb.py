@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from kvpipe.credentials import API_KEY, refuse_secrets
+from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import TrackingError
-from kvpipe.progress import Progress
-from kvpipe.records import PhaseRecord, RunFinished, RunPlanned, RunStarted, metrics
-from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.records.metrics import metrics
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
 from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
+from kvpipe.system.secrets import API_KEY, refuse_secrets
 
 if TYPE_CHECKING:
     import wandb

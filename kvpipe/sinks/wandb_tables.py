@@ -5,8 +5,8 @@ Code that needs wandb is in :mod:`kvpipe.sinks.wandb`.
 
 from typing import Any
 
-from kvpipe.ledger import KV, PARAMS, slot_pool
-from kvpipe.records import SKIPPED, PhaseRecord, RunFinished, RunPlanned
+from kvpipe.pipeline.ledger import KV, PARAMS, slot_pool
+from kvpipe.records.run import SKIPPED, PhaseRecord, RunFinished, RunPlanned
 
 PHASES_COLUMNS = (
     "phase",

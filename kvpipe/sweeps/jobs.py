@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from kvpipe.schema import OutputFormat
+from kvpipe.config.schema import OutputFormat
 
 SWEEP_CONFIG = "multirun.yaml"
 _HYDRA_CONFIG = Path(".hydra") / "hydra.yaml"

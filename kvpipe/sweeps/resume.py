@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.errors import InputError
-from kvpipe.records import PASSED, RECORDS_FILE, RunStarted
+from kvpipe.records.run import PASSED, RECORDS_FILE, RunStarted
 from kvpipe.report.run import Run, read_run
 from kvpipe.sinks.report import write_page, write_timeline
 

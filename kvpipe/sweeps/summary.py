@@ -10,17 +10,9 @@ from typing import Any
 
 from kvpipe import errors
 from kvpipe.errors import InputError
-from kvpipe.ledger import KV, is_contracted
-from kvpipe.records import (
-    FAILED,
-    INTERRUPTED,
-    PASSED,
-    RECORDS_FILE,
-    SKIPPED,
-    PhaseRecord,
-    SweepFinished,
-    SweepJob,
-)
+from kvpipe.pipeline.ledger import KV, is_contracted
+from kvpipe.records.run import FAILED, INTERRUPTED, PASSED, RECORDS_FILE, SKIPPED, PhaseRecord
+from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.run import UNFINISHED, Run, read_run
 from kvpipe.sweeps.jobs import Job, jobs_of
 

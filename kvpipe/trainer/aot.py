@@ -7,12 +7,12 @@ from typing import Any
 
 from jax.errors import JaxRuntimeError
 
+from kvpipe.config.schema import EngineConfig, TrainerConfig
 from kvpipe.engine import shapes, training
 from kvpipe.engine.aot import CompileFinding, target_mesh
 from kvpipe.engine.program_cache import cached
-from kvpipe.ledger import TRAIN_STEP, WEIGHT_SYNC
-from kvpipe.records import Program
-from kvpipe.schema import EngineConfig, TrainerConfig
+from kvpipe.pipeline.ledger import TRAIN_STEP, WEIGHT_SYNC
+from kvpipe.records.run import Program
 from kvpipe.trainer.layout import Layout, lay_out
 from kvpipe.trainer.step import compile_step
 

@@ -12,9 +12,9 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import memory
-from kvpipe.ledger import PerDevice, Size
-from kvpipe.schema import TrainerConfig
+from kvpipe.pipeline.ledger import PerDevice, Size
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 

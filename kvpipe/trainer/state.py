@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import lockstep, memory, placement
-from kvpipe.ledger import Change, Size
-from kvpipe.schema import TrainerConfig
+from kvpipe.config.schema import TrainerConfig
+from kvpipe.engine import memory, multihost, transfer
+from kvpipe.pipeline.ledger import Change, Size
 from kvpipe.trainer.layout import Layout, optimizer
 from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
-HostLeaf = dict[placement.Index, HostArray]
+HostLeaf = dict[transfer.Index, HostArray]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Trainer:
         """
         before = memory.total_in_use()
         for name, like in self._layout.params.items():
-            self.params[name] = placement.begin(weights[name], like).wait()
+            self.params[name] = transfer.begin(weights[name], like).wait()
             mapped.let_go(weights[name])
         self.gradients = self._zeros()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout.moments)
@@ -144,7 +144,7 @@ class Trainer:
         for size in (Size.TRAINER_PARAMS, Size.TRAINER_MOMENTS):
             self._kept[size] = []
             for leaf in self.sets[size]:
-                self._kept[size].append(placement.to_host(leaf))
+                self._kept[size].append(transfer.to_host(leaf))
                 leaf.delete()
         return self._freed(before)
 
@@ -185,7 +185,7 @@ class Trainer:
         leaves, structure = jax.tree.flatten(shapes)
         placed = []
         for like in leaves:
-            placed.append(placement.begin(kept.pop(0), like).wait())
+            placed.append(transfer.begin(kept.pop(0), like).wait())
         return jax.tree.unflatten(structure, placed)
 
     def _freed(self, before: int) -> Change:
@@ -200,7 +200,7 @@ class Trainer:
     def _completed(self, before: int) -> Change:
         """Give freed host memory back to the system; return the change of all three sets."""
         kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
-        host_bytes = lockstep.total(sum(shard.nbytes for shards in kept for shard in shards))
+        host_bytes = multihost.total(sum(shard.nbytes for shards in kept for shard in shards))
         nbytes = sum(memory.bytes_of(self._layout.leaves))
         changed_bytes = memory.total_in_use() - before
         memory.give_back_host_memory()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kvpipe.schema import TrainerConfig
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.trainer.layout import Layout, optimizer
 
 GRADIENTS = "seeded"

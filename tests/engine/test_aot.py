@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.records import Program
+from kvpipe.records.run import Program
 from tests.command import Finished, kvpipe
 from tests.conftest import DEVICES, SMALL_ENGINE, engine_config
 

@@ -110,14 +110,14 @@ def test_a_drop_and_a_second_set_change_the_devices_own_count_by_exactly_their_b
 def test_the_record_says_that_the_devices_counted_and_sums_what_each_of_them_has(
     at_checkpoint: Any,
 ) -> None:
-    from kvpipe import probe
-    from kvpipe.context import WorkerContext
-    from kvpipe.schema import Kvpipe
+    from kvpipe.config.schema import Kvpipe
+    from kvpipe.pipeline.context import WorkerContext
+    from kvpipe.worker import measurement
 
     held = at_checkpoint("sglang_param_dict2_ready")
     ctx = WorkerContext(Kvpipe(), "Hello", jax_ready=True)
     ctx.slots = {"first": {"all": held["params"][0]}, "second": {"all": held["slot:second"][0]}}
-    measured = probe.measure(ctx)
+    measured = measurement.measure(ctx)
     assert measured.memory.bytes_in_use_source == "device"
     summary = measured.memory.jax_device_memory_summary
     assert summary["bytes_in_use_sum"] == MEASURED["sglang_param_dict2_ready"][0]

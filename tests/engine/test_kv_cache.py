@@ -250,7 +250,7 @@ def test_the_host_gets_its_memory_back_when_a_large_pool_is_dropped(
 ) -> None:
     """Without malloc_trim the resident set hardly falls."""
     from kvpipe.engine import kv_cache, memory
-    from kvpipe.process_memory import process_memory
+    from kvpipe.system.process_memory import process_memory
 
     with start_engine(tiny_dir, max_total_tokens=180_000) as engine:
         pool = sum(memory.bytes_of(kv_cache.buffers(engine)))
@@ -327,7 +327,7 @@ def test_a_collection_that_does_not_end_is_told_and_not_waited_for(
 def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> None:
     from kvpipe.engine import kv_cache, memory
     from kvpipe.engine.compile_count import CompileCounter
-    from kvpipe.process_memory import process_memory
+    from kvpipe.system.process_memory import process_memory
 
     compilations = CompileCounter()
     seen, in_use, resident = set(), set(), []

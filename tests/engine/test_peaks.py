@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.config.schema import ModelConfig
 from kvpipe.engine import peaks
 from kvpipe.engine.peaks import PeakSampler
-from kvpipe.records import Memory, Peak, PhaseRecord
-from kvpipe.schema import ModelConfig
-from kvpipe.ticker import Ticker
+from kvpipe.records.run import Memory, Peak, PhaseRecord
+from kvpipe.system.periodic_thread import Ticker
 from tests.conftest import greedy
 from tests.helpers_config import compose_plain, config_of
 
@@ -127,11 +127,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     """Records and progress of the two-set swap and the streamed one, one after the other."""
-    from kvpipe import runner
-    from kvpipe.context import WorkerContext
     from kvpipe.engine import weights
-    from kvpipe.ledger import Ledger
-    from kvpipe.steps import build_steps, use_of
+    from kvpipe.pipeline.context import WorkerContext
+    from kvpipe.pipeline.ledger import Ledger
+    from kvpipe.pipeline.steps import build_steps, use_of
+    from kvpipe.worker import loop
 
     plain = compose_plain() | {"pipeline": STEPS, "phases": OPTIONS}
     config = config_of(plain)
@@ -142,19 +142,19 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     weights.swap(engine, weights.build(engine, Checkpoint.open(tiny_dir)))
     ctx = WorkerContext(config, "The KV cache", jax_ready=True, started=engine)
     jobs = [
-        runner.Job(idx, use_of(step.step, config), step, Ledger(4))
+        loop.Job(idx, use_of(step.step, config), step, Ledger(4))
         for idx, step in enumerate(build_steps(config))
     ]
     records: dict[str, PhaseRecord] = {}
     told: list[Any] = []
-    events = runner.Events(
+    events = loop.Events(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
-    assert runner.run(jobs, ctx, events, time.time()) is None
+    assert loop.run(jobs, ctx, events, time.time()) is None
     engine.flush()
     return {"records": records, "told": told}
 
@@ -204,10 +204,10 @@ def test_the_progress_of_a_generate_counts_its_tokens(outcome: dict[str, Any]) -
 def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
     real_engine: Any, tiny_weights: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvpipe import progress
-    from kvpipe.engine import placement, weights
+    from kvpipe.engine import transfer, weights
+    from kvpipe.records import progress
 
-    begin = placement.begin
+    begin = transfer.begin
     for way in (weights.build, weights.stream):
         told = []
 
@@ -217,7 +217,7 @@ def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
             told.append(activity.progress("it"))
             return begin(host, like)
 
-        monkeypatch.setattr(placement, "begin", watched)
+        monkeypatch.setattr(transfer, "begin", watched)
         way(real_engine, tiny_weights)
         leaves = [p.done["leaves"] for p in told]
         assert leaves == sorted(leaves)

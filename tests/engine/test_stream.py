@@ -67,11 +67,11 @@ def test_while_weights_are_streamed_the_devices_never_hold_more_than_one_set(
 ) -> None:
     import jax
 
-    from kvpipe.engine import memory, placement, weights
+    from kvpipe.engine import memory, transfer, weights
 
     whole = sum(memory.bytes_in_use())
     held: list[int] = []
-    begin = placement.begin
+    begin = transfer.begin
 
     def watched(host: Any, like: Any) -> Any:
         placing = begin(host, like)
@@ -80,7 +80,7 @@ def test_while_weights_are_streamed_the_devices_never_hold_more_than_one_set(
         held.append(sum(memory.bytes_of(jax.live_arrays())))
         return placing
 
-    monkeypatch.setattr(placement, "begin", watched)
+    monkeypatch.setattr(transfer, "begin", watched)
     weights.stream(real_engine, other_weights)
     assert len(held) == 38
     assert max(held) <= whole
@@ -131,10 +131,10 @@ def test_weights_that_are_refused_leave_the_engine_its_old_arrays_and_its_prefix
 def test_a_swap_that_breaks_off_makes_the_engine_refuse_until_the_next_one(
     real_engine: Any, tiny_weights: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvpipe.engine import memory, placement, weights
+    from kvpipe.engine import memory, transfer, weights
 
     first, whole = ids(real_engine), sum(memory.bytes_in_use())
-    begin, begun = placement.begin, []
+    begin, begun = transfer.begin, []
 
     def full(host: Any, like: Any) -> Any:
         begun.append(like)
@@ -143,7 +143,7 @@ def test_a_swap_that_breaks_off_makes_the_engine_refuse_until_the_next_one(
         return begin(host, like)
 
     with monkeypatch.context() as patch:
-        patch.setattr(placement, "begin", full)
+        patch.setattr(transfer, "begin", full)
         with pytest.raises(MemoryError, match="the device is full"):
             weights.stream(real_engine, tiny_weights)
     with pytest.raises(EngineError, match="its weights are incomplete"):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import EngineError
-from kvpipe.schema import TrainerConfig
 from tests.conftest import greedy
 
 NAME = "model.layers.1.mlp.up_proj.weight"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
-from kvpipe.ledger import OTHER
+from kvpipe.pipeline.ledger import OTHER
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """What a device counts beyond the arrays that are alive, e.g. compiled programs, is shown too."""
 
-from kvpipe.records import Memory
+from kvpipe.records.run import Memory
 from kvpipe.report.figures import BEYOND_ARRAYS, memory_chart
 from kvpipe.report.rows import phase_row
 from kvpipe.report.run import run_of

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from kvpipe.config.schema import CompareConfig
 from kvpipe.errors import InputError
-from kvpipe.records import dumps
+from kvpipe.records.run import dumps
 from kvpipe.report.comparison import Comparison
 from kvpipe.report.comparison_report import as_markdown, comparison_page
 from kvpipe.report.plan import as_json
 from kvpipe.report.side import PLAN, RUN, SCRIPT, Side, SidePhase, read_side
-from kvpipe.schema import CompareConfig
 from tests.report.html_page import Page
 from tests.report.test_page import planned
 from tests.sinks.pipeline_records import (

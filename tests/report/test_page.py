@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvpipe.records import Check, Fit, PlannedPhase, RunPlanned
+from kvpipe.records.run import Check, Fit, PlannedPhase, RunPlanned
 from kvpipe.report.page import report_page
 from kvpipe.report.run import run_of
 from tests.report.html_page import Page

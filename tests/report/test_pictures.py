@@ -66,7 +66,7 @@ def test_a_peak_inside_a_phase_is_a_whisker_with_its_bytes():
 
 
 def test_steps_that_were_planned_and_not_reached_are_shown():
-    from kvpipe.records import Fit, PlannedPhase, RunPlanned
+    from kvpipe.records.run import Fit, PlannedPhase, RunPlanned
 
     planned = tuple(PlannedPhase(step, {"kv": 8}, 8, 8) for step in STEPS)
     plan = RunPlanned("cpu", 1, "0.0.2", planned, Fit(True, 9, STEPS[0], 4))

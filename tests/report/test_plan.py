@@ -2,7 +2,7 @@ import io
 import json
 from dataclasses import replace
 
-from kvpipe.records import Fit, PlannedPhase, Program, RunPlanned, planned_from_json
+from kvpipe.records.run import Fit, PlannedPhase, Program, RunPlanned, planned_from_json
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.report.plan_table import print_plan
 

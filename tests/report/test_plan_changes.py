@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvpipe.records import Fit, PlannedPhase, RunPlanned
+from kvpipe.records.run import Fit, PlannedPhase, RunPlanned
 from kvpipe.report.comparison import PlanChange
 from kvpipe.report.comparison_report import plans_as_markdown
 from kvpipe.report.side import plan_side

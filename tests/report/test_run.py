@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kvpipe.errors import InputError
-from kvpipe.records import dumps
+from kvpipe.records.run import dumps
 from kvpipe.report.run import read_run
 from tests.sinks.pipeline_records import STEPS, passed, phase, pipeline, started
 

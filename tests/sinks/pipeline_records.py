@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import replace
 
-from kvpipe.records import (
+from kvpipe.records.run import (
     Check,
     Fit,
     Memory,

@@ -11,7 +11,7 @@ import pytest
 from pipeline_records import STEPS, failed, passed, phase, pipeline, started
 from rich.console import Console
 
-from kvpipe.progress import GENERATING, Progress
+from kvpipe.records.progress import GENERATING, Progress
 from kvpipe.sinks.console import ConsoleTable
 
 OFFLINE = {

@@ -4,7 +4,7 @@ import time
 import pytest
 from pipeline_records import passed, phase, started
 
-from kvpipe.progress import GENERATING, Progress
+from kvpipe.records.progress import GENERATING, Progress
 from kvpipe.sinks import heartbeat
 from kvpipe.sinks.heartbeat import Heartbeat
 

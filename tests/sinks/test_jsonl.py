@@ -8,8 +8,8 @@ import pytest
 from pipeline_records import OUTPUT, passed, phase, pipeline, started
 
 from kvpipe.errors import KvpipeError, RecordError
-from kvpipe.progress import GENERATING, Progress
-from kvpipe.records import dumps
+from kvpipe.records.progress import GENERATING, Progress
+from kvpipe.records.run import dumps
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 
 

@@ -2,7 +2,7 @@ import pytest
 from pipeline_records import failed, passed, phase, started
 
 from kvpipe.errors import KvpipeError, TrackingError
-from kvpipe.progress import GENERATING, Progress
+from kvpipe.records.progress import GENERATING, Progress
 from kvpipe.sinks import Sinks
 
 PROGRESS = Progress("jax_ready", GENERATING, 1.0, {"tokens": 1}, {"tokens": 2})

@@ -33,9 +33,9 @@ from pipeline_records import (
     started,
 )
 
+from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import InputError, TrackingError
-from kvpipe.records import metrics
-from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.records.metrics import metrics
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sinks.wandb_tables import alert_of
 
@@ -80,7 +80,7 @@ OFFLINE_RUN = """
 import json, sys
 from pathlib import Path
 from pipeline_records import passed, pipeline, plan, started
-from kvpipe.schema import TrackingConfig
+from kvpipe.config.schema import TrackingConfig
 from kvpipe.sinks.report import TimelinePicture
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
@@ -382,7 +382,7 @@ def test_disabled_never_imports_wandb_and_writes_nothing(tmp_path):
 import sys
 from pathlib import Path
 from pipeline_records import passed, phase
-from kvpipe.schema import TrackingConfig, TrackingMode
+from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.sinks.wandb import WandbSink
 sink = WandbSink(TrackingConfig(mode=TrackingMode.disabled), Path(sys.argv[1]), None)
 assert sink.start({})["mode"] == "disabled"

@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 
-from kvpipe.records import SweepFinished, SweepJob, record_from_json
+from kvpipe.records.run import record_from_json
+from kvpipe.records.sweep import SweepFinished, SweepJob
 from tests.helpers_config import ROOT
 
 RUNS = {tokens: ROOT / f"tests/data/tiny_runs/{tokens}.jsonl" for tokens in (1024, 2048)}

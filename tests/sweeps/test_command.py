@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpipe import cli
+from kvpipe.cli import app
 from tests import faults
 from tests.command import FAKE_KEY, environment
 from tests.fault_runs import WITHOUT_ENGINE
@@ -187,7 +187,7 @@ def test_a_sweep_over_experiments_has_one_directory_and_a_pipe_gets_a_table_if_i
 
 
 def test_what_hydra_calls_can_be_sent_to_another_process():
-    task = cli.Task("report", [Path("a")], [1])
+    task = app.Task("report", [Path("a")], [1])
     assert pickle.loads(pickle.dumps(task)) == task
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpipe.records import dumps
+from kvpipe.records.run import dumps
 from kvpipe.report.drawing import Line
 from kvpipe.report.png import as_png
 from kvpipe.report.sweep import bytes_a_token, picture, sweep_page

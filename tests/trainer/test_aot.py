@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.schema import TrainerConfig
+from kvpipe.config.schema import TrainerConfig
 from tests.conftest import engine_config
 
 TARGET = "v5e:2x2x1"

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.schema import TrainerConfig
+from kvpipe.config.schema import TrainerConfig
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 

@@ -8,9 +8,9 @@ import pytest
 
 from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import InputError
-from kvpipe.ledger import Size
-from kvpipe.schema import TrainerConfig
+from kvpipe.pipeline.ledger import Size
 from tests.conftest import DEVICES, engine_config
 
 PRECISIONS = {

@@ -6,8 +6,8 @@ long the parent waits, once its worker has ended, for the signal that may have e
 
 import os
 
-from kvpipe import supervisor
 from kvpipe.__main__ import main
+from kvpipe.parent import supervisor
 
 SAME_SIGNAL_S = "KVPIPE_TEST_SAME_SIGNAL_S"
 

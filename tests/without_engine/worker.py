@@ -6,8 +6,9 @@ worker has nothing to do with it. Only the sizes of the plan are missing.
 
 import sys
 
-from kvpipe import plan, worker_process
-from kvpipe.records import Fit, RunPlanned
+from kvpipe.plan import fold
+from kvpipe.records.run import Fit, RunPlanned
+from kvpipe.worker import entry
 
 ENGINE = ("jax", "jaxlib", "sgl_jax")
 
@@ -26,13 +27,13 @@ def without_engine():
 
 
 def plan_nothing(steps, config, model_dir):
-    planned = plan.check_order(steps)
-    ledgers = plan.plan_ledgers(planned, {}, devices=1)
-    phases = plan.planned_phases(planned, ledgers)
+    planned = fold.check_order(steps)
+    ledgers = fold.plan_ledgers(planned, {}, devices=1)
+    phases = fold.planned_phases(planned, ledgers)
     fit = Fit(True, 1 << 30, steps[0].step, config.engine.max_total_tokens)
-    return plan.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers)
+    return fold.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers)
 
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, NoEngine())
-    worker_process.main(without_engine)
+    entry.main(without_engine)

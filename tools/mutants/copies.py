@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from kvpipe.errors import InputError
-from kvpipe.records import RECORDS_FILE, RunFinished
+from kvpipe.records.run import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
 
 TESTS_FAILED = 1  # pytest's exit code

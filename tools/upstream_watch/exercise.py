@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.safetensors import Checkpoint
-from kvpipe.schema import EngineConfig, SamplingConfig
+from kvpipe.config.schema import EngineConfig, SamplingConfig
 
 DEVICES = 4
 CONFIG = EngineConfig(

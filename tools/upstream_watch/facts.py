@@ -26,7 +26,7 @@ Section = dict[str, str]
 def gather() -> dict[str, Any]:
     """Return every section by name; one that cannot be gathered has the reason under ``failed``."""
     from kvpipe.checkpoints.tiny import ensure
-    from kvpipe.versions import version_of
+    from kvpipe.system.versions import version_of
     from tests.golden.answers import spec
     from tools.upstream_watch import patches
 

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from kvpipe.engine import compat, sglang
 from tools.upstream_watch.exercise import CONFIG
-from kvpipe.schema import SamplingConfig
+from kvpipe.config.schema import SamplingConfig
 setattr(compat, sys.argv[1], nullcontext)
 try:
     engine = sglang.start(CONFIG, Path(sys.argv[2]), 120.0)

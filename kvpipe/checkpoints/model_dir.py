@@ -1,0 +1,142 @@
+"""Find the model's directory: given, generated, or from the Hugging Face cache or hub."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvpipe.config.schema import Kvpipe, TinyModelConfig
+from kvpipe.errors import InputError
+from kvpipe.suggest import nearest
+
+if TYPE_CHECKING:
+    from kvpipe.checkpoints.tiny import TinyModel
+
+
+def cache_dir(config: Kvpipe) -> Path:
+    """Return the directory of generated checkpoints."""
+    if config.cache_dir is not None:
+        return Path(config.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "kvpipe"
+
+
+def check_model(config: Kvpipe) -> None:
+    """Refuse a model that cannot be found, before anything is started.
+
+    Raises:
+        InputError: ``model.path`` is not a model directory or contradicts ``model.generate``, or
+            ``model.generate`` is an impossible shape.
+    """
+    model = config.model
+    if model.path is None:
+        # The default shape is known to be valid; checking another one imports numpy.
+        if model.generate is not None and model.generate != TinyModelConfig():
+            _tiny_model(model.generate)
+        return
+    if model.generate is not None:
+        raise InputError("model: give one of model.path and model.generate, and not both")
+    path = Path(model.path)
+    if not path.is_dir():
+        raise InputError(f"model.path: {path.absolute()} is not a directory")
+    if not (path / "config.json").is_file():
+        raise InputError(f"model.path: {path.absolute()} has no config.json")
+
+
+def find_model(config: Kvpipe) -> Path:
+    """Return the directory of the model, generating or downloading it if necessary.
+
+    Raises:
+        InputError: it is not there, or the hub cannot be reached.
+    """
+    check_model(config)
+    model = config.model
+    if model.path is not None:
+        return Path(model.path).absolute()
+    if model.generate is not None:
+        from kvpipe.checkpoints import tiny
+
+        return tiny.ensure(_tiny_model(model.generate), cache_dir(config))
+    return _from_hub(config)
+
+
+def check_shape(config: Kvpipe) -> None:
+    """Refuse a model whose shape is not known without the hub.
+
+    Raises:
+        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it, or
+            ``model.config`` names no file that ships with kvpipe.
+    """
+    check_model(config)
+    model = config.model
+    if model.path is not None or model.generate is not None:
+        return
+    if model.config is None:
+        raise InputError(
+            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; name a "
+            f"file of conf/model/configs ({', '.join(_shipped())}) or set model.path"
+        )
+    if model.config not in _shipped():
+        raise InputError(
+            f"model.config: there is no {model.config!r} in conf/model/configs; "
+            f"{nearest(model.config, _shipped())}"
+        )
+
+
+def shape_dir(config: Kvpipe, scratch: Path) -> Path:
+    """Return a directory that contains at least the model's config.json.
+
+    Args:
+        config: as :func:`check_shape` accepts it.
+        scratch: directory to write to, for a model that has no directory.
+    """
+    model = config.model
+    if model.path is not None:
+        return Path(model.path).absolute()
+    if model.generate is not None:
+        from kvpipe.checkpoints import tiny
+
+        text = json.dumps(tiny.config_json(_tiny_model(model.generate)))
+    else:
+        text = (_configs() / str(model.config)).read_text(encoding="utf-8")
+    directory = Path(tempfile.mkdtemp(dir=scratch))
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    return directory
+
+
+def _configs() -> Traversable:
+    return resources.files("conf") / "model" / "configs"
+
+
+def _shipped() -> list[str]:
+    return sorted(file.name for file in _configs().iterdir())
+
+
+def _tiny_model(shape: TinyModelConfig) -> "TinyModel":
+    from kvpipe.checkpoints.tiny import TinyModel
+
+    return TinyModel(**asdict(shape))
+
+
+def _from_hub(config: Kvpipe) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                config.model.id,
+                revision=config.model.revision,
+                cache_dir=config.engine.download_dir,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model.id: cannot get {config.model.id!r} from the Hugging Face hub ({error}); "
+            "set model.path to a directory that has it"
+        ) from error

@@ -1,0 +1,1 @@
+"""The configuration: its schema, what Hydra needs, the prompt, jax's environment, the hosts."""

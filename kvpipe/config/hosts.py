@@ -1,0 +1,146 @@
+"""The hosts of a slice, as the parent sees them: the rank of this one, and which host ended.
+
+The same command runs on each host. :mod:`kvpipe.engine.multihost` exchanges values between them
+while the engine runs.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from kvpipe.config.jax_environment import device_total
+from kvpipe.config.schema import EngineConfig, Kvpipe
+from kvpipe.errors import InputError
+
+RANK_VARIABLES = ("KVPIPE_NODE_RANK", "TPU_WORKER_ID", "SLURM_PROCID")
+"""Environment variables that give a host's rank without ``engine.node_rank``; the first set wins."""
+
+_ADDRESS = re.compile(r"[A-Za-z0-9._-]+:(\d+)")
+# The engine uses the address's port, and for its broadcasts two of the six ports after it.
+_LAST_PORT = 65535 - 6
+
+# Log lines of jax's coordination service in a process that it ends.
+_ENDED_BY_SERVICE = "Terminating process because the JAX distributed service detected"
+_TASK = re.compile(r"/job:jax_worker/replica:\d+/task:(\d+)")
+_LEADER_GONE = "Failed to send RPC to coordination service"
+_NOT_ALL_CAME = "RegisterTask"
+
+
+def node_rank(config: Kvpipe, environ: Mapping[str, str]) -> int | None:
+    """Return this host's rank among ``engine.nnodes``; None for a single host.
+
+    Args:
+        config: the composed config.
+        environ: the environment, which may hold the rank (:data:`RANK_VARIABLES`).
+
+    Raises:
+        InputError: the hosts' keys contradict each other, or nothing gives the rank.
+    """
+    check_hosts(config)
+    engine = config.engine
+    if engine.nnodes == 1 or engine.node_rank is not None:
+        return engine.node_rank
+    name = next((name for name in RANK_VARIABLES if environ.get(name)), None)
+    if name is None:
+        raise InputError(
+            f"engine.node_rank: nothing says which of the {engine.nnodes} hosts this one is; set "
+            f"{RANK_VARIABLES[0]} on each host, from 0 to {engine.nnodes - 1} "
+            f"({' and '.join(RANK_VARIABLES[1:])} are read too)"
+        )
+    text = environ[name]
+    if not text.isdecimal() or int(text) >= engine.nnodes:
+        raise InputError(
+            f"engine.node_rank: {name} is {text!r}, but engine.nnodes is {engine.nnodes}; it has "
+            f"to be a number from 0 to {engine.nnodes - 1}"
+        )
+    return int(text)
+
+
+def check_hosts(config: Kvpipe) -> None:
+    """Refuse inconsistent host options, as far as the config alone shows.
+
+    Raises:
+        InputError: with the key.
+    """
+    engine = config.engine
+    if engine.node_rank is not None and engine.node_rank >= engine.nnodes:
+        raise InputError(
+            f"engine.node_rank is {engine.node_rank}, but engine.nnodes is {engine.nnodes}; it has "
+            "to be less"
+        )
+    if engine.nnodes == 1:
+        return
+    _check_address(engine)
+    devices = device_total(engine)
+    if devices is not None and devices % engine.nnodes:
+        raise InputError(
+            f"engine.nnodes is {engine.nnodes}, but the mesh has {devices} devices; each host must "
+            "have the same number"
+        )
+    if engine.tp_size is not None and engine.tp_size % engine.nnodes:
+        raise InputError(
+            f"engine.tp_size is {engine.tp_size}, but engine.nnodes is {engine.nnodes}; the engine "
+            "takes a multiple of it"
+        )
+    if not config.runner.isolate:
+        raise InputError(
+            f"runner.isolate is false, but engine.nnodes is {engine.nnodes}: when a host fails, "
+            "jax ends the process of every other; only a process of its own may be ended"
+        )
+
+
+def _check_address(engine: EngineConfig) -> None:
+    address = engine.dist_init_addr
+    if address is None:
+        raise InputError(
+            f"engine.dist_init_addr is not set, but engine.nnodes is {engine.nnodes}; it is the "
+            "address of host 0 with a free port, e.g. 10.0.0.2:8476"
+        )
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise InputError(
+            f"engine.dist_init_addr is {address!r}; write HOST:PORT of host 0, e.g. 10.0.0.2:8476"
+        )
+    if not 0 < int(found[1]) <= _LAST_PORT:
+        raise InputError(
+            f"engine.dist_init_addr has port {found[1]}; it has to be 1 to {_LAST_PORT}, because "
+            "the engine takes some of those after it"
+        )
+
+
+def who_ended(log: str, names: Sequence[str]) -> str | None:
+    """Return which other host ended, according to jax's coordination service; None if unknown.
+
+    Args:
+        log: the end of the log of a worker that has ended.
+        names: host names by rank; empty before the hosts have joined.
+    """
+    line = next((line for line in reversed(log.splitlines()) if _ENDED_BY_SERVICE in line), None)
+    if line is None:
+        return None
+    told = log[log.rindex(line) :]
+    if ranks := sorted({int(rank) for rank in _TASK.findall(told)}):
+        return " and ".join(host_label(rank, names) for rank in ranks) + " ended"
+    if _NOT_ALL_CAME in told:
+        return "not every host came to engine.dist_init_addr"
+    return f"{host_label(0, names)} ended" if _LEADER_GONE in told else None
+
+
+def host_label(rank: int, names: Sequence[str]) -> str:
+    """Return the name of a host for messages, e.g. ``host 1 (worker-1)``."""
+    return f"host {rank} ({names[rank]})" if rank < len(names) else f"host {rank}"
+
+
+def is_first(engine: EngineConfig) -> bool:
+    """Whether this host writes the records, W&B and stdout."""
+    return not engine.node_rank
+
+
+def own_file(name: str, engine: EngineConfig) -> str:
+    """Return this host's name for a file, since hosts may share the directory.
+
+    Rank 0 uses the plain name; the others insert their rank before the suffix.
+    """
+    if is_first(engine):
+        return name
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}.host{engine.node_rank}{dot}{ending}"

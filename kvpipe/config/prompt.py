@@ -1,0 +1,55 @@
+"""Read the configured prompt, and check its SHA-256."""
+
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+from kvpipe.config.schema import PromptConfig
+from kvpipe.errors import InputError
+
+_SHIPPED = "pkg://conf/prompt/"
+
+
+def read_prompt(config: PromptConfig) -> str:
+    """Return the prompt.
+
+    Raises:
+        InputError: text and file are both given or both missing, the file is missing or not UTF-8,
+            the prompt is empty, or its SHA-256 differs.
+    """
+    if (config.text is None) == (config.file is None):
+        raise InputError("prompt: give one of prompt.text and prompt.file, and not both")
+    data = _encode(config.text) if config.text is not None else _read(config.file or "")
+    try:
+        prompt = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"prompt.file: {config.file} is not UTF-8, byte {error.start} is {data[error.start]:#x}"
+        ) from None
+    if not prompt:
+        raise InputError(f"prompt: {config.file or 'prompt.text'} is empty")
+    digest = hashlib.sha256(data).hexdigest()
+    if config.sha256 is not None and digest != config.sha256:
+        raise InputError(
+            f"prompt.sha256: the prompt ({config.file or 'prompt.text'}, {len(data)} bytes) has "
+            f"{digest}, not the expected {config.sha256}"
+        )
+    return prompt
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # invalid UTF-8 from a terminal arrives as lone surrogates
+        raise InputError(f"prompt.text: it is not Unicode at character {error.start}") from None
+
+
+def _read(name: str) -> bytes:
+    if name.startswith(_SHIPPED):
+        path = resources.files("conf") / "prompt" / name.removeprefix(_SHIPPED)
+    else:
+        path = Path(name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"prompt.file: cannot read {name}: {error.strerror}") from None

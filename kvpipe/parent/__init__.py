@@ -1,0 +1,1 @@
+"""The parent process: it supervises the worker and never imports jax."""

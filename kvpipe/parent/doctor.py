@@ -1,0 +1,252 @@
+"""Report what this machine has, and whether the chosen experiment could run on it.
+
+The parent inspects everything that needs no jax; a child (:mod:`kvpipe.worker.doctor_probe`) looks for the
+devices.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kvpipe.checkpoints.model_dir import check_shape, shape_dir
+from kvpipe.config.jax_environment import jax_environment
+from kvpipe.config.schema import Kvpipe, RunnerConfig, TrackingMode
+from kvpipe.errors import InputError, KvpipeError, TimedOut
+from kvpipe.parent.child_process import Child, start_child
+from kvpipe.parent.limits import Limits
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.phase import Phase
+from kvpipe.plan.fold import check_order
+from kvpipe.system.libtpu_lock import LOCK_FILE, holder
+from kvpipe.system.secrets import API_KEY, wandb_api_key
+from kvpipe.system.versions import version_of
+from kvpipe.units import gib
+
+_PACKAGES = ("sglang-jax", "jax", "jaxlib", "flax", "libtpu", "transformers", "wandb", "hydra-core")
+_DEVICES_S = 180.0
+_SHUTDOWN_S = 10.0
+_SERVER_S = 5.0
+_LITTLE_DISK = 1 << 30
+_NO_DISK = 1 << 24
+_LITTLE_RAM = 2 << 30
+
+
+class Level(StrEnum):
+    """Level of a finding; ``bad`` means that the experiment cannot run."""
+
+    OK = "ok"
+    WARN = "warn"
+    BAD = "bad"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        level: its level.
+        about: the thing inspected.
+        found: its state.
+        todo: the remedy; empty if none is needed.
+    """
+
+    level: Level
+    about: str
+    found: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        told = f"{self.level:4}  {self.about:12}  {self.found}"
+        return f"{told}; {self.todo}" if self.todo else told
+
+
+def examine(
+    config: Kvpipe,
+    plain: Mapping[str, Any],
+    steps: Sequence[Phase],
+    find_server: Callable[[float], str],
+    secrets: Sequence[str] = (),
+) -> Iterator[Finding]:
+    """Yield the findings, one by one.
+
+    Args:
+        config: the experiment's typed config, which has passed every check.
+        plain: the same as plain values.
+        steps: its steps.
+        find_server: contacts W&B's server within seconds and returns its address.
+        secrets: environment variables that no child must see.
+    """
+    yield from _versions()
+    yield _disk()
+    yield from _wandb(config, steps, find_server)
+    yield from _hugging_face(config)
+    lock = _libtpu_lock(config.engine.device)
+    yield lock
+    if lock.level is not Level.BAD:
+        yield from _devices(config, plain, secrets)
+    yield _ram()
+
+
+def _versions() -> Iterator[Finding]:
+    python = f"Python {platform.python_version()}"
+    installed = [f"kvpipe {importlib.metadata.version('kvpipe')}", python]
+    missing = []
+    for package in _PACKAGES:
+        try:
+            installed.append(f"{package} {version_of(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    yield Finding(Level.OK, "versions", ", ".join(installed))
+    if missing:
+        yield Finding(
+            Level.BAD, "versions", f"not installed: {', '.join(missing)}", "run: make env"
+        )
+
+
+def _disk() -> Finding:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
+    found = f"{gib(free)} GiB free in {here}"
+    if free < _NO_DISK or not os.access(here, os.W_OK):
+        return Finding(Level.BAD, "disk", found, "a run writes here; go where it can")
+    if free < _LITTLE_DISK:
+        return Finding(Level.WARN, "disk", found, "make room for logs, W&B's files and checkpoints")
+    return Finding(Level.OK, "disk", found)
+
+
+def _ram() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{gib(memory.available)} of {gib(memory.total)} GiB free"
+    if memory.available < _LITTLE_RAM:
+        return Finding(Level.WARN, "host memory", found, "end what else takes it")
+    return Finding(Level.OK, "host memory", found)
+
+
+def _libtpu_lock(device: str) -> Finding:
+    held = holder()
+    if held is not None:
+        found = f"process {held.pid} of {held.user} has the TPU: {held.command}"
+        level = Level.BAD if device == "tpu" else Level.OK
+        return Finding(level, "libtpu lock", found, "wait for it, or end it" * (device == "tpu"))
+    if device == "tpu" and LOCK_FILE.exists() and not os.access(LOCK_FILE, os.W_OK):
+        found = f"{LOCK_FILE} is there and another user's, though nothing holds it"
+        return Finding(Level.BAD, "libtpu lock", found, f"run: sudo rm {LOCK_FILE}")
+    return Finding(Level.OK, "libtpu lock", "nothing holds it")
+
+
+def _wandb(
+    config: Kvpipe, steps: Sequence[Phase], find_server: Callable[[float], str]
+) -> Iterator[Finding]:
+    """Check W&B for the configured mode, without showing the key."""
+    mode = config.tracking.mode
+    used = any(facts.WANDB in planned.effect.adds for planned in check_order(steps))
+    needed = used and mode is TrackingMode.online
+    short = Level.WARN if config.tracking.fallback_offline else Level.BAD
+    try:
+        key = wandb_api_key(Path.cwd(), os.environ)
+    except InputError as error:
+        yield Finding(short if needed else Level.WARN, "W&B", str(error))
+        return
+    where = "the environment" if os.environ.get(API_KEY, "").strip() else ".env"
+    state = f"{mode.value}, {f'an API key in {where}' if key else 'no API key'}"
+    if not needed:
+        yield Finding(Level.OK, "W&B", state if used else f"{state}; the pipeline does not use it")
+        return
+    if not key:
+        todo = f"set {API_KEY} in the environment or in a .env with mode 600, or tracking=offline"
+        yield Finding(short, "W&B", state, todo)
+        return
+    try:
+        yield Finding(Level.OK, "W&B", f"{state}, {find_server(_SERVER_S)} is reached")
+    except (OSError, KvpipeError) as error:
+        yield Finding(short, "W&B", f"{state}, no server: {error}", "or tracking=offline")
+
+
+def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
+    """Check the source of the model and the presence of a token, without showing the token."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = config.engine.download_dir or constants.HF_HUB_CACHE
+    token = "a token" if huggingface_hub.get_token() else "no token"
+    state = f"cache {cache}, {token}"
+    model = config.model
+    if model.path is not None or model.generate is not None:
+        yield Finding(Level.OK, "Hugging Face", f"{state}; the model does not come from it")
+        return
+    known = huggingface_hub.try_to_load_from_cache(
+        model.id, "config.json", cache_dir=cache, revision=model.revision
+    )
+    if isinstance(known, str) and list(Path(known).parent.glob("*.safetensors")):
+        yield Finding(Level.OK, "Hugging Face", f"{state}; {model.id} is in the cache")
+    elif constants.HF_HUB_OFFLINE:
+        found = f"{state}; {model.id} is not in the cache, and HF_HUB_OFFLINE is set"
+        yield Finding(Level.BAD, "Hugging Face", found, "unset it, or set model.path")
+    else:
+        found = f"{state}; {model.id} is not in the cache"
+        todo = "the run will download it; a gated model needs HF_TOKEN"
+        yield Finding(Level.WARN, "Hugging Face", found, todo)
+
+
+def _devices(config: Kvpipe, plain: Mapping[str, Any], secrets: Sequence[str]) -> Iterator[Finding]:
+    """Ask a child process for jax's devices, and plan the experiment for them."""
+    with tempfile.TemporaryDirectory(prefix="kvpipe-doctor-") as directory:
+        scratch = Path(directory)
+        environ = {k: v for k, v in os.environ.items() if k not in secrets}
+        environ |= jax_environment(config.engine, os.environ)
+        job = {"config": dict(plain), "model_dir": _model_dir(config, scratch)}
+        module, log = "kvpipe.worker.doctor_probe", scratch / "probe.log"
+        with start_child(module, log, environ, _SHUTDOWN_S) as child:
+            child.send(job)
+            yield from _told(_answer(child), config)
+
+
+def _model_dir(config: Kvpipe, scratch: Path) -> str | None:
+    try:
+        check_shape(config)
+    except InputError:
+        return None  # a hub model, whose shape is unknown here
+    return str(shape_dir(config, scratch))
+
+
+def _answer(child: Child) -> dict[str, Any]:
+    limits = Limits(RunnerConfig(run_timeout_s=_DEVICES_S))
+    try:
+        answer = next(child.lines(limits.wait), None)
+    except TimedOut:
+        return {"error": f"jax has not found the devices within {_DEVICES_S:g} s"}
+    if answer is None:
+        return {"error": f"the probe ended by {child.how_it_ended()}: {child.log_tail()}"}
+    return json.loads(answer)
+
+
+def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
+    if "error" in answer:
+        todo = "look at engine.device, engine.tp_size and the installed jax"
+        yield Finding(Level.BAD, "devices", " ".join(answer["error"].split()), todo)
+        return
+    devices, hbm = answer["devices"], answer["hbm_bytes"]
+    found = (
+        f"{devices['device_count']} × {devices['device_kind']} ({devices['platform']}), "
+        f"{gib(hbm)} GiB each"
+    )
+    yield Finding(Level.OK, "devices", found)
+    yield Finding(Level.OK, "patches", ", ".join(answer["patches"]))
+    if answer["misfit"]:
+        yield Finding(Level.BAD, "plan", answer["misfit"])
+    elif answer["peak_bytes"] is None:
+        found = f"the shape of {config.model.id} is not known without the hub"
+        yield Finding(Level.WARN, "plan", found, "set model.config or model.path to have a plan")
+    else:
+        peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
+        yield Finding(Level.OK, "plan", f"{config.experiment} fits, {peak}")

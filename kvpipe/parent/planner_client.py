@@ -1,0 +1,98 @@
+"""The parent's side of planning without a run: a child process evaluates the engine's shapes.
+
+Keep the child for the next job of a sweep: it spends nearly all of its time on imports.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from kvpipe.checkpoints.model_dir import shape_dir
+from kvpipe.config.jax_environment import cpu_environment
+from kvpipe.config.prompt import read_prompt
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import EngineError, InputError, KvpipeError
+from kvpipe.parent.child_process import Child, start_child
+from kvpipe.plan.targets import Target
+from kvpipe.records.run import RunPlanned, planned_from_json
+
+_SHUTDOWN_TIMEOUT_S = 10.0
+_BYTES_PER_TOKEN = 3
+_ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError)}
+
+
+class Planners:
+    """The planning child processes, one per number of devices, started on demand.
+
+    Args:
+        secrets: environment variables that no child must see.
+    """
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        self._secrets = secrets
+        self._stack = ExitStack()
+        self._children: dict[int, Child] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the children."""
+        self._children.clear()
+        self._stack.close()
+        self.__dict__.pop("_scratch", None)
+
+    def plan(self, config: Kvpipe, plain: dict[str, Any], target: Target) -> RunPlanned:
+        """Return the plan of a config for a target.
+
+        Args:
+            config: the typed config, which has passed every check.
+            plain: the same as plain values.
+            target: the machine to plan for.
+
+        Raises:
+            InputError: the engine refuses the model, the mesh or the capacity.
+            EngineError: its shapes cannot be evaluated for another reason, or the child died.
+        """
+        child = self._child(target.devices)
+        model_dir = str(shape_dir(config, self._scratch))
+        job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
+        child.send(job | {"prompt_tokens": _prompt_tokens(config)})
+        answer = next(child.messages(), None)
+        if answer is None:
+            raise EngineError(
+                f"the planning process ended by {child.how_it_ended()}; its log ended with:\n"
+                f"{child.log_tail()}"
+            )
+        if "error" in answer:
+            raise _ERRORS[answer["exit_code"]](answer["error"])
+        return planned_from_json(answer["plan"])
+
+    @cached_property
+    def _scratch(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvpipe-plan-")))
+
+    def _child(self, devices: int) -> Child:
+        if devices not in self._children:
+            inherited = {k: v for k, v in os.environ.items() if k not in self._secrets}
+            environ = inherited | cpu_environment(devices, os.environ) | {"HF_HUB_OFFLINE": "1"}
+            log = self._scratch / f"planner-{devices}.log"
+            started = start_child("kvpipe.worker.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
+            self._children[devices] = self._stack.enter_context(started)
+        return self._children[devices]
+
+
+def _prompt_tokens(config: Kvpipe) -> int:
+    """Return the length of the prompt in tokens, or an estimate of it.
+
+    A model that is only named has no tokenizer here. English text and code have three to four
+    bytes per token, and the engine pads the length to a power of two.
+    """
+    if config.plan.prompt_tokens is not None:
+        return config.plan.prompt_tokens
+    return max(1, len(read_prompt(config.prompt).encode()) // _BYTES_PER_TOKEN)

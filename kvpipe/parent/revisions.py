@@ -1,0 +1,148 @@
+"""Plan the experiments of two git revisions, or of the files here, to compare them.
+
+A revision's code, phases and configs are unpacked into a scratch folder and planned by its own
+command line, with the installed engine, so that a change of a phase's declared effect shows as well
+as a change of a config. The user's work tree and index stay untouched.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+import kvpipe
+from kvpipe.config.schema import ComparePlansConfig
+from kvpipe.errors import InputError
+from kvpipe.records.run import planned_from_json
+from kvpipe.report.comparison import PlanChange
+from kvpipe.report.side import Side, plan_side
+
+_PACKAGES = ("kvpipe", "phases", "conf")
+
+
+@dataclass(frozen=True)
+class Revision:
+    """The files of one side, and how to plan them.
+
+    Attributes:
+        name: its name, e.g. ``origin/main (1a2b3c4)``.
+        root: folder with kvpipe, phases and conf.
+        arguments: overrides and flags of its plans.
+    """
+
+    name: str
+    root: Path
+    arguments: Sequence[str]
+
+    def experiments(self) -> list[str]:
+        """Return the names of its experiments."""
+        return sorted(path.stem for path in (self.root / "conf/experiment").glob("*.yaml"))
+
+    def plan(self, experiments: Sequence[str]) -> dict[str, Side]:
+        """Return each experiment's side of the comparison.
+
+        Raises:
+            InputError: one of them cannot be planned.
+        """
+        if not experiments:
+            return {}
+        # Flags first: argparse takes none between overrides.
+        chosen = f"+experiment={','.join(experiments)}"
+        shown = self._kvpipe("plan", "-m", *self.arguments, chosen, "plan.format=json")
+        plans = [planned_from_json(json.loads(line)) for line in shown.splitlines()]
+        return {
+            name: plan_side(self.name, plan, self._config(name))
+            for name, plan in zip(experiments, plans, strict=True)
+        }
+
+    def _config(self, name: str) -> dict[str, object]:
+        chosen = f"+experiment={name}"
+        return yaml.safe_load(self._kvpipe("--cfg", "job", "--resolve", *self.arguments, chosen))
+
+    def _kvpipe(self, *arguments: str) -> str:
+        """Return the stdout of this revision's command line, also of a plan that does not fit."""
+        done = subprocess.run(
+            [sys.executable, "-m", "kvpipe", *arguments],
+            # Safe path: the working directory may hold another revision's packages.
+            env=os.environ | {"PYTHONPATH": str(self.root), "PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode > 1:
+            raise InputError(f"{self.name} cannot be planned: {done.stderr.strip()}")
+        return done.stdout
+
+
+def sides(
+    config: ComparePlansConfig, overrides: Sequence[str], config_dir: str | None, scratch: Path
+) -> tuple[Revision, Revision]:
+    """Return the files before and after the change.
+
+    Args:
+        config: which revisions and overrides.
+        overrides: overrides of both sides.
+        config_dir: directory of further configs of both sides.
+        scratch: folder to unpack revisions in.
+
+    Raises:
+        InputError: this is no git repository, or it has no such revision of kvpipe.
+    """
+    common = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
+    base = config.base
+    if base is None and config.head is None and not config.overrides:
+        base = "HEAD"
+    before, after = _side(base, common, scratch), _side(config.head, common, scratch)
+    if config.overrides:
+        name = f"{after.name} with {', '.join(f'`{text}`' for text in config.overrides)}"
+        after = Revision(name, after.root, [*common, *config.overrides])
+    return before, after
+
+
+def changes(
+    before: Revision, after: Revision, experiments: Sequence[str] | None
+) -> list[PlanChange]:
+    """Return the change of each experiment; both sides are planned at the same time.
+
+    Args:
+        before: the one side.
+        after: the other.
+        experiments: names; None for all of both sides.
+
+    Raises:
+        InputError: one of them cannot be planned.
+    """
+    chosen = [experiments or revision.experiments() for revision in (before, after)]
+    with ThreadPoolExecutor() as pool:
+        old, new = pool.map(Revision.plan, (before, after), chosen)
+    return [PlanChange(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
+
+
+def _side(revision: str | None, arguments: Sequence[str], scratch: Path) -> Revision:
+    """Return the files of a git revision, or without one those of this process."""
+    if revision is None:
+        return Revision("the files here", Path(kvpipe.__file__).parents[1], arguments)
+    found = _git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    commit = found.decode().strip()
+    top = _git("rev-parse", "--show-toplevel").decode().strip()
+    archive = _git("-C", top, "archive", commit, *_PACKAGES)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(scratch / commit, filter="data")
+    return Revision(f"{revision} ({commit[:7]})", scratch / commit, arguments)
+
+
+def _git(*arguments: str) -> bytes:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        raise InputError("compare-plans: there is no git here") from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"compare-plans: git says: {error.stderr.decode().strip()}") from None

@@ -1,0 +1,404 @@
+"""The parent's side of a run: run its own phases, start the worker, feed the sinks.
+
+It must not import jax. Whatever happens to the worker, the run always finishes with a
+``run_finished`` record, closed sinks and the right exit code.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvpipe import errors
+from kvpipe.config.hosts import own_file, who_ended
+from kvpipe.config.jax_environment import jax_environment
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import EngineError, KvpipeError, OutOfMemory, TimedOut, failure_of
+from kvpipe.parent.child_process import Child, start_child
+from kvpipe.parent.deferred_signals import Interrupted, Interrupts
+from kvpipe.parent.limits import Limits
+from kvpipe.pipeline.context import ParentContext
+from kvpipe.pipeline.phase import ParentPhase, Phase, Result
+from kvpipe.pipeline.steps import use_of
+from kvpipe.records.progress import Progress
+from kvpipe.records.run import (
+    FAILED,
+    INTERRUPTED,
+    PASSED,
+    RUN_PLANNED,
+    SKIPPED,
+    Check,
+    Memory,
+    PhaseRecord,
+    PlannedPhase,
+    RunFinished,
+    RunPlanned,
+    RunStarted,
+    dumps,
+    phase_from_json,
+    planned_from_json,
+)
+from kvpipe.sinks import Sink, failed_by
+from kvpipe.system.libtpu_lock import LibtpuLock
+from kvpipe.system.pipes import STACKS_FILE
+from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
+from kvpipe.system.secrets import Redactor
+
+ENGINE_LOG = "engine.log"
+_SAME_SIGNAL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        exit_code: exit code of the process.
+        error: why it failed, in one message; None if it passed.
+        failing_phase: the step that failed, if it is not the last one that began.
+        kind: name of the error's class.
+    """
+
+    exit_code: int = errors.HELD
+    error: str | None = None
+    failing_phase: str | None = None
+    kind: str = ""
+
+
+@dataclass
+class Run:
+    """A run in progress.
+
+    Attributes:
+        config: the typed config.
+        plain: the same as plain values, for the worker.
+        started: the first record.
+        steps: the steps, in order.
+        run_dir: directory that the run writes to.
+        sinks: receivers of its records, including the tracker.
+        start_tracking: starts the W&B run; returns the fields of its phase record.
+        command: the command line that repeats this run.
+        secrets: environment variables that the worker must not see.
+        redactor: removes secrets from records and logs.
+        worker_module: the module that runs as the worker's process.
+    """
+
+    worker_module: ClassVar[str] = "kvpipe.worker.entry"
+
+    config: Kvpipe
+    plain: dict[str, Any]
+    started: RunStarted
+    steps: Sequence[Phase]
+    run_dir: Path
+    sinks: Sink
+    start_tracking: Callable[[], dict[str, Any]]
+    command: str = ""
+    secrets: Sequence[str] = ()
+    redactor: Redactor = field(default_factory=Redactor)
+    began: float = field(default_factory=time.time)
+    checks: list[Check] = field(default_factory=list)
+    _interrupts: Interrupts = field(default_factory=Interrupts)
+    _current: str = ""
+    _unfinished: Callable[[Check], PhaseRecord] | None = None
+    _worker_memory: Memory | None = None
+    _ledgers: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    _plan: RunPlanned | None = None
+    _tracking: dict[str, Any] | None = None
+    _hosts: tuple[str, ...] = ()
+
+    def carry_out(self) -> RunFinished:
+        """Execute the run and return its last record, after every sink has received it.
+
+        Raises:
+            KvpipeError: a sink failed on the last record of a run that had not failed.
+        """
+        self._limits = Limits(self.config.runner)
+        with self._interrupts:
+            finished = self._finished(self._end_of_phases())
+            try:
+                self.sinks.run_finished(finished)
+            except KvpipeError as error:
+                # The other sinks have received it; a run that failed before keeps its exit code.
+                if not finished.exit_code:
+                    raise
+                finished = failed_by(finished, error)
+        return finished
+
+    def _finished(self, ending: Ending) -> RunFinished:
+        """Return the last record; first emit a record for a phase that never finished."""
+        ending = self._told_in_full(ending)
+        if ending.exit_code and self._unfinished is not None:
+            error = ending.error or ""
+            check = Check(self._current, "completed", ending.kind, False, error)
+            try:
+                self._on_record(self._unfinished(check))
+            except KvpipeError as error:
+                ending = replace(ending, error=f"{ending.error}; then: {error}")
+        failing = (ending.failing_phase or self._current) if ending.exit_code else None
+        return RunFinished(
+            status=self._status(ending.exit_code),
+            exit_code=ending.exit_code,
+            run_dir=str(self.run_dir),
+            elapsed_s=round(time.time() - self.began, 6),
+            checks=tuple(self.checks),
+            error=ending.error and self.redactor.text(ending.error),
+            failing_phase=failing or None,
+            ledger=self._ledger(failing),
+            planned=self._planned(failing),
+            command=self.redactor.text(self.command),
+            fields={"wandb": self._tracking} if self._tracking else {},
+        )
+
+    def _status(self, exit_code: int) -> str:
+        if exit_code > errors.SIGNALLED:
+            return INTERRUPTED
+        # The worker starts nothing once it has reported a plan that does not fit.
+        refused = self._plan is not None and not self._plan.fit.fits and self.config.plan.enforce
+        if refused and exit_code == errors.BAD_INPUT:
+            return SKIPPED
+        return FAILED if exit_code else PASSED
+
+    def _told_in_full(self, ending: Ending) -> Ending:
+        """Add the measured and planned memory to the error of an out-of-memory."""
+        if ending.exit_code != errors.OUT_OF_MEMORY:
+            return ending
+        failing = ending.failing_phase or self._current
+        held = ", ".join(f"{pool} {size:,}" for pool, size in self._ledger(failing).items())
+        told = f"{ending.error}\nlast measured, bytes over all devices: {held or 'none'}"
+        if planned := self._planned(failing):
+            told += (
+                f"\nplanned after {failing!r}: {planned.total_bytes:,} bytes over all devices, "
+                f"{planned.max_device_bytes:,} on the fullest"
+            )
+        return replace(ending, error=told)
+
+    def _ledger(self, step: str | None) -> Mapping[str, int]:
+        """Return the ledger measured after ``step``, or the last one measured."""
+        last = next(reversed(self._ledgers.values()), {})
+        return self._ledgers.get(step or "", last)
+
+    def _planned(self, step: str | None) -> PlannedPhase | None:
+        phases = self._plan.phases if self._plan else ()
+        return next((phase for phase in phases if phase.name == step), None)
+
+    def _end_of_phases(self) -> Ending:
+        try:
+            self.sinks.run_started(self.started)
+            has_worker = any(step.runs_in == "worker" for step in self.steps)
+            if has_worker and self.config.runner.isolate:
+                return self._run_worker()
+            self._run_parent_phases()
+            return self._run_here() if has_worker else Ending()
+        except Interrupted as caught:
+            return _ending(caught, errors.SIGNALLED + caught.signum)
+        except KvpipeError as error:
+            return _ending(error, error.exit_code)
+        except Exception as error:
+            # A defect of kvpipe: print the traceback for the developer; the record is for the user.
+            print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
+            return _ending(error, errors.DEFECT, f"{type(error).__name__}: {error}")
+
+    def _run_parent_phases(self) -> None:
+        for idx, step in enumerate(self.steps):
+            if not isinstance(step, ParentPhase):
+                continue
+            self._on_started(step.step, idx)
+            began = time.monotonic()
+            try:
+                with self._interrupts.allowed():
+                    result = step.run(ParentContext(self.config, self._start_tracking))
+            except Exception as error:
+                if isinstance(error, KvpipeError):
+                    raise
+                print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
+                raise failure_of(step.step, error) from error
+            duration_s = time.monotonic() - began
+            self._on_record(self._own_record(step.step, idx, duration_s, result))
+
+    def _start_tracking(self) -> dict[str, Any]:
+        self._tracking = self.start_tracking()
+        return self._tracking
+
+    def _own_record(
+        self, step: str, idx: int, duration_s: float, result: Result, memory: Memory | None = None
+    ) -> PhaseRecord:
+        """Return the record of a step that runs in the parent."""
+        return PhaseRecord(
+            phase=step,
+            use=use_of(step, self.config),
+            idx=idx,
+            elapsed_s=round(time.time() - self.began, 6),
+            duration_s=round(duration_s, 6),
+            memory=memory or process_memory(),
+            checks=result.checks,
+            fields=result.fields,
+        )
+
+    def _run_worker(self) -> Ending:
+        with LibtpuLock(self.config.engine.device):
+            try:
+                return self._run_child()
+            finally:
+                for name in (ENGINE_LOG, STACKS_FILE):
+                    self.redactor.file(self._file(name))
+
+    def _run_child(self) -> Ending:
+        kills = oom_kills()
+        with self._start_worker() as child:
+            scratch = str(child.scratch)
+            child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
+            # W&B takes seconds to answer; meanwhile the worker imports jax and the engine.
+            self._run_parent_phases()
+            self._begin_stage(RUN_PLANNED)
+            child.send({"begin": RUN_PLANNED})
+            try:
+                for line in child.lines(self._wait):
+                    message = json.loads(line)
+                    if ending := self._on_message(message):
+                        return ending
+                    if "record" in message:
+                        child.send({"recorded": message["record"]["phase"]})
+                    elif "started" in message:
+                        child.send({"begin": message["started"]})
+            except TimedOut as error:
+                self._worker_memory = child_memory(child.process.pid)
+                raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
+            except Interrupted:
+                self._worker_memory = child_memory(child.process.pid)
+                raise
+            died = _died(child, self._current, oom_kills() > kills, self._hosts)
+            with self._interrupts.allowed():
+                # A cluster signals both processes, and the worker may end first.
+                time.sleep(_SAME_SIGNAL_S)
+            raise died
+
+    def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
+        """Handle a message from the worker; return the ending if the message is that."""
+        if "plan" in message:
+            self._on_plan(planned_from_json(message["plan"]))
+        elif "record" in message:
+            self._on_record(phase_from_json(message["record"]))
+        elif "started" in message:
+            self._on_started(message["started"], message["idx"])
+        elif "hosts" in message:
+            self._on_hosts(message["hosts"])
+        elif "progress" in message:
+            self.sinks.phase_progressed(Progress(**message["progress"]))
+        else:
+            return Ending(**message)
+        return None
+
+    def _wait(self, descriptor: int) -> None:
+        """Wait until the worker has sent something or has ended.
+
+        Raises:
+            TimedOut: a time limit expired first.
+            Interrupted: a signal came.
+        """
+        with self._interrupts.allowed():
+            self._limits.wait(descriptor)
+
+    def _save_stacks(self, child: Child) -> str:
+        """Save the stacks of the worker's threads; return a sentence that says where."""
+        stacks = child.write_stacks()
+        if not stacks:
+            return "its threads wrote no stacks"
+        path = self._file(STACKS_FILE)
+        path.write_text(stacks)
+        return f"the stacks of its threads are in {path}"
+
+    def _start_worker(self) -> AbstractContextManager[Child]:
+        inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
+        return start_child(
+            self.worker_module,
+            self._file(ENGINE_LOG),
+            inherited | jax_environment(self.config.engine, os.environ),
+            self.config.runner.shutdown_timeout_s,
+        )
+
+    def _file(self, name: str) -> Path:
+        return self.run_dir / own_file(name, self.config.engine)
+
+    def _run_here(self) -> Ending:
+        # A dynamic import: the parent loads jax only here, for a debugger.
+        os.environ.update(jax_environment(self.config.engine, os.environ))
+        worker = importlib.import_module("kvpipe.worker.work")
+        events = worker.runner.Events(
+            self._on_hosts,
+            self._on_plan,
+            self._on_started,
+            self.sinks.phase_progressed,
+            self._on_record,
+        )
+        with self._interrupts.allowed():
+            outcome = worker.execute(self.config, events, self.began)
+        return Ending(outcome.exit_code, outcome.error, outcome.failing_phase)
+
+    def _on_hosts(self, names: Sequence[str]) -> None:
+        self._hosts = tuple(names)
+
+    def _on_plan(self, plan: RunPlanned) -> None:
+        self._plan = plan
+        if hasattr(self.sinks, "run_planned"):
+            self.sinks.run_planned(plan)
+
+    def _begin_stage(self, name: str) -> None:
+        """Record the current stage, and start its time limit."""
+        self._current = name
+        self._unfinished = None
+        self._limits.begin(name)
+
+    def _on_started(self, step: str, idx: int) -> None:
+        self._begin_stage(step)
+        began = time.monotonic()
+
+        def unfinished(check: Check) -> PhaseRecord:
+            duration_s = time.monotonic() - began
+            result = Result(checks=(check,))
+            return self._own_record(step, idx, duration_s, result, self._worker_memory)
+
+        self._unfinished = unfinished
+        self.sinks.phase_started(step, idx, len(self.steps))
+
+    def _on_record(self, record: PhaseRecord) -> None:
+        record = self._redacted(record)
+        self._unfinished = None
+        self.checks.extend(record.checks)
+        if record.memory.bytes_in_use_source is not None:
+            self._ledgers[record.phase] = record.ledger
+        self.sinks.phase_finished(record)
+
+    def _redacted(self, record: PhaseRecord) -> PhaseRecord:
+        line = dumps(record)
+        clean = self.redactor.text(line)
+        return record if clean == line else phase_from_json(json.loads(clean))
+
+
+def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
+    return Ending(exit_code, message or str(error), kind=type(error).__name__)
+
+
+def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
+    """Return the error of a worker that ended without reporting an outcome."""
+    tail = child.log_tail()
+    if other := who_ended(child.log.read_text(errors="replace"), hosts):
+        return EngineError(
+            f"{other}, so jax ended the engine's process here, in step {step!r}; its log "
+            f"{child.log} ends with:\n{tail}"
+        )
+    told = f"the engine's process ended by {child.how_it_ended()} in step {step!r}"
+    log = f"its log {child.log} ends with:\n{tail}"
+    if child.ended_by() != -signal.SIGKILL:
+        error = OutOfMemory if errors.says_no_memory(tail) else EngineError
+        return error(f"{told}; {log}")
+    if memory_was_short:
+        return OutOfMemory(f"{told}: Linux killed it for lack of memory; {log}")
+    return EngineError(f"{told}, and Linux counted no out-of-memory kill in that time; {log}")

@@ -1,0 +1,1 @@
+"""What a phase is: facts, effects, the ledger, the contexts, and the steps of a pipeline."""

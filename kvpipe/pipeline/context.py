@@ -1,0 +1,143 @@
+"""State that the phases of one run share.
+
+The worker's context holds the engine and what phases pass to each other: parameter sets on the
+devices (slots), parameter trees on the host, offloaded state and generated outputs. The parent's has
+the tracker.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvpipe.checkpoints.model_dir import find_model
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import PhaseError
+from kvpipe.pipeline.output import Output
+
+if TYPE_CHECKING:
+    from kvpipe.engine.kv_cache import HostKv
+    from kvpipe.engine.sglang import SglangEngine
+    from kvpipe.engine.weights import HostWeights
+    from kvpipe.trainer.state import Trainer
+
+
+@dataclass
+class WorkerContext:
+    """State that the phases of the worker share.
+
+    Attributes:
+        config: the config that runs.
+        prompt: the prompt of every generate.
+        slots: named parameter sets on the devices: engine path → array.
+        host: named parameter trees on the host.
+        outputs: outputs by step name.
+        jax_ready: whether jax has found its devices.
+        started: the engine once it has been started, else None.
+        host_kv: the offloaded KV cache, else None.
+        host_weights: the engine's offloaded weights, else None.
+        made_trainer: the trainer, on the devices or offloaded, else None.
+        step_peaks: most bytes in use during each training step, over all devices, by step name.
+    """
+
+    config: Kvpipe
+    prompt: str
+    slots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    host: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=dict)
+    jax_ready: bool = False
+    started: "SglangEngine | None" = None
+    host_kv: "HostKv | None" = None
+    host_weights: "HostWeights | None" = None
+    made_trainer: "Trainer | None" = None
+    step_peaks: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def model_dir(self) -> Path:
+        """Directory of the model; the first use may generate or download it."""
+        return find_model(self.config)
+
+    @property
+    def engine_lives(self) -> bool:
+        """Whether no thread of the engine has failed; true too if none was started."""
+        return self.started is None or not self.started.failure.happened
+
+    @property
+    def engine(self) -> "SglangEngine":
+        """The live engine.
+
+        Raises:
+            PhaseError: it has not been started.
+        """
+        return _present(self.started, "the engine has not been started")
+
+    @property
+    def trainer(self) -> "Trainer":
+        """The trainer, on the devices or offloaded.
+
+        Raises:
+            PhaseError: there is none.
+        """
+        return _present(self.made_trainer, "there is no trainer")
+
+    @property
+    def offloaded_kv(self) -> "HostKv":
+        """The offloaded KV cache.
+
+        Raises:
+            PhaseError: there is none.
+        """
+        return _present(self.host_kv, "there is no offloaded KV cache")
+
+    @property
+    def offloaded_weights(self) -> "HostWeights":
+        """The engine's offloaded weights.
+
+        Raises:
+            PhaseError: there are none.
+        """
+        return _present(self.host_weights, "there are no offloaded weights")
+
+    def output_of(self, step: str) -> Output:
+        """Return the output of ``step``.
+
+        Raises:
+            PhaseError: it has none, because it failed.
+        """
+        failed = f"step {step!r}, which failed, left no output to compare with"
+        return _present(self.outputs.get(step), failed)
+
+    def hf_weights(self, source: str | None) -> Mapping[str, Any]:
+        """Return weights by Hugging Face name, in Hugging Face layout.
+
+        Args:
+            source: name of a host tree; None is the model's files.
+
+        Raises:
+            InputError: the checkpoint is missing or damaged.
+        """
+        from kvpipe.checkpoints.mllm import HfView
+        from kvpipe.checkpoints.safetensors import Checkpoint
+
+        return HfView(self.host[source]) if source else Checkpoint.open(self.model_dir)
+
+
+def _present[T](value: T | None, if_missing: str) -> T:
+    """Return ``value``, or raise PhaseError with ``if_missing`` if it is None."""
+    if value is None:
+        raise PhaseError(if_missing)
+    return value
+
+
+@dataclass(frozen=True)
+class ParentContext:
+    """State that the phases of the parent share.
+
+    Attributes:
+        config: the config that runs.
+        start_tracking: begin the W&B run; returns its name and where it writes.
+    """
+
+    config: Kvpipe
+    start_tracking: Callable[[], dict[str, Any]]

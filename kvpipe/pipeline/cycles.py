@@ -1,0 +1,87 @@
+"""Names of repeated steps.
+
+A pipeline may repeat a stretch of its steps (``repeat`` in the config). The steps of cycle k ≥ 2 are
+called ``name#k``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvpipe.config.schema import RepeatConfig
+from kvpipe.errors import InputError
+from kvpipe.suggest import nearest
+
+CYCLE_MARK = "#"
+
+
+def base_name(step: str) -> str:
+    """Return the name of a step without its cycle."""
+    return step.partition(CYCLE_MARK)[0]
+
+
+def cycle_of(step: str) -> int:
+    """Return the cycle of a step, 1 for the first and for steps that are not repeated."""
+    return int(step.partition(CYCLE_MARK)[2] or 1)
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A cycle of the repeated stretch.
+
+    Attributes:
+        number: from 1.
+        steps: the steps of the stretch, by their names in the first cycle.
+    """
+
+    number: int
+    steps: frozenset[str]
+
+    @property
+    def before(self) -> "Cycle":
+        """The cycle before; there is none before the first."""
+        return Cycle(self.number - 1, self.steps)
+
+    def name(self, step: str) -> str:
+        """Return what ``step`` is called in this cycle; a step that is not repeated has one name."""
+        if self.number == 1 or step not in self.steps:
+            return step
+        return f"{step}{CYCLE_MARK}{self.number}"
+
+
+def cycle_at(step: str, pipeline: Sequence[str], repeat: RepeatConfig | None) -> Cycle:
+    """Return the cycle that ``step`` is in; all steps are in one cycle if nothing is repeated."""
+    stretch = pipeline[_stretch(pipeline, repeat)] if repeat else ()
+    return Cycle(cycle_of(step), frozenset(stretch))
+
+
+def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
+    """Return the names of all steps, those of each further cycle after the first.
+
+    Raises:
+        InputError: a step of ``repeat`` is not in the pipeline, or the last comes before the first.
+    """
+    if repeat is None:
+        return list(pipeline)
+    stretch = _stretch(pipeline, repeat)
+    cycles = [
+        Cycle(cycle, frozenset(pipeline)).name(name)
+        for cycle in range(2, repeat.times + 1)
+        for name in pipeline[stretch]
+    ]
+    return [*pipeline[: stretch.stop], *cycles, *pipeline[stretch.stop :]]
+
+
+def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:
+    """Return where the repeated steps stand in the pipeline."""
+    for key, step in (("first", repeat.first), ("last", repeat.last)):
+        if step not in pipeline:
+            raise InputError(
+                f"repeat.{key}: the pipeline has no step {step!r}; {nearest(step, pipeline)}"
+            )
+    start, end = pipeline.index(repeat.first), pipeline.index(repeat.last) + 1
+    if start >= end:
+        raise InputError(
+            f"repeat: {repeat.last!r} comes before {repeat.first!r} in the pipeline; "
+            "'first' and 'last' are the ends of the stretch, in its order"
+        )
+    return slice(start, end)

@@ -1,0 +1,177 @@
+"""The vocabulary of states that phases need, add and remove, and the pools that follow from them.
+
+A fact is a short string that is true or false at a point of the pipeline. Phases refer to each other
+only through facts, so that no phase needs to know another phase.
+"""
+
+from dataclasses import dataclass
+
+from kvpipe.pipeline.ledger import KV, PARAMS, TRAINER_SETS, KvTokens, PoolSize, Size, slot_pool
+
+WANDB = "wandb"
+JAX = "jax"
+ENGINE = "engine"
+KV_LIVE = "kv:live"
+KV_WRITTEN = "kv:written"
+KV_OFFLOADED = "kv:offloaded"
+KV_STALE = "kv:stale"
+WEIGHTS_LIVE = "weights:live"
+WEIGHTS_OFFLOADED = "weights:offloaded"
+WEIGHTS_REAL = "weights:real"
+TRAINER_LIVE = "trainer:live"
+TRAINER_OFFLOADED = "trainer:offloaded"
+TRAINER_AHEAD = "trainer:ahead"
+
+PREFIX_CACHE = (KV_WRITTEN, KV_STALE, KV_OFFLOADED)
+"""Facts about the contents of the prefix cache; a flush removes all of them."""
+
+
+def slot(name: str) -> str:
+    """Fact: the device slot ``name`` holds a parameter set."""
+    return f"slot:{name}"
+
+
+def host(name: str) -> str:
+    """Fact: the host holds the parameter tree ``name``."""
+    return f"host:{name}"
+
+
+def shared(name: str) -> str:
+    """Fact: the engine computes with the very arrays of slot ``name``."""
+    return f"shared:{name}"
+
+
+def kv_tokens(tokens: int) -> str:
+    """Fact: the KV cache has a capacity of ``tokens``, which is not ``engine.max_total_tokens``."""
+    return f"kv_tokens:{tokens}"
+
+
+def own_kv_tokens(facts: frozenset[str]) -> int | None:
+    """Return the capacity of a KV cache that was rebuilt to one of its own, else None."""
+    prefix = kv_tokens(0).removesuffix("0")
+    return next((int(f.removeprefix(prefix)) for f in facts if f.startswith(prefix)), None)
+
+
+def shared_in(facts: frozenset[str]) -> tuple[str, ...]:
+    """Return those of ``facts`` that say which slots share their arrays with the engine."""
+    return tuple(sorted(fact for fact in facts if fact.startswith(shared(""))))
+
+
+def pools(facts: frozenset[str]) -> dict[str, PoolSize]:
+    """Return the size of each pool that follows from ``facts``; all others hold nothing."""
+    held: dict[str, PoolSize] = {}
+    if WEIGHTS_LIVE in facts:
+        held[PARAMS] = Size.PARAMS
+    if KV_LIVE in facts:
+        tokens = own_kv_tokens(facts)
+        held[KV] = KvTokens(tokens) if tokens else Size.KV
+    names = sorted(fact.removeprefix(slot("")) for fact in facts if fact.startswith(slot("")))
+    held |= {slot_pool(name): Size.PARAMS for name in names if shared(name) not in facts}
+    if TRAINER_LIVE in facts:
+        held |= {slot_pool(size): size for size in TRAINER_SETS}
+    return held
+
+
+def changed_pools(before: frozenset[str], after: frozenset[str]) -> dict[str, PoolSize]:
+    """Return the size of each pool that a change of facts changes."""
+    was, now = pools(before), pools(after)
+    return {
+        pool: now.get(pool, Size.NOTHING)
+        for pool in {**was, **now}
+        if was.get(pool) != now.get(pool)
+    }
+
+
+def output(step: str) -> str:
+    """Fact: the step ``step`` has generated text."""
+    return f"output:{step}"
+
+
+def trained(step: str) -> str:
+    """Fact: the step ``step`` has trained."""
+    return f"trained:{step}"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Meaning of a fact, for messages.
+
+    Attributes:
+        what: the fact in words.
+        if_missing: what to do when a step needs it and it is missing.
+        if_present: what to do when a step forbids it and it is present.
+    """
+
+    what: str
+    if_missing: str
+    if_present: str = "leave the step out"
+
+
+_MEANINGS = {
+    WANDB: Meaning("a W&B run", "put 'wandb_init' first, or log_text=false"),
+    JAX: Meaning("the JAX devices", "put 'jax_ready' before it"),
+    ENGINE: Meaning("a started engine", "put 'engine_ready_dummy' before it"),
+    KV_LIVE: Meaning("the KV cache on the devices", "put 'kv_cache_rebuilt' between"),
+    KV_WRITTEN: Meaning(
+        "a prefix cache in use", "put a generate before it", "flush the cache before it"
+    ),
+    KV_OFFLOADED: Meaning(
+        "an offloaded KV cache",
+        "put 'kv_cache_offloaded' before it",
+        "restore it instead, or flush",
+    ),
+    KV_STALE: Meaning(
+        "a prefix cache that other weights have filled",
+        "",
+        "flush the cache between the swap and the generate, or the ids are silently wrong",
+    ),
+    WEIGHTS_LIVE: Meaning(
+        "the engine's weights on the devices",
+        "put 'weights_restored' or a swap between",
+    ),
+    WEIGHTS_OFFLOADED: Meaning("offloaded weights", "put 'weights_offloaded' before it"),
+    WEIGHTS_REAL: Meaning(
+        "real weights in the engine",
+        "put 'weights_swapped_from_mllm' before it, or set weights=any for this step",
+    ),
+    TRAINER_LIVE: Meaning(
+        "a trainer on the devices",
+        "put 'trainer_ready' before it, or 'trainer_restored' between",
+    ),
+    TRAINER_OFFLOADED: Meaning(
+        "an offloaded trainer",
+        "put 'trainer_offloaded' before it",
+        "restore or drop it before",
+    ),
+    TRAINER_AHEAD: Meaning(
+        "trained weights that are not synced to the engine",
+        "put 'train_step' before it",
+        "put 'weights_synced' between, or set unsynced=true for this step",
+    ),
+}
+
+
+def meaning(fact: str) -> Meaning:
+    """Return the meaning of ``fact``.
+
+    Raises:
+        KeyError: it is not in the vocabulary.
+    """
+    kind, _, name = fact.partition(":")
+    if kind == "slot":
+        what = f"a parameter set in slot {name!r}"
+        return Meaning(what, f"build slot {name!r} before it", "give the slot another name")
+    if kind == "host":
+        what = f"the host parameters {name!r}"
+        return Meaning(what, f"load {name!r} before it", "give them another name")
+    if kind == "output":
+        return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
+    if kind == "kv_tokens":
+        what = f"a KV cache of {name} tokens, whatever engine.max_total_tokens is"
+        return Meaning(what, f"rebuild the KV cache with max_total_tokens={name} before it")
+    if kind == "trained":
+        return Meaning(f"the training of step {name!r}", f"put step {name!r} before it")
+    if kind == "shared":
+        what = f"an engine on the arrays of slot {name!r}"
+        return Meaning(what, f"swap slot {name!r} in", f"release slot {name!r} before it")
+    return _MEANINGS[fact]

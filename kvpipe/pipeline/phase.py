@@ -1,0 +1,163 @@
+"""The base of every phase: what it declares, how it runs, what it returns.
+
+A phase is the one subclass of :class:`Phase` in ``phases/<use>.py``. The base class makes it a frozen
+dataclass; its fields are its options, so the config is checked against the very class that runs.
+Phases never name each other: they meet through facts (:mod:`kvpipe.pipeline.facts`) and the contexts
+(:mod:`kvpipe.pipeline.context`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Self, dataclass_transform
+
+from kvpipe.config.schema import Kvpipe
+from kvpipe.pipeline.context import ParentContext, WorkerContext
+from kvpipe.pipeline.cycles import Cycle
+from kvpipe.pipeline.ledger import Change, PoolSize
+from kvpipe.records.run import Check, check_equal
+
+
+class OnFailure(StrEnum):
+    """Consequence of a failure of a phase.
+
+    Attributes:
+        STOP: the run stops, because later phases build on this one.
+        MAY_CONTINUE: the run continues if ``runner.on_error=continue``, else it stops. For phases
+            that only measure.
+        ALWAYS_RUN: the run stops, and the phase itself runs after a failure of any other. For phases
+            that release something; it may never have been there.
+    """
+
+    STOP = "stop"
+    MAY_CONTINUE = "may_continue"
+    ALWAYS_RUN = "always_run"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Effect of a phase on the state, declared so that it can be folded without running the phase.
+
+    Attributes:
+        needs: facts that must be true before it.
+        forbids: facts that must be false before it.
+        adds: facts that are true after it.
+        removes: facts that are false after it.
+        pools: pool → its size after the phase, for pools that do not follow from the facts
+            (:func:`kvpipe.pipeline.facts.pools`).
+        runs: the programs that it runs, by their names in a plan; their temporaries count while it
+            runs. Empty for a phase that runs the engine's steps, or none.
+    """
+
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
+    pools: Mapping[str, PoolSize] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+
+    def after(self, before: frozenset[str]) -> frozenset[str]:
+        """Return the facts after a phase with this effect."""
+        return (before - frozenset(self.removes)) | frozenset(self.adds)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of a phase: fields for its record, and its checks."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+
+
+def freed(check: str, change: Change, group: str | None = None) -> Result:
+    """Return the result of a verb that freed arrays: exactly their bytes must have come free.
+
+    Args:
+        check: name of the check.
+        change: what the verb returned; the record gets its fields.
+        group: key of the record that holds the fields; None puts them into the record itself.
+    """
+    fields = {group: change.fields} if group else change.fields
+    return Result(fields, (check_equal(check, change.nbytes, change.freed_bytes),))
+
+
+def grown(check: str, change: Change, *others: Check, group: str | None = None) -> Result:
+    """Return the result of a verb that placed arrays: exactly their bytes must have been added.
+
+    The bytes of arrays that they replaced are subtracted.
+
+    Args:
+        check: name of the check.
+        change: what the verb returned; the record gets its fields.
+        others: more checks.
+        group: key of the record that holds the fields; None puts them into the record itself.
+    """
+    fields = {group: change.fields} if group else change.fields
+    added = change.nbytes - change.replaced_bytes
+    return Result(fields, (check_equal(check, added, change.changed_bytes), *others))
+
+
+@dataclass_transform(frozen_default=True)
+class _Frozen:
+    """Make every subclass a frozen dataclass."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(frozen=True)(cls)
+
+
+class Phase(_Frozen):
+    """Base of every phase.
+
+    A subclass declares ``effect``, or overrides :meth:`effect_given` where the effect depends on its
+    options or on the facts before it. It may refuse a value in ``__post_init__``, with an InputError
+    that begins with the option's name.
+
+    Attributes:
+        step: name of the pipeline step, set when the step is built; not an option.
+        effect: its effect, if that is always the same.
+        on_failure: consequence of its failure.
+        runs_in: the process that runs it.
+    """
+
+    step: str
+
+    effect: ClassVar[Effect]
+    on_failure: ClassVar[OnFailure] = OnFailure.STOP
+    runs_in: ClassVar[str] = "worker"
+
+    @classmethod
+    def defaults(cls, config: Kvpipe) -> dict[str, Any]:
+        """Return the option values that come from elsewhere in the config; a step overrides them."""
+        return {}
+
+    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
+        """Return the phase as it is in a later cycle of repeated steps.
+
+        Args:
+            first: the step's name in the first cycle.
+            cycle: the later cycle.
+        """
+        return self
+
+    def effect_given(self, before: frozenset[str]) -> Effect:
+        """Return the effect, given the facts before the phase; no jax here."""
+        return self.effect
+
+
+class WorkerPhase(Phase):
+    """A phase that runs in the worker, beside the engine."""
+
+    def run(self, ctx: WorkerContext) -> Result:
+        """Run the phase against the live engine."""
+        raise NotImplementedError
+
+
+class ParentPhase(Phase):
+    """A phase that runs in the parent, before the worker is started; it has no jax."""
+
+    runs_in = "parent"
+
+    def run(self, ctx: ParentContext) -> Result:
+        """Run the phase in the parent process."""
+        raise NotImplementedError

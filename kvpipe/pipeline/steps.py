@@ -1,0 +1,155 @@
+"""Build frozen steps from the config: resolve each name to its phase file and check its options.
+
+The options of a step are the fields of the phase's dataclass, so the run uses exactly what is
+checked here. Nothing here may import jax.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import InputError
+from kvpipe.pipeline.cycles import CYCLE_MARK, base_name, cycle_at, repeated
+from kvpipe.pipeline.phase import ParentPhase, Phase
+from kvpipe.suggest import nearest
+
+PHASES_PACKAGE = "phases"
+
+
+def phase_names() -> list[str]:
+    """Return the names that ``use`` accepts: the files in ``phases/``."""
+    package = importlib.import_module(PHASES_PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def phase_class(use: str) -> type[Phase]:
+    """Return the one phase class of ``phases/<use>.py``.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if use not in phase_names():
+        raise InputError(f"there is no phases/{use}.py; {nearest(use, phase_names())}")
+    module = importlib.import_module(f"{PHASES_PACKAGE}.{use}")
+    found = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Phase) and cls.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"phases/{use}.py has to define one phase class, it defines {len(found)}")
+    return found[0]
+
+
+def option_types(cls: type[Phase]) -> dict[str, Any]:
+    """Return the name and type of each option of a phase."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.name != "step"}
+
+
+def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
+    """Return the steps of the pipeline, in order.
+
+    Raises:
+        InputError: a step is named twice, a name in ``phases`` is not a step, a step's ``use``,
+            option or value is wrong, or a parent phase comes after a worker phase.
+    """
+    _check_names(config)
+    steps = tuple(_build_step(name, config) for name in repeated(config.pipeline, config.repeat))
+    in_worker = ""
+    for step in steps:
+        if isinstance(step, ParentPhase) and in_worker:
+            raise InputError(
+                f"pipeline: {step.step!r} runs before the engine's process is started, "
+                f"so it must come before {in_worker!r}"
+            )
+        if not isinstance(step, ParentPhase):
+            in_worker = in_worker or step.step
+    return steps
+
+
+def use_of(step: str, config: Kvpipe) -> str:
+    """Return the name of a step's phase file.
+
+    Raises:
+        InputError: it is not a string.
+    """
+    name = base_name(step)
+    return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
+
+
+def _check_names(config: Kvpipe) -> None:
+    if not config.pipeline:
+        raise InputError("pipeline: it has no steps")
+    for name in config.pipeline:
+        _typed(name, str, "pipeline")  # OmegaConf accepts a list as an item of list[str]
+        if CYCLE_MARK in name:
+            raise InputError(
+                f"pipeline: {name!r} has a {CYCLE_MARK!r}, which marks the cycles of repeated "
+                "steps; choose another name"
+            )
+        if config.pipeline.count(name) > 1:
+            raise InputError(
+                f"pipeline: {name!r} occurs {config.pipeline.count(name)} times; "
+                f"give each its own name and set 'phases.<name>.use: {use_of(name, config)}'"
+            )
+    for key, names in (
+        ("phases", config.phases),
+        ("runner.phase_timeouts", config.runner.phase_timeouts),
+    ):
+        for name in names:
+            if name not in config.pipeline:
+                raise InputError(
+                    f"{key}.{name}: the pipeline has no step {name!r}; "
+                    f"{nearest(name, config.pipeline)}"
+                )
+
+
+def _build_step(step: str, config: Kvpipe) -> Phase:
+    use, name = use_of(step, config), base_name(step)
+    given = {key: value for key, value in config.phases.get(name, {}).items() if key != "use"}
+    try:
+        cls = phase_class(use)
+    except InputError as error:
+        raise InputError(f"pipeline step {name!r}: {error}") from None
+    types = option_types(cls)
+    for option, value in given.items():
+        if option not in types:
+            raise InputError(
+                f"phases.{name}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
+            )
+        given[option] = _typed(value, types[option], f"phases.{name}.{option}")
+    required = {f.name for f in fields(cls) if f.default is f.default_factory} - {"step"}
+    options: Mapping[str, Any] = {**cls.defaults(config), **given}
+    if missing := sorted(required - set(options)):
+        raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
+    try:
+        phase = cls(step=step, **options)
+    except InputError as error:
+        raise InputError(f"phases.{name}.{error}") from None
+    if step == name:
+        return phase
+    return phase.in_later_cycle(name, cycle_at(step, config.pipeline, config.repeat))
+
+
+def _typed(value: Any, expected: Any, where: str) -> Any:
+    """Return ``value`` as ``expected``, lists as tuples and integers as floats; or refuse it."""
+    origin, args = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in args:
+            return None
+        (expected,) = (arg for arg in args if arg is not type(None))
+        return _typed(value, expected, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(item, args[0], where) for item in value)
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        wanted = "list" if origin is tuple else expected.__name__
+        raise InputError(f"{where}: {value!r} is of type {type(value).__name__}, not {wanted}")
+    return value

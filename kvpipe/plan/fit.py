@@ -1,0 +1,154 @@
+"""Whether a plan fits the devices, why not, and the largest KV cache that would."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kvpipe.errors import InputError
+from kvpipe.pipeline.facts import own_kv_tokens
+from kvpipe.pipeline.ledger import KV, TRAINER_PROGRAMS, Ledger
+from kvpipe.pipeline.phase import Effect
+from kvpipe.plan.fold import PlannedStep
+from kvpipe.records.run import Fit, Program, RunPlanned
+
+
+@dataclass(frozen=True)
+class KvCapacity:
+    """The KV cache that the ledgers were made with.
+
+    Attributes:
+        device_bytes: bytes that it takes on one device.
+        tokens: its capacity, a multiple of the page size.
+        page_size: tokens in a page.
+        engine_bytes: bytes of a device that the engine gives to the capacity (it adds a page on
+            top of it); None if it takes any capacity.
+    """
+
+    device_bytes: int
+    tokens: int
+    page_size: int
+    engine_bytes: int | None = None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token on one device; the pool has one page more than its capacity."""
+        return self.device_bytes // (self.tokens + self.page_size)
+
+    @property
+    def engine_tokens(self) -> int | None:
+        """The capacity that the engine's own profile gives; None if it takes any."""
+        if self.engine_bytes is None:
+            return None
+        return _whole_pages(self.engine_bytes // self.token_bytes, self.page_size)
+
+
+def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> int:
+    """Return the bytes of KV cache that the engine's own profile would give.
+
+    The engine (``ModelRunner.profile_max_num_token``) takes what is free once its parameters are
+    loaded, less the share ``1 - mem_fraction_static`` of what was free before, and cuts a larger
+    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan has to know it.
+
+    Args:
+        memory_bytes: what the engine finds free before it loads: the HBM of a device; on the CPU,
+            which it does not divide among the virtual devices, the host's RAM.
+        params_bytes: what its parameters take of it.
+        fraction: ``engine.mem_fraction_static``.
+    """
+    return max(0, int(memory_bytes * Fraction(str(fraction))) - params_bytes)
+
+
+def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
+    """Return the bytes that a step needs on a device while it runs.
+
+    A step that names the programs it runs needs the temporaries of these; any other may run the
+    engine's steps.
+
+    Args:
+        effect: what the step declares.
+        programs: what has been compiled for the target.
+    """
+    runs = effect.runs
+    sizes = [
+        program.temp_bytes
+        for program in programs
+        if (program.name in runs if runs else program.name not in TRAINER_PROGRAMS)
+    ]
+    return max(sizes, default=0)
+
+
+def judge(
+    planned: Sequence[PlannedStep],
+    ledgers: Sequence[Ledger],
+    hbm_bytes: int,
+    kv: KvCapacity,
+    temporaries: Sequence[int] | None = None,
+) -> Fit:
+    """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
+
+    ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
+    ledger says is there after it.
+
+    It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
+
+    The largest ``engine.max_total_tokens`` that fits is exact: a device's share of the KV cache is
+    proportional to tokens + page size, and nothing else in a ledger depends on the tokens. A cache
+    that a step rebuilds to a capacity of its own does not depend on them. It is 0 if no capacity
+    would help.
+    """
+    extra = temporaries or [0] * len(ledgers)
+    fullest = [
+        max(ledger.per_device, default=0) + more
+        for ledger, more in zip(ledgers, extra, strict=True)
+    ]
+    peak = max(range(len(fullest)), key=fullest.__getitem__)
+    loads = [
+        (total + more, held if own_kv_tokens(item.facts) is None else 0)
+        for item, ledger, more in zip(planned, ledgers, extra, strict=True)
+        for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+    ]
+    too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
+    room = min((hbm_bytes - total + held for total, held in loads if held), default=hbm_bytes)
+    most = _whole_pages(room // kv.token_bytes - kv.page_size, kv.page_size)
+    cut = kv.engine_tokens if any(held for _, held in loads) else None
+    if cut is not None:
+        most = min(most, cut)
+    return Fit(
+        fits=fullest[peak] <= hbm_bytes and (cut is None or kv.tokens <= cut),
+        hbm_bytes=hbm_bytes,
+        temp_bytes=extra[peak],
+        peak_phase=planned[peak].step.step,
+        max_total_tokens=0 if too_full_without_kv else most,
+    )
+
+
+def misfit(plan: RunPlanned) -> str | None:
+    """Return why a plan does not fit and what would; None if it fits."""
+    fit = plan.fit
+    if fit.fits:
+        return None
+    peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
+    tokens = fit.max_total_tokens
+    advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
+    needed = peak.max_device_bytes + fit.temp_bytes
+    needs = f"step {peak.name!r} needs {needed} bytes on a device"
+    if needed > fit.hbm_bytes:
+        return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
+    return (
+        f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "
+        f"KV cache down to what engine.mem_fraction_static leaves; {advice}"
+    )
+
+
+def refuse_misfit(plan: RunPlanned) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        InputError: with the peak, the memory of a device, and the largest capacity that would fit.
+    """
+    if why := misfit(plan):
+        raise InputError(f"{why} (plan.enforce=false runs it anyway)")
+
+
+def _whole_pages(tokens: int, page_size: int) -> int:
+    return max(0, tokens // page_size * page_size)

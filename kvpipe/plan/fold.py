@@ -1,0 +1,128 @@
+"""Fold the declared effects of the steps: the order check, then the ledger after each step.
+
+Nothing is run and nothing is loaded here. :func:`check_order` needs no sizes and no jax;
+:func:`plan_ledgers` needs the sizes that the engine's shapes give (:mod:`kvpipe.engine.shapes`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvpipe.errors import InputError
+from kvpipe.pipeline.facts import changed_pools, meaning
+from kvpipe.pipeline.ledger import KvTokens, Ledger, PerDevice, PoolSize, Size
+from kvpipe.pipeline.phase import Effect, Phase
+from kvpipe.records.run import PlannedPhase, RunPlanned
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with its effect at its place in the pipeline.
+
+    Attributes:
+        step: the step.
+        effect: its effect, given the facts before it.
+        facts: the facts after it.
+        pools: pool → its size after the step; others have held nothing so far.
+    """
+
+    step: Phase
+    effect: Effect
+    facts: frozenset[str]
+    pools: Mapping[str, PoolSize]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for the devices of one target.
+
+    Attributes:
+        record: the plan as a record.
+        ledgers: the exact ledger after each step, per device.
+    """
+
+    record: RunPlanned
+    ledgers: tuple[Ledger, ...]
+
+
+def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
+    """Fold the effects over the steps.
+
+    Raises:
+        InputError: a step needs a fact that is false, or forbids one that is true; the message names
+            the step, the fact, the step that caused it and what would be right.
+    """
+    facts: frozenset[str] = frozenset()
+    pools: dict[str, PoolSize] = {}
+    added_by: dict[str, str] = {}
+    removed_by: dict[str, str] = {}
+    planned = []
+    for step in steps:
+        effect = step.effect_given(facts)
+        for fact in effect.needs:
+            if fact not in facts:
+                raise InputError(_missing(step.step, fact, removed_by.get(fact)))
+        for fact in effect.forbids:
+            if fact in facts:
+                raise InputError(_forbidden(step.step, fact, added_by[fact]))
+        added_by |= dict.fromkeys(effect.adds, step.step)
+        removed_by |= dict.fromkeys(effect.removes, step.step)
+        before, facts = facts, effect.after(facts)
+        pools = {**pools, **changed_pools(before, facts), **effect.pools}
+        planned.append(PlannedStep(step, effect, facts, pools))
+    return tuple(planned)
+
+
+def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
+    """Return the capacities in tokens, other than ``engine.max_total_tokens``, of the KV cache."""
+    held = (size for item in planned for size in item.pools.values())
+    return frozenset(size.tokens for size in held if isinstance(size, KvTokens))
+
+
+def plan_ledgers(
+    planned: Sequence[PlannedStep], sizes: Mapping[PoolSize, PerDevice], devices: int
+) -> tuple[Ledger, ...]:
+    """Return the ledger after each step.
+
+    Args:
+        planned: the checked steps.
+        sizes: bytes on each device for each size that a pool can have.
+        devices: number of devices of the mesh.
+    """
+    nothing: PerDevice = (0,) * devices
+    ledgers = []
+    for item in planned:
+        ledger = Ledger(devices)
+        for pool, size in item.pools.items():
+            held = nothing if size is Size.NOTHING else sizes[size]
+            ledger = ledger.with_pool(pool, held)
+        ledgers.append(ledger)
+    return tuple(ledgers)
+
+
+def planned_phases(
+    planned: Sequence[PlannedStep], ledgers: Sequence[Ledger]
+) -> tuple[PlannedPhase, ...]:
+    """Return the ledgers as records."""
+    return tuple(
+        PlannedPhase(
+            name=item.step.step,
+            pools=ledger.totals(),
+            total_bytes=ledger.total_bytes,
+            max_device_bytes=max(ledger.per_device),
+        )
+        for item, ledger in zip(planned, ledgers, strict=True)
+    )
+
+
+def _missing(step: str, fact: str, removed_by: str | None) -> str:
+    means = meaning(fact)
+    why = f"step {removed_by!r} removed it" if removed_by else "no step before it provides it"
+    return f"pipeline: step {step!r} needs {means.what}, but {why}; {means.if_missing}"
+
+
+def _forbidden(step: str, fact: str, added_by: str) -> str:
+    means = meaning(fact)
+    return (
+        f"pipeline: step {step!r} requires {means.what} to be absent, but step {added_by!r} "
+        f"created it; {means.if_present}"
+    )

@@ -1,0 +1,62 @@
+"""Metric keys that dashboards know, for the numbers of a phase's record."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvpipe.records.run import Memory, Peak, PhaseRecord
+
+
+def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
+    """Return a phase's values under the metric keys that existing dashboards use.
+
+    The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
+    ``plan/<pool>_error_bytes``, ``compile/count``, ``mem/process/peak_rss_bytes`` and
+    ``mem/peak/...`` (inside the phase) are kvpipe's.
+    """
+    values: dict[str, int | float | str] = {
+        "phase/idx": record.idx,
+        "phase/name": record.phase,
+        "time/elapsed_s": record.elapsed_s,
+        "time/duration_s": record.duration_s,
+        "mem/process/rss_bytes": record.memory.process_rss_bytes,
+        "mem/process/peak_rss_bytes": record.memory.process_peak_rss_bytes,
+        "compile/count": record.compilations,
+        "compile/seconds": record.compile_s,
+    }
+    values |= dict(_device_metrics(record.memory))
+    values |= dict(_peak_metrics(record.peak))
+    values |= {f"ledger/{pool}_bytes": size for pool, size in record.ledger.items()}
+    values |= {f"plan/{pool}_error_bytes": n for pool, n in record.plan_error_bytes.items()}
+    values |= dict(_field_metrics(record.fields))
+    return values
+
+
+def _device_metrics(memory: Memory) -> Iterator[tuple[str, int]]:
+    for name, value in memory.jax_device_memory_summary.items():
+        yield f"mem/jax/{name}", value
+    for device, stats in enumerate(memory.jax_device_memory_stats):
+        for name, value in stats.items():
+            yield f"mem/jax/device{device}/{name}", value
+
+
+def _peak_metrics(peak: Peak | None) -> Iterator[tuple[str, int]]:
+    if peak is None:
+        return
+    yield "mem/peak/process_rss_bytes", peak.process_rss_bytes
+    yield "mem/peak/samples", peak.samples
+    if peak.bytes_in_use:
+        yield "mem/peak/bytes_in_use_total", peak.bytes_in_use_total
+    for device, size in enumerate(peak.bytes_in_use):
+        yield f"mem/peak/device{device}/bytes_in_use", size
+
+
+def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float | str]]:
+    for info in (fields.get("drop_info"), fields.get("rebuild_info")):
+        for name in ("fused_bytes_total", "fused_bytes_per_layer", "deleted_buffers"):
+            if info and name in info:
+                yield f"kv/{name}", info[name]
+    for name in ("num_params", "num_model_state_leaves", "sgl_jax_version"):
+        if name in fields:
+            yield name, fields[name]
+    if "same_output" in fields:
+        yield "determinism/same_output", fields["same_output"]

@@ -1,0 +1,408 @@
+"""Frozen records of a run; the only module that names record fields and metric keys.
+
+A run is a list of records: ``run_started``, one for each phase, ``run_planned`` before those of the
+worker, and ``run_finished`` at the end. Sinks and reports read records and nothing else. Sizes are
+bytes, times are seconds.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from kvpipe.records.sweep import SweepFinished
+
+RUN_STARTED = "run_started"
+RUN_PLANNED = "run_planned"
+RUN_FINISHED = "run_finished"
+RECORDS_FILE = "records.jsonl"
+PASSED = "passed"
+FAILED = "failed"
+INTERRUPTED = "interrupted"
+SKIPPED = "skipped"
+SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The first record: the config and versions of the run.
+
+    Attributes:
+        experiment: name of the experiment.
+        config: the resolved config as plain values, without secrets.
+        steps: names of the steps, in order, with those of further cycles.
+        versions: installed versions of Python, kvpipe and the packages that the run depends on.
+        started_at: start of the run in UTC, ISO 8601.
+    """
+
+    experiment: str
+    config: Mapping[str, Any]
+    steps: Sequence[str]
+    versions: Mapping[str, str]
+    started_at: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        known = {**asdict(self), "config": _finite(self.config), "steps": list(self.steps)}
+        return {"phase": RUN_STARTED, **known}
+
+
+def _finite(value: Any) -> Any:
+    """Return a config's value with ``inf`` and ``nan``, which JSON lacks, as strings."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def started_from_json(data: Mapping[str, Any]) -> RunStarted:
+    """Parse what :meth:`RunStarted.to_json` returned."""
+    known = {key: value for key, value in data.items() if key != "phase"}
+    known["steps"] = tuple(data["steps"])
+    return RunStarted(**known)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assertion of the run.
+
+    Attributes:
+        name: name of the assertion.
+        expected: the required value.
+        actual: the measured value.
+        passed: whether the check passed.
+        detail: more for the reader, e.g. the first differing token.
+    """
+
+    name: str
+    expected: Any
+    actual: Any
+    passed: bool
+    detail: str = ""
+
+
+def check_equal(name: str, expected: Any, actual: Any, detail: str = "") -> Check:
+    """Return the check that ``actual`` is exactly ``expected``."""
+    return Check(name, expected, actual, expected == actual, detail)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory that the probe measured.
+
+    Attributes:
+        process_rss_bytes: RSS of the process that ran the phase.
+        process_peak_rss_bytes: its largest RSS so far.
+        jax_device_memory_stats: the numeric statistics of each device.
+        bytes_in_use_source: ``device`` if the backend has statistics, ``live_arrays`` if
+            ``bytes_in_use`` is the sum of the live arrays, None without jax.
+    """
+
+    process_rss_bytes: int
+    process_peak_rss_bytes: int
+    jax_device_memory_stats: Sequence[Mapping[str, int]] = ()
+    bytes_in_use_source: str | None = None
+
+    @property
+    def jax_device_memory_summary(self) -> dict[str, int]:
+        """``<field>_{sum,min,max}`` over the devices for each field that every device has."""
+        summary: dict[str, int] = {}
+        for name in SUMMARY_FIELDS:
+            values = [stats[name] for stats in self.jax_device_memory_stats if name in stats]
+            if values and len(values) == len(self.jax_device_memory_stats):
+                summary |= {
+                    f"{name}_sum": sum(values),
+                    f"{name}_min": min(values),
+                    f"{name}_max": max(values),
+                }
+        return summary
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peak memory use inside a phase, including its start and end.
+
+    Attributes:
+        bytes_in_use: largest bytes in use on each device, each at its own moment.
+        bytes_in_use_total: largest sum over the devices sampled at one moment.
+        process_rss_bytes: largest RSS.
+        samples: number of samples inside the phase.
+        source: as ``bytes_in_use_source`` of :class:`Memory`; None without jax.
+        error: why a sample failed, so the peak may be too small; None if none failed.
+    """
+
+    bytes_in_use: tuple[int, ...]
+    bytes_in_use_total: int
+    process_rss_bytes: int
+    samples: int
+    source: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """Result of one phase and the memory after it.
+
+    Attributes:
+        phase: name of the step.
+        use: name of the phase file.
+        idx: position in the pipeline, from 0.
+        elapsed_s: seconds since the run began.
+        duration_s: seconds of the phase itself, with the devices synchronised.
+        memory: the probe's measurement.
+        peak: peak use inside the phase; None if it was not sampled.
+        ledger: measured bytes over all devices, by pool.
+        plan_error_bytes: measured minus planned bytes, by pool that the plan predicts exactly.
+        compilations: programs that XLA compiled during the phase.
+        compile_s: seconds that XLA compiled, summed over threads.
+        checks: the phase's assertions.
+        fields: values that the phase reports; they are top-level keys of the JSON line.
+    """
+
+    phase: str
+    use: str
+    idx: int
+    elapsed_s: float
+    duration_s: float
+    memory: Memory
+    peak: Peak | None = None
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
+    compilations: int = 0
+    compile_s: float = 0.0
+    checks: Sequence[Check] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record: the script's field names, then kvpipe's own."""
+        if clash := sorted(self.fields.keys() & set(_PHASE_KEYS)):
+            raise ValueError(f"phase {self.phase!r} reports {clash}, which the record uses itself")
+        memory = asdict(self.memory)
+        memory["jax_device_memory_summary"] = self.memory.jax_device_memory_summary
+        return {
+            "phase": self.phase,
+            "use": self.use,
+            "idx": self.idx,
+            "elapsed_s": self.elapsed_s,
+            "duration_s": self.duration_s,
+            "memory": memory,
+            "peak": asdict(self.peak) if self.peak else None,
+            "ledger": dict(self.ledger),
+            "plan_error_bytes": dict(self.plan_error_bytes),
+            "compilations": self.compilations,
+            "compile_s": self.compile_s,
+            "checks": [asdict(check) for check in self.checks],
+            **self.fields,
+        }
+
+
+_PHASE_KEYS = [
+    "phase",
+    "use",
+    "idx",
+    "elapsed_s",
+    "duration_s",
+    "memory",
+    "peak",
+    "ledger",
+    "plan_error_bytes",
+    "compilations",
+    "compile_s",
+    "checks",
+]
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """The plan's prediction after one phase.
+
+    Attributes:
+        name: name of the step.
+        pools: bytes over all devices, by pool.
+        total_bytes: bytes over all pools and devices.
+        max_device_bytes: bytes on the fullest device.
+    """
+
+    name: str
+    pools: Mapping[str, int]
+    total_bytes: int
+    max_device_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the plan fits the devices.
+
+    Attributes:
+        fits: whether no phase needs more than a device has.
+        hbm_bytes: memory of one device, in bytes.
+        peak_phase: the phase with the fullest device.
+        max_total_tokens: largest KV cache capacity that would fit, 0 if none does.
+        temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
+    """
+
+    fits: bool
+    hbm_bytes: int
+    peak_phase: str
+    max_total_tokens: int
+    temp_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step of the engine or the trainer, compiled ahead of time for a target.
+
+    Attributes:
+        name: ``prefill``, ``decode``, ``train_step`` or ``weight_sync``.
+        requests: padded number of requests in the batch; 0 for the trainer's.
+        tokens: padded number of new tokens in the batch; 0 for the trainer's.
+        code_bytes: bytes of compiled code on each device, resident as long as the program.
+        temp_bytes: bytes of temporaries on each device while the step runs.
+        compile_s: seconds of lowering and compiling.
+    """
+
+    name: str
+    requests: int
+    tokens: int
+    code_bytes: int
+    temp_bytes: int
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class RunPlanned:
+    """The plan; emitted before the worker's first phase record.
+
+    Attributes:
+        target: the machine, e.g. ``cpu`` or ``v4:2x2x1``.
+        devices: number of devices.
+        sglang_jax: version of the engine whose model gave the sizes.
+        phases: the prediction after each phase.
+        fit: whether it fits.
+        programs: the engine's steps compiled for the target; empty if they were not compiled.
+        elapsed_s: seconds since the run began.
+    """
+
+    target: str
+    devices: int
+    sglang_jax: str
+    phases: Sequence[PlannedPhase]
+    fit: Fit
+    programs: Sequence[Program] = ()
+    elapsed_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        plan = asdict(self)
+        plan["phases"] = [asdict(phase) for phase in self.phases]
+        plan["programs"] = [asdict(program) for program in self.programs]
+        return {"phase": RUN_PLANNED, **plan}
+
+
+def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
+    """Parse what :meth:`RunPlanned.to_json` returned."""
+    known = {key: value for key, value in data.items() if key != "phase"}
+    known["phases"] = tuple(PlannedPhase(**phase) for phase in data["phases"])
+    known["fit"] = Fit(**data["fit"])
+    known["programs"] = tuple(Program(**program) for program in data.get("programs", ()))
+    return RunPlanned(**known)
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """The last record: how the run ended.
+
+    Attributes:
+        status: ``passed``, ``failed``, ``interrupted`` (by a signal) or ``skipped`` (the plan does
+            not fit, so nothing was started).
+        exit_code: exit code of the process.
+        run_dir: absolute path of the run directory.
+        elapsed_s: seconds that the run took.
+        checks: every check of the run, in order.
+        error: why the run failed, in one message; None if it passed.
+        failing_phase: the step that failed first, or ``run_planned`` for a failure before the
+            worker's first step; None if it passed.
+        ledger: measured bytes over all devices, by pool, after the failing step or, failing that,
+            after the last measured one.
+        planned: the plan's prediction after the failing step; None if there is none.
+        command: the command line that repeats the run.
+        fields: more about the run, e.g. the directory of W&B.
+    """
+
+    status: str
+    exit_code: int
+    run_dir: str
+    elapsed_s: float
+    checks: Sequence[Check] = ()
+    error: str | None = None
+    failing_phase: str | None = None
+    ledger: Mapping[str, int] = field(default_factory=dict)
+    planned: PlannedPhase | None = None
+    command: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the record."""
+        return {
+            "phase": RUN_FINISHED,
+            "status": self.status,
+            "exit_code": self.exit_code,
+            "run_dir": self.run_dir,
+            "elapsed_s": self.elapsed_s,
+            "checks": [asdict(check) for check in self.checks],
+            "error": self.error,
+            "failing_phase": self.failing_phase,
+            "ledger": dict(self.ledger),
+            "planned": asdict(self.planned) if self.planned else None,
+            "command": self.command,
+            **self.fields,
+        }
+
+
+def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
+    """Parse what :meth:`RunFinished.to_json` returned."""
+    names = {field.name for field in fields(RunFinished)} - {"fields"}
+    known = {key: value for key, value in data.items() if key in names}
+    rest = {key: value for key, value in data.items() if key not in {*names, "phase"}}
+    checks = tuple(Check(**check) for check in data["checks"])
+    known |= {"checks": checks, "fields": rest}
+    return RunFinished(**known)
+
+
+Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
+
+
+def dumps(record: Record | SweepFinished) -> str:
+    """Return the record as one JSON line, without its newline."""
+    # ASCII: some readers split lines at U+2028, which a text may contain.
+    return json.dumps(record.to_json(), allow_nan=False)
+
+
+def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
+    """Parse what :meth:`PhaseRecord.to_json` returned."""
+    memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
+    known = {key: data[key] for key in _PHASE_KEYS if key != "peak"}
+    peak = data.get("peak")  # runs recorded before peaks existed have none
+    known["peak"] = Peak(**{**peak, "bytes_in_use": tuple(peak["bytes_in_use"])}) if peak else None
+    stats = tuple(memory.pop("jax_device_memory_stats"))
+    known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
+    known["checks"] = tuple(Check(**check) for check in data["checks"])
+    known["fields"] = {key: value for key, value in data.items() if key not in known}
+    return PhaseRecord(**known)
+
+
+def record_from_json(data: Mapping[str, Any]) -> Record:
+    """Parse one line of ``records.jsonl``, a record of any kind."""
+    readers = {
+        RUN_STARTED: started_from_json,
+        RUN_PLANNED: planned_from_json,
+        RUN_FINISHED: finished_from_json,
+    }
+    return readers.get(data["phase"], phase_from_json)(data)

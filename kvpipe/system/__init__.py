@@ -1,0 +1,1 @@
+"""The operating system: process memory, locks, versions, pipes, threads, secrets."""

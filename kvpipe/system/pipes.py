@@ -1,0 +1,25 @@
+"""JSON lines between parent and child, and the names of the files that both use."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+STACKS_FILE = "stacks.txt"
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory that parent and child may be removing at the same time."""
+
+    def unless_gone(function: Any, path: str, error: BaseException) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    shutil.rmtree(directory, onexc=unless_gone)
+
+
+def send(channel: IO[str], message: Mapping[str, Any]) -> None:
+    """Write one JSON line and flush it."""
+    channel.write(json.dumps(message, allow_nan=False) + "\n")
+    channel.flush()

@@ -1,0 +1,1 @@
+"""The worker process: it holds jax and the engine, runs the phases and measures."""

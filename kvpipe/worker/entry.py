@@ -1,0 +1,67 @@
+"""Entry point of the worker process: install its safeguards before jax is imported.
+
+That import takes seconds, during which the parent may die or its start limit may expire.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvpipe.system.pipes import STACKS_FILE, remove_tree
+
+if TYPE_CHECKING:
+    from kvpipe.worker.work import Planner
+
+
+def main(load: "Callable[[], Planner] | None" = None) -> None:
+    """Entry point of ``python -m kvpipe.worker.entry FD``: do the job on stdin, report on FD.
+
+    The job is one line with the plain config (``config``), the start of the run (``run_began``) and
+    the directory for temporary files (``scratch``). The parent sends one more line when its own
+    steps are done, one when it knows which step begins, and one for each record that it has
+    written; the worker waits for each of them. Standard input stays open for as long as the parent
+    lives. SIGUSR1 writes the stacks of all threads into ``scratch``.
+
+    Args:
+        load: imports what replaces the engine and returns the planner; None is the engine.
+    """
+    # The parent handles the terminal's Ctrl-C; a SIGINT sent to this process ends it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    job = json.loads(sys.stdin.readline())
+    scratch = Path(job["scratch"])
+    with (scratch / STACKS_FILE).open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+        orders = threading.Semaphore(0)
+        threading.Thread(target=_listen, args=(orders, scratch), daemon=True).start()
+        from kvpipe.worker import work
+
+        exit_code = work.work(
+            job["config"],
+            job["run_began"],
+            int(sys.argv[1]),
+            orders.acquire,
+            load or work.with_engine,
+        )
+    # The engine's daemon threads are deep in C++, where Python's normal exit can crash.
+    os._exit(exit_code)
+
+
+def _listen(orders: threading.Semaphore, scratch: Path) -> None:
+    """Count the parent's lines; once the parent is gone, end this process group.
+
+    Remove the temporary files first.
+    """
+    for _ in sys.stdin:
+        orders.release()
+    remove_tree(scratch)
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

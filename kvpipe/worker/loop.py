@@ -1,0 +1,335 @@
+"""The worker's loop: run each step, measure after it, compare with the plan, emit a record.
+
+A step that fails gets its record too: out of memory is exactly when memory records matter. After a
+failure, only steps that are declared to run always still run.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvpipe.config.schema import CONTINUE, PlanConfig
+from kvpipe.engine import multihost
+from kvpipe.engine.compile_count import CompileCounter
+from kvpipe.engine.peaks import PeakSampler
+from kvpipe.errors import KvpipeError, failure_of
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.ledger import Ledger, differences
+from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
+from kvpipe.records import progress
+from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
+from kvpipe.records.run import Check, Memory, PhaseRecord, RunPlanned
+from kvpipe.system.periodic_thread import Ticker
+from kvpipe.system.process_memory import process_memory
+from kvpipe.worker import measurement
+from kvpipe.worker.drift import Drift
+from kvpipe.worker.host_results import Share, of_each_host, share_from_json, together
+from kvpipe.worker.measurement import Measurement
+
+_TELL_EVERY_S = 0.25
+
+
+class CheckFailed(KvpipeError):
+    """A check of a phase did not pass; the record says which."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step that the worker runs.
+
+    Attributes:
+        idx: position in the pipeline, from 0.
+        use: name of the phase file.
+        phase: the step.
+        planned: the planned ledger after it; None once a failure has invalidated the plan.
+    """
+
+    idx: int
+    use: str
+    phase: WorkerPhase
+    planned: Ledger | None
+
+
+@dataclass(frozen=True)
+class Events:
+    """Callbacks through which the runner reports to the parent.
+
+    Attributes:
+        joined: called with the host names by rank; not called for a single host.
+        planned: called with the plan, before anything is started.
+        started: called with a step's name and position as it begins.
+        progressed: called while it runs, a few times a second, from another thread.
+        finished: called with its record.
+    """
+
+    joined: Callable[[Sequence[str]], None]
+    planned: Callable[[RunPlanned], None]
+    started: Callable[[str, int], None]
+    progressed: Callable[[Progress], None]
+    finished: Callable[[PhaseRecord], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first step that failed.
+
+    Attributes:
+        step: its name.
+        error: the error for the person at the terminal.
+    """
+
+    step: str
+    error: KvpipeError
+
+
+def run(
+    jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float
+) -> Failure | None:
+    """Run the jobs in order, each with its record; return the first failure.
+
+    After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
+    the failure of a step with ``OnFailure.MAY_CONTINUE`` does not stop the run, but fails it at the
+    end. Several hosts run in lockstep: at the end of each step they exchange results, so all take
+    the same decision.
+
+    Args:
+        jobs: the steps.
+        ctx: their common context.
+        events: callbacks for starts and records.
+        run_began: ``time.time()`` when the run began, for the elapsed time.
+    """
+    first: Failure | None = None
+    stopped = False
+    with ExitStack() as threads:
+        loop = _Loop(ctx, run_began, threads)
+        threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
+        for job in jobs:
+            if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
+                continue
+            error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
+            if error is not None:
+                first = first or Failure(job.phase.step, error)
+                stopped = stopped or not _goes_on(job.phase, loop)
+    return first
+
+
+def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
+    """Whether the run continues after this step has failed."""
+    asked = loop.ctx.config.runner.on_error == CONTINUE
+    return asked and phase.on_failure is OnFailure.MAY_CONTINUE and loop.engine_lives
+
+
+def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
+    """Run one job and emit its record; return its error, if it failed."""
+    step = job.phase.step
+    events.started(step, job.idx)
+    loop.begin(step)
+    own = loop.attempt(job)
+    told = multihost.gather(own.failed | own.share.to_json() if multihost.several() else {})
+    shares = [
+        own.share if host == multihost.rank() else share_from_json(told[host])
+        for host in range(len(told))
+    ]
+    error = own.error
+    if multihost.several():
+        error = multihost.first_failure(told)
+    record = loop.record(job, own, shares, error)
+    events.finished(record)
+    if error is not None:
+        return error
+    return None if record.passed else CheckFailed(_explain(step, record.checks))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """This host's result of a step.
+
+    Attributes:
+        timed: duration and compilations, by the record's field names.
+        share: its measurements and checks.
+        fields: values that the phase reports.
+        error: why it failed; None if it did not.
+    """
+
+    timed: Mapping[str, Any]
+    share: Share
+    fields: Mapping[str, Any]
+    error: KvpipeError | None
+
+    @property
+    def failed(self) -> dict[str, Any]:
+        """The failure, in the form that the other hosts receive."""
+        return multihost.failure(self.error) if self.error else {}
+
+
+class _Loop:
+    """State that the loop keeps between steps: clocks, counts, the last measurement, past cycles.
+
+    Attributes:
+        engine_lives: whether no host's engine has failed.
+    """
+
+    def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
+        self.ctx = ctx
+        self._run_began = run_began
+        self._compiles = CompileCounter()
+        self._drift = Drift()
+        self._step_began = 0.0
+        self._step = ""
+        self._memory: Memory | None = None
+        self.engine_lives = True
+        self._sampler: PeakSampler | None = None
+        if ctx.config.runner.sample_peaks:
+            self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
+
+    def begin(self, step: str) -> None:
+        """Start the clock and the counts of a step."""
+        self._step = step
+        if self._sampler:
+            self._sampler.begin(self._memory)
+        self._compiles.take()
+        self._step_began = time.monotonic()
+
+    def tell(self, progressed: Callable[[Progress], None]) -> float:
+        """Report the step's progress, if it has any; return the seconds until the next report."""
+        step, activity, compiled = self._step, progress.now(), self._compiles.so_far
+        if (compiling_s := self._compiles.compiling_s) is not None:
+            seconds = round(compiled.seconds + compiling_s, 3)
+            progressed(Progress(step, COMPILING, seconds, {PROGRAMS: compiled.count}))
+        elif activity is not None:
+            progressed(activity.progress(step))
+        return _TELL_EVERY_S
+
+    def attempt(self, job: Job) -> _Attempt:
+        """Run a step on this host and measure after it."""
+        result, error, measured = Result(), None, None
+        try:
+            result = job.phase.run(self.ctx)
+        except Exception as raised:
+            error = raised
+        timed = self._timed(job)
+        if error is None:
+            try:
+                measured = measurement.measure(self.ctx)
+            except Exception as raised:
+                error = raised
+        checks = result.checks
+        if measured is None:
+            assert error is not None
+            traceback.print_exception(error)
+            measured, told = self._measured_after(error)
+            checks = (Check(job.phase.step, "completed", type(error).__name__, False, told),)
+        positions = multihost.positions_here() if measured.ledger else ()
+        self._memory = measured.memory
+        peak = self._sampler.take(measured.memory) if self._sampler else None
+        share = Share(measured, peak, checks, self.ctx.engine_lives, positions)
+        if error is not None and not isinstance(error, KvpipeError):
+            error = failure_of(job.phase.step, error)
+        return _Attempt(timed, share, result.fields, error)
+
+    def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
+        """Measure after a failed step, without waiting for the engine to become idle."""
+        try:
+            return measurement.measure(self.ctx, settle=False), str(error)
+        except Exception as second:
+            # Keep the failure's record even if the failure has also broken the measurement.
+            traceback.print_exc()
+            told = f"{error}; then the measurement failed: {type(second).__name__}: {second}"
+            return Measurement(process_memory(), None), told
+
+    def record(
+        self, job: Job, own: _Attempt, shares: Sequence[Share], error: KvpipeError | None
+    ) -> PhaseRecord:
+        """Return the record of a step over all hosts, compared with the plan.
+
+        Args:
+            job: the step.
+            own: this host's result.
+            shares: each host's measurements and checks.
+            error: why it failed; None if it failed on no host.
+        """
+        labels = [multihost.label(host) for host in range(len(shares))]
+        whole = together(shares, labels)
+        self.engine_lives = whole.engine_lives
+        compared = self._compared(job, whole) if error is None else Result(checks=whole.checks)
+        fields = {**own.fields, **compared.fields} if error is None else {}
+        if multihost.several():
+            fields["hosts"] = of_each_host(shares, labels)
+        ledger = whole.measured.ledger
+        off: dict[str, int] = {}
+        if error is None and ledger and job.planned:
+            off = differences(job.planned, ledger)
+            off["total"] = ledger.total_bytes - job.planned.total_bytes
+        return PhaseRecord(
+            **own.timed,
+            elapsed_s=round(time.time() - self._run_began, 6),
+            memory=whole.measured.memory,
+            peak=whole.peak,
+            ledger=ledger.totals() if ledger else {},
+            plan_error_bytes=off,
+            checks=compared.checks,
+            fields=fields,
+        )
+
+    def _compared(self, job: Job, whole: Share) -> Result:
+        """Return the checks, including those against the plan and the previous cycle."""
+        cycle = self._drift.compare(job.phase.step, whole.measured)
+        checks = (*whole.checks, *cycle.checks)
+        ledger, config = whole.measured.ledger, self.ctx.config.plan
+        if ledger and job.planned and config.enforce:
+            checks += _plan_checks(job.planned, ledger, differences(job.planned, ledger))
+            checks += (_total_check(job.planned, ledger, config),)
+        return Result(cycle.fields, checks)
+
+    def _timed(self, job: Job) -> dict[str, Any]:
+        """Stop the clock and the counts of a step; return them by the record's field names."""
+        duration_s = time.monotonic() - self._step_began
+        compiled = self._compiles.take()
+        return {
+            "phase": job.phase.step,
+            "use": job.use,
+            "idx": job.idx,
+            "duration_s": round(duration_s, 6),
+            "compilations": compiled.count,
+            "compile_s": round(compiled.seconds, 6),
+        }
+
+
+def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -> tuple[Check, ...]:
+    """Return one check per pool that the plan predicts exactly, over every device."""
+    return tuple(
+        Check(f"plan/{pool}_bytes", planned.sum_of(pool), measured.sum_of(pool), not off)
+        if not off or planned.sum_of(pool) != measured.sum_of(pool)
+        else Check(f"plan/{pool}_bytes", planned.of(pool), measured.of(pool), False, "per device")
+        for pool, off in errors.items()
+    )
+
+
+def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check:
+    """Return the check of the total against the plan, within the stated allowance."""
+    off = measured.total_bytes - planned.total_bytes
+    return Check(
+        "plan/total_bytes",
+        planned.total_bytes,
+        measured.total_bytes,
+        abs(off) <= config.allowance_bytes,
+        f"{off:+} bytes, plan.allowance_bytes is {config.allowance_bytes}",
+    )
+
+
+def _explain(step: str, checks: Sequence[Check]) -> str:
+    failed = [check for check in checks if not check.passed]
+    lines = [
+        f"{check.name}: expected {_short(check.expected)}, it was {_short(check.actual)}"
+        + (f" ({check.detail})" if check.detail else "")
+        for check in failed
+    ]
+    return f"step {step!r}: " + "; ".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,182 @@
+"""Plan with the sizes of the installed engine; needs jax, so it runs in a child process.
+
+:mod:`kvpipe.plan.fold` has the fold over the effects, without jax; :mod:`kvpipe.parent.planner_client` is the
+parent's side.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvpipe.checkpoints.model_dir import cache_dir
+from kvpipe.config.schema import EngineConfig, Kvpipe, from_plain
+from kvpipe.engine import devices, shapes, training
+from kvpipe.errors import EngineError, InputError, KvpipeError
+from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, PoolSize, Size
+from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan import fit, fold
+from kvpipe.plan.targets import CPU, Target
+from kvpipe.records.run import Program, RunPlanned
+from kvpipe.system.pipes import send
+from kvpipe.trainer.layout import lay_out
+
+
+def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> fold.Plan:
+    """Plan the steps for this machine's devices.
+
+    Args:
+        steps: all steps of the pipeline, in order.
+        config: options of the engine and the trainer.
+        model_dir: directory with the model's config.json.
+    """
+    devices.check_devices(config.engine)
+    count = devices.describe()["device_count"]
+    target = Target(config.engine.device, count, devices.memory_bytes())
+    check_heads(config.engine, model_dir, count)
+    return plan_for(target, steps, config, model_dir)
+
+
+def plan_for(
+    target: Target,
+    steps: Sequence[Phase],
+    config: Kvpipe,
+    model_dir: Path,
+    programs: Sequence[Program] = (),
+) -> fold.Plan:
+    """Plan the steps for a target; this process must have as many devices, of any kind.
+
+    Args:
+        target: the machine to plan for.
+        steps: all steps of the pipeline, in order.
+        config: options of the engine and the trainer, with the device of this process.
+        model_dir: directory with the model's config.json.
+        programs: the engine's and the trainer's steps compiled for the target; without them the
+            pools ``program`` and ``program:trainer`` are not planned.
+    """
+    planned = fold.check_order(steps)
+    engine = config.engine
+    found = shapes.of_devices_here(engine, model_dir)
+    sizes = found.sizes(fold.kv_capacities(planned)) | _code_sizes(programs, target.devices)
+    if trains(planned):
+        tree = training.source_shapes(found.sources, found.params)
+        sizes |= lay_out(tree, found.mesh, config.trainer).sizes
+    ledgers = fold.plan_ledgers(planned, sizes, target.devices)
+    # On the CPU each virtual device's engine sees the whole host and all of the host's parameters.
+    on_host = target.devices // engine.nnodes
+    sees, params = (
+        (target.hbm_bytes * on_host, sum(sizes[Size.PARAMS][:on_host]))
+        if target.name == CPU
+        else (target.hbm_bytes, max(sizes[Size.PARAMS]))
+    )
+    capacity = fit.KvCapacity(
+        device_bytes=sizes[Size.KV][0],
+        tokens=engine.max_total_tokens // engine.page_size * engine.page_size,
+        page_size=engine.page_size,
+        engine_bytes=fit.engine_kv_bytes(sees, params, engine.mem_fraction_static),
+    )
+    temporaries = [fit.temporaries(item.effect, programs) for item in planned]
+    record = RunPlanned(
+        target=target.name,
+        devices=target.devices,
+        sglang_jax=devices.describe()["sgl_jax_version"],
+        phases=fold.planned_phases(planned, ledgers),
+        fit=fit.judge(planned, ledgers, target.hbm_bytes, capacity, temporaries),
+        programs=programs,
+    )
+    return fold.Plan(record, ledgers)
+
+
+def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the model's attention heads.
+
+    Args:
+        engine: how the engine will be started.
+        model_dir: directory with the model's config.json.
+        devices: number of devices of the mesh.
+
+    Raises:
+        InputError: with the largest size that would fit the model and the devices.
+    """
+    heads = json.loads((model_dir / "config.json").read_text()).get("num_attention_heads")
+    tp_size = engine.tp_size or devices // engine.dp_size
+    if heads is None or heads % tp_size == 0:
+        return
+    most = math.gcd(heads, devices)
+    raise InputError(
+        f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it has to "
+        f"divide; {devices} devices take engine.tp_size={most} engine.dp_size={devices // most}"
+    )
+
+
+def trains(planned: Sequence[fold.PlannedStep]) -> bool:
+    """Whether a step needs the sizes of a trainer."""
+    return any(size in TRAINER_SETS for item in planned for size in item.pools.values())
+
+
+def _code_sizes(programs: Sequence[Program], count: int) -> dict[PoolSize, PerDevice]:
+    """Return the bytes of compiled code on each of ``count`` devices: the engine's, the trainer's."""
+    code: dict[PoolSize, int] = {Size.PROGRAM: 0, Size.TRAINER_PROGRAM: 0}
+    for program in programs:
+        owner = Size.TRAINER_PROGRAM if program.name in TRAINER_PROGRAMS else Size.PROGRAM
+        code[owner] += program.code_bytes
+    return {size: (held,) * count for size, held in code.items()}
+
+
+def main() -> None:
+    """Entry point of ``python -m kvpipe.worker.planner FD``: plan each job on stdin, report on FD."""
+    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as channel:
+        for line in sys.stdin:
+            send(channel, _answer(json.loads(line)))
+
+
+def _programs(
+    job: Mapping[str, Any], steps: Sequence[Phase], config: Kvpipe, target: Target
+) -> tuple[Program, ...]:
+    """Return the compiled steps of the engine and of a trainer, if the job asks for them.
+
+    Raises:
+        CompileFinding: a step does not compile for the target.
+    """
+    if not config.plan.compile:
+        return ()
+    from kvpipe.engine import program_cache
+    from kvpipe.trainer import aot
+
+    model_dir, cache = Path(job["model_dir"]), cache_dir(config)
+    programs = program_cache.compiled(
+        config.engine, model_dir, target.name, job["prompt_tokens"], cache
+    )
+    if trains(fold.check_order(steps)):
+        programs += aot.compiled(config.engine, config.trainer, model_dir, target.name, cache)
+    return programs
+
+
+def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan of a job, or the error's message and exit code."""
+    config = from_plain(job["config"])
+    # Here the target's devices are virtual CPU devices.
+    config = replace(config, engine=replace(config.engine, device=CPU))
+    try:
+        steps = build_steps(config)
+        target, model_dir = Target(**job["target"]), Path(job["model_dir"])
+        check_heads(config.engine, model_dir, target.devices)
+        programs = _programs(job, steps, config, target)
+        record = plan_for(target, steps, config, model_dir, programs).record
+    except KvpipeError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+    except Exception as error:
+        traceback.print_exc()
+        told = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
+        return {"error": told, "exit_code": EngineError.exit_code}
+    return {"plan": record.to_json()}
+
+
+if __name__ == "__main__":
+    main()

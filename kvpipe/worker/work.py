@@ -1,0 +1,216 @@
+"""The worker's part of a run: plan, run the worker steps, report to the parent.
+
+:mod:`kvpipe.worker.entry` is the process that it usually runs in. Only :func:`with_engine`
+imports jax and the engine.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvpipe import errors
+from kvpipe.config.prompt import read_prompt
+from kvpipe.config.schema import Kvpipe, from_plain
+from kvpipe.engine import multihost
+from kvpipe.errors import KvpipeError
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.phase import Phase, WorkerPhase
+from kvpipe.pipeline.steps import build_steps, use_of
+from kvpipe.plan.fit import refuse_misfit
+from kvpipe.plan.fold import Plan
+from kvpipe.records.run import PhaseRecord
+from kvpipe.system.pipes import send
+from kvpipe.system.versions import installed_versions
+from kvpipe.worker import loop
+
+Planner = Callable[[Sequence[Phase], Kvpipe, Path], Plan]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the worker's part ended.
+
+    Attributes:
+        exit_code: 0, or that of the error.
+        error: why it failed, in one message; None if it did not.
+        failing_phase: the step that failed first; None if none did.
+    """
+
+    exit_code: int
+    error: str | None = None
+    failing_phase: str | None = None
+
+
+def with_engine() -> Planner:
+    """Import jax and the engine, which takes seconds; return the planner."""
+    from kvpipe.engine import shapes
+    from kvpipe.worker import planner
+
+    shapes.import_engine()
+    return planner.plan_here
+
+
+def execute(
+    config: Kvpipe,
+    events: loop.Events,
+    run_began: float,
+    may_begin: Callable[[], object] = lambda: None,
+    load: Callable[[], Planner] = with_engine,
+) -> Outcome:
+    """Run the worker's steps in this process, and shut the engine down at the end.
+
+    The engine is imported at once, but no step starts before the parent's own steps are done.
+
+    Args:
+        config: the config to run.
+        events: callbacks for starts and records.
+        run_began: ``time.time()`` when the run began.
+        may_begin: blocks until the parent's own steps are done.
+        load: imports the engine, or what replaces it; returns the planner.
+    """
+    ctx = WorkerContext(config, read_prompt(config.prompt))
+    try:
+        planner = load()
+        may_begin()
+        events.joined(multihost.join(config.engine, _common(ctx)))
+        jobs = _planned_jobs(ctx, events, run_began, planner)
+        failure = loop.run(jobs, ctx, events, run_began)
+        outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
+    except Exception as error:
+        traceback.print_exc()
+        outcome = _outcome(error)
+    outcome = _shut_down(ctx, outcome)
+    multihost.leave()
+    return outcome
+
+
+def _common(ctx: WorkerContext) -> dict[str, Any]:
+    """Return the values that must be the same on all hosts, by config key.
+
+    The rank and the download directory may differ.
+    """
+    config = ctx.config
+    own = {"node_rank": None, "download_dir": None}
+    return {
+        "pipeline": list(config.pipeline),
+        "phases": config.phases,
+        "repeat": config.repeat and asdict(config.repeat),
+        "engine": asdict(config.engine) | own,
+        "trainer": asdict(config.trainer),
+        "prompt": ctx.prompt,
+        "sampling": asdict(config.sampling),
+        "runner.on_error": config.runner.on_error,
+        "plan.enforce": config.plan.enforce,
+        "versions": installed_versions(),
+    }
+
+
+def _outcome(error: Exception, step: str | None = None) -> Outcome:
+    if isinstance(error, errors.InputError):
+        return Outcome(error.exit_code, str(error), step)
+    if errors.is_out_of_memory(error):
+        return Outcome(errors.OUT_OF_MEMORY, str(error) or type(error).__name__, step)
+    if isinstance(error, KvpipeError):
+        return Outcome(error.exit_code, str(error), step)
+    return Outcome(errors.DEFECT, f"{type(error).__name__}: {error}", step)
+
+
+def work(
+    plain: Mapping[str, Any],
+    run_began: float,
+    descriptor: int,
+    next_order: Callable[[], object],
+    load: Callable[[], Planner] = with_engine,
+) -> int:
+    """Do the job and report on a descriptor; return the exit code.
+
+    Args:
+        plain: the config to run, as plain values.
+        run_began: ``time.time()`` when the run began.
+        descriptor: receives plan, starts, records and the outcome, one JSON line each.
+        next_order: blocks until the parent's next line: first that its own steps are done, then,
+            each time, that it knows which step begins, or has written the record of one.
+        load: imports the engine, or what replaces it; returns the planner.
+    """
+    whole_lines = threading.Lock()  # progress is reported from another thread
+
+    def tell(message: Mapping[str, Any]) -> None:
+        with whole_lines:
+            send(channel, message)
+
+    def start(step: str, idx: int) -> None:
+        # Whatever ends the run inside the step, the parent's last record names this step.
+        tell({"started": step, "idx": idx})
+        next_order()
+
+    def finish(record: PhaseRecord) -> None:
+        tell({"record": record.to_json()})
+        next_order()
+
+    with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
+        events = loop.Events(
+            joined=lambda hosts: tell({"hosts": list(hosts)}),
+            planned=lambda plan: tell({"plan": plan.to_json()}),
+            started=start,
+            progressed=lambda progress: tell({"progress": progress.to_json()}),
+            finished=finish,
+        )
+        outcome = execute(from_plain(dict(plain)), events, run_began, next_order, load)
+        # Once the parent has the outcome it waits for nothing more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        send(channel, asdict(outcome))
+    return outcome.exit_code
+
+
+def _planned_jobs(
+    ctx: WorkerContext, events: loop.Events, run_began: float, planner: Planner
+) -> Sequence[loop.Job]:
+    """Plan the run, report the plan, and return the worker's steps with their planned ledgers.
+
+    Raises:
+        InputError: the plan does not fit the devices, and ``plan.enforce`` is set.
+    """
+    config = ctx.config
+    steps = build_steps(config)
+
+    def make() -> Plan:
+        plan = planner(steps, config, ctx.model_dir)
+        events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
+        if config.plan.enforce:
+            refuse_misfit(plan.record)
+        return plan
+
+    plan = multihost.in_stage(make)
+    return [
+        loop.Job(idx, use_of(step.step, config), step, ledger)
+        for idx, (step, ledger) in enumerate(zip(steps, plan.ledgers, strict=True))
+        if isinstance(step, WorkerPhase)
+    ]
+
+
+def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
+    """Shut the engine down; an error here counts only if nothing failed before."""
+    if ctx.started is None:
+        return outcome
+    from kvpipe.engine import memory
+
+    engine, ctx.started = ctx.started, None
+    ctx.slots.clear()
+    ctx.made_trainer = None
+    try:
+        engine.shut_down()
+    except Exception as error:
+        traceback.print_exc()
+        if outcome.exit_code == errors.HELD:
+            return Outcome(
+                errors.FAILED, f"the engine did not shut down: {type(error).__name__}: {error}"
+            )
+    memory.collect_garbage()
+    return outcome

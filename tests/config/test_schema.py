@@ -1,0 +1,53 @@
+import pytest
+
+from kvpipe.config.schema import EngineConfig, Kvpipe, SamplingConfig, from_plain
+from tests.helpers_config import compose_plain
+from tests.refusal import refusal
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("device", "gpu", "engine.device is 'gpu'; did you mean 'tpu' or 'cpu'?"),
+        ("device", "CUDA", "engine.device is 'CUDA'; valid are: cpu, tpu"),
+        ("dtype", "bf16", "engine.dtype is 'bf16'; did you mean 'bfloat16'?"),
+        ("load_format", "real", "engine.load_format is 'real'; valid are: auto, dummy"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, value, message):
+    assert refusal(EngineConfig, **{key: value}) == message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "virtual_devices",
+        "tp_size",
+        "dp_size",
+        "max_total_tokens",
+        "context_length",
+        "page_size",
+        "max_running_requests",
+        "max_prefill_tokens",
+    ],
+)
+def test_a_size_of_the_engine_below_one_is_refused(key):
+    """A tp_size of 0 used to be taken for none, and so for the device count."""
+    assert refusal(EngineConfig, **{key: 0}) == f"engine.{key} is 0, it has to be at least 1"
+    assert getattr(EngineConfig(**{key: 1}), key) == 1
+
+
+def test_sampling_that_cannot_be_is_refused():
+    told = refusal(SamplingConfig, max_new_tokens=0)
+    assert told.startswith("sampling.max_new_tokens is 0, it has to be at least 1")
+    told = refusal(SamplingConfig, temperature=-0.1)
+    assert told.startswith("sampling.temperature is -0.1, it has to be at least 0")
+
+
+def test_a_composed_config_is_checked_in_the_same_way():
+    plain = compose_plain("engine.page_size=0")
+    assert refusal(from_plain, plain) == "engine.page_size is 0, it has to be at least 1"
+
+
+def test_the_defaults_can_be_made_without_a_config():
+    assert Kvpipe().engine.device == "tpu"

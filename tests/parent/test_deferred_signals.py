@@ -1,0 +1,95 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from kvpipe.parent import deferred_signals as module
+from kvpipe.parent.deferred_signals import Interrupted, Interrupts
+
+PATIENCE_S = 60
+
+
+def send(signum):
+    os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2],
+    ids=str,
+)
+def test_a_signal_is_raised_where_it_is_allowed(signum):
+    before = signal.getsignal(signum)
+    with Interrupts() as interrupts, pytest.raises(Interrupted) as caught, interrupts.allowed():
+        send(signum)
+        time.sleep(5)
+    assert caught.value.signum == signum
+    assert str(caught.value) == f"{signal.Signals(signum).name} ended the run"
+    assert signal.getsignal(signum) == before
+
+
+def test_a_signal_waits_until_it_is_allowed():
+    done = []
+    with Interrupts() as interrupts:
+        send(signal.SIGTERM)
+        done.append("the record is written")
+        with pytest.raises(Interrupted), interrupts.allowed():
+            done.append("never")
+    assert done == ["the record is written"]
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """The seconds that pass from each signal to the next, for a test to set."""
+    passed = SimpleNamespace(now=0.0, each=0.0)
+
+    def monotonic():
+        passed.now += passed.each
+        return passed.now
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
+    return passed
+
+
+@pytest.fixture
+def child():
+    """A child that ends when its input does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def test_a_second_signal_kills_every_child_and_raises_nothing(child, seconds):
+    seconds.each = 0.3
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted), interrupts.allowed():
+            send(signal.SIGINT)
+            time.sleep(5)
+        send(signal.SIGINT)
+        assert child.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+def test_the_same_press_that_comes_twice_is_one(child, seconds):
+    """Some launchers pass the terminal's Ctrl-C on to a child that has got it already."""
+    seconds.each = 0.2
+    with Interrupts():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        child.communicate(b"the end\n", timeout=PATIENCE_S)
+        assert child.returncode == 0
+
+
+def test_under_nohup_the_end_of_the_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts, interrupts.allowed():
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,0 +1,153 @@
+import json
+
+import pytest
+
+from kvpipe.errors import InputError
+from kvpipe.system.secrets import redactor, refuse_secrets, wandb_api_key
+
+KEY = "a1b2" * 10
+
+
+def write_env(directory, content, mode=0o600):
+    path = directory / ".env"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.chmod(mode)
+    return path
+
+
+def test_the_environment_comes_first(tmp_path):
+    write_env(tmp_path, "WANDB_API_KEY=other", mode=0o644)
+    assert wandb_api_key(tmp_path, {"WANDB_API_KEY": f" {KEY}\n"}) == KEY
+
+
+def test_without_a_key_anywhere_there_is_none(tmp_path):
+    assert wandb_api_key(tmp_path, {}) is None
+    write_env(tmp_path, "# nothing\n\nWANDB_MODE=online\nWANDB_API_KEY=\n")
+    assert wandb_api_key(tmp_path, {"WANDB_API_KEY": " "}) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "WANDB_API_KEY={}",
+        "export WANDB_API_KEY={}",
+        "  WANDB_API_KEY = {}  ",
+        'WANDB_API_KEY="{}"',
+        "WANDB_API_KEY='{}' # mine",
+        "WANDB_API_KEY={} # mine",
+        "\ufeffWANDB_API_KEY={}",
+        "WANDB_API_KEY={}\r",
+    ],
+)
+def test_the_usual_ways_to_write_a_key_are_understood(tmp_path, line):
+    write_env(tmp_path, f"# keys\nHF_HOME=/data # disk\n{line.format(KEY)}\n")
+    if line.startswith("\ufeff"):
+        write_env(tmp_path, line.format(KEY))
+    assert wandb_api_key(tmp_path, {}) == KEY
+
+
+def test_a_hash_inside_a_value_is_part_of_it(tmp_path):
+    write_env(tmp_path, 'WANDB_API_KEY="a#b # c"')
+    assert wandb_api_key(tmp_path, {}) == "a#b # c"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o601])
+def test_a_file_that_others_may_touch_is_refused(tmp_path, mode):
+    path = write_env(tmp_path, f"WANDB_API_KEY={KEY}", mode)
+    with pytest.raises(InputError) as caught:
+        wandb_api_key(tmp_path, {})
+    assert str(caught.value) == (
+        f"{path}: its mode is {mode:03o}, so others may read or change the keys in it; "
+        f"run: chmod 600 {path}"
+    )
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+def test_a_file_of_the_owner_alone_is_read(tmp_path, mode):
+    write_env(tmp_path, f"WANDB_API_KEY={KEY}", mode)
+    assert wandb_api_key(tmp_path, {}) == KEY
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f"WANDB_API_KEY {KEY}", "it has to be KEY=VALUE"),
+        (f"{KEY}", "it has to be KEY=VALUE"),
+        (f"1KEY={KEY}", "it has to be KEY=VALUE"),
+        (f'WANDB_API_KEY="{KEY}', "quotes have to be closed"),
+        (f'WANDB_API_KEY="{KEY}" {KEY}', "quotes have to be closed"),
+    ],
+)
+def test_a_malformed_line_is_named_by_number_and_not_shown(tmp_path, line, reason):
+    path = write_env(tmp_path, f"A=1\n\n{line}\n")
+    with pytest.raises(InputError, match=reason) as caught:
+        wandb_api_key(tmp_path, {})
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert KEY not in str(caught.value)
+
+
+def test_a_file_that_is_not_utf_8_is_refused_without_showing_it(tmp_path):
+    write_env(tmp_path, b"WANDB_API_KEY=a1b2\xff")
+    with pytest.raises(InputError, match="not UTF-8 at byte 18") as caught:
+        wandb_api_key(tmp_path, {})
+    assert "a1b2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_a_config_without_secrets_passes():
+    engine = {"max_total_tokens": 4096, "max_new_tokens": 64, "random_seed": 0}
+    refuse_secrets({"engine": engine, "hf_token": None, "text": "my token", "list": [1, "a"]}, KEY)
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "wandb_api_key", "HF_TOKEN", "token", "password", "private-key", "secret"]
+)
+def test_an_option_that_is_named_like_a_secret_is_refused(name):
+    with pytest.raises(InputError, match=rf"^phases\.a\.{name}: this looks like a secret"):
+        refuse_secrets({"phases": {"a": {name: "x"}}}, None)
+
+
+def test_the_key_itself_is_refused_wherever_it_stands():
+    with pytest.raises(InputError, match=r"^tracking\.tags\[1\]: ") as caught:
+        refuse_secrets({"tracking": {"tags": ["a", f"key={KEY}"]}}, KEY)
+    assert KEY not in str(caught.value)
+
+
+def test_what_is_too_short_for_a_key_is_not_looked_for():
+    refuse_secrets({"prompt": {"text": "Hello"}}, "e")
+
+
+TOKEN = "hf_" + "t0ken" * 6
+
+
+def test_the_secrets_of_the_environment_are_taken_out_of_a_text_and_of_json():
+    redact = redactor({"HF_TOKEN": TOKEN, "PATH": "/usr/bin/and/more/than/that"}, KEY)
+    assert redact.text(f"{KEY} and {TOKEN}, /usr/bin/and/more/than/that") == (
+        "[redacted] and [redacted], /usr/bin/and/more/than/that"
+    )
+    quoted = 'a "secret" of\nmore than 20 characters'
+    redact = redactor({"MY_PASSWORD": quoted}, None)
+    assert json.loads(redact.text(json.dumps({"error": quoted}))) == {"error": "[redacted]"}
+
+
+def test_a_short_value_is_no_secret_to_be_looked_for():
+    assert redactor({"MY_TOKEN": "offline"}, None).text("mode: offline") == "mode: offline"
+
+
+def test_a_secret_within_another_leaves_no_rest():
+    redact = redactor({"A_TOKEN": TOKEN, "B_TOKEN": f"{TOKEN}-and-more"}, None)
+    assert redact.text(f"{TOKEN}-and-more") == "[redacted]"
+
+
+def test_a_file_is_written_anew_only_if_a_secret_is_in_it(tmp_path):
+    log = tmp_path / "engine.log"
+    redact = redactor({"HF_TOKEN": TOKEN}, None)
+    redact.file(log)
+    assert not log.exists()
+    log.write_bytes(b"\xff plain")
+    before = log.stat().st_mtime_ns
+    redact.file(log)
+    assert log.stat().st_mtime_ns == before
+    log.write_bytes(b"\xff " + TOKEN.encode())
+    redact.file(log)
+    assert log.read_bytes() == b"\xff [redacted]"

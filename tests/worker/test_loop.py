@@ -1,0 +1,130 @@
+"""The loop of the worker, with steps that need no engine."""
+
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from kvpipe.config.schema import Kvpipe, RunnerConfig
+from kvpipe.engine import peaks
+from kvpipe.errors import KvpipeError
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.ledger import Ledger
+from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
+from kvpipe.records import progress
+from kvpipe.records.progress import COMPILING, GENERATING, Progress
+from kvpipe.worker import loop
+
+
+class Waits(WorkerPhase):
+    """Says that it generates, for ``seconds``."""
+
+    seconds: float = 0.0
+
+    def run(self, ctx):
+        with progress.under_way(GENERATING, {"tokens": 4}, lambda: {"tokens": 1}):
+            time.sleep(self.seconds)
+        return Result()
+
+
+class Peaks(WorkerPhase):
+    """Knows three moments of its own that may be its peak."""
+
+    def run(self, ctx):
+        for _ in range(3):
+            peaks.mark()
+        return Result()
+
+
+class Fails(WorkerPhase):
+    def run(self, ctx):
+        raise KvpipeError("it cannot be done")
+
+
+class Looks(Fails):
+    on_failure = OnFailure.MAY_CONTINUE
+
+
+class Cleans(Waits):
+    on_failure = OnFailure.ALWAYS_RUN
+
+
+class FailsToClean(Fails):
+    on_failure = OnFailure.ALWAYS_RUN
+
+
+def run(*phases, **options):
+    """Run the phases; return the records and what was told of their progress."""
+    ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
+    records, told = [], []
+    events = loop.Events(
+        joined=lambda hosts: None,
+        planned=lambda plan: None,
+        started=lambda step, idx: None,
+        progressed=told.append,
+        finished=records.append,
+    )
+    jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
+    failure = loop.run(jobs, ctx, events, time.time())
+    return records + ([failure.error] if failure else []), told
+
+
+def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second():
+    _, told = run(Waits("quick"), Waits("slow", 1.1))
+    assert {p.step for p in told[1:]} == {"slow"}
+    slow = [progress.elapsed_s for progress in told if progress.step == "slow"]
+    assert len(slow) >= 2
+    assert min(later - earlier for earlier, later in pairwise(slow)) > 0.2
+    last = told[-1]
+    assert last == Progress("slow", GENERATING, last.elapsed_s, {"tokens": 1}, {"tokens": 4})
+
+
+def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
+    class Compiling:
+        so_far = SimpleNamespace(count=2, seconds=1.5)
+        compiling_s = 0.25
+
+        def take(self):
+            return self.so_far
+
+    monkeypatch.setattr(loop, "CompileCounter", Compiling)
+    (record,), told = run(Waits("first", 0.4))
+    assert Progress("first", COMPILING, 1.75, {"programs": 2}) in told
+    assert (record.compilations, record.compile_s) == (2, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("on_error", "phases", "ran"),
+    [
+        ("stop", [Looks("a"), Waits("b"), Cleans("c")], "ac"),
+        ("continue", [Looks("a"), Waits("b"), Cleans("c")], "abc"),
+        ("continue", [Looks("a"), Fails("b"), Waits("c"), Looks("d"), Cleans("e")], "abe"),
+        ("stop", [FailsToClean("a"), Waits("b"), FailsToClean("c"), Cleans("d")], "acd"),
+    ],
+)
+def test_after_a_failure_what_cleans_is_run_and_the_rest_as_the_config_says(on_error, phases, ran):
+    (*records, error), _ = run(*phases, on_error=on_error)
+    assert "".join(record.phase for record in records) == ran
+    assert str(error) == "it cannot be done"
+
+
+def test_once_the_plan_is_void_no_record_is_compared_with_it():
+    (failed, cleaned, _), _ = run(Fails("a"), Cleans("b"))
+    assert (failed.plan_error_bytes, cleaned.plan_error_bytes) == ({}, {})
+    assert cleaned.passed
+
+
+def test_every_record_has_a_peak_that_of_a_failed_phase_too():
+    (first, failed, error), _ = run(Peaks("first"), Fails("second"))
+    assert str(error) == "it cannot be done"
+    for record in (first, failed):
+        assert record.peak.process_rss_bytes >= record.memory.process_rss_bytes
+        assert record.peak.error is None
+    assert first.peak.samples >= 3
+    assert failed.peak.samples < 3, "samples of one phase were counted in the next"
+
+
+def test_without_sampling_there_are_no_peaks():
+    (record,), _ = run(Waits("first"), sample_peaks=False)
+    assert record.peak is None
