@@ -12,6 +12,7 @@ from kvpipe.config.schema import from_plain
 from kvpipe.engine import compat, devices
 from kvpipe.errors import KvpipeError
 from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan import fit
 from kvpipe.system.pipes import send
 from kvpipe.worker import planner
 

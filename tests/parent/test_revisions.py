@@ -95,15 +95,27 @@ def test_a_directory_without_a_repository_is_refused(sides, tmp_path, monkeypatc
 
 
 def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repository):
-    """Each revision is planned by its own code: on the branch a phase forgets to free its slot."""
+    """Each revision is planned by its own code: on the branch a slot is freed two phases later."""
     git(repository, "checkout", "-q", "-b", "branch")
     experiment = repository / "conf/experiment/tiny.yaml"
     experiment.write_text(experiment.read_text() + "engine: {max_total_tokens: 4096}\n")
-    swap = repository / "phases/weights_swapped_from_mllm.py"
-    freed = "pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},"
-    assert freed in swap.read_text()
-    kept = 'pools={f"slot:{self.slot}": Size.PARAMS},'
-    swap.write_text(swap.read_text().replace(freed, kept))
+    for name, old, new in (
+        (
+            "weights_swapped_from_mllm",
+            "pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},",
+            'pools={f"slot:{self.slot}": Size.PARAMS},',
+        ),
+        (
+            "release",
+            "return Effect(needs=held, removes=(*held, *map(facts.shared, self.slots)))",
+            "from kvpipe.pipeline.ledger import Size\n"
+            '        pools = {f"slot:{name}": Size.NOTHING for name in self.slots}\n'
+            "        return Effect(needs=held, removes=held, pools=pools)",
+        ),
+    ):
+        phase = repository / f"phases/{name}.py"
+        assert old in phase.read_text()
+        phase.write_text(phase.read_text().replace(old, new))
     git(repository, "commit", "-q", "-a", "-m", "change")
     grown = 3 * 2048 * 2 * 2 * 128 * 2 // 2  # layers, tokens, K and V, heads, head_dim, bf16, tp
     done = kvpipe(
