@@ -238,6 +238,9 @@ def test_at_other_tensor_parallel_sizes_the_procedure_gives_the_ids_of_transform
         assert run.phase(step)["token_ids"] == comparable(answer)
 
 
+@pytest.mark.nightly(
+    finds="a heartbeat that is silent while XLA compiles, or a wrong text that passes"
+)
 def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhile(
     tmp_path: Path,
 ) -> None:
@@ -293,6 +296,9 @@ def _lines_until(process: subprocess.Popen[str], phase: str) -> None:
     raise AssertionError(f"the run ended before {phase}")
 
 
+@pytest.mark.nightly(
+    finds="a child of the engine that outlives a killed worker of the whole procedure"
+)
 def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
     started: subprocess.Popen[str],
 ) -> None:

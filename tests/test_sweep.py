@@ -23,6 +23,9 @@ SIZES = [1024, 2048, 4096, 8192, 16384]
 # 3 layers of keys and values, 2 KV heads, head_dim 128, bfloat16.
 TOKEN_BYTES = 3 * 2 * 2 * 128 * 2
 TOO_MANY = 100_000_000
+MIXED = pytest.mark.nightly(
+    finds="a job on the engine that a failed, skipped or taken over one beside it changes"
+)
 ALL_SIZES = pytest.mark.nightly(
     finds="a job whose bytes depend on the jobs before it, or a ready sweep that fails on an engine"
 )
@@ -103,6 +106,7 @@ def test_a_job_holds_the_bytes_that_it_holds_on_its_own(five):
 
 
 @pytest.mark.slow
+@MIXED
 def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
     end = mixed.end
     assert (mixed.exit_code, end["exit_code"], end["status"]) == (1, 1, "failed")
@@ -120,6 +124,7 @@ def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
 
 
 @pytest.mark.slow
+@MIXED
 def test_a_job_that_an_earlier_sweep_has_done_is_taken_over(first, mixed):
     (taken,) = (job for job in mixed.end["jobs"] if job["taken_from"])
     assert taken["taken_from"] == first.end["jobs"][0]["run_dir"]
@@ -128,6 +133,7 @@ def test_a_job_that_an_earlier_sweep_has_done_is_taken_over(first, mixed):
 
 
 @pytest.mark.slow
+@MIXED
 def test_the_page_of_a_run_that_was_skipped_calls_it_so(mixed):
     page = Page((Path(mixed.end["jobs"][3]["run_dir"]) / "report.html").read_text())
     assert page.text_of("p", class_="said") == "Skipped, exit code 2"
@@ -135,6 +141,7 @@ def test_the_page_of_a_run_that_was_skipped_calls_it_so(mixed):
 
 
 @pytest.mark.slow
+@MIXED
 def test_the_command_of_a_job_of_a_ready_sweep_does_that_job_alone(mixed):
     """The verb ``check`` stands for the run; as a sweep it would check four jobs."""
     python, dash_m, program, *words = shlex.split(mixed.end["jobs"][3]["command"])
