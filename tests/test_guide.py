@@ -181,7 +181,7 @@ def test_every_check_is_explained_in_the_guide_or_in_the_summary_of_its_phase():
         name for cell in table("checks.md", "check") for name in re.findall(r"`([^`]+)`", cell)
     }
     phases = {path: checks_in(path) for path in (ROOT / "phases").glob("*.py")}
-    made = set().union(*phases.values(), *map(checks_in, (ROOT / "kvpipe").glob("*.py")))
+    made = set().union(*phases.values(), *map(checks_in, (ROOT / "kvpipe").rglob("*.py")))
     in_summary = {
         name
         for path, names in phases.items()
