@@ -116,7 +116,8 @@ class EngineConfig:
         dist_init_addr: ``HOST:PORT`` of host 0, where the hosts meet; required for several hosts.
         dtype: dtype of parameters and activations, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` starts with random weights, ``auto`` with those of the checkpoint.
-        max_total_tokens: capacity of the KV cache in tokens; it is an error if the engine cuts it.
+        max_total_tokens: capacity of the KV cache on each data-parallel rank, in tokens; it is an
+            error if the engine cuts it.
         context_length: longest sequence in tokens; None means the model's limit.
         page_size: tokens per KV page.
         max_running_requests: largest decode batch, in requests.
