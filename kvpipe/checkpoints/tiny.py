@@ -2,9 +2,8 @@
 
 Tests, examples and the smoke run need a checkpoint that the real engine loads and whose greedy text
 distinguishes two sets of weights. So the random weights are arranged: the text must vary, and the
-best token must win by a margin on which two correct implementations agree. This module uses neither
-torch nor the safetensors library, and it runs on Python 3.11, because `tests/golden/make.py`
-imports it next to torch.
+best token must win by a margin on which two correct implementations agree. This module runs on
+Python 3.11 too, because `tests/golden/make.py` imports it next to torch, which kvpipe never installs.
 """
 
 import hashlib
