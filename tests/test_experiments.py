@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from kvpipe.checkpoints.model_dir import check_model
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
-from kvpipe.config.schema import TinyModelConfig, schema, to_plain
+from kvpipe.config.schema import TinyModel, schema, to_plain
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import check_order
 from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, config_of
@@ -87,7 +87,7 @@ def test_the_default_is_the_schemas_with_a_generated_model_on_two_virtual_device
                 "pipeline": DEFAULT["pipeline"],  # the steps of the SOP: see below
                 "phases": DEFAULT["phases"],  # their options: tests/pipeline/test_steps.py
                 "model.id": "kvpipe/tiny-qwen2",
-                "model.generate": asdict(TinyModelConfig()),
+                "model.generate": asdict(TinyModel()),
                 "engine.device": "cpu",
                 "engine.tp_size": 2,
                 "engine.max_total_tokens": 2048,

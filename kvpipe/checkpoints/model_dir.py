@@ -3,18 +3,13 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kvpipe.config.schema import Kvpipe, TinyModelConfig
+from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
-
-if TYPE_CHECKING:
-    from kvpipe.checkpoints.tiny import TinyModel
 
 
 def cache_dir(config: Kvpipe) -> Path:
@@ -29,14 +24,10 @@ def check_model(config: Kvpipe) -> None:
     """Refuse a model that cannot be found, before anything is started.
 
     Raises:
-        InputError: ``model.path`` is not a model directory or contradicts ``model.generate``, or
-            ``model.generate`` is an impossible shape.
+        InputError: ``model.path`` is not a model directory or contradicts ``model.generate``.
     """
     model = config.model
     if model.path is None:
-        # The default shape is known to be valid; checking another one imports numpy.
-        if model.generate is not None and model.generate != TinyModelConfig():
-            _tiny_model(model.generate)
         return
     if model.generate is not None:
         raise InputError("model: give one of model.path and model.generate, and not both")
@@ -60,7 +51,7 @@ def find_model(config: Kvpipe) -> Path:
     if model.generate is not None:
         from kvpipe.checkpoints import tiny
 
-        return tiny.ensure(_tiny_model(model.generate), cache_dir(config))
+        return tiny.ensure(model.generate, cache_dir(config))
     return _from_hub(config)
 
 
@@ -100,7 +91,7 @@ def shape_dir(config: Kvpipe, scratch: Path) -> Path:
     if model.generate is not None:
         from kvpipe.checkpoints import tiny
 
-        text = json.dumps(tiny.config_json(_tiny_model(model.generate)))
+        text = json.dumps(tiny.config_json(model.generate))
     else:
         text = (_configs() / str(model.config)).read_text(encoding="utf-8")
     directory = Path(tempfile.mkdtemp(dir=scratch))
@@ -114,12 +105,6 @@ def _configs() -> Traversable:
 
 def _shipped() -> list[str]:
     return sorted(file.name for file in _configs().iterdir())
-
-
-def _tiny_model(shape: TinyModelConfig) -> "TinyModel":
-    from kvpipe.checkpoints.tiny import TinyModel
-
-    return TinyModel(**asdict(shape))
 
 
 def _from_hub(config: Kvpipe) -> Path:

@@ -1,21 +1,21 @@
 """Read and write safetensors files without copying tensors and without trusting headers.
 
 The engine receives one leaf at a time, so a checkpoint must cost address space, not memory: each
-file is mapped once and every tensor is a read-only view into the map. The header is checked in full
-when the checkpoint is opened, because a wrong offset would otherwise become wrong text instead of
-an error. This module handles bytes, shapes and dtypes, never the meaning of a tensor.
+file is mapped once and every tensor is a read-only view into the map (the safetensors library's own
+arrays are copies). That library checks each header in full when the checkpoint is opened, because a
+wrong offset would otherwise become wrong text instead of an error. This module handles bytes, shapes
+and dtypes, never the meaning of a tensor.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from kvpipe.checkpoints.mapped import map_bytes
 from kvpipe.errors import InputError
@@ -130,17 +130,6 @@ def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
             file.write(tensor.tobytes())
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a header; `begin` and `end` are bytes from the start of the data."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's map from tensor name to file name."""
     index = _parse_json(path.read_bytes(), where=str(path))
@@ -191,24 +180,25 @@ def _map_files(paths: list[Path]) -> tuple[dict[str, NDArray[Any]], dict[str, st
 
 
 def _map_file(path: Path) -> dict[str, NDArray[Any]]:
-    size = path.stat().st_size
-    if size < _LENGTH_BYTES:
-        raise InputError(f"{path} is truncated: {size} bytes, the header's length alone takes 8")
+    _check_header(path)
     mapped = map_bytes(path)
-    length = int.from_bytes(mapped[:_LENGTH_BYTES].tobytes(), "little")
-    if length > size - _LENGTH_BYTES:
-        raise InputError(
-            f"{path} is truncated or no safetensors file: "
-            f"the header should take {length} bytes, the file has {size - _LENGTH_BYTES} for it"
-        )
-    data_start = _LENGTH_BYTES + length
+    data_start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES].tobytes(), "little")
     header = _parse_json(mapped[_LENGTH_BYTES:data_start].tobytes(), where=f"{path}, header")
-    entries = [
-        _parse_entry(path, name, value) for name, value in header.items() if name != _METADATA_KEY
-    ]
     data = mapped[data_start:]
-    _check_layout(path, entries, data.nbytes)
-    return {entry.name: _view(path, entry, data) for entry in entries}
+    return {
+        name: _view(f"{path}: tensor {name!r}", entry, data)
+        for name, entry in header.items()
+        if name != _METADATA_KEY
+    }
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file whose header is damaged, or whose tensors overlap, leave gaps or overrun it."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
@@ -230,57 +220,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return parsed
 
 
-def _parse_entry(path: Path, name: str, value: object) -> _Entry:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(value, dict):
-        raise InputError(f"{where} should be described by a JSON object, got {value!r}")
-    dtype_name = value.get("dtype")
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise InputError(
-            f"{where} has the unknown dtype {dtype_name!r}; {nearest(str(dtype_name), _DTYPES)}"
-        )
-    shape = _naturals(value.get("shape"), f"{where}: 'shape'")
-    offsets = _naturals(value.get("data_offsets"), f"{where}: 'data_offsets'")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{where}: 'data_offsets' should be [begin, end], got {list(offsets)}")
-    dtype = _DTYPES[dtype_name]
-    needed = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != needed:
-        raise InputError(
-            f"{where}: {dtype_name} of shape {list(shape)} takes {needed} bytes, "
-            f"'data_offsets' {list(offsets)} give it {offsets[1] - offsets[0]}"
-        )
-    return _Entry(name, dtype, shape, offsets[0], offsets[1])
-
-
-def _naturals(value: object, where: str) -> tuple[int, ...]:
-    # type() rather than isinstance(), because JSON's true would count as 1.
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise InputError(f"{where} should be a list of whole numbers from 0 up, got {value!r}")
-    return tuple(value)
-
-
-def _check_layout(path: Path, entries: list[_Entry], data_bytes: int) -> None:
-    """Refuse tensors that overlap, leave gaps or do not fill the file."""
-    expected = 0
-    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
-        if entry.begin != expected:
-            raise InputError(
-                f"{path}: tensor {entry.name!r} begins at byte {entry.begin} of the data, "
-                f"the one before it ends at {expected}"
-            )
-        expected = entry.end
-    if expected != data_bytes:
-        raise InputError(
-            f"{path} is truncated or has bytes to spare: "
-            f"its tensors take {expected} bytes, it holds {data_bytes}"
-        )
-
-
-def _view(path: Path, entry: _Entry, data: NDArray[Any]) -> NDArray[Any]:
+def _view(where: str, entry: Mapping[str, Any], data: NDArray[Any]) -> NDArray[Any]:
+    """Return the tensor that a checked entry of a header describes."""
+    name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if name not in _DTYPES:
+        raise InputError(f"{where} has the unknown dtype {name!r}; {nearest(name, _DTYPES)}")
     try:
-        return data[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
+        return data[begin:end].view(_DTYPES[name]).reshape(shape)
     except (ValueError, OverflowError) as error:  # more or longer dimensions than numpy supports
-        raise InputError(
-            f"{path}: tensor {entry.name!r} cannot have shape {list(entry.shape)}: {error}"
-        ) from error
+        raise InputError(f"{where} cannot have shape {shape}: {error}") from error

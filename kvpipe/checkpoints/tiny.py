@@ -2,9 +2,8 @@
 
 Tests, examples and the smoke run need a checkpoint that the real engine loads and whose greedy text
 distinguishes two sets of weights. So the random weights are arranged: the text must vary, and the
-best token must win by a margin on which two correct implementations agree. This module uses neither
-torch nor the safetensors library, and it runs on Python 3.11, because `tests/golden/make.py`
-imports it next to torch.
+best token must win by a margin on which two correct implementations agree. This module runs on
+Python 3.11 too, because `tests/golden/make.py` imports it next to torch, which kvpipe never installs.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ import json
 import math
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpipe.checkpoints import safetensors
-from kvpipe.errors import InputError
-from kvpipe.suggest import nearest
+from kvpipe.config.schema import ARCHITECTURES, TinyModel
 
-# Prefix of config keys in error messages.
-_KEY = "model.generate"
 FORMAT_VERSION = 1
 """Increase it when the same spec would give other bytes, so that no stale cache is used."""
 
-_MODEL_TYPES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
-}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -53,61 +44,6 @@ _SHARPNESS = 2.0  # of attention; lower: the text loops; higher: rounding errors
 _ATTENTION = 0.25
 _MLP = 0.0625
 _RECALL = 4.0  # of the last MLP; it must outweigh the input token in the residual stream
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """Shape of the model to generate; every field changes the weights or config, so the directory.
-
-    Raises:
-        InputError: a field has a value that no model can have.
-    """
-
-    seed: int = 0
-    """Seed of the random weights."""
-    architecture: str = "Qwen2ForCausalLM"
-    """`Qwen2ForCausalLM` (q, k, v biases), `Qwen3ForCausalLM` (q, k norms), `LlamaForCausalLM`."""
-    hidden_size: int = 512
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 128
-    intermediate_size: int = 1024
-    vocab_size: int = 512
-    """256 bytes, then merges, then one end-of-text token with the last id."""
-    tie_word_embeddings: bool = True
-    """Whether the output layer is the embedding and has no tensor of its own."""
-    torch_dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`; the values are the same in each."""
-    max_position_embeddings: int = 2048
-    """Longest context, in tokens."""
-
-    def __post_init__(self) -> None:
-        _check_choice("architecture", self.architecture, _MODEL_TYPES)
-        _check_choice("torch_dtype", self.torch_dtype, _DTYPES)
-        for field in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            if getattr(self, field) < 1:
-                raise InputError(f"{_KEY}.{field} is {getattr(self, field)}, it must be >= 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"{_KEY}.num_attention_heads ({self.num_attention_heads}) must be a multiple "
-                f"of num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"{_KEY}.head_dim is {self.head_dim}, RoPE needs an even one")
-        if self.vocab_size <= _BYTES:
-            raise InputError(
-                f"{_KEY}.vocab_size is {self.vocab_size}, it must be > {_BYTES}: "
-                "one token for each byte and one for the end of the text"
-            )
 
 
 def ensure(spec: TinyModel, cache_dir: Path) -> Path:
@@ -132,15 +68,10 @@ def ensure(spec: TinyModel, cache_dir: Path) -> Path:
     return final
 
 
-def _check_choice(field: str, value: str, valid: dict[str, Any]) -> None:
-    if value not in valid:
-        raise InputError(f"{_KEY}.{field} is {value!r}; {nearest(value, valid)}")
-
-
 def _directory_name(spec: TinyModel) -> str:
     identity = json.dumps({"format": FORMAT_VERSION, **asdict(spec)}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return f"tiny-{_MODEL_TYPES[spec.architecture]}-{digest}"
+    return f"tiny-{ARCHITECTURES[spec.architecture]}-{digest}"
 
 
 def _write_directory(spec: TinyModel, directory: Path) -> None:
@@ -373,7 +304,7 @@ def config_json(spec: TinyModel) -> dict[str, Any]:
     """Return the content of `config.json`, the only part of the model that a plan needs."""
     config: dict[str, Any] = {
         "architectures": [spec.architecture],
-        "model_type": _MODEL_TYPES[spec.architecture],
+        "model_type": ARCHITECTURES[spec.architecture],
         **{
             key: value for key, value in asdict(spec).items() if key not in ("seed", "architecture")
         },

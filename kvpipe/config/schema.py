@@ -17,6 +17,12 @@ from kvpipe.suggest import nearest
 
 STOP = "stop"
 CONTINUE = "continue"
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+"""Architecture of a model that kvpipe generates → ``model_type`` of its ``config.json``."""
 _LOG_LEVELS = ("critical", "debug", "error", "info", "warning")
 
 
@@ -53,16 +59,18 @@ class CompareFormat(Enum):
 
 
 @dataclass
-class TinyModelConfig:
-    """Shape of the checkpoint that is generated on first use.
+class TinyModel:
+    """Shape of the checkpoint that is generated on first use; every field changes its bytes.
 
     Attributes:
         seed: seed of the weights; the same seed and shape give the same bytes.
-        architecture: class name in Hugging Face's ``config.json``.
+        architecture: ``Qwen2ForCausalLM`` (q, k and v biases), ``Qwen3ForCausalLM`` (q and k norms)
+            or ``LlamaForCausalLM``.
         hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         intermediate_size, vocab_size, tie_word_embeddings, max_position_embeddings: as in
-            ``config.json``.
-        torch_dtype: dtype of the stored tensors, ``bfloat16`` or ``float32``.
+            ``config.json``; the vocabulary is 256 bytes, then merges, then the end of the text.
+        torch_dtype: dtype of the stored tensors, ``bfloat16``, ``float16`` or ``float32``; the
+            values are the same in each.
     """
 
     seed: int = 0
@@ -77,6 +85,33 @@ class TinyModelConfig:
     tie_word_embeddings: bool = True
     torch_dtype: str = "bfloat16"
     max_position_embeddings: int = 2048
+
+    def __post_init__(self) -> None:
+        key = "model.generate"
+        _check_choice(f"{key}.architecture", self.architecture, *ARCHITECTURES)
+        _check_choice(f"{key}.torch_dtype", self.torch_dtype, "bfloat16", "float16", "float32")
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            _check_at_least(1, f"{key}.{name}", getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"{key}.num_attention_heads is {self.num_attention_heads}, it has to be a multiple "
+                f"of num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"{key}.head_dim is {self.head_dim}, RoPE needs an even one")
+        if self.vocab_size <= 256:
+            raise InputError(
+                f"{key}.vocab_size is {self.vocab_size}, it has to be more than 256: one token for "
+                "each byte and one for the end of the text"
+            )
 
 
 @dataclass
@@ -97,7 +132,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     config: str | None = None
-    generate: TinyModelConfig | None = None
+    generate: TinyModel | None = None
 
 
 @dataclass
@@ -116,7 +151,8 @@ class EngineConfig:
         dist_init_addr: ``HOST:PORT`` of host 0, where the hosts meet; required for several hosts.
         dtype: dtype of parameters and activations, ``bfloat16`` or ``float32``.
         load_format: ``dummy`` starts with random weights, ``auto`` with those of the checkpoint.
-        max_total_tokens: capacity of the KV cache in tokens; it is an error if the engine cuts it.
+        max_total_tokens: capacity of the KV cache on each data-parallel rank, in tokens; it is an
+            error if the engine cuts it.
         context_length: longest sequence in tokens; None means the model's limit.
         page_size: tokens per KV page.
         max_running_requests: largest decode batch, in requests.

@@ -10,20 +10,23 @@ from typing import Any
 import jax
 
 from kvpipe.engine import compat
-from kvpipe.engine.sglang import SglangEngine
+from kvpipe.engine.sglang import SglangEngine, pool_ranks
 from kvpipe.errors import EngineError, InputError
+from kvpipe.plan.pages import whole_pages
 
 
-def in_whole_pages(tokens: int, allocator: Any) -> int:
-    """Return the capacity that the engine gives for ``max_total_tokens=tokens``: whole pages.
+def pool_size(tokens: int, allocator: Any) -> int:
+    """Return the size of the engine's KV pool for ``max_total_tokens=tokens``, in tokens.
+
+    It is the sum of the capacities of the ranks that the pool is shared out to.
 
     Raises:
         InputError: ``tokens`` is less than a page.
     """
-    unit = allocator.page_size * getattr(allocator, "dp_size", 1)
-    if tokens < unit:
-        raise InputError(f"max_total_tokens is {tokens}, a page has {unit} tokens")
-    return tokens // unit * unit
+    page_size = allocator.page_size
+    if tokens < page_size:
+        raise InputError(f"max_total_tokens is {tokens}, a page has {page_size} tokens")
+    return whole_pages(tokens, page_size) * pool_ranks(allocator)
 
 
 def resize(engine: SglangEngine, tokens: int) -> None:
@@ -31,7 +34,7 @@ def resize(engine: SglangEngine, tokens: int) -> None:
 
     Args:
         engine: the engine; call on its scheduler's thread, with no token in use.
-        tokens: the new capacity, rounded down to whole pages.
+        tokens: the new capacity of each data-parallel rank, rounded down to whole pages.
 
     Raises:
         EngineError: the capacity cannot hold any request.
@@ -39,7 +42,8 @@ def resize(engine: SglangEngine, tokens: int) -> None:
     """
     scheduler, runner = engine.scheduler, engine.runner
     pool, allocator = runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
-    tokens = in_whole_pages(tokens, allocator)
+    size, ranks = pool_size(tokens, allocator), pool_ranks(allocator)
+    tokens = size // ranks
     # The engine reserves one token of a request, and a few more of its prompt.
     margin = scheduler.max_req_len - scheduler.max_req_input_len
     longest = min(engine.longest_request, tokens - 1)
@@ -47,18 +51,17 @@ def resize(engine: SglangEngine, tokens: int) -> None:
         raise EngineError(
             f"max_total_tokens: {tokens} tokens hold no request; the least is {margin + 2}"
         )
-    pool.size = allocator.size = tokens
-    ranks = getattr(allocator, "dp_size", 1)
-    pages = tokens // allocator.page_size
-    _put(allocator, num_pages=pages, pages_per_rank=pages // ranks, size_per_rank=tokens // ranks)
+    pool.size = allocator.size = size
+    pages = size // allocator.page_size
+    _put(allocator, num_pages=pages, pages_per_rank=pages // ranks, size_per_rank=tokens)
     allocator.clear()
-    if (free := allocator.available_size()) != tokens // ranks:
-        raise EngineError(f"the engine's allocator gives {free} tokens, not {tokens // ranks}")
+    if (free := allocator.available_size()) != tokens:
+        raise EngineError(f"the engine's allocator gives {free} tokens, not {tokens}")
     workers = (scheduler.tp_worker, scheduler.tp_worker.worker)
     for owner in (runner, scheduler, *workers, engine.engine.tokenizer_manager):
         _put(
             owner,
-            max_total_num_tokens=tokens,
+            max_total_num_tokens=size,
             max_req_len=longest,
             max_req_input_len=longest - margin,
         )

@@ -19,6 +19,7 @@ from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
 from kvpipe.pipeline.output import Output
+from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
 
 
@@ -53,8 +54,12 @@ class SglangEngine:
 
     @property
     def max_total_tokens(self) -> int:
-        """Capacity of the KV cache in tokens; while it is dropped, the capacity that it had."""
-        return self.scheduler.max_total_num_tokens
+        """Capacity of the KV cache on each data-parallel rank, in tokens.
+
+        While the cache is dropped, it is the capacity that it had.
+        """
+        ranks = pool_ranks(self.runner.token_to_kv_pool_allocator)
+        return self.scheduler.max_total_num_tokens // ranks
 
     def wait_idle(self) -> None:
         """Return once the engine is idle and no step holds its buffers.
@@ -192,6 +197,14 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     return started
 
 
+def pool_ranks(allocator: Any) -> int:
+    """Return the number of data-parallel ranks that the KV pool is shared out to.
+
+    0.0.2 and bd09a87 give every rank a whole pool, and their allocator counts a single one.
+    """
+    return getattr(allocator, "dp_size", 1)
+
+
 def _constructed(engine_class: Any, arguments: Any) -> Any:
     """Construct the engine; if that fails, leave no exit handler behind.
 
@@ -246,8 +259,8 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
 
 
 def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
-    pages = config.max_total_tokens // config.page_size
-    asked, given = pages * config.page_size, engine.max_total_tokens
+    asked = whole_pages(config.max_total_tokens, config.page_size)
+    given = engine.max_total_tokens
     if given != asked:
         raise EngineError(
             f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}, which is what "

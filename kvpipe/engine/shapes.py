@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat, memory
-from kvpipe.engine.kv_capacity import abstract, in_whole_pages
+from kvpipe.engine.kv_capacity import abstract, pool_size
 from kvpipe.engine.mappings import path_name, weight_mappings
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of
@@ -58,7 +58,7 @@ class EngineShapes:
             Size.KV: memory.bytes_of(pool.kv_buffer),
         }
         for tokens in capacities:
-            pool.size = in_whole_pages(tokens, self.runner.token_to_kv_pool_allocator)
+            pool.size = pool_size(tokens, self.runner.token_to_kv_pool_allocator)
             abstract(type(pool)._create_buffers)(pool)
             found[KvTokens(tokens)] = memory.bytes_of(pool.kv_buffer)
         return found

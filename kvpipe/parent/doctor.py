@@ -204,19 +204,17 @@ def _devices(config: Kvpipe, plain: Mapping[str, Any], secrets: Sequence[str]) -
         scratch = Path(directory)
         environ = {k: v for k, v in os.environ.items() if k not in secrets}
         environ |= jax_environment(config.engine, os.environ)
-        job = {"config": dict(plain), "model_dir": _model_dir(config, scratch)}
+        try:
+            check_shape(config)
+            model_dir = str(shape_dir(config, scratch))
+        except InputError as error:
+            model_dir = None
+            yield Finding(Level.WARN, "plan", str(error))
+        job = {"config": dict(plain), "model_dir": model_dir}
         module, log = "kvpipe.worker.doctor_probe", scratch / "probe.log"
         with start_child(module, log, environ, _SHUTDOWN_S) as child:
             child.send(job)
             yield from _told(_answer(child), config)
-
-
-def _model_dir(config: Kvpipe, scratch: Path) -> str | None:
-    try:
-        check_shape(config)
-    except InputError:
-        return None  # a hub model, whose shape is unknown here
-    return str(shape_dir(config, scratch))
 
 
 def _answer(child: Child) -> dict[str, Any]:
@@ -244,9 +242,6 @@ def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
     yield Finding(Level.OK, "patches", ", ".join(answer["patches"]))
     if answer["misfit"]:
         yield Finding(Level.BAD, "plan", answer["misfit"])
-    elif answer["peak_bytes"] is None:
-        found = f"the shape of {config.model.id} is not known without the hub"
-        yield Finding(Level.WARN, "plan", found, "set model.config or model.path to have a plan")
-    else:
+    elif answer["peak_bytes"] is not None:
         peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
         yield Finding(Level.OK, "plan", f"{config.experiment} fits, {peak}")

@@ -8,18 +8,16 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, get_args
 
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.phase import Effect, Phase
 from kvpipe.pipeline.steps import PHASES_PACKAGE, option_types, phase_class
 
 _ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
-_CHOICE = re.compile(r"``(\w+)``")
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,6 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Difference that another value of an option makes to the effect.
-
-    Attributes:
-        option: the option.
-        value: the value; ``NAME`` stands for any.
-        more: parts that the effect has only with this value.
-        less: parts that it has only without it.
-    """
-
-    option: str
-    value: Any
-    more: Effect
-    less: Effect
-
-
-@dataclass(frozen=True)
 class PhaseDoc:
     """A phase.
 
@@ -69,7 +50,6 @@ class PhaseDoc:
         options: its options.
         effect: its effect with its defaults, with every pool that it changes; ``SLOT`` and ``STEP``
             stand for any.
-        variants: what other values of its options change in that.
     """
 
     name: str
@@ -77,7 +57,6 @@ class PhaseDoc:
     runs_in: str
     options: tuple[Option, ...]
     effect: Effect
-    variants: tuple[Variant, ...] = field(default_factory=tuple)
 
 
 def describe(use: str, config: Kvpipe) -> PhaseDoc:
@@ -90,14 +69,12 @@ def describe(use: str, config: Kvpipe) -> PhaseDoc:
     module = importlib.import_module(f"{PHASES_PACKAGE}.{use}")
     options = tuple(_options(cls, config))
     given = {o.name: o.name.upper() if o.required else o.default for o in options}
-    effect = _effect(cls, given)
     return PhaseDoc(
         name=use,
         summary=_first_paragraph(module.__doc__),
         runs_in=cls.runs_in,
         options=options,
-        effect=effect,
-        variants=tuple(_variants(cls, options, given, effect)),
+        effect=_effect(cls, given),
     )
 
 
@@ -142,53 +119,6 @@ def _effect(cls: type[Phase], options: Mapping[str, Any]) -> Effect:
     return replace(
         effect, pools={**facts.changed_pools(before, effect.after(before)), **effect.pools}
     )
-
-
-def _variants(
-    cls: type[Phase], options: tuple[Option, ...], given: Mapping[str, Any], effect: Effect
-) -> Iterator[Variant]:
-    """Yield the other values of options that change the effect."""
-    for option in options:
-        for value in _other_values(option):
-            try:
-                other = _effect(cls, {**given, option.name: value})
-            except InputError:
-                continue  # not a value of this option, or not without another option
-            if other != effect:
-                less = _minus(effect, other)
-                # A pool that has another size then has that one among what is more.
-                gone = {pool: n for pool, n in less.pools.items() if pool not in other.pools}
-                less = replace(less, pools=gone)
-                yield Variant(option.name, value, _minus(other, effect), less)
-
-
-def _other_values(option: Option) -> list[Any]:
-    """Return values to try: the other truth value, a number, a name, words that the meaning quotes."""
-    match option.type:
-        case "bool":
-            return [not option.default]
-        case "int":
-            return [0]
-        case "int or null":
-            return [1]
-        case "list of str":
-            return [("NAME",)]
-        case "str or null":
-            return ["NAME"]
-        case "str" if not option.required:
-            return [word for word in _CHOICE.findall(option.meaning) if word != option.default]
-        case _:
-            return []
-
-
-def _minus(a: Effect, b: Effect) -> Effect:
-    """Return the parts of ``a`` that ``b`` lacks."""
-    kept = {
-        name: tuple(fact for fact in getattr(a, name) if fact not in getattr(b, name))
-        for name in ("needs", "forbids", "adds", "removes")
-    }
-    pools = {pool: size for pool, size in a.pools.items() if b.pools.get(pool) != size}
-    return Effect(**kept, pools=pools)
 
 
 def _first_paragraph(doc: str | None) -> str:

@@ -9,6 +9,7 @@ from kvpipe.pipeline.facts import own_kv_tokens
 from kvpipe.pipeline.ledger import KV, TRAINER_PROGRAMS, Ledger
 from kvpipe.pipeline.phase import Effect
 from kvpipe.plan.fold import PlannedStep
+from kvpipe.plan.pages import whole_pages
 from kvpipe.records.run import Fit, Program, RunPlanned
 
 
@@ -18,7 +19,7 @@ class KvCapacity:
 
     Attributes:
         device_bytes: bytes that it takes on one device.
-        tokens: its capacity, a multiple of the page size.
+        tokens: its capacity on a data-parallel rank, a multiple of the page size.
         page_size: tokens in a page.
         engine_bytes: bytes of a device that the engine gives to the capacity (it adds a page on
             top of it); None if it takes any capacity.
@@ -31,7 +32,7 @@ class KvCapacity:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token on one device; the pool has one page more than its capacity."""
+        """Bytes of a token on one device, which has one page more than the capacity of its rank."""
         return self.device_bytes // (self.tokens + self.page_size)
 
     @property
@@ -39,7 +40,7 @@ class KvCapacity:
         """The capacity that the engine's own profile gives; None if it takes any."""
         if self.engine_bytes is None:
             return None
-        return _whole_pages(self.engine_bytes // self.token_bytes, self.page_size)
+        return whole_pages(self.engine_bytes // self.token_bytes, self.page_size)
 
 
 def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> int:
@@ -109,7 +110,7 @@ def judge(
     ]
     too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
     room = min((hbm_bytes - total + held for total, held in loads if held), default=hbm_bytes)
-    most = _whole_pages(room // kv.token_bytes - kv.page_size, kv.page_size)
+    most = whole_pages(room // kv.token_bytes - kv.page_size, kv.page_size)
     cut = kv.engine_tokens if any(held for _, held in loads) else None
     if cut is not None:
         most = min(most, cut)
@@ -148,7 +149,3 @@ def refuse_misfit(plan: RunPlanned) -> None:
     """
     if why := misfit(plan):
         raise InputError(f"{why} (plan.enforce=false runs it anyway)")
-
-
-def _whole_pages(tokens: int, page_size: int) -> int:
-    return max(0, tokens // page_size * page_size)

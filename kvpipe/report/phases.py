@@ -22,33 +22,11 @@ _SIZES = {
     Size.TRAINER_MOMENTS: "the trainer's moments",
 }
 _FACTS = ("needs", "forbids", "adds", "removes")
-_NO_LONGER = {
-    "needs": "does not need",
-    "forbids": "does not forbid",
-    "adds": "does not add",
-    "removes": "does not remove",
-    "pools": "does not change",
-}
 
 
 def as_json(phases: Sequence[PhaseDoc]) -> list[dict[str, Any]]:
     """Return the phases as ``describe.format=json`` prints them; facts have their words beside."""
-    return [
-        {
-            **asdict(phase),
-            "effect": _effect_json(phase.effect),
-            "variants": [
-                {
-                    "option": variant.option,
-                    "value": variant.value,
-                    "more": _effect_json(variant.more),
-                    "less": _effect_json(variant.less),
-                }
-                for variant in phase.variants
-            ],
-        }
-        for phase in phases
-    ]
+    return [{**asdict(phase), "effect": _effect_json(phase.effect)} for phase in phases]
 
 
 def as_markdown(phases: Sequence[PhaseDoc]) -> str:
@@ -56,19 +34,18 @@ def as_markdown(phases: Sequence[PhaseDoc]) -> str:
     return "\n".join(line for phase in phases for line in _markdown(phase))
 
 
-def effect_rows(phase: PhaseDoc) -> dict[str, str]:
-    """Return the effect of a phase, and what its options change in it, in words by heading."""
-    rows = _words(phase.effect)
-    for variant in phase.variants:
-        changes = [
-            *(f"{part}: {words}" for part, words in _words(variant.more).items()),
-            *(f"{_NO_LONGER[part]}: {words}" for part, words in _words(variant.less).items()),
-        ]
-        rows[f"{variant.option}={shown(variant.value)}"] = "; ".join(changes)
-    return rows
+def effect_rows(effect: Effect) -> dict[str, str]:
+    """Return the parts of an effect that are not empty, in words by heading."""
+    words = {
+        name: "; ".join(facts.meaning(fact).what for fact in getattr(effect, name))
+        for name in _FACTS
+    }
+    pools = effect.pools.items()
+    words["pools"] = "; ".join(f"{pool} has {_size_words(size)}" for pool, size in pools)
+    return {name: text for name, text in words.items() if text}
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """Return a value of an option as YAML has it."""
     if isinstance(value, tuple):
         return f"[{', '.join(value)}]"
@@ -77,18 +54,7 @@ def shown(value: Any) -> str:
 
 def default_of(option: Option) -> str:
     """Return what is used if a step does not give the option."""
-    return "required" if option.required else shown(option.default)
-
-
-def _words(effect: Effect) -> dict[str, str]:
-    """Return the parts of an effect that are not empty, in words."""
-    words = {
-        name: "; ".join(facts.meaning(fact).what for fact in getattr(effect, name))
-        for name in _FACTS
-    }
-    pools = effect.pools.items()
-    words["pools"] = "; ".join(f"{pool} has {_size_words(size)}" for pool, size in pools)
-    return {name: text for name, text in words.items() if text}
+    return "required" if option.required else _shown(option.default)
 
 
 def _size_words(size: PoolSize) -> str:
@@ -117,6 +83,6 @@ def _markdown(phase: PhaseDoc) -> Iterator[str]:
         ]
         yield from markdown_table(["option", "type", "default", "meaning"], rows, texts=4)
         yield ""
-    yield from (f"- {heading}: {words}" for heading, words in effect_rows(phase).items())
+    yield from (f"- {heading}: {words}" for heading, words in effect_rows(phase.effect).items())
     yield f"- runs in: the {phase.runs_in}"
     yield ""

@@ -42,7 +42,7 @@ def _options(phase: PhaseDoc) -> Table:
 
 
 def _effect(phase: PhaseDoc) -> Table:
-    rows = effect_rows(phase) | {"runs in": f"the {phase.runs_in}"}
+    rows = effect_rows(phase.effect) | {"runs in": f"the {phase.runs_in}"}
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(ratio=1)

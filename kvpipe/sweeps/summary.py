@@ -11,6 +11,7 @@ from typing import Any
 from kvpipe import errors
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import KV, is_contracted
+from kvpipe.plan.pages import whole_pages
 from kvpipe.records.run import FAILED, INTERRUPTED, PASSED, RECORDS_FILE, SKIPPED, PhaseRecord
 from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.run import UNFINISHED, Run, read_run
@@ -130,8 +131,7 @@ def _tokens(run: Run) -> int | None:
     engine = run.config.get("engine")
     if engine is None:
         return None
-    page = engine["page_size"]
-    return engine["max_total_tokens"] // page * page
+    return whole_pages(engine["max_total_tokens"], engine["page_size"])
 
 
 def _ending(rows: Sequence[SweepJob]) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, Po
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan import fit, fold
+from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU, Target
 from kvpipe.records.run import Program, RunPlanned
 from kvpipe.system.pipes import send
@@ -77,7 +78,7 @@ def plan_for(
     )
     capacity = fit.KvCapacity(
         device_bytes=sizes[Size.KV][0],
-        tokens=engine.max_total_tokens // engine.page_size * engine.page_size,
+        tokens=whole_pages(engine.max_total_tokens, engine.page_size),
         page_size=engine.page_size,
         engine_bytes=fit.engine_kv_bytes(sees, params, engine.mem_fraction_static),
     )

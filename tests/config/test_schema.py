@@ -1,6 +1,6 @@
 import pytest
 
-from kvpipe.config.schema import EngineConfig, Kvpipe, SamplingConfig, from_plain
+from kvpipe.config.schema import EngineConfig, Kvpipe, SamplingConfig, TinyModel, from_plain
 from tests.helpers_config import compose_plain
 from tests.refusal import refusal
 
@@ -35,6 +35,32 @@ def test_a_size_of_the_engine_below_one_is_refused(key):
     """A tp_size of 0 used to be taken for none, and so for the device count."""
     assert refusal(EngineConfig, **{key: 0}) == f"engine.{key} is 0, it has to be at least 1"
     assert getattr(EngineConfig(**{key: 1}), key) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            {"architecture": "Qwen2ForCausal"},
+            "architecture is 'Qwen2ForCausal'; did you mean 'Qwen2ForCausalLM' or "
+            "'Qwen3ForCausalLM' or 'LlamaForCausalLM'?",
+        ),
+        ({"torch_dtype": "bf16"}, "torch_dtype is 'bf16'; did you mean 'bfloat16' or 'float16'?"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, it has to be at least 1"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4, it has to be a multiple of num_key_value_heads (3)",
+        ),
+        ({"head_dim": 7}, "head_dim is 7, RoPE needs an even one"),
+        (
+            {"vocab_size": 256},
+            "vocab_size is 256, it has to be more than 256: one token for each byte and one for "
+            "the end of the text",
+        ),
+    ],
+)
+def test_a_shape_that_no_generated_model_can_have_is_refused(shape, message):
+    assert refusal(TinyModel, **shape) == f"model.generate.{message}"
 
 
 def test_sampling_that_cannot_be_is_refused():

@@ -4,7 +4,7 @@ Run it by hand when kvpipe.checkpoints.tiny gives other bytes (its FORMAT_VERSIO
 Python that has torch, which kvpipe itself never installs:
 
     python3.11 -m venv /tmp/golden
-    /tmp/golden/bin/pip install torch==2.13.0 transformers==4.55.4 ml_dtypes
+    /tmp/golden/bin/pip install torch==2.13.0 transformers==4.55.4 ml_dtypes omegaconf
     PYTHONPATH=. /tmp/golden/bin/python tests/golden/make.py
 
 Tests compare an engine's ids with these up to the first step whose `gap` is a near-tie.

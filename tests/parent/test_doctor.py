@@ -185,9 +185,16 @@ def test_the_devices_the_patches_and_the_plan_are_told():
         "tiny fits, peak 16.00 of 32.00 GiB a device",
     )
     assert told(misfit="it does not fit")[2].level is Level.BAD
-    assert told(peak_bytes=None)[2].level is Level.WARN
+    assert told(peak_bytes=None) == [devices, patches]
     (error,) = told(error="no devices")
     assert (error.level, error.found) == (Level.BAD, "no devices")
+
+
+def test_a_shape_that_only_the_hub_knows_is_a_warning_in_the_words_of_the_plan():
+    plain = compose_plain(BIGKV, "model.config=null")
+    finding = next(doctor._devices(config_of(plain), plain, ()))
+    assert (finding.level, finding.about) == (Level.WARN, "plan")
+    assert finding.found.startswith("model.config: a plan needs the shape of 'Qwen/Qwen2.5-3B")
 
 
 def test_the_tiny_experiment_could_run_here(tmp_path):

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kvpipe.checkpoints.model_dir import check_shape, shape_dir
-from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.checkpoints.tiny import ensure
 from kvpipe.config.jax_environment import cpu_environment
-from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModelConfig
+from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel
 from kvpipe.errors import EngineError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.plan.targets import Target
@@ -85,7 +85,7 @@ def test_the_target_follows_the_engines_device_and_is_overridden_by_name(kvpipe,
 
 
 def test_the_shape_of_a_generated_model_is_its_checkpoints_config_without_the_weights(tmp_path):
-    config = Kvpipe(model=ModelConfig(id="x", generate=TinyModelConfig(num_hidden_layers=2)))
+    config = Kvpipe(model=ModelConfig(id="x", generate=TinyModel(num_hidden_layers=2)))
     check_shape(config)
     directory = shape_dir(config, tmp_path)
     whole = ensure(TinyModel(num_hidden_layers=2), tmp_path / "cache")
@@ -125,9 +125,10 @@ def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():
 
 def test_a_planning_process_that_dies_is_told_with_the_end_of_its_log(monkeypatch, tmp_path):
     plain = compose_plain()
-    broken = tmp_path / "kvpipe"
-    broken.mkdir()
-    (broken / "__init__.py").touch()
+    broken = tmp_path / "kvpipe/worker"
+    broken.mkdir(parents=True)
+    for package in (broken.parent, broken):
+        (package / "__init__.py").touch()
     (broken / "planner.py").write_text("raise SystemExit('no engine here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")

@@ -90,6 +90,13 @@ def test_what_does_not_fit_beside_real_weights_is_refused_in_the_same_way(tmp_pa
     misfit(tmp_path, 635_568, "+experiment=qwen25_3b_bigkv")
 
 
+@pytest.mark.nightly(finds="a largest capacity that data-parallel ranks change")
+def test_what_does_not_fit_on_two_data_parallel_ranks_is_refused_in_the_same_way(
+    tmp_path: Path,
+) -> None:
+    misfit(tmp_path, 8_942_880, "engine.tp_size=2", "engine.dp_size=2")
+
+
 def test_heads_that_the_mesh_cannot_part_are_refused_and_do_not_end_the_sweep(
     tmp_path: Path,
 ) -> None:
