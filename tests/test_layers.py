@@ -29,9 +29,9 @@ print(json.dumps(found))
 
 RUN_CLI = """
 import json, sys
-from kvpipe import cli
+from kvpipe.cli import app
 try:
-    code = cli.main(sys.argv[1:])
+    code = app.main(sys.argv[1:])
 except SystemExit as end:
     code = end.code
 print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from kvpipe.cli import app
+from kvpipe.cli import check, run
+from kvpipe.cli.verbs import VERBS
 from kvpipe.config.schema import Kvpipe
 from kvpipe.parent import supervisor
 from kvpipe.pipeline.steps import build_steps, phase_names
@@ -441,28 +442,28 @@ def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
 def test_a_signal_ends_a_whole_sweep_and_not_only_its_current_job(kvpipe, monkeypatch):
     calls = []
 
-    def interrupted(config, plain):
-        calls.append(config.engine.tp_size)
+    def interrupted(composed):
+        calls.append(composed.engine.tp_size)
         return 130
 
-    monkeypatch.setitem(app.VERBS, "check", interrupted)
+    monkeypatch.setattr(check, "act", interrupted)
     with pytest.raises(SystemExit) as ended:
         kvpipe("check", "-m", "engine.tp_size=1,2,4")
     assert (ended.value.code, calls) == (130, [1])
 
 
 def test_the_exit_code_of_a_sweep_is_the_highest_of_its_jobs(kvpipe, monkeypatch):
-    monkeypatch.setitem(app.VERBS, "check", lambda config, plain: config.engine.tp_size)
+    monkeypatch.setattr(check, "act", lambda composed: composed.engine.tp_size)
     assert kvpipe("check", "-m", "engine.tp_size=1,3,2").code == 3
 
 
 def test_an_unexpected_error_keeps_its_traceback(kvpipe, monkeypatch):
     """What is no person's mistake at the terminal must not look like one."""
 
-    def broken(config, plain):
+    def broken(composed):
         raise ValueError("a defect of kvpipe")
 
-    monkeypatch.setitem(app.VERBS, "check", broken)
+    monkeypatch.setattr(check, "act", broken)
     answer = kvpipe("check")
     assert (answer.code, answer.out) == (70, "")
     assert "Traceback (most recent call last):\n" in answer.err
@@ -476,8 +477,8 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_json(monkeypatch):
 
     for is_a_terminal, kind in ((True, ConsoleTable), (False, JsonLines)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
-        assert isinstance(app._screen(OutputFormat.auto), kind)
-    assert isinstance(app._screen(OutputFormat.table), ConsoleTable)
+        assert isinstance(run._screen(OutputFormat.auto), kind)
+    assert isinstance(run._screen(OutputFormat.table), ConsoleTable)
 
 
 def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(monkeypatch):
@@ -492,9 +493,9 @@ def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(m
     ):
         monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
         config = Kvpipe(output=output)
-        assert len(app._heartbeat(config)) == beats
+        assert len(run._heartbeat(config)) == beats
         config.runner.heartbeat_s = None
-        assert app._heartbeat(config) == []
+        assert run._heartbeat(config) == []
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +511,7 @@ def test_help_names_verbs_experiments_examples_and_flags_on_one_page(shown_help)
     # Hydra prints a group on one line; only those two may need more than one in a terminal.
     long = ("experiment: ", "pipeline: ")
     assert max(len(line) for line in lines if not line.startswith(long)) <= 100
-    for verb in app.VERBS:
+    for verb in VERBS:
         assert any(line.startswith(f"  {verb} ") for line in lines), verb
     assert f"experiment: {', '.join(EXPERIMENTS)}" in lines
     assert sum(line.startswith("  python -m kvpipe") for line in lines) >= 2
@@ -538,7 +539,7 @@ def test_hydras_store_is_not_copied(kvpipe, monkeypatch, arguments):
 
 def test_a_comparison_does_not_import_what_draws(tmp_path):
     code = (
-        "import sys; from kvpipe import cli; code = cli.main(sys.argv); "
+        "import sys; from kvpipe.cli import app; code = app.main(sys.argv); "
         "sys.exit(code or any(m.split('.')[0] == 'PIL' for m in sys.modules))"
     )
     arguments = ["compare", LARGE, SMALL, "compare.format=html"]
