@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
-from kvpipe.config.hosts import is_first, node_rank, own_file
+from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
@@ -42,6 +42,7 @@ def act(composed: DictConfig) -> int:
     try:
         plain = to_plain(composed)
         _refuse_secrets(plain)
+        plain = _completed(plain)
         return _run(from_plain(plain), plain)
     except (InputError, *COMPOSITION_ERRORS) as error:
         if _is_job():
@@ -49,17 +50,22 @@ def act(composed: DictConfig) -> int:
         raise
 
 
+def _completed(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with what Hydra does not compose: the host's rank, the sweep's group."""
+    plain = with_node_rank(plain, os.environ)
+    if not _is_job():
+        return plain
+    hydra_config = HydraConfig.get()
+    return grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
+
+
 def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
     steps = checked_steps(config)
-    plain = plain | {"engine": plain["engine"] | {"node_rank": node_rank(config, os.environ)}}
-    config = from_plain(plain)
+    check_node_rank(config.engine, os.environ)
     jax_environment(config.engine, os.environ)
-    hydra_config = HydraConfig.get()
     if _is_job():
         _refuse_hosts_in_a_sweep(config)
-        plain = grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
-        config = from_plain(plain)
-    run_dir = Path(hydra_config.runtime.output_dir)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
     first = is_first(config.engine)
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 
 from kvpipe.cli import check, run
 from kvpipe.cli.verbs import VERBS
-from kvpipe.config.schema import Kvpipe
+from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.parent import supervisor
 from kvpipe.pipeline.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
@@ -591,6 +591,21 @@ def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpi
     begun.clear()
     assert kvpipe("engine.max_total_tokens=512").code == 0
     assert (begun[0].group, begun[0].tags) == (None, [])
+
+
+def test_a_run_and_a_job_of_a_sweep_convert_their_config_once(kvpipe, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "from_plain", lambda plain: made.append(from_plain(plain)) or made[-1])
+    monkeypatch.setattr(supervisor.Run, "carry_out", lambda self: passed(self.run_dir))
+    assert kvpipe("engine.max_total_tokens=512").code == 0
+    assert len(made) == 1
+    kvpipe("-m", "engine.max_total_tokens=512,1024")
+    assert [config.engine.max_total_tokens for config in made[1:]] == [512, 1024]
+
+
+def test_tags_that_are_no_texts_are_refused_in_a_sweep_too(kvpipe):
+    answer = kvpipe("-m", "engine.max_total_tokens=512", "tracking.tags=[[a]]")
+    assert "kvpipe: tracking.tags: ['a'] is of type list, not str\n" in answer.err
 
 
 def test_an_override_that_is_too_long_for_a_tag_is_left_out():
