@@ -5,8 +5,10 @@ import-linter sees static imports only, and none under ``TYPE_CHECKING``.
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 
 import grimp
 
@@ -80,6 +82,16 @@ def test_help_and_cfg_and_check_import_neither_jax_nor_numpy_nor_what_draws(tmp_
         assert code in (0, None), arguments
         drawing = {"PIL", "jinja2", "ml_dtypes", "numpy"}
         assert (HEAVY | drawing) & set(imported) == set(), arguments
+
+
+def test_the_map_of_the_rooms_names_each_folder_in_the_order_of_the_layers():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = re.findall(r"^kvpipe/\n((?:  .*\n)+)", text, re.MULTILINE)
+    rooms = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(c["layers"] for c in contract["contracts"] if c["type"] == "layers")
+    assert rooms == [room for layer in layers for room in layer.split(" | ")]
+    assert sorted(rooms) == [m.name for m in pkgutil.iter_modules(kvpipe.__path__) if m.ispkg]
 
 
 def circle(graph):
