@@ -134,12 +134,12 @@ def who_ended(log: str, names: Sequence[str]) -> str | None:
     line = next((line for line in reversed(log.splitlines()) if _ENDED_BY_SERVICE in line), None)
     if line is None:
         return None
-    told = log[log.rindex(line) :]
-    if ranks := sorted({int(rank) for rank in _TASK.findall(told)}):
+    message = log[log.rindex(line) :]
+    if ranks := sorted({int(rank) for rank in _TASK.findall(message)}):
         return " and ".join(host_label(rank, names) for rank in ranks) + " ended"
-    if _NOT_ALL_CAME in told:
+    if _NOT_ALL_CAME in message:
         return "not every host came to engine.dist_init_addr"
-    return f"{host_label(0, names)} ended" if _LEADER_GONE in told else None
+    return f"{host_label(0, names)} ended" if _LEADER_GONE in message else None
 
 
 def host_label(rank: int, names: Sequence[str]) -> str:
