@@ -32,7 +32,7 @@ def callable_in(
 ) -> Iterator[Call]:
     """Yield a function that calls kvpipe in ``directory``; a run never begins.
 
-    What a call leaves in this process (``sys.argv``, the environment, logging) is undone.
+    Undo what a call leaves in this process (``sys.argv``, the environment, logging).
     """
 
     def carry_out(self: supervisor.Run) -> None:

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpipe.cli import app
+from kvpipe.cli.common import checked_steps
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.config.schema import Kvpipe, from_plain, to_plain
@@ -271,7 +271,7 @@ def check(overrides):
     """Compose a config and check it, as the command does."""
     try:
         plain = to_plain(compose("config", overrides=overrides))
-        app._checked_steps(from_plain(plain))
+        checked_steps(from_plain(plain))
     except COMPOSITION_ERRORS as error:
         raise InputError(one_message(error)) from None
 

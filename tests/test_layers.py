@@ -1,9 +1,16 @@
-"""The parent process has no jax, whatever it imports; import-linter sees static imports only."""
+"""The parent process has no jax, whatever it imports, and no modules import each other in a circle.
+
+import-linter sees static imports only, and none under ``TYPE_CHECKING``.
+"""
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
+
+import grimp
 
 import kvpipe
 import phases
@@ -29,9 +36,9 @@ print(json.dumps(found))
 
 RUN_CLI = """
 import json, sys
-from kvpipe import cli
+from kvpipe.cli import app
 try:
-    code = cli.main(sys.argv[1:])
+    code = app.main(sys.argv[1:])
 except SystemExit as end:
     code = end.code
 print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
@@ -75,3 +82,42 @@ def test_help_and_cfg_and_check_import_neither_jax_nor_numpy_nor_what_draws(tmp_
         assert code in (0, None), arguments
         drawing = {"PIL", "jinja2", "ml_dtypes", "numpy"}
         assert (HEAVY | drawing) & set(imported) == set(), arguments
+
+
+def test_the_map_of_the_rooms_names_each_folder_in_the_order_of_the_layers():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = re.findall(r"^kvpipe/\n((?:  .*\n)+)", text, re.MULTILINE)
+    rooms = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(c["layers"] for c in contract["contracts"] if c["type"] == "layers")
+    assert rooms == [room for layer in layers for room in layer.split(" | ")]
+    assert sorted(rooms) == [m.name for m in pkgutil.iter_modules(kvpipe.__path__) if m.ispkg]
+
+
+def circle(graph):
+    """Return the modules of the shortest circle of imports, each importing the next; or nothing."""
+    circles = [
+        (module, *graph.find_shortest_chain(imported, module))
+        for module in graph.modules
+        for imported in graph.find_modules_directly_imported_by(module)
+        if graph.chain_exists(imported, module)
+    ]
+    return min(circles, key=lambda names: (len(names), names), default=())
+
+
+def test_no_modules_import_each_other_in_a_circle_not_even_for_their_types():
+    executed, every = (
+        grimp.build_graph(
+            "kvpipe", "phases", exclude_type_checking_imports=excluded, cache_dir=None
+        )
+        for excluded in (True, False)
+    )
+    assert every.count_imports() > executed.count_imports()
+    assert " imports ".join(circle(every)) == ""
+
+
+def test_of_several_circles_the_shortest_is_named():
+    graph = grimp.ImportGraph()
+    for importer, imported in ("ab", "bc", "cd", "da", "eb", "ca"):
+        graph.add_import(importer=importer, imported=imported)
+    assert circle(graph) == ("a", "b", "c", "a")

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import pytest
 
 from kvpipe import errors
-from kvpipe.cli import app
+from kvpipe.cli.verbs import VERBS
 from kvpipe.records.run import record_from_json
 from kvpipe.system.secrets import wandb_api_key
 from tests.command import environment, kvpipe
@@ -32,7 +32,7 @@ from tests.sop import STEPS
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-NO_RUN = "|".join(["--help", "--cfg", *(verb for verb in app.VERBS if verb != "run")])
+NO_RUN = "|".join(["--help", "--cfg", *(verb for verb in VERBS if verb != "run")])
 WHEEL = f"'{sys.executable}' -m hatchling build -t wheel -d '{{cwd}}/dist' >&2"
 
 

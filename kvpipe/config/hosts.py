@@ -6,6 +6,7 @@ while the engine runs.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvpipe.config.jax_environment import device_total
 from kvpipe.config.schema import EngineConfig, Kvpipe
@@ -25,34 +26,50 @@ _LEADER_GONE = "Failed to send RPC to coordination service"
 _NOT_ALL_CAME = "RegisterTask"
 
 
-def node_rank(config: Kvpipe, environ: Mapping[str, str]) -> int | None:
-    """Return this host's rank among ``engine.nnodes``; None for a single host.
+def with_node_rank(plain: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return a config of several hosts with this host's rank, if the environment gives it.
 
     Args:
-        config: the composed config.
+        plain: the config as plain values; a rank that it has stays.
         environ: the environment, which may hold the rank (:data:`RANK_VARIABLES`).
+    """
+    engine = plain["engine"]
+    name = _rank_variable(environ)
+    if name is None or engine["node_rank"] is not None:
+        return dict(plain)
+    if not _is_rank(environ[name], engine["nnodes"]):
+        return dict(plain)
+    return {**plain, "engine": engine | {"node_rank": int(environ[name])}}
+
+
+def check_node_rank(engine: EngineConfig, environ: Mapping[str, str]) -> None:
+    """Refuse a config of several hosts that :func:`with_node_rank` could not give a rank.
 
     Raises:
-        InputError: the hosts' keys contradict each other, or nothing gives the rank.
+        InputError: the environment gives no rank, or none of these hosts.
     """
-    check_hosts(config)
-    engine = config.engine
     if engine.nnodes == 1 or engine.node_rank is not None:
-        return engine.node_rank
-    name = next((name for name in RANK_VARIABLES if environ.get(name)), None)
+        return
+    name = _rank_variable(environ)
     if name is None:
         raise InputError(
             f"engine.node_rank: nothing says which of the {engine.nnodes} hosts this one is; set "
             f"{RANK_VARIABLES[0]} on each host, from 0 to {engine.nnodes - 1} "
             f"({' and '.join(RANK_VARIABLES[1:])} are read too)"
         )
-    text = environ[name]
-    if not text.isdecimal() or int(text) >= engine.nnodes:
-        raise InputError(
-            f"engine.node_rank: {name} is {text!r}, but engine.nnodes is {engine.nnodes}; it has "
-            f"to be a number from 0 to {engine.nnodes - 1}"
-        )
-    return int(text)
+    raise InputError(
+        f"engine.node_rank: {name} is {environ[name]!r}, but engine.nnodes is {engine.nnodes}; it "
+        f"has to be a number from 0 to {engine.nnodes - 1}"
+    )
+
+
+def _rank_variable(environ: Mapping[str, str]) -> str | None:
+    return next((name for name in RANK_VARIABLES if environ.get(name)), None)
+
+
+def _is_rank(text: str, nnodes: int) -> bool:
+    """Whether a text is a rank among several hosts."""
+    return nnodes > 1 and text.isdecimal() and int(text) < nnodes
 
 
 def check_hosts(config: Kvpipe) -> None:
@@ -117,12 +134,12 @@ def who_ended(log: str, names: Sequence[str]) -> str | None:
     line = next((line for line in reversed(log.splitlines()) if _ENDED_BY_SERVICE in line), None)
     if line is None:
         return None
-    told = log[log.rindex(line) :]
-    if ranks := sorted({int(rank) for rank in _TASK.findall(told)}):
+    message = log[log.rindex(line) :]
+    if ranks := sorted({int(rank) for rank in _TASK.findall(message)}):
         return " and ".join(host_label(rank, names) for rank in ranks) + " ended"
-    if _NOT_ALL_CAME in told:
+    if _NOT_ALL_CAME in message:
         return "not every host came to engine.dist_init_addr"
-    return f"{host_label(0, names)} ended" if _LEADER_GONE in told else None
+    return f"{host_label(0, names)} ended" if _LEADER_GONE in message else None
 
 
 def host_label(rank: int, names: Sequence[str]) -> str:

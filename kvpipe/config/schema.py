@@ -5,9 +5,11 @@ is an error when the config is composed, before anything is loaded. This is the 
 config keys.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -564,10 +566,20 @@ def schema() -> DictConfig:
     ``phases`` and ``runner.phase_timeouts`` accept new keys without a ``+``; step names and options
     are validated when the steps are built.
     """
-    node = OmegaConf.structured(Kvpipe)
+    node = _structured()
     OmegaConf.set_struct(node.phases, False)
     OmegaConf.set_struct(node.runner.phase_timeouts, False)
     return node
+
+
+def _structured() -> DictConfig:
+    """Return a new node of the dataclasses; a copy takes a fifth of the time of their conversion."""
+    return copy.deepcopy(_converted())
+
+
+@cache
+def _converted() -> DictConfig:
+    return OmegaConf.structured(Kvpipe)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -583,6 +595,6 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def from_plain(plain: dict[str, Any]) -> Kvpipe:
     """Return the typed config of :func:`to_plain`'s result, with every value validated again."""
-    config = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(Kvpipe), plain))
+    config = OmegaConf.to_object(OmegaConf.unsafe_merge(_structured(), plain))
     assert isinstance(config, Kvpipe)
     return config

@@ -100,7 +100,8 @@ def sides(
     base = config.base
     if base is None and config.head is None and not config.overrides:
         base = "HEAD"
-    before, after = _side(base, common, scratch), _side(config.head, common, scratch)
+    before = _side("base", base, common, scratch)
+    after = _side("head", config.head, common, scratch)
     if config.overrides:
         name = f"{after.name} with {', '.join(f'`{text}`' for text in config.overrides)}"
         after = Revision(name, after.root, [*common, *config.overrides])
@@ -126,17 +127,24 @@ def changes(
     return [PlanChange(name, old.get(name), new.get(name)) for name in sorted({**old, **new})]
 
 
-def _side(revision: str | None, arguments: Sequence[str], scratch: Path) -> Revision:
-    """Return the files of a git revision, or without one those of this process."""
+def _side(key: str, revision: str | None, arguments: Sequence[str], scratch: Path) -> Revision:
+    """Return the files of the git revision that is the value of ``key``, or of this process."""
     if revision is None:
         return Revision("the files here", Path(kvpipe.__file__).parents[1], arguments)
-    found = _git("rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
-    commit = found.decode().strip()
     top = _git("rev-parse", "--show-toplevel").decode().strip()
+    commit = _commit(key, revision, top)
     archive = _git("-C", top, "archive", commit, *_PACKAGES)
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(scratch / commit, filter="data")
     return Revision(f"{revision} ({commit[:7]})", scratch / commit, arguments)
+
+
+def _commit(key: str, revision: str, top: str) -> str:
+    asked = ["rev-parse", "--quiet", "--verify", "--end-of-options", f"{revision}^{{commit}}"]
+    found = subprocess.run(["git", *asked], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise InputError(f"compare_plans.{key}: {top} has no revision {revision!r}")
+    return found.stdout.strip()
 
 
 def _git(*arguments: str) -> bytes:

@@ -18,6 +18,7 @@ def grouped(plain: Mapping[str, Any], sweep_dir: str, overrides: Sequence[str]) 
     """
     tracking = dict(plain["tracking"])
     tracking["group"] = tracking["group"] or Path(sweep_dir).name
-    tags = [text for text in overrides if len(text) <= _TAG_CHARS]
-    tracking["tags"] = list(dict.fromkeys([*tracking["tags"], *tags]))
+    own = tracking["tags"]
+    added = [text for text in overrides if len(text) <= _TAG_CHARS and text not in own]
+    tracking["tags"] = [*own, *added]
     return {**plain, "tracking": tracking}

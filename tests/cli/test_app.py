@@ -1,27 +1,22 @@
-import os
-import re
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hydra.core.config_store import ConfigStore
 
-from kvpipe.cli import app
+from kvpipe.cli import check
 from kvpipe.config.schema import Kvpipe
-from kvpipe.parent import supervisor
 from kvpipe.pipeline.steps import build_steps, phase_names
 from kvpipe.suggest import nearest
-from kvpipe.sweeps.group import grouped
 from tests import command
 from tests.helpers_config import EXPERIMENTS, compose_plain, config_of, default_names
 from tests.in_process import Answer, files
-from tests.sinks.pipeline_records import passed
 
 STEPS = ", ".join(phase_names())
+
+
 DROP = default_names().index("kv_cache_dropped")
+
+
 TOP_KEYS = ", ".join(sorted(field.name for field in fields(Kvpipe)))
 
 
@@ -201,16 +196,6 @@ def test_a_prompt_that_is_not_utf_8_is_refused(kvpipe, tmp_path):
     assert answer == Answer(2, "", expected)
 
 
-def test_another_platform_in_the_environment_is_refused_by_a_run(kvpipe, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    assert kvpipe() == Answer(
-        2,
-        "",
-        "kvpipe: engine.device is 'cpu', but the environment has JAX_PLATFORMS=tpu; "
-        "unset it or set it to cpu\n",
-    )
-
-
 def test_a_check_of_a_tpu_experiment_works_where_the_environment_says_cpu(kvpipe, monkeypatch):
     """It is a laptop on which the plan of a TPU is looked at."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -226,113 +211,6 @@ def test_an_unknown_verb_is_refused_with_the_nearest(kvpipe):
 def test_a_verb_that_does_not_stand_first_is_told_where_it_has_to_stand(kvpipe):
     expected = "kvpipe: cannot read the argument 'check': write KEY=VALUE; a verb comes first\n"
     assert kvpipe("+experiment=tiny", "check") == Answer(2, "", expected)
-
-
-RUNS = Path(__file__).parents[1] / "data/tiny_runs"
-SMALL, LARGE = str(RUNS / "1024.jsonl"), str(RUNS / "2048.jsonl")
-
-
-def run_dir(path, records=SMALL):
-    path.mkdir()
-    (path / "records.jsonl").write_text(Path(records).read_text())
-    return path
-
-
-def test_report_writes_page_and_picture_beside_the_records(kvpipe, tmp_path):
-    run_dir(tmp_path / "run")
-    assert kvpipe("report", "run") == Answer(0, "run/report.html\nrun/timeline.png\n", "")
-    assert files(tmp_path / "run") == ["records.jsonl", "report.html", "timeline.png"]
-
-
-def test_report_writes_elsewhere_if_told_to(kvpipe, tmp_path):
-    (tmp_path / "here").mkdir()
-    answer = kvpipe("report", SMALL, "report.dir=here")
-    assert (answer.code, answer.out) == (0, "here/report.html\nhere/timeline.png\n")
-
-
-def test_compare_holds_runs_against_the_first_and_its_exit_code_tells(kvpipe, tmp_path):
-    grown = kvpipe("compare", SMALL, LARGE)
-    assert grown.code == 1
-    assert grown.out.startswith("# Runs compared\n")
-    assert grown.err == (
-        f"kvpipe: {LARGE}: kv grew by 3,145,728 bytes after 'engine_ready_dummy' and in 10 more, "
-        "compare.budget_bytes is 0\n"
-    )
-    assert kvpipe("compare", LARGE, SMALL).code == 0
-    assert kvpipe("compare", SMALL, LARGE, "compare.budget_bytes=3145728").code == 0
-    assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize(("form", "begin"), [("json", "{"), ("html", "<!DOCTYPE html>")])
-def test_compare_has_a_form_for_programs_and_one_for_browsers(kvpipe, tmp_path, form, begin):
-    answer = kvpipe("compare", LARGE, SMALL, f"compare.format={form}", "compare.file=out")
-    assert answer == Answer(0, "", "")
-    assert (tmp_path / "out").read_text().startswith(begin)
-
-
-def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
-    run_dir(tmp_path / "tp=4")
-    assert kvpipe("compare", "tp=4", SMALL).code == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["report"], "report: name one directory of a run or a sweep, not 0: report DIR"),
-        (
-            ["report", SMALL, LARGE],
-            "report: name one directory of a run or a sweep, not 2: report DIR",
-        ),
-        (["report", "nosuch"], "nosuch: there is no such directory or file"),
-        (["report", "."], ".: there is no records.jsonl in it, so it is no run"),
-        (["report", SMALL, "report.dir=nosuch"], "report.dir: there is no directory nosuch"),
-        (
-            ["report", SMALL, "report.dri=a"],
-            "report.dri: there is no such key; did you mean 'dir'?",
-        ),
-        (
-            ["compare", SMALL],
-            "compare: name 2 to 26 run directories, not 1: compare RUN_A RUN_B",
-        ),
-        (
-            ["compare", *[SMALL] * 27],
-            "compare: name 2 to 26 run directories, not 27: compare RUN_A RUN_B",
-        ),
-        (["compare", SMALL, "nosuch"], "nosuch: there is no such directory or file"),
-        (
-            ["compare", SMALL, LARGE, "compare.format=xml"],
-            "compare.format: Invalid value 'xml', expected one of [markdown, json, html]",
-        ),
-        (
-            ["compare", SMALL, LARGE, "compare.budget_bytes=-1"],
-            "compare.budget_bytes is -1, it has to be at least 0",
-        ),
-        (
-            ["compare", LARGE, SMALL, "compare.file=no/such"],
-            "compare.file: cannot write no/such: No such file or directory",
-        ),
-    ],
-)
-def test_what_report_and_compare_cannot_read_is_told_in_one_line(
-    kvpipe, tmp_path, arguments, message
-):
-    assert kvpipe(*arguments) == Answer(2, "", f"kvpipe: {message}\n")
-    assert files(tmp_path) == []
-
-
-def test_a_report_that_cannot_be_written_is_told_in_one_line(kvpipe, tmp_path):
-    (run_dir(tmp_path / "run") / "report.html").mkdir()
-    answer = kvpipe("report", "run")
-    assert answer.code == 1
-    assert answer.err == "kvpipe: run/report.html: cannot write the report: Is a directory\n"
-
-
-def test_a_run_directory_that_cannot_be_made_is_told_without_a_traceback(kvpipe, tmp_path):
-    (tmp_path / "outputs").touch()
-    answer = kvpipe()
-    assert (answer.code, answer.out) == (2, "")
-    assert answer.err.startswith("kvpipe: [Errno ")
-    assert answer.err.count("\n") == 1
 
 
 def test_a_config_directory_that_is_not_there_is_named(kvpipe, tmp_path):
@@ -441,198 +319,32 @@ def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
 def test_a_signal_ends_a_whole_sweep_and_not_only_its_current_job(kvpipe, monkeypatch):
     calls = []
 
-    def interrupted(config, plain):
-        calls.append(config.engine.tp_size)
+    def interrupted(composed):
+        calls.append(composed.engine.tp_size)
         return 130
 
-    monkeypatch.setitem(app.VERBS, "check", interrupted)
+    monkeypatch.setattr(check, "act", interrupted)
     with pytest.raises(SystemExit) as ended:
         kvpipe("check", "-m", "engine.tp_size=1,2,4")
     assert (ended.value.code, calls) == (130, [1])
 
 
 def test_the_exit_code_of_a_sweep_is_the_highest_of_its_jobs(kvpipe, monkeypatch):
-    monkeypatch.setitem(app.VERBS, "check", lambda config, plain: config.engine.tp_size)
+    monkeypatch.setattr(check, "act", lambda composed: composed.engine.tp_size)
     assert kvpipe("check", "-m", "engine.tp_size=1,3,2").code == 3
 
 
 def test_an_unexpected_error_keeps_its_traceback(kvpipe, monkeypatch):
     """What is no person's mistake at the terminal must not look like one."""
 
-    def broken(config, plain):
+    def broken(composed):
         raise ValueError("a defect of kvpipe")
 
-    monkeypatch.setitem(app.VERBS, "check", broken)
+    monkeypatch.setattr(check, "act", broken)
     answer = kvpipe("check")
     assert (answer.code, answer.out) == (70, "")
     assert "Traceback (most recent call last):\n" in answer.err
     assert answer.err.endswith("ValueError: a defect of kvpipe\n")
-
-
-def test_a_terminal_gets_a_table_and_a_pipe_gets_json(monkeypatch):
-    from kvpipe.config.schema import OutputFormat
-    from kvpipe.sinks.console import ConsoleTable
-    from kvpipe.sinks.jsonl import JsonLines
-
-    for is_a_terminal, kind in ((True, ConsoleTable), (False, JsonLines)):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
-        assert isinstance(app._screen(OutputFormat.auto), kind)
-    assert isinstance(app._screen(OutputFormat.table), ConsoleTable)
-
-
-def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(monkeypatch):
-    from kvpipe.config.schema import OutputFormat
-
-    for is_a_terminal, output, beats in (
-        (False, OutputFormat.auto, 1),
-        (False, OutputFormat.table, 1),
-        (True, OutputFormat.json, 1),
-        (True, OutputFormat.auto, 0),
-        (True, OutputFormat.table, 0),
-    ):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_a_terminal: answer)
-        config = Kvpipe(output=output)
-        assert len(app._heartbeat(config)) == beats
-        config.runner.heartbeat_s = None
-        assert app._heartbeat(config) == []
-
-
-@pytest.fixture(scope="module")
-def shown_help(tmp_path_factory):
-    """What ``kvpipe --help`` leaves."""
-    return command.kvpipe(tmp_path_factory.mktemp("help"), "--help")
-
-
-def test_help_names_verbs_experiments_examples_and_flags_on_one_page(shown_help):
-    assert (shown_help.exit_code, shown_help.stderr) == (0, "")
-    lines = shown_help.stdout.splitlines()
-    assert len(lines) <= 45
-    # Hydra prints a group on one line; only those two may need more than one in a terminal.
-    long = ("experiment: ", "pipeline: ")
-    assert max(len(line) for line in lines if not line.startswith(long)) <= 100
-    for verb in app.VERBS:
-        assert any(line.startswith(f"  {verb} ") for line in lines), verb
-    assert f"experiment: {', '.join(EXPERIMENTS)}" in lines
-    assert sum(line.startswith("  python -m kvpipe") for line in lines) >= 2
-    for flag in ("--cfg job", "--config-dir DIR", "--multirun", "--hydra-help"):
-        assert flag in shown_help.stdout
-    assert files(shown_help.cwd) == []
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["check"]])
-def test_hydras_store_is_not_copied(kvpipe, monkeypatch, arguments):
-    """Copies of it took 1 s of the 1.7 s of ``--help``."""
-    copies = []
-
-    class Watched(dict):
-        def __deepcopy__(self, memo):
-            copies.append(arguments)
-            return self
-
-    store = ConfigStore.instance()
-    monkeypatch.setattr(store, "repo", Watched(store.repo))
-    with suppress(SystemExit):
-        kvpipe(*arguments)
-    assert copies == []
-
-
-def test_a_comparison_does_not_import_what_draws(tmp_path):
-    code = (
-        "import sys; from kvpipe import cli; code = cli.main(sys.argv); "
-        "sys.exit(code or any(m.split('.')[0] == 'PIL' for m in sys.modules))"
-    )
-    arguments = ["compare", LARGE, SMALL, "compare.format=html"]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path).returncode == 0
-
-
-def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path):
-    from omegaconf import OmegaConf
-
-    done = command.kvpipe(tmp_path, "--cfg", "job", "+experiment=qwen25_3b_bigkv")
-    assert (done.exit_code, done.stderr) == (0, "")
-    printed = OmegaConf.to_container(OmegaConf.create(done.stdout))
-    assert printed == compose_plain("+experiment=qwen25_3b_bigkv")
-    assert files(tmp_path) == []
-
-
-def test_the_examples_in_the_help_pass_the_check(kvpipe, shown_help):
-    examples = [
-        line.removeprefix("  python -m kvpipe").partition("    ")[0].split()
-        for line in shown_help.stdout.splitlines()
-        if line.startswith("  python -m kvpipe")
-    ]
-    assert len(examples) >= 2
-    # What is no override is a verb or the path of a run.
-    for overrides in {tuple(a for a in example if re.search("=|^-", a)) for example in examples}:
-        assert kvpipe("check", *overrides).code == 0, overrides
-
-
-def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpipe, monkeypatch):
-    begun = []
-
-    def carry_out(self):
-        assert self.plain["tracking"]["group"] == self.config.tracking.group
-        begun.append(self.config.tracking)
-        finished = passed(self.run_dir)
-        self.sinks.run_finished(finished)
-        return finished
-
-    monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
-    sweep = ["-m", "+experiment=tiny", "engine.max_total_tokens=512,1024"]
-    for arguments in ([], ["tracking.group=mine", "tracking.tags=[a]"]):
-        assert kvpipe(*sweep, *arguments).code == 0
-    groups = [tracking.group for tracking in begun]
-    assert groups[0] == groups[1]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", groups[0])
-    assert groups[2:] == ["mine", "mine"]
-    assert begun[0].tags == ["+experiment=tiny", "engine.max_total_tokens=512"]
-    assert begun[-1].tags[0] == "a"
-    begun.clear()
-    assert kvpipe("engine.max_total_tokens=512").code == 0
-    assert (begun[0].group, begun[0].tags) == (None, [])
-
-
-def test_an_override_that_is_too_long_for_a_tag_is_left_out():
-    plain = {"tracking": {"group": None, "tags": []}}
-    tracking = grouped(plain, "multirun/x", ["a=1", "b=" + 63 * "x"])["tracking"]
-    assert tracking == {"group": "x", "tags": ["a=1"]}
-
-
-@pytest.mark.parametrize(
-    ("line", "found"),
-    [
-        ("kvpipe +experiment=tiny_s", ["+experiment=tiny_stream"]),
-        ("kvpipe check +experiment=tiny_s", ["+experiment=tiny_stream"]),
-        ("kvpipe plan  engine.max_to", ["engine.max_total_tokens="]),
-        ("kvpipe tracking=o", ["tracking=offline", "tracking=online"]),
-        ("kvpipe check", []),
-    ],
-)
-def test_hydras_completion_completes_what_stands_after_a_verb_too(tmp_path, line, found):
-    done = command.kvpipe(tmp_path, "-sc", "query=bash", COMP_LINE=line)
-    assert (done.exit_code, done.stderr, done.stdout.split()) == (0, "", found)
-    assert files(tmp_path) == []
-
-
-def test_bash_completes_the_command_as_the_help_says(tmp_path, shown_help):
-    (install,) = re.findall(r'eval "\$\(kvpipe -sc install=bash\)"', shown_help.stdout)
-    typed = "kvpipe check +experiment=tiny_s"
-    script = f"""
-{install}
-COMP_LINE='{typed}' COMP_POINT={len(typed)} COMP_CWORD=2
-hydra_bash_completion
-echo "${{COMPREPLY[@]}}"
-"""
-    (tmp_path / "kvpipe").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m kvpipe \"$@\"\n")
-    (tmp_path / "kvpipe").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.stdout.split(), done.stderr) == (["+experiment=tiny_stream"], "")
 
 
 def test_an_unknown_flag_is_refused_by_name_with_exit_code_2(tmp_path):
@@ -646,16 +358,3 @@ def test_the_real_command_line_tells_an_error_on_stderr_without_a_traceback(tmp_
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("kvpipe: there is no experiment 'tinny'; did you mean 'tiny' or ")
     assert files(tmp_path) == []
-
-
-def test_a_run_that_is_refused_writes_no_records_and_starts_no_engine(tmp_path):
-    done = command.kvpipe(tmp_path, JAX_PLATFORMS="tpu")
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith("kvpipe: engine.device is 'cpu', but the environment has ")
-    (run_dir,) = (tmp_path / "outputs/tiny").iterdir()
-    assert files(run_dir) == [
-        ".hydra",
-        ".hydra/config.yaml",
-        ".hydra/hydra.yaml",
-        ".hydra/overrides.yaml",
-    ]

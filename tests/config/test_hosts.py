@@ -11,12 +11,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from kvpipe.config.hosts import node_rank, own_file, who_ended
+from kvpipe.config.hosts import check_hosts, check_node_rank, own_file, who_ended, with_node_rank
 from kvpipe.config.schema import EngineConfig, Kvpipe, RunnerConfig
 from kvpipe.pipeline.ledger import Ledger
 from kvpipe.records.run import Check, Memory, Peak
@@ -343,12 +343,21 @@ def config(**engine):
     return Kvpipe(engine=EngineConfig(**(several | engine)))
 
 
+def completed(config, environ):
+    """Return the rank that a run of this config has in this environment."""
+    engine = with_node_rank(asdict(config), environ)["engine"]
+    config = replace(config, engine=EngineConfig(**engine))
+    check_hosts(config)
+    check_node_rank(config.engine, environ)
+    return config.engine.node_rank
+
+
 def test_the_rank_is_that_of_the_config_or_of_the_environment():
-    assert node_rank(config(), TELLS_RANK) == 1
-    assert node_rank(config(), {k: TELLS_RANK[k] for k in ("TPU_WORKER_ID", "SLURM_PROCID")}) == 2
-    assert node_rank(config(), {"SLURM_PROCID": "3"}) == 3
-    assert node_rank(config(node_rank=0), TELLS_RANK) == 0
-    assert node_rank(Kvpipe(), TELLS_RANK) is None
+    assert completed(config(), TELLS_RANK) == 1
+    assert completed(config(), {k: TELLS_RANK[k] for k in ("TPU_WORKER_ID", "SLURM_PROCID")}) == 2
+    assert completed(config(), {"SLURM_PROCID": "3"}) == 3
+    assert completed(config(node_rank=0), TELLS_RANK) == 0
+    assert completed(config(nnodes=1), TELLS_RANK) is None
 
 
 @pytest.mark.parametrize(
@@ -380,13 +389,13 @@ def test_the_rank_is_that_of_the_config_or_of_the_environment():
     ],
 )
 def test_hosts_that_cannot_be_are_refused_by_their_key(engine, environ, message):
-    assert message in refusal(node_rank, config(**engine), environ)
+    assert message in refusal(completed, config(**engine), environ)
 
 
 def test_several_hosts_need_a_process_that_jax_may_end():
     wrong = config()
     wrong.runner = RunnerConfig(isolate=False)
-    message = refusal(node_rank, wrong, TELLS_RANK)
+    message = refusal(completed, wrong, TELLS_RANK)
     assert message.startswith("runner.isolate is false, but engine.nnodes is 4")
 
 

@@ -84,8 +84,10 @@ def test_two_revisions_are_unpacked_and_the_work_tree_is_left_alone(repository, 
 
 
 @pytest.mark.parametrize("name", ["nosuch", "--help", "HEAD~99"])
-def test_a_revision_that_is_none_is_refused(repository, sides, name):
-    assert "compare-plans: git says: " in refusal(sides, base=name)
+def test_a_revision_that_does_not_exist_is_refused_by_its_name(repository, sides, name):
+    missing = f"{repository} has no revision {name!r}"
+    assert refusal(sides, base=name) == f"compare_plans.base: {missing}"
+    assert refusal(sides, base="main", head=name) == f"compare_plans.head: {missing}"
 
 
 def test_a_directory_without_a_repository_is_refused(sides, tmp_path, monkeypatch):

@@ -1,0 +1,15 @@
+"""``kvpipe check``: refuse wrong input and a wrong order of the steps, with nothing loaded."""
+
+from omegaconf import DictConfig
+
+from kvpipe.cli.common import checked_steps
+from kvpipe.config.schema import from_plain, to_plain
+from kvpipe.errors import HELD
+
+
+def act(composed: DictConfig) -> int:
+    """Check the order of the steps by folding their declared effects, and print the result."""
+    config = from_plain(to_plain(composed))
+    steps = checked_steps(config)
+    print(f"{config.experiment}: {len(steps)} steps, their order holds")
+    return HELD

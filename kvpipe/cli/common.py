@@ -1,0 +1,73 @@
+"""What several verbs share: the checks of the input, the output file, errors on stderr."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from kvpipe.checkpoints.model_dir import check_model
+from kvpipe.config.hosts import check_hosts
+from kvpipe.config.hydra_errors import one_message
+from kvpipe.config.jax_environment import check_mesh
+from kvpipe.config.prompt import read_prompt
+from kvpipe.config.schema import Kvpipe, OutputFormat
+from kvpipe.errors import InputError
+from kvpipe.parent.planner_client import Planners
+from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fold import check_order
+from kvpipe.system.secrets import API_KEY, redactor
+
+PLANNERS = Planners(secrets=(API_KEY,))
+"""The planning child processes of this process, kept from one job of a sweep to the next."""
+
+
+def checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
+    """Return the steps after every input check that needs no jax.
+
+    Raises:
+        InputError: a check failed.
+    """
+    steps = build_steps(config)
+    check_order(steps)
+    check_mesh(config.engine)
+    check_hosts(config)
+    check_model(config)
+    read_prompt(config.prompt)
+    return steps
+
+
+@contextmanager
+def open_output(key: str, file: str | None) -> Iterator[TextIO]:
+    """Yield a stream to ``file``, the value of ``key``; without a file, stdout.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if file is None:
+        yield sys.stdout
+        return
+    try:
+        with Path(file).open("w", encoding="utf-8") as opened:
+            yield opened
+    except OSError as error:
+        raise InputError(f"{key}: cannot write {file}: {error.strerror}") from None
+
+
+def shown_format(output: OutputFormat) -> OutputFormat:
+    """Return the format of stdout, with ``auto`` resolved."""
+    if output is not OutputFormat.auto:
+        return output
+    return OutputFormat.table if sys.stdout.isatty() else OutputFormat.json
+
+
+def input_error(error: Exception) -> InputError:
+    """Convert an error of a wrong config to the error to report."""
+    return error if isinstance(error, InputError) else InputError(one_message(error))
+
+
+def tell(text: str) -> None:
+    """Write to stderr, with the environment's secrets redacted."""
+    print(redactor(os.environ, None).text(text), end="", file=sys.stderr)

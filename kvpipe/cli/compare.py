@@ -1,0 +1,44 @@
+"""``kvpipe compare``: the differences between runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kvpipe.cli.common import open_output
+from kvpipe.config.schema import CompareConfig, CompareFormat, from_plain, to_plain
+from kvpipe.errors import HELD, InputError, KvpipeError
+from kvpipe.report import comparison_report
+from kvpipe.report.comparison import Comparison
+from kvpipe.report.side import read_side
+
+
+def act(composed: DictConfig, paths: Sequence[Path]) -> int:
+    """Print the differences between runs, comparing each further run with the first.
+
+    Raises:
+        KvpipeError: a side cannot be read, or a difference exceeds its threshold.
+    """
+    config = from_plain(to_plain(composed))
+    # Each side is named by one letter.
+    if not 2 <= len(paths) <= 26:
+        raise InputError(
+            f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
+        )
+    comparison = Comparison.of([read_side(path) for path in paths])
+    with open_output("compare.file", config.compare.file) as out:
+        out.write(_compared(comparison, config.compare))
+    if beyond := comparison.beyond(config.compare):
+        raise KvpipeError("; ".join(beyond))
+    return HELD
+
+
+def _compared(comparison: Comparison, config: CompareConfig) -> str:
+    match config.format:
+        case CompareFormat.json:
+            return json.dumps(comparison.to_json(config)) + "\n"
+        case CompareFormat.markdown:
+            return comparison_report.as_markdown(comparison, config)
+        case CompareFormat.html:
+            return comparison_report.comparison_page(comparison, config)

@@ -1,0 +1,39 @@
+"""``kvpipe plan``: the bytes after each phase on a target machine."""
+
+import json
+
+from omegaconf import DictConfig
+
+from kvpipe.checkpoints.model_dir import check_shape
+from kvpipe.cli.common import PLANNERS, checked_steps, open_output
+from kvpipe.config.schema import PlanFormat, from_plain, to_plain
+from kvpipe.errors import HELD, KvpipeError
+from kvpipe.plan.fit import misfit
+from kvpipe.plan.targets import find_target
+from kvpipe.report.plan import as_json, as_markdown
+
+
+def act(composed: DictConfig) -> int:
+    """Print or write the bytes after each phase on the target, and whether they fit.
+
+    Raises:
+        KvpipeError: they do not fit.
+    """
+    plain = to_plain(composed)
+    config = from_plain(plain)
+    checked_steps(config)
+    check_shape(config)
+    record = PLANNERS.plan(config, plain, find_target(config.plan.target, config.engine))
+    with open_output("plan.file", config.plan.file) as out:
+        match config.plan.format:
+            case PlanFormat.json:
+                out.write(json.dumps(as_json(record)) + "\n")
+            case PlanFormat.markdown:
+                out.write(as_markdown(config.experiment, record))
+            case PlanFormat.table:
+                from kvpipe.report.plan_table import print_plan
+
+                print_plan(config.experiment, record, out)
+    if why := misfit(record):
+        raise KvpipeError(why)
+    return HELD

@@ -1,0 +1,230 @@
+"""``kvpipe run``, the default: execute the pipeline, alone or as a job of a sweep."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
+from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
+from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
+from kvpipe.config.jax_environment import jax_environment
+from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
+from kvpipe.errors import HELD, InputError
+from kvpipe.parent import supervisor
+from kvpipe.pipeline.phase import Phase
+from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
+from kvpipe.sinks import Sink, Sinks
+from kvpipe.sinks.failed_records import FailedRecords
+from kvpipe.sinks.heartbeat import Heartbeat
+from kvpipe.sinks.jsonl import JsonFile, JsonLines
+from kvpipe.sinks.report import ReportPage, TimelinePicture
+from kvpipe.sinks.wandb import WandbSink
+from kvpipe.sweeps.group import grouped
+from kvpipe.sweeps.jobs import SWEEP_CONFIG, command_line
+from kvpipe.sweeps.resume import finished_run, take_over
+from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets, wandb_api_key
+from kvpipe.system.versions import installed_versions
+
+
+def act(composed: DictConfig) -> int:
+    """Execute a run, after refusing everything that can be wrong with the input."""
+    try:
+        plain = to_plain(composed)
+        _refuse_secrets(plain)
+        plain = _completed(plain)
+        return _run(from_plain(plain), plain)
+    except (InputError, *COMPOSITION_ERRORS) as error:
+        if _is_job():
+            _record_refusal(error)
+        raise
+
+
+def _completed(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with what Hydra does not compose: the host's rank, the sweep's group."""
+    plain = with_node_rank(plain, os.environ)
+    if not _is_job():
+        return plain
+    hydra_config = HydraConfig.get()
+    return grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
+
+
+def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
+    steps = checked_steps(config)
+    check_node_rank(config.engine, os.environ)
+    jax_environment(config.engine, os.environ)
+    if _is_job():
+        _refuse_hosts_in_a_sweep(config)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    first = is_first(config.engine)
+    api_key = _api_key(plain) if first else os.environ.get(API_KEY)
+    redact = redactor(os.environ, api_key)
+    started = _started(config, json.loads(redact.text(json.dumps(plain))), steps)
+    if _is_job() and config.sweep.resume and _taken_over(started, run_dir):
+        return HELD
+    tracker = WandbSink(config.tracking, run_dir, api_key)
+    with _sinks(config, run_dir, tracker) as sinks:
+        work = supervisor.Run(
+            config,
+            plain,
+            started,
+            steps,
+            run_dir,
+            sinks,
+            start_tracking=partial(tracker.start, plain) if first else dict,
+            command=_command(),
+            secrets=(API_KEY,),
+            redactor=redact,
+        )
+        finished = work.carry_out()
+    return finished.exit_code
+
+
+@contextmanager
+def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
+    """Yield the receivers of the records: all sinks on rank 0, only failed records on other hosts.
+
+    Raises:
+        InputError: the records file cannot be created.
+    """
+    if not is_first(config.engine):
+        yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
+        return
+    with _records_file(run_dir) as records:
+        # W&B first: the other sinks' last record must include an error that W&B has at the end.
+        # The picture before it, because W&B shows it.
+        yield Sinks(
+            [
+                TimelinePicture(run_dir),
+                tracker,
+                ReportPage(run_dir),
+                records,
+                _screen(config.output),
+                *_heartbeat(config),
+            ]
+        )
+
+
+def _refuse_hosts_in_a_sweep(config: Kvpipe) -> None:
+    """Refuse a job over several hosts, because ranks after 0 write no records for the sweep.
+
+    Raises:
+        InputError: the job runs on several hosts.
+    """
+    if config.engine.nnodes > 1:
+        raise InputError(
+            f"engine.nnodes is {config.engine.nnodes}, but a sweep's jobs run on one host each; "
+            "start one run per size on the hosts instead"
+        )
+
+
+def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> RunStarted:
+    return RunStarted(
+        experiment=config.experiment,
+        config=plain,
+        steps=[step.step for step in steps],
+        versions=installed_versions(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _taken_over(started: RunStarted, run_dir: Path) -> bool:
+    """Reuse a finished run's records for this job of a sweep, if there is one, and report it."""
+    found = finished_run(started, run_dir, Path(HydraConfig.get().sweep.dir))
+    if found is None:
+        return False
+    take_over(found, run_dir)
+    tell(f"kvpipe: not run again, its records are taken over from {found}\n")
+    return True
+
+
+def _is_job() -> bool:
+    """Whether this run is a job of a sweep."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _refuse_secrets(plain: dict[str, Any]) -> None:
+    """Refuse a config that contains a secret, and remove the copy that Hydra has already written.
+
+    Raises:
+        InputError: it contains one.
+    """
+    try:
+        refuse_secrets(plain, _api_key(plain))
+    except InputError:
+        hydra_config = HydraConfig.get()
+        written = Path(hydra_config.runtime.output_dir) / ".hydra"
+        if written.is_dir():
+            shutil.rmtree(written)
+        if _is_job():
+            (Path(hydra_config.sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
+        raise
+
+
+def _records_file(run_dir: Path) -> JsonFile:
+    """Return the records file.
+
+    Raises:
+        InputError: it cannot be created.
+    """
+    try:
+        return JsonFile(run_dir / RECORDS_FILE)
+    except OSError as error:
+        raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
+
+
+def _record_refusal(error: Exception) -> None:
+    """Write the record of a sweep's job that was refused before anything started."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    refusal = input_error(error)
+    redact = redactor(os.environ, None)
+    refused = RunFinished(
+        status=FAILED,
+        exit_code=refusal.exit_code,
+        run_dir=str(run_dir),
+        elapsed_s=0.0,
+        error=redact.text(str(refusal)),
+        command=redact.text(_command()),
+    )
+    with _records_file(run_dir) as records:
+        records.run_finished(refused)
+
+
+def _command() -> str:
+    """Return the command line that repeats this run, or this job of a sweep."""
+    hydra_config = HydraConfig.get()
+    return command_line(hydra_config, hydra_config.overrides.task)
+
+
+def _api_key(plain: dict[str, Any]) -> str | None:
+    """Return the W&B API key; this directory's ``.env`` is read only if the key is needed."""
+    if plain["tracking"]["mode"] == TrackingMode.online.value:
+        return wandb_api_key(Path(HydraConfig.get().runtime.cwd), os.environ)
+    return os.environ.get(API_KEY)
+
+
+def _screen(output: OutputFormat) -> Sink:
+    """Return the sink for stdout: a table for people, JSON lines for pipes."""
+    if shown_format(output) is OutputFormat.json:
+        return JsonLines(sys.stdout)
+    from kvpipe.sinks.console import ConsoleTable
+
+    return ConsoleTable()
+
+
+def _heartbeat(config: Kvpipe) -> list[Sink]:
+    """Return the heartbeat on stderr, unless a terminal shows the run live."""
+    live = config.output is not OutputFormat.json and sys.stdout.isatty()
+    if live or config.runner.heartbeat_s is None:
+        return []
+    return [Heartbeat(sys.stderr, config.runner.heartbeat_s)]
