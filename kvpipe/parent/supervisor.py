@@ -347,8 +347,7 @@ class Run:
 
     def _on_plan(self, plan: RunPlanned) -> None:
         self._plan = plan
-        if hasattr(self.sinks, "run_planned"):
-            self.sinks.run_planned(plan)
+        self.sinks.run_planned(plan)
 
     def _begin_stage(self, name: str) -> None:
         """Record the current stage, and start its time limit."""

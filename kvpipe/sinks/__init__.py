@@ -2,41 +2,37 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
-class Sink(Protocol):
-    """The interface of every sink. The parent makes the calls, in this order."""
+class Sink:
+    """Base of every sink, with a hook for each event; a sink overrides those that it needs.
+
+    The parent calls the hooks in this order.
+    """
 
     def run_started(self, record: RunStarted) -> None:
         """Receive the first record, with the config of the run."""
-        ...
 
     def run_planned(self, record: RunPlanned) -> None:
         """Receive the plan; it comes after the phases that run in the parent."""
-        ...
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Receive the name of the step that starts, its position from 0 and the step count."""
-        ...
 
     def phase_progressed(self, progress: Progress) -> None:
         """Receive the running phase's progress; without ``runner.isolate``, on another thread."""
-        ...
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Receive the record of a phase."""
-        ...
 
     def run_finished(self, record: RunFinished) -> None:
         """Receive the last record and close; called once, also for a failed run."""
-        ...
 
 
-class Sinks:
+class Sinks(Sink):
     """Composite of several sinks.
 
     Every sink receives every call, even if another sink fails; then the first error is raised, with

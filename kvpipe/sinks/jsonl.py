@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
     RUN_FINISHED,
     RUN_PLANNED,
@@ -19,12 +18,13 @@ from kvpipe.records.run import (
     RunStarted,
     dumps,
 )
+from kvpipe.sinks import Sink
 
 # Enough for the last record of a run with thousands of token ids in its checks.
 _RESERVE_BYTES = 1 << 20
 
 
-class JsonLines:
+class JsonLines(Sink):
     """Write each record as one line at once, so that a killed run keeps every line written so far.
 
     The caller that opened the stream closes it.
@@ -45,12 +45,6 @@ class JsonLines:
     def run_planned(self, record: RunPlanned) -> None:
         """Write the plan."""
         self._write(record, RUN_PLANNED)
-
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: a phase's line is written once it has finished."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Write the record."""
