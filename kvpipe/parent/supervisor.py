@@ -39,12 +39,11 @@ from kvpipe.records.run import (
     Memory,
     PhaseRecord,
     PlannedPhase,
+    Record,
     RunFinished,
     RunPlanned,
     RunStarted,
-    dumps,
-    phase_from_json,
-    planned_from_json,
+    record_from_json,
 )
 from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.libtpu_lock import LibtpuLock
@@ -139,7 +138,7 @@ class Run:
             error = ending.error or ""
             check = Check(self._current, "completed", ending.kind, False, error)
             try:
-                self._on_record(self._unfinished(check))
+                self._on_own_record(self._unfinished(check))
             except KvpipeError as error:
                 ending = replace(ending, error=f"{ending.error}; then: {error}")
         failing = (ending.failing_phase or self._current) if ending.exit_code else None
@@ -221,7 +220,7 @@ class Run:
                 print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
                 raise failure_of(step.step, error) from error
             duration_s = time.monotonic() - began
-            self._on_record(self._own_record(step.step, idx, duration_s, result))
+            self._on_own_record(self._own_record(step.step, idx, duration_s, result))
 
     def _start_tracking(self) -> dict[str, Any]:
         self._tracking = self.start_tracking()
@@ -261,13 +260,13 @@ class Run:
             child.send({"begin": RUN_PLANNED})
             try:
                 for line in child.lines(self._wait):
-                    message = json.loads(line)
-                    if ending := self._on_message(message):
-                        return ending
-                    if "record" in message:
-                        child.send({"recorded": message["record"]["phase"]})
+                    message = self._on_line(line)
+                    if "phase" in message:
+                        child.send({"recorded": message["phase"]})
                     elif "started" in message:
                         child.send({"begin": message["started"]})
+                    elif "exit_code" in message:
+                        return Ending(**message)
             except TimedOut as error:
                 self._worker_memory = child_memory(child.process.pid)
                 raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
@@ -280,21 +279,19 @@ class Run:
                 time.sleep(_SAME_SIGNAL_S)
             raise died
 
-    def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
-        """Handle a message from the worker; return the ending if the message is that."""
-        if "plan" in message:
-            self._on_plan(planned_from_json(message["plan"]))
-        elif "record" in message:
-            self._on_record(phase_from_json(message["record"]))
+    def _on_line(self, line: str) -> Mapping[str, Any]:
+        """Handle a line of the worker; return its message, as the line itself without secrets."""
+        clean = self.redactor.text(line)
+        message = json.loads(clean)
+        if "phase" in message:
+            self._on_record(record_from_json(message, clean))
         elif "started" in message:
             self._on_started(message["started"], message["idx"])
         elif "hosts" in message:
             self._on_hosts(message["hosts"])
         elif "progress" in message:
             self.sinks.phase_progressed(Progress(**message["progress"]))
-        else:
-            return Ending(**message)
-        return None
+        return message
 
     def _wait(self, descriptor: int) -> None:
         """Wait until the worker has sent something or has ended.
@@ -333,10 +330,10 @@ class Run:
         worker = importlib.import_module("kvpipe.worker.work")
         events = worker.runner.Events(
             self._on_hosts,
-            self._on_plan,
+            self._on_own_record,
             self._on_started,
             self.sinks.phase_progressed,
-            self._on_record,
+            self._on_own_record,
         )
         with self._interrupts.allowed():
             outcome = worker.execute(self.config, events, self.began)
@@ -344,10 +341,6 @@ class Run:
 
     def _on_hosts(self, names: Sequence[str]) -> None:
         self._hosts = tuple(names)
-
-    def _on_plan(self, plan: RunPlanned) -> None:
-        self._plan = plan
-        self.sinks.run_planned(plan)
 
     def _begin_stage(self, name: str) -> None:
         """Record the current stage, and start its time limit."""
@@ -367,18 +360,21 @@ class Run:
         self._unfinished = unfinished
         self.sinks.phase_started(step, idx, len(self.steps))
 
-    def _on_record(self, record: PhaseRecord) -> None:
-        record = self._redacted(record)
+    def _on_own_record(self, record: RunPlanned | PhaseRecord) -> None:
+        """Handle a record of this process in the same way as one of the worker's process."""
+        self._on_line(record.line)
+
+    def _on_record(self, record: Record) -> None:
+        if isinstance(record, RunPlanned):
+            self._plan = record
+            self.sinks.run_planned(record)
+            return
+        assert isinstance(record, PhaseRecord)
         self._unfinished = None
         self.checks.extend(record.checks)
         if record.memory.bytes_in_use_source is not None:
             self._ledgers[record.phase] = record.ledger
         self.sinks.phase_finished(record)
-
-    def _redacted(self, record: PhaseRecord) -> PhaseRecord:
-        line = dumps(record)
-        clean = self.redactor.text(line)
-        return record if clean == line else phase_from_json(json.loads(clean))
 
 
 def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:

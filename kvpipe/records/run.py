@@ -5,13 +5,12 @@ worker, and ``run_finished`` at the end. Sinks and reports read records and noth
 bytes, times are seconds.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from kvpipe.records.sweep import SweepFinished
+from kvpipe.records.json_record import JsonRecord
 
 RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
@@ -25,7 +24,7 @@ SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_f
 
 
 @dataclass(frozen=True)
-class RunStarted:
+class RunStarted(JsonRecord):
     """The first record: the config and versions of the run.
 
     Attributes:
@@ -142,7 +141,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class PhaseRecord:
+class PhaseRecord(JsonRecord):
     """Result of one phase and the memory after it.
 
     Attributes:
@@ -277,7 +276,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class RunPlanned:
+class RunPlanned(JsonRecord):
     """The plan; emitted before the worker's first phase record.
 
     Attributes:
@@ -316,7 +315,7 @@ def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
 
 
 @dataclass(frozen=True)
-class RunFinished:
+class RunFinished(JsonRecord):
     """The last record: how the run ended.
 
     Attributes:
@@ -379,12 +378,6 @@ def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
 Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 
-def dumps(record: Record | SweepFinished) -> str:
-    """Return the record as one JSON line, without its newline."""
-    # ASCII: some readers split lines at U+2028, which a text may contain.
-    return json.dumps(record.to_json(), allow_nan=False)
-
-
 def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     """Parse what :meth:`PhaseRecord.to_json` returned."""
     memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
@@ -398,11 +391,19 @@ def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
     return PhaseRecord(**known)
 
 
-def record_from_json(data: Mapping[str, Any]) -> Record:
-    """Parse one line of ``records.jsonl``, a record of any kind."""
+def record_from_json(data: Mapping[str, Any], line: str | None = None) -> Record:
+    """Return the record of any kind whose JSON object is ``data``.
+
+    Args:
+        data: the object of one line of ``records.jsonl``.
+        line: that line, which the record then keeps.
+    """
     readers = {
         RUN_STARTED: started_from_json,
         RUN_PLANNED: planned_from_json,
         RUN_FINISHED: finished_from_json,
     }
-    return readers.get(data["phase"], phase_from_json)(data)
+    record = readers.get(data["phase"], phase_from_json)(data)
+    if line is not None:
+        vars(record)["line"] = line
+    return record

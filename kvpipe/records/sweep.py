@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvpipe.records.json_record import JsonRecord
+
 SWEEP_FINISHED = "sweep_finished"
 
 
@@ -61,7 +63,7 @@ class SweepJob:
 
 
 @dataclass(frozen=True)
-class SweepFinished:
+class SweepFinished(JsonRecord):
     """Summary of a sweep, from the records of its jobs.
 
     Attributes:

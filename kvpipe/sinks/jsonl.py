@@ -16,7 +16,6 @@ from kvpipe.records.run import (
     RunFinished,
     RunPlanned,
     RunStarted,
-    dumps,
 )
 from kvpipe.sinks import Sink
 
@@ -55,9 +54,9 @@ class JsonLines(Sink):
         self._write(record, RUN_FINISHED)
 
     def _write(self, record: Record, phase: str) -> None:
-        line = dumps(record)
+        line = f"{record.line}\n"
         try:
-            self._put(f"{line}\n")
+            self._put(line)
         except (OSError, UnicodeEncodeError) as error:
             reason = getattr(error, "strerror", None) or error
             message = f"{self.name}: cannot write the record of {phase!r}: {reason}"

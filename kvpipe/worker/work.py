@@ -24,8 +24,8 @@ from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import build_steps, use_of
 from kvpipe.plan.fit import refuse_misfit
 from kvpipe.plan.fold import Plan
-from kvpipe.records.run import PhaseRecord
-from kvpipe.system.pipes import send
+from kvpipe.records.run import PhaseRecord, RunPlanned
+from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
 
@@ -133,7 +133,7 @@ def work(
     Args:
         plain: the config to run, as plain values.
         run_began: ``time.time()`` when the run began.
-        descriptor: receives plan, starts, records and the outcome, one JSON line each.
+        descriptor: receives starts, records and the outcome, one JSON line each.
         next_order: blocks until the parent's next line: first that its own steps are done, then,
             each time, that it knows which step begins, or has written the record of one.
         load: imports the engine, or what replaces it; returns the planner.
@@ -149,17 +149,18 @@ def work(
         tell({"started": step, "idx": idx})
         next_order()
 
-    def finish(record: PhaseRecord) -> None:
-        tell({"record": record.to_json()})
+    def record(made: RunPlanned | PhaseRecord) -> None:
+        with whole_lines:
+            send_line(channel, made.line)
         next_order()
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         events = loop.Events(
             joined=lambda hosts: tell({"hosts": list(hosts)}),
-            planned=lambda plan: tell({"plan": plan.to_json()}),
+            planned=record,
             started=start,
             progressed=lambda progress: tell({"progress": progress.to_json()}),
-            finished=finish,
+            finished=record,
         )
         outcome = execute(from_plain(dict(plain)), events, run_began, next_order, load)
         # Once the parent has the outcome it waits for nothing more.
