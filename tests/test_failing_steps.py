@@ -5,7 +5,7 @@ import json
 import time
 
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import PhaseError
+from kvpipe.errors import Ending, PhaseError
 from kvpipe.parent.supervisor import Run
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
@@ -35,7 +35,7 @@ class Breaks(ParentPhase):
         raise PhaseError(self.why)
 
 
-def failure_of(*phases):
+def ending_by(*phases):
     ctx = WorkerContext(Kvpipe(), "Hello")
     events = loop.Events(*[lambda *told: None] * 5)
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
@@ -43,11 +43,10 @@ def failure_of(*phases):
 
 
 def test_a_check_that_does_not_hold_fails_the_run_under_its_steps_name():
-    assert failure_of(Compares("first"), Compares("second")) is None
-    failure = failure_of(Compares("first"), Compares("second", 9), Compares("third", 7))
-    assert failure.step == "second"
-    assert str(failure.error) == "step 'second': bytes: expected 8, it was 9"
-    assert failure.error.exit_code == 1
+    assert ending_by(Compares("first"), Compares("second")) == Ending()
+    ending = ending_by(Compares("first"), Compares("second", 9), Compares("third", 7))
+    error = "step 'second': bytes: expected 8, it was 9"
+    assert ending == Ending(1, error, "second", "CheckFailed")
 
 
 def run_that_breaks(run_dir, why, redactor=None):

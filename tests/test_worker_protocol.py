@@ -2,9 +2,11 @@
 
 import select
 import time
+from dataclasses import asdict
 
 import pytest
 
+from kvpipe.errors import Ending
 from kvpipe.parent.child_process import start_child
 from tests import faults
 from tests.command import environment
@@ -55,7 +57,7 @@ def test_the_worker_goes_on_only_once_the_parent_says_so(worker, tmp_path):
     worker.send({"begin": "after"})
     assert next(messages)["phase"] == "after"
     worker.send({"recorded": "after"})
-    assert next(messages) == {"exit_code": 0, "error": None, "failing_phase": None}
+    assert next(messages) == asdict(Ending())
     assert list(messages) == []
     assert worker.how_it_ended() == "exit code 0"
 

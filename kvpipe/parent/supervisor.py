@@ -21,9 +21,18 @@ from kvpipe import errors
 from kvpipe.config.hosts import own_file, who_ended
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import EngineError, KvpipeError, OutOfMemory, TimedOut, failure_of
+from kvpipe.errors import (
+    Ending,
+    EngineError,
+    Interrupted,
+    KvpipeError,
+    OutOfMemory,
+    TimedOut,
+    ending_of,
+    failure_of,
+)
 from kvpipe.parent.child_process import Child, start_child
-from kvpipe.parent.deferred_signals import Interrupted, Interrupts
+from kvpipe.parent.deferred_signals import Interrupts
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline.context import ParentContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, Result
@@ -53,23 +62,6 @@ from kvpipe.system.secrets import Redactor
 
 ENGINE_LOG = "engine.log"
 _SAME_SIGNAL_S = 0.1
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended.
-
-    Attributes:
-        exit_code: exit code of the process.
-        error: why it failed, in one message; None if it passed.
-        failing_phase: the step that failed, if it is not the last one that began.
-        kind: name of the error's class.
-    """
-
-    exit_code: int = errors.HELD
-    error: str | None = None
-    failing_phase: str | None = None
-    kind: str = ""
 
 
 @dataclass
@@ -196,14 +188,12 @@ class Run:
                 return self._run_worker()
             self._run_parent_phases()
             return self._run_here() if has_worker else Ending()
-        except Interrupted as caught:
-            return _ending(caught, errors.SIGNALLED + caught.signum)
-        except KvpipeError as error:
-            return _ending(error, error.exit_code)
+        except (KvpipeError, Interrupted) as error:
+            return ending_of(error)
         except Exception as error:
             # A defect of kvpipe: print the traceback for the developer; the record is for the user.
             print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
-            return _ending(error, errors.DEFECT, f"{type(error).__name__}: {error}")
+            return ending_of(error)
 
     def _run_parent_phases(self) -> None:
         for idx, step in enumerate(self.steps):
@@ -328,7 +318,7 @@ class Run:
         # A dynamic import: the parent loads jax only here, for a debugger.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker.work")
-        events = worker.runner.Events(
+        events = worker.loop.Events(
             self._on_hosts,
             self._on_own_record,
             self._on_started,
@@ -336,8 +326,7 @@ class Run:
             self._on_own_record,
         )
         with self._interrupts.allowed():
-            outcome = worker.execute(self.config, events, self.began)
-        return Ending(outcome.exit_code, outcome.error, outcome.failing_phase)
+            return worker.execute(self.config, events, self.began)
 
     def _on_hosts(self, names: Sequence[str]) -> None:
         self._hosts = tuple(names)
@@ -377,12 +366,8 @@ class Run:
         self.sinks.phase_finished(record)
 
 
-def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
-    return Ending(exit_code, message or str(error), kind=type(error).__name__)
-
-
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
-    """Return the error of a worker that ended without reporting an outcome."""
+    """Return the error of a worker that died before it reported how its part ended."""
     tail = child.log_tail()
     if other := who_ended(child.log.read_text(errors="replace"), hosts):
         return EngineError(

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from kvpipe.errors import ending_of
 from kvpipe.records.progress import Progress
-from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.run import FAILED, PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
 class Sink:
@@ -86,10 +87,10 @@ class Sinks(Sink):
 
 def failed_by(record: RunFinished, error: Exception) -> RunFinished:
     """Return the last record, marked as failed by ``error`` unless the run had failed already."""
-    message = f"{record.error}; then: {error}" if record.error else str(error)
-    exit_code = record.exit_code or getattr(error, "exit_code", 1)
-    status = record.status if record.exit_code else "failed"
-    return replace(record, status=status, exit_code=exit_code, error=message)
+    ending = ending_of(error)
+    if record.exit_code:
+        return replace(record, error=f"{record.error}; then: {ending.error}")
+    return replace(record, status=FAILED, exit_code=ending.exit_code, error=ending.error)
 
 
 def _raise_all(errors: Sequence[Exception]) -> None:

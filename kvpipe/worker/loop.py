@@ -15,7 +15,7 @@ from kvpipe.config.schema import CONTINUE, PlanConfig
 from kvpipe.engine import multihost
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
-from kvpipe.errors import KvpipeError, failure_of
+from kvpipe.errors import Ending, KvpipeError, ending_of, failure_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger, differences
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
@@ -72,23 +72,8 @@ class Events:
     finished: Callable[[PhaseRecord], None]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The first step that failed.
-
-    Attributes:
-        step: its name.
-        error: the error for the person at the terminal.
-    """
-
-    step: str
-    error: KvpipeError
-
-
-def run(
-    jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float
-) -> Failure | None:
-    """Run the jobs in order, each with its record; return the first failure.
+def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float) -> Ending:
+    """Run the jobs in order, each with its record; return the ending by the first failure, if any.
 
     After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
     the failure of a step with ``OnFailure.MAY_CONTINUE`` does not stop the run, but fails it at the
@@ -101,7 +86,7 @@ def run(
         events: callbacks for starts and records.
         run_began: ``time.time()`` when the run began, for the elapsed time.
     """
-    first: Failure | None = None
+    ending = Ending()
     stopped = False
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
@@ -111,9 +96,9 @@ def run(
                 continue
             error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
             if error is not None:
-                first = first or Failure(job.phase.step, error)
+                ending = ending if ending.exit_code else ending_of(error, job.phase.step)
                 stopped = stopped or not _goes_on(job.phase, loop)
-    return first
+    return ending
 
 
 def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
