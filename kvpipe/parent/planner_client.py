@@ -19,7 +19,7 @@ from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
-from kvpipe.records.run import RunPlanned, planned_from_json
+from kvpipe.records.run import RunPlanned
 
 _SHUTDOWN_TIMEOUT_S = 10.0
 _BYTES_PER_TOKEN = 3
@@ -72,7 +72,7 @@ class Planners:
             )
         if "error" in answer:
             raise _ERRORS[answer["exit_code"]](answer["error"])
-        return planned_from_json(answer["plan"])
+        return RunPlanned.from_json(answer["plan"])
 
     @cached_property
     def _scratch(self) -> Path:

@@ -1,8 +1,8 @@
 """Records of a sweep: the summary of its jobs' records."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from kvpipe.records.json_record import JsonRecord
 
@@ -75,16 +75,11 @@ class SweepFinished(JsonRecord):
         jobs: the jobs, in order.
     """
 
+    tag: ClassVar[str] = SWEEP_FINISHED
+
     experiment: str
     status: str
     exit_code: int
     sweep_dir: str
     swept: Sequence[str]
     jobs: Sequence[SweepJob]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record."""
-        known = asdict(self)
-        for name in ("swept", "jobs"):
-            known[name] = list(known[name])
-        return {"phase": SWEEP_FINISHED, **known}

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvpipe.config.schema import CONTINUE, PlanConfig
@@ -20,13 +20,14 @@ from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger, differences
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
 from kvpipe.records import progress
+from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records.run import Check, Memory, PhaseRecord, RunPlanned
 from kvpipe.system.periodic_thread import Ticker
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import measurement
 from kvpipe.worker.drift import Drift
-from kvpipe.worker.host_results import Share, of_each_host, share_from_json, together
+from kvpipe.worker.host_results import Share, of_each_host, together
 from kvpipe.worker.measurement import Measurement
 
 _TELL_EVERY_S = 0.25
@@ -113,9 +114,11 @@ def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
     events.started(step, job.idx)
     loop.begin(step)
     own = loop.attempt(job)
-    told = multihost.gather(own.failed | own.share.to_json() if multihost.several() else {})
+    told = multihost.gather(
+        own.failed | {"share": asdict(own.share)} if multihost.several() else {}
+    )
     shares = [
-        own.share if host == multihost.rank() else share_from_json(told[host])
+        own.share if host == multihost.rank() else decode(Share, told[host]["share"])
         for host in range(len(told))
     ]
     error = own.error
