@@ -174,6 +174,7 @@ class PhaseRecord(JsonRecord):
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @override
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record: the script's field names, then kvpipe's own."""
         if clash := sorted(self.fields.keys() & _PHASE_KEYS):
