@@ -125,8 +125,9 @@ def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():
 
 def test_a_planning_process_that_dies_is_told_with_the_end_of_its_log(monkeypatch, tmp_path):
     plain = compose_plain()
-    broken = tmp_path / "kvpipe"
-    broken.mkdir()
+    broken = tmp_path / "kvpipe" / "worker"
+    broken.mkdir(parents=True)
+    (broken.parent / "__init__.py").touch()
     (broken / "__init__.py").touch()
     (broken / "planner.py").write_text("raise SystemExit('no engine here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
