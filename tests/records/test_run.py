@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvpipe.records.metrics import metrics
@@ -190,6 +190,7 @@ def test_an_object_that_is_no_plan_is_refused(change, error):
 
 
 @given(phase_records)
+@example(a_record(fields={"drop_info": True}))
 def test_metrics_are_numbers_or_names_and_leave_texts_out(record):
     values = metrics(record)
     assert values["phase/name"] == record.phase
