@@ -1,4 +1,4 @@
-"""Frozen records of a run; the only module that names record fields and metric keys.
+"""Frozen records of a run: the only module that names their fields.
 
 A run is a list of records: ``run_started``, one for each phase, ``run_planned`` before those of the
 worker, and ``run_finished`` at the end. Sinks and reports read records and nothing else. Sizes are
