@@ -4,6 +4,8 @@ Any other exception that escapes is a defect of kvpipe and keeps its traceback.
 """
 
 import errno
+import signal
+from dataclasses import dataclass
 from typing import ClassVar
 
 HELD = 0
@@ -72,6 +74,52 @@ class TimedOut(KvpipeError):
     """A time limit of the config expired."""
 
     exit_code: ClassVar[int] = TIMED_OUT
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end.
+
+    Attributes:
+        exit_code: exit code of a process that the signal ended.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"{signal.Signals(signum).name} ended the run")
+        self.exit_code = SIGNALLED + signum
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run or a part of it ended.
+
+    Attributes:
+        exit_code: exit code of the process.
+        error: why it failed, in one message; None if it passed.
+        failing_phase: the step that failed first, if it is not the last one that began.
+        kind: name of the error's class.
+    """
+
+    exit_code: int = HELD
+    error: str | None = None
+    failing_phase: str | None = None
+    kind: str = ""
+
+
+def ending_of(error: BaseException, step: str | None = None) -> Ending:
+    """Return the ending that an error means: its exit code and its message.
+
+    Args:
+        error: the error, of any class; one that kvpipe did not raise on purpose is a defect, unless
+            it reports a failed allocation.
+        step: the step that failed.
+    """
+    kind = type(error).__name__
+    on_purpose = isinstance(error, KvpipeError | Interrupted)
+    exit_code = error.exit_code if on_purpose else DEFECT
+    # The class of any other error that is raised on purpose is more specific than its text.
+    if (isinstance(error, PhaseError) or not on_purpose) and is_out_of_memory(error):
+        exit_code = OUT_OF_MEMORY
+    return Ending(exit_code, str(error) if on_purpose else f"{kind}: {error}", step, kind)
 
 
 def says_no_memory(text: str) -> bool:

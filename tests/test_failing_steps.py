@@ -5,14 +5,16 @@ import json
 import time
 
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import PhaseError
+from kvpipe.errors import Ending, PhaseError
 from kvpipe.parent.supervisor import Run
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
 from kvpipe.pipeline.phase import ParentPhase, Result, WorkerPhase
 from kvpipe.records.run import RunStarted, check_equal
 from kvpipe.sinks.jsonl import JsonLines
+from kvpipe.system.secrets import Redactor
 from kvpipe.worker import loop
+from tests.command import FAKE_KEY
 
 
 class Compares(WorkerPhase):
@@ -27,11 +29,13 @@ class Compares(WorkerPhase):
 class Breaks(ParentPhase):
     """Fails in the parent."""
 
+    why: str = ""
+
     def run(self, ctx):
-        raise PhaseError("it cannot be done")
+        raise PhaseError(self.why)
 
 
-def failure_of(*phases):
+def ending_by(*phases):
     ctx = WorkerContext(Kvpipe(), "Hello")
     events = loop.Events(*[lambda *told: None] * 5)
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
@@ -39,28 +43,41 @@ def failure_of(*phases):
 
 
 def test_a_check_that_does_not_hold_fails_the_run_under_its_steps_name():
-    assert failure_of(Compares("first"), Compares("second")) is None
-    failure = failure_of(Compares("first"), Compares("second", 9), Compares("third", 7))
-    assert failure.step == "second"
-    assert str(failure.error) == "step 'second': bytes: expected 8, it was 9"
-    assert failure.error.exit_code == 1
+    assert ending_by(Compares("first"), Compares("second")) == Ending()
+    ending = ending_by(Compares("first"), Compares("second", 9), Compares("third", 7))
+    error = "step 'second': bytes: expected 8, it was 9"
+    assert ending == Ending(1, error, "second", "CheckFailed")
 
 
-def test_a_step_of_the_parent_that_fails_has_its_own_record_and_ends_the_run(tmp_path):
+def run_that_breaks(run_dir, why, redactor=None):
+    """Run a pipeline whose only step fails in the parent; return its last record and all lines."""
     stream = io.StringIO()
     run = Run(
         config=Kvpipe(),
         plain={},
         started=RunStarted("test", {}, ("breaks",), {}, "2026-01-02T03:04:05+00:00"),
-        steps=(Breaks("breaks"),),
-        run_dir=tmp_path,
+        steps=(Breaks("breaks", why),),
+        run_dir=run_dir,
         sinks=JsonLines(stream),
         start_tracking=dict,
+        redactor=redactor or Redactor(),
     )
-    finished = run.carry_out()
+    return run.carry_out(), stream.getvalue()
+
+
+def test_a_step_of_the_parent_that_fails_has_its_own_record_and_ends_the_run(tmp_path):
+    finished, lines = run_that_breaks(tmp_path, "it cannot be done")
     assert (finished.exit_code, finished.status) == (3, "failed")
     assert (finished.failing_phase, finished.error) == ("breaks", "it cannot be done")
-    records = [json.loads(line) for line in stream.getvalue().splitlines()]
+    records = [json.loads(line) for line in lines.splitlines()]
     assert [record["phase"] for record in records] == ["run_started", "breaks", "run_finished"]
     (check,) = records[1]["checks"]
     assert (check["passed"], check["detail"]) == (False, "it cannot be done")
+
+
+def test_a_record_of_the_parent_reaches_its_sinks_without_a_secret(tmp_path):
+    finished, lines = run_that_breaks(tmp_path, f"denied to {FAKE_KEY}", Redactor((FAKE_KEY,)))
+    assert finished.error == "denied to [redacted]"
+    assert FAKE_KEY not in lines
+    # The step's check, the run's copy of it, and the run's error.
+    assert lines.count("denied to [redacted]") == 3

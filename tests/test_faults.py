@@ -317,6 +317,18 @@ def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_p
     assert "a log with [redacted]" in log.read_text()
 
 
+def test_a_run_in_one_process_records_the_failure_of_a_step_like_any_other(site, tmp_path):
+    overrides = ["pipeline=without_engine", "phases.fault.how=exception", "runner.isolate=false"]
+    run = start(WITHOUT_ENGINE, overrides, site, tmp_path)
+    stdout, _ = run.process.communicate(timeout=PATIENCE_S)
+    records = [json.loads(line) for line in stdout.splitlines()]
+    steps = ["wandb_init", "run_planned", "before", "fault", "cleaning"]
+    assert [record["phase"] for record in records] == ["run_started", *steps, "run_finished"]
+    end = records[-1]
+    assert (run.process.returncode, end["exit_code"], end["failing_phase"]) == (3, 3, "fault")
+    assert end["error"] == "step 'fault': ValueError: a fault of the tests"
+
+
 @pytest.mark.parametrize("secret", ["prompt.text=hello {key}", "+phases.fault.hf_token={key}"])
 def test_a_config_that_holds_a_secret_is_refused_and_not_kept(site, tmp_path, secret):
     overrides = ["pipeline=without_engine", secret.format(key=FAKE_KEY)]

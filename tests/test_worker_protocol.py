@@ -2,9 +2,11 @@
 
 import select
 import time
+from dataclasses import asdict
 
 import pytest
 
+from kvpipe.errors import Ending
 from kvpipe.parent.child_process import start_child
 from tests import faults
 from tests.command import environment
@@ -40,20 +42,22 @@ def test_the_worker_goes_on_only_once_the_parent_says_so(worker, tmp_path):
     assert is_silent(worker)
     worker.send({"begin": "run_planned"})
     assert next(messages) == {"hosts": []}
-    assert [phase["name"] for phase in next(messages)["plan"]["phases"]] == ["fault", "after"]
+    assert [phase["name"] for phase in next(messages)["phases"]] == ["fault", "after"]
+    assert is_silent(worker)
+    worker.send({"recorded": "run_planned"})
     assert next(messages) == {"started": "fault", "idx": 0}
     assert is_silent(worker)
     assert not mark.exists()
     worker.send({"begin": "fault"})
-    assert next(messages)["record"]["phase"] == "fault"
+    assert next(messages)["phase"] == "fault"
     assert mark.exists()
     assert is_silent(worker)
     worker.send({"recorded": "fault"})
     assert next(messages) == {"started": "after", "idx": 1}
     worker.send({"begin": "after"})
-    assert next(messages)["record"]["phase"] == "after"
+    assert next(messages)["phase"] == "after"
     worker.send({"recorded": "after"})
-    assert next(messages) == {"exit_code": 0, "error": None, "failing_phase": None}
+    assert next(messages) == asdict(Ending())
     assert list(messages) == []
     assert worker.how_it_ended() == "exit code 0"
 
@@ -62,7 +66,9 @@ def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(wo
     (worker.scratch / "a temporary file").touch()
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
-    assert [next(iter(next(messages))) for _ in range(3)] == ["hosts", "plan", "started"]
+    assert [next(iter(next(messages))) for _ in range(2)] == ["hosts", "phase"]
+    worker.send({"recorded": "run_planned"})
+    assert next(iter(next(messages))) == "started"
     worker.end_jobs()
     assert list(messages) == []
     assert worker.how_it_ended() == "SIGKILL"

@@ -12,12 +12,12 @@ import json
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpipe.config.hosts import host_label
 from kvpipe.config.schema import EngineConfig
-from kvpipe.errors import DEFECT, KvpipeError, OutOfMemory, is_out_of_memory
+from kvpipe.errors import BAD_INPUT, FAILED, KvpipeError, ending_of
 
 # Long enough to type the command on each host by hand.
 _JOIN_TIMEOUT_S = 300
@@ -110,7 +110,7 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
                 raise HostFailed(
                     f"{key} is not the same on {label(first)} and {label(second)}; type the same "
                     "command on each host",
-                    2,
+                    BAD_INPUT,
                 )
     return _hosts.names
 
@@ -191,12 +191,7 @@ def failure(error: Exception) -> dict[str, Any]:
     """
     if isinstance(error, HostFailed):
         return {"failed": {}}
-    if is_out_of_memory(error):
-        code = OutOfMemory.exit_code
-    else:
-        code = error.exit_code if isinstance(error, KvpipeError) else DEFECT
-    told = str(error) if isinstance(error, KvpipeError) else f"{type(error).__name__}: {error}"
-    return {"failed": {"error": told, "exit_code": code, "kind": type(error).__name__}}
+    return {"failed": asdict(ending_of(error))}
 
 
 def first_failure(told: Sequence[Mapping[str, Any]]) -> HostFailed | None:
@@ -264,8 +259,8 @@ def _raise_if_ended(other: int) -> None:
         raise
     failed = json.loads(text).get("failed")
     if failed is not None:
-        error, code = failed.get("error", "another host failed"), failed.get("exit_code", 3)
-        raise HostFailed(f"{label(other)}: {error}", code)
+        error = failed.get("error", "another host failed")
+        raise HostFailed(f"{label(other)}: {error}", failed.get("exit_code", FAILED))
 
 
 def _say(value: Any) -> str:

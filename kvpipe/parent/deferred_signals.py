@@ -13,26 +13,13 @@ from typing import Any, Self
 
 import psutil
 
+from kvpipe.errors import Interrupted
+
 # SIGQUIT too: the engine's threads may send it, and its default would end the run without a record.
 # SIGUSR2: submitit lets SLURM send it some time before a job's time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 # Some launchers forward to a child the Ctrl-C that the terminal has already sent to it.
 _SAME_PRESS_S = 0.25
-
-
-class Interrupted(BaseException):
-    """A signal asked the run to end.
-
-    Attributes:
-        signum: number of the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-    def __str__(self) -> str:
-        return f"{signal.Signals(self.signum).name} ended the run"
 
 
 class Interrupts:

@@ -16,14 +16,14 @@ from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import EngineError, InputError, KvpipeError
+from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
-from kvpipe.records.run import RunPlanned, planned_from_json
+from kvpipe.records.run import RunPlanned
 
 _SHUTDOWN_TIMEOUT_S = 10.0
 _BYTES_PER_TOKEN = 3
-_ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError)}
+_ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError, OutOfMemory)}
 
 
 class Planners:
@@ -58,6 +58,7 @@ class Planners:
         Raises:
             InputError: the engine refuses the model, the mesh or the capacity.
             EngineError: its shapes cannot be evaluated for another reason, or the child died.
+            OutOfMemory: the host has no memory left for that.
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
@@ -71,7 +72,7 @@ class Planners:
             )
         if "error" in answer:
             raise _ERRORS[answer["exit_code"]](answer["error"])
-        return planned_from_json(answer["plan"])
+        return RunPlanned.from_json(answer["plan"])
 
     @cached_property
     def _scratch(self) -> Path:

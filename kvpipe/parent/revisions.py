@@ -21,7 +21,7 @@ import yaml
 import kvpipe
 from kvpipe.config.schema import ComparePlansConfig
 from kvpipe.errors import InputError
-from kvpipe.records.run import planned_from_json
+from kvpipe.records.run import RunPlanned
 from kvpipe.report.comparison import PlanChange
 from kvpipe.report.side import Side, plan_side
 
@@ -57,7 +57,7 @@ class Revision:
         # Flags first: argparse takes none between overrides.
         chosen = f"+experiment={','.join(experiments)}"
         shown = self._kvpipe("plan", "-m", *self.arguments, chosen, "plan.format=json")
-        plans = [planned_from_json(json.loads(line)) for line in shown.splitlines()]
+        plans = [RunPlanned.from_json(json.loads(line)) for line in shown.splitlines()]
         return {
             name: plan_side(self.name, plan, self._config(name))
             for name, plan in zip(experiments, plans, strict=True)

@@ -21,9 +21,18 @@ from kvpipe import errors
 from kvpipe.config.hosts import own_file, who_ended
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import EngineError, KvpipeError, OutOfMemory, TimedOut, failure_of
+from kvpipe.errors import (
+    Ending,
+    EngineError,
+    Interrupted,
+    KvpipeError,
+    OutOfMemory,
+    TimedOut,
+    ending_of,
+    failure_of,
+)
 from kvpipe.parent.child_process import Child, start_child
-from kvpipe.parent.deferred_signals import Interrupted, Interrupts
+from kvpipe.parent.deferred_signals import Interrupts
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline.context import ParentContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, Result
@@ -39,12 +48,11 @@ from kvpipe.records.run import (
     Memory,
     PhaseRecord,
     PlannedPhase,
+    Record,
     RunFinished,
     RunPlanned,
     RunStarted,
-    dumps,
-    phase_from_json,
-    planned_from_json,
+    record_from_json,
 )
 from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.libtpu_lock import LibtpuLock
@@ -54,23 +62,6 @@ from kvpipe.system.secrets import Redactor
 
 ENGINE_LOG = "engine.log"
 _SAME_SIGNAL_S = 0.1
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended.
-
-    Attributes:
-        exit_code: exit code of the process.
-        error: why it failed, in one message; None if it passed.
-        failing_phase: the step that failed, if it is not the last one that began.
-        kind: name of the error's class.
-    """
-
-    exit_code: int = errors.HELD
-    error: str | None = None
-    failing_phase: str | None = None
-    kind: str = ""
 
 
 @dataclass
@@ -139,7 +130,7 @@ class Run:
             error = ending.error or ""
             check = Check(self._current, "completed", ending.kind, False, error)
             try:
-                self._on_record(self._unfinished(check))
+                self._on_own_record(self._unfinished(check))
             except KvpipeError as error:
                 ending = replace(ending, error=f"{ending.error}; then: {error}")
         failing = (ending.failing_phase or self._current) if ending.exit_code else None
@@ -197,14 +188,12 @@ class Run:
                 return self._run_worker()
             self._run_parent_phases()
             return self._run_here() if has_worker else Ending()
-        except Interrupted as caught:
-            return _ending(caught, errors.SIGNALLED + caught.signum)
-        except KvpipeError as error:
-            return _ending(error, error.exit_code)
+        except (KvpipeError, Interrupted) as error:
+            return ending_of(error)
         except Exception as error:
             # A defect of kvpipe: print the traceback for the developer; the record is for the user.
             print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
-            return _ending(error, errors.DEFECT, f"{type(error).__name__}: {error}")
+            return ending_of(error)
 
     def _run_parent_phases(self) -> None:
         for idx, step in enumerate(self.steps):
@@ -221,7 +210,7 @@ class Run:
                 print(self.redactor.text(traceback.format_exc()), end="", file=sys.stderr)
                 raise failure_of(step.step, error) from error
             duration_s = time.monotonic() - began
-            self._on_record(self._own_record(step.step, idx, duration_s, result))
+            self._on_own_record(self._own_record(step.step, idx, duration_s, result))
 
     def _start_tracking(self) -> dict[str, Any]:
         self._tracking = self.start_tracking()
@@ -261,13 +250,13 @@ class Run:
             child.send({"begin": RUN_PLANNED})
             try:
                 for line in child.lines(self._wait):
-                    message = json.loads(line)
-                    if ending := self._on_message(message):
-                        return ending
-                    if "record" in message:
-                        child.send({"recorded": message["record"]["phase"]})
+                    message = self._on_line(line)
+                    if "phase" in message:
+                        child.send({"recorded": message["phase"]})
                     elif "started" in message:
                         child.send({"begin": message["started"]})
+                    elif "exit_code" in message:
+                        return Ending(**message)
             except TimedOut as error:
                 self._worker_memory = child_memory(child.process.pid)
                 raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
@@ -280,21 +269,19 @@ class Run:
                 time.sleep(_SAME_SIGNAL_S)
             raise died
 
-    def _on_message(self, message: Mapping[str, Any]) -> Ending | None:
-        """Handle a message from the worker; return the ending if the message is that."""
-        if "plan" in message:
-            self._on_plan(planned_from_json(message["plan"]))
-        elif "record" in message:
-            self._on_record(phase_from_json(message["record"]))
+    def _on_line(self, line: str) -> Mapping[str, Any]:
+        """Handle a line of the worker; return its message, as the line itself without secrets."""
+        clean = self.redactor.text(line)
+        message = json.loads(clean)
+        if "phase" in message:
+            self._on_record(record_from_json(message, clean))
         elif "started" in message:
             self._on_started(message["started"], message["idx"])
         elif "hosts" in message:
             self._on_hosts(message["hosts"])
         elif "progress" in message:
             self.sinks.phase_progressed(Progress(**message["progress"]))
-        else:
-            return Ending(**message)
-        return None
+        return message
 
     def _wait(self, descriptor: int) -> None:
         """Wait until the worker has sent something or has ended.
@@ -331,24 +318,18 @@ class Run:
         # A dynamic import: the parent loads jax only here, for a debugger.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker.work")
-        events = worker.runner.Events(
+        events = worker.loop.Events(
             self._on_hosts,
-            self._on_plan,
+            self._on_own_record,
             self._on_started,
             self.sinks.phase_progressed,
-            self._on_record,
+            self._on_own_record,
         )
         with self._interrupts.allowed():
-            outcome = worker.execute(self.config, events, self.began)
-        return Ending(outcome.exit_code, outcome.error, outcome.failing_phase)
+            return worker.execute(self.config, events, self.began)
 
     def _on_hosts(self, names: Sequence[str]) -> None:
         self._hosts = tuple(names)
-
-    def _on_plan(self, plan: RunPlanned) -> None:
-        self._plan = plan
-        if hasattr(self.sinks, "run_planned"):
-            self.sinks.run_planned(plan)
 
     def _begin_stage(self, name: str) -> None:
         """Record the current stage, and start its time limit."""
@@ -368,26 +349,25 @@ class Run:
         self._unfinished = unfinished
         self.sinks.phase_started(step, idx, len(self.steps))
 
-    def _on_record(self, record: PhaseRecord) -> None:
-        record = self._redacted(record)
+    def _on_own_record(self, record: RunPlanned | PhaseRecord) -> None:
+        """Handle a record of this process in the same way as one of the worker's process."""
+        self._on_line(record.line)
+
+    def _on_record(self, record: Record) -> None:
+        if isinstance(record, RunPlanned):
+            self._plan = record
+            self.sinks.run_planned(record)
+            return
+        assert isinstance(record, PhaseRecord)
         self._unfinished = None
         self.checks.extend(record.checks)
         if record.memory.bytes_in_use_source is not None:
             self._ledgers[record.phase] = record.ledger
         self.sinks.phase_finished(record)
 
-    def _redacted(self, record: PhaseRecord) -> PhaseRecord:
-        line = dumps(record)
-        clean = self.redactor.text(line)
-        return record if clean == line else phase_from_json(json.loads(clean))
-
-
-def _ending(error: BaseException, exit_code: int, message: str = "") -> Ending:
-    return Ending(exit_code, message or str(error), kind=type(error).__name__)
-
 
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
-    """Return the error of a worker that ended without reporting an outcome."""
+    """Return the error of a worker that died before it reported how its part ended."""
     tail = child.log_tail()
     if other := who_ended(child.log.read_text(errors="replace"), hosts):
         return EngineError(

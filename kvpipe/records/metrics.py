@@ -53,7 +53,7 @@ def _peak_metrics(peak: Peak | None) -> Iterator[tuple[str, int]]:
 def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float | str]]:
     for info in (fields.get("drop_info"), fields.get("rebuild_info")):
         for name in ("fused_bytes_total", "fused_bytes_per_layer", "deleted_buffers"):
-            if info and name in info:
+            if isinstance(info, Mapping) and name in info:
                 yield f"kv/{name}", info[name]
     for name in ("num_params", "num_model_state_leaves", "sgl_jax_version"):
         if name in fields:

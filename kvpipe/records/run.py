@@ -1,17 +1,16 @@
-"""Frozen records of a run; the only module that names record fields and metric keys.
+"""Frozen records of a run: the only module that names their fields.
 
 A run is a list of records: ``run_started``, one for each phase, ``run_planned`` before those of the
 worker, and ``run_finished`` at the end. Sinks and reports read records and nothing else. Sizes are
 bytes, times are seconds.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, override
 
-from kvpipe.records.sweep import SweepFinished
+from kvpipe.records.json_record import JsonRecord
 
 RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
@@ -25,7 +24,7 @@ SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_f
 
 
 @dataclass(frozen=True)
-class RunStarted:
+class RunStarted(JsonRecord):
     """The first record: the config and versions of the run.
 
     Attributes:
@@ -36,16 +35,18 @@ class RunStarted:
         started_at: start of the run in UTC, ISO 8601.
     """
 
+    tag: ClassVar[str] = RUN_STARTED
+
     experiment: str
     config: Mapping[str, Any]
     steps: Sequence[str]
     versions: Mapping[str, str]
     started_at: str
 
+    @override
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record."""
-        known = {**asdict(self), "config": _finite(self.config), "steps": list(self.steps)}
-        return {"phase": RUN_STARTED, **known}
+        return super().to_json() | {"config": _finite(self.config)}
 
 
 def _finite(value: Any) -> Any:
@@ -55,13 +56,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def started_from_json(data: Mapping[str, Any]) -> RunStarted:
-    """Parse what :meth:`RunStarted.to_json` returned."""
-    known = {key: value for key, value in data.items() if key != "phase"}
-    known["steps"] = tuple(data["steps"])
-    return RunStarted(**known)
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class PhaseRecord:
+class PhaseRecord(JsonRecord):
     """Result of one phase and the memory after it.
 
     Attributes:
@@ -180,43 +174,27 @@ class PhaseRecord:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @override
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record: the script's field names, then kvpipe's own."""
-        if clash := sorted(self.fields.keys() & set(_PHASE_KEYS)):
+        if clash := sorted(self.fields.keys() & _PHASE_KEYS):
             raise ValueError(f"phase {self.phase!r} reports {clash}, which the record uses itself")
-        memory = asdict(self.memory)
-        memory["jax_device_memory_summary"] = self.memory.jax_device_memory_summary
-        return {
-            "phase": self.phase,
-            "use": self.use,
-            "idx": self.idx,
-            "elapsed_s": self.elapsed_s,
-            "duration_s": self.duration_s,
-            "memory": memory,
-            "peak": asdict(self.peak) if self.peak else None,
-            "ledger": dict(self.ledger),
-            "plan_error_bytes": dict(self.plan_error_bytes),
-            "compilations": self.compilations,
-            "compile_s": self.compile_s,
-            "checks": [asdict(check) for check in self.checks],
-            **self.fields,
-        }
+        record = super().to_json()
+        record["memory"][_SUMMARY] = self.memory.jax_device_memory_summary
+        return record
+
+    @override
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the record of a phase; one from before there were peaks has none."""
+        memory = {key: value for key, value in data["memory"].items() if key != _SUMMARY}
+        if missing := _PHASE_KEYS - {"peak"} - data.keys():
+            raise KeyError(*sorted(missing))
+        return super().from_json({**data, "memory": memory})
 
 
-_PHASE_KEYS = [
-    "phase",
-    "use",
-    "idx",
-    "elapsed_s",
-    "duration_s",
-    "memory",
-    "peak",
-    "ledger",
-    "plan_error_bytes",
-    "compilations",
-    "compile_s",
-    "checks",
-]
+_PHASE_KEYS = {field.name for field in fields(PhaseRecord)} - {"fields"}
+_SUMMARY = "jax_device_memory_summary"
 
 
 @dataclass(frozen=True)
@@ -277,7 +255,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class RunPlanned:
+class RunPlanned(JsonRecord):
     """The plan; emitted before the worker's first phase record.
 
     Attributes:
@@ -290,6 +268,8 @@ class RunPlanned:
         elapsed_s: seconds since the run began.
     """
 
+    tag: ClassVar[str] = RUN_PLANNED
+
     target: str
     devices: int
     sglang_jax: str
@@ -298,25 +278,9 @@ class RunPlanned:
     programs: Sequence[Program] = ()
     elapsed_s: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record."""
-        plan = asdict(self)
-        plan["phases"] = [asdict(phase) for phase in self.phases]
-        plan["programs"] = [asdict(program) for program in self.programs]
-        return {"phase": RUN_PLANNED, **plan}
-
-
-def planned_from_json(data: Mapping[str, Any]) -> RunPlanned:
-    """Parse what :meth:`RunPlanned.to_json` returned."""
-    known = {key: value for key, value in data.items() if key != "phase"}
-    known["phases"] = tuple(PlannedPhase(**phase) for phase in data["phases"])
-    known["fit"] = Fit(**data["fit"])
-    known["programs"] = tuple(Program(**program) for program in data.get("programs", ()))
-    return RunPlanned(**known)
-
 
 @dataclass(frozen=True)
-class RunFinished:
+class RunFinished(JsonRecord):
     """The last record: how the run ended.
 
     Attributes:
@@ -336,6 +300,8 @@ class RunFinished:
         fields: more about the run, e.g. the directory of W&B.
     """
 
+    tag: ClassVar[str] = RUN_FINISHED
+
     status: str
     exit_code: int
     run_dir: str
@@ -348,61 +314,19 @@ class RunFinished:
     command: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record."""
-        return {
-            "phase": RUN_FINISHED,
-            "status": self.status,
-            "exit_code": self.exit_code,
-            "run_dir": self.run_dir,
-            "elapsed_s": self.elapsed_s,
-            "checks": [asdict(check) for check in self.checks],
-            "error": self.error,
-            "failing_phase": self.failing_phase,
-            "ledger": dict(self.ledger),
-            "planned": asdict(self.planned) if self.planned else None,
-            "command": self.command,
-            **self.fields,
-        }
-
-
-def finished_from_json(data: Mapping[str, Any]) -> RunFinished:
-    """Parse what :meth:`RunFinished.to_json` returned."""
-    names = {field.name for field in fields(RunFinished)} - {"fields"}
-    known = {key: value for key, value in data.items() if key in names}
-    rest = {key: value for key, value in data.items() if key not in {*names, "phase"}}
-    checks = tuple(Check(**check) for check in data["checks"])
-    known |= {"checks": checks, "fields": rest}
-    return RunFinished(**known)
-
 
 Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 
-def dumps(record: Record | SweepFinished) -> str:
-    """Return the record as one JSON line, without its newline."""
-    # ASCII: some readers split lines at U+2028, which a text may contain.
-    return json.dumps(record.to_json(), allow_nan=False)
+def record_from_json(data: Mapping[str, Any], line: str | None = None) -> Record:
+    """Return the record of any kind whose JSON object is ``data``.
 
-
-def phase_from_json(data: Mapping[str, Any]) -> PhaseRecord:
-    """Parse what :meth:`PhaseRecord.to_json` returned."""
-    memory = {k: v for k, v in data["memory"].items() if k != "jax_device_memory_summary"}
-    known = {key: data[key] for key in _PHASE_KEYS if key != "peak"}
-    peak = data.get("peak")  # runs recorded before peaks existed have none
-    known["peak"] = Peak(**{**peak, "bytes_in_use": tuple(peak["bytes_in_use"])}) if peak else None
-    stats = tuple(memory.pop("jax_device_memory_stats"))
-    known["memory"] = Memory(**memory, jax_device_memory_stats=stats)
-    known["checks"] = tuple(Check(**check) for check in data["checks"])
-    known["fields"] = {key: value for key, value in data.items() if key not in known}
-    return PhaseRecord(**known)
-
-
-def record_from_json(data: Mapping[str, Any]) -> Record:
-    """Parse one line of ``records.jsonl``, a record of any kind."""
-    readers = {
-        RUN_STARTED: started_from_json,
-        RUN_PLANNED: planned_from_json,
-        RUN_FINISHED: finished_from_json,
-    }
-    return readers.get(data["phase"], phase_from_json)(data)
+    Args:
+        data: the object of one line of ``records.jsonl``.
+        line: that line, which the record then keeps.
+    """
+    kinds = {kind.tag: kind for kind in (RunStarted, RunPlanned, RunFinished)}
+    record = kinds.get(data["phase"], PhaseRecord).from_json(data)
+    if line is not None:
+        vars(record)["line"] = line
+    return record

@@ -1,8 +1,10 @@
 """Records of a sweep: the summary of its jobs' records."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvpipe.records.json_record import JsonRecord
 
 SWEEP_FINISHED = "sweep_finished"
 
@@ -61,7 +63,7 @@ class SweepJob:
 
 
 @dataclass(frozen=True)
-class SweepFinished:
+class SweepFinished(JsonRecord):
     """Summary of a sweep, from the records of its jobs.
 
     Attributes:
@@ -73,16 +75,11 @@ class SweepFinished:
         jobs: the jobs, in order.
     """
 
+    tag: ClassVar[str] = SWEEP_FINISHED
+
     experiment: str
     status: str
     exit_code: int
     sweep_dir: str
     swept: Sequence[str]
     jobs: Sequence[SweepJob]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record."""
-        known = asdict(self)
-        for name in ("swept", "jobs"):
-            known[name] = list(known[name])
-        return {"phase": SWEEP_FINISHED, **known}

@@ -19,7 +19,6 @@ from kvpipe.records.run import (
     RUN_STARTED,
     PhaseRecord,
     RunPlanned,
-    planned_from_json,
 )
 from kvpipe.report.rows import phase_row
 from kvpipe.report.run import Run, phase_line, read_run, read_text, records_file
@@ -121,7 +120,7 @@ def _plan(text: str, file: Path) -> RunPlanned | None:
     if not isinstance(data, dict) or "phases" not in data or "fit" not in data:
         return None
     try:
-        return planned_from_json(data)
+        return RunPlanned.from_json(data)
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: not a plan: {type(error).__name__}: {error}") from None
 

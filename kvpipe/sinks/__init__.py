@@ -2,41 +2,38 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
+from kvpipe.errors import ending_of
 from kvpipe.records.progress import Progress
-from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.run import FAILED, PhaseRecord, RunFinished, RunPlanned, RunStarted
 
 
-class Sink(Protocol):
-    """The interface of every sink. The parent makes the calls, in this order."""
+class Sink:
+    """Base of every sink, with a hook for each event; a sink overrides those that it needs.
+
+    The parent calls the hooks in this order.
+    """
 
     def run_started(self, record: RunStarted) -> None:
         """Receive the first record, with the config of the run."""
-        ...
 
     def run_planned(self, record: RunPlanned) -> None:
         """Receive the plan; it comes after the phases that run in the parent."""
-        ...
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Receive the name of the step that starts, its position from 0 and the step count."""
-        ...
 
     def phase_progressed(self, progress: Progress) -> None:
         """Receive the running phase's progress; without ``runner.isolate``, on another thread."""
-        ...
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Receive the record of a phase."""
-        ...
 
     def run_finished(self, record: RunFinished) -> None:
         """Receive the last record and close; called once, also for a failed run."""
-        ...
 
 
-class Sinks:
+class Sinks(Sink):
     """Composite of several sinks.
 
     Every sink receives every call, even if another sink fails; then the first error is raised, with
@@ -90,10 +87,10 @@ class Sinks:
 
 def failed_by(record: RunFinished, error: Exception) -> RunFinished:
     """Return the last record, marked as failed by ``error`` unless the run had failed already."""
-    message = f"{record.error}; then: {error}" if record.error else str(error)
-    exit_code = record.exit_code or getattr(error, "exit_code", 1)
-    status = record.status if record.exit_code else "failed"
-    return replace(record, status=status, exit_code=exit_code, error=message)
+    ending = ending_of(error)
+    if record.exit_code:
+        return replace(record, error=f"{record.error}; then: {ending.error}")
+    return replace(record, status=FAILED, exit_code=ending.exit_code, error=ending.error)
 
 
 def _raise_all(errors: Sequence[Exception]) -> None:

@@ -1,10 +1,10 @@
 """Base of the sinks that write only after the run has ended."""
 
-from kvpipe.records.progress import Progress
 from kvpipe.records.run import PhaseRecord, Record, RunPlanned, RunStarted
+from kvpipe.sinks import Sink
 
 
-class Collector:
+class Collector(Sink):
     """Collects the records until the run has ended; a subclass then uses them."""
 
     def __init__(self) -> None:
@@ -17,12 +17,6 @@ class Collector:
     def run_planned(self, record: RunPlanned) -> None:
         """Keep the plan."""
         self._records.append(record)
-
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: only finished phases are kept."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Keep the record."""

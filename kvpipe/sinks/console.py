@@ -26,6 +26,7 @@ from kvpipe.records.run import (
     RunStarted,
 )
 from kvpipe.report.rows import PhaseRow, phase_row
+from kvpipe.sinks import Sink
 from kvpipe.units import gib
 
 _NAME_WIDTH = 32
@@ -57,7 +58,7 @@ _COLUMNS = (
 )
 
 
-class ConsoleTable:
+class ConsoleTable(Sink):
     """Shows the run at a terminal.
 
     Args:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.records.run import RunFinished, RunStarted, dumps
+from kvpipe.records.run import RunFinished, RunStarted
 from kvpipe.sinks.collector import Collector
 
 
@@ -39,7 +39,7 @@ class FailedRecords(Collector):
         """
         if not record.exit_code:
             return
-        lines = [f"{dumps(kept)}\n" for kept in (*self._records, record)]
+        lines = [f"{kept.line}\n" for kept in (*self._records, record)]
         try:
             self._path.write_text("".join(lines))
         except OSError as error:

@@ -7,14 +7,15 @@ import time
 from typing import TextIO
 
 from kvpipe.records.progress import Progress
-from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.run import PhaseRecord, RunFinished
+from kvpipe.sinks import Sink
 from kvpipe.system.periodic_thread import Ticker
 
 # The worker reports progress several times a second; mark an older report with its age.
 _OLD_S = 5.0
 
 
-class Heartbeat:
+class Heartbeat(Sink):
     """Write how long the phase has run, and its progress.
 
     Args:
@@ -26,12 +27,6 @@ class Heartbeat:
         self._stream = stream
         self._every_s = every_s
         self._beating: _Beating | None = None
-
-    def run_started(self, record: RunStarted) -> None:
-        """Do nothing: no phase runs yet."""
-
-    def run_planned(self, record: RunPlanned) -> None:
-        """Do nothing: the plan is no phase."""
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Start the lines of the step."""

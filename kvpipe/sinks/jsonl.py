@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
     RUN_FINISHED,
     RUN_PLANNED,
@@ -17,14 +16,14 @@ from kvpipe.records.run import (
     RunFinished,
     RunPlanned,
     RunStarted,
-    dumps,
 )
+from kvpipe.sinks import Sink
 
 # Enough for the last record of a run with thousands of token ids in its checks.
 _RESERVE_BYTES = 1 << 20
 
 
-class JsonLines:
+class JsonLines(Sink):
     """Write each record as one line at once, so that a killed run keeps every line written so far.
 
     The caller that opened the stream closes it.
@@ -46,12 +45,6 @@ class JsonLines:
         """Write the plan."""
         self._write(record, RUN_PLANNED)
 
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: a phase's line is written once it has finished."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: progress is no record."""
-
     def phase_finished(self, record: PhaseRecord) -> None:
         """Write the record."""
         self._write(record, record.phase)
@@ -61,9 +54,9 @@ class JsonLines:
         self._write(record, RUN_FINISHED)
 
     def _write(self, record: Record, phase: str) -> None:
-        line = dumps(record)
+        line = f"{record.line}\n"
         try:
-            self._put(f"{line}\n")
+            self._put(line)
         except (OSError, UnicodeEncodeError) as error:
             reason = getattr(error, "strerror", None) or error
             message = f"{self.name}: cannot write the record of {phase!r}: {reason}"

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from kvpipe.config.schema import OutputFormat
-from kvpipe.records.run import dumps
 from kvpipe.records.sweep import SweepFinished
 from kvpipe.sinks.report import written
 
@@ -23,7 +22,7 @@ def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
     from kvpipe.report.sweep import picture, sweep_page
 
     paths = [
-        written(folder / JSON_FILE, f"{dumps(sweep)}\n".encode()),
+        written(folder / JSON_FILE, f"{sweep.line}\n".encode()),
         written(folder / PAGE_FILE, sweep_page(sweep, folder).encode()),
     ]
     # Without a measured KV cache there is nothing to draw.
@@ -40,7 +39,7 @@ def show_sweep(sweep: SweepFinished, output: OutputFormat) -> None:
         output: ``table`` or ``json``.
     """
     if output is OutputFormat.json:
-        print(dumps(sweep), flush=True)
+        print(sweep.line, flush=True)
         return
     from kvpipe.report.sweep_table import print_sweep
 

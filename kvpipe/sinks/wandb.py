@@ -23,8 +23,8 @@ from urllib.request import getproxies
 from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
-from kvpipe.records.progress import Progress
-from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.sinks import Sink
 from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
@@ -40,7 +40,7 @@ _PREFLIGHT_TIMEOUT_S = 5.0
 _FLUSH_INTERVAL_S = 1.0
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Logs the records of a run to W&B, in ``run_dir/wandb``.
 
     Args:
@@ -92,9 +92,6 @@ class WandbSink:
             self._run.define_metric("*", step_metric="phase/idx")
         return fields
 
-    def run_started(self, record: RunStarted) -> None:
-        """Do nothing: :meth:`start` starts the W&B run."""
-
     def run_planned(self, record: RunPlanned) -> None:
         """Write the plan's verdict to the summary, and log the plan as a table.
 
@@ -109,12 +106,6 @@ class WandbSink:
             # Logged with the row of the next phase.
             table = self._new_table(*plan_table(record))
             self._run.log({"plan/phases": table}, step=self._next_step, commit=False)
-
-    def phase_started(self, step: str, idx: int, total: int) -> None:
-        """Do nothing: a phase's row is logged once it has finished."""
-
-    def phase_progressed(self, progress: Progress) -> None:
-        """Do nothing: progress is no record."""
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Log the phase's metrics, and its texts if it has any.

@@ -20,6 +20,11 @@ def remove_tree(directory: Path) -> None:
 
 
 def send(channel: IO[str], message: Mapping[str, Any]) -> None:
-    """Write one JSON line and flush it."""
-    channel.write(json.dumps(message, allow_nan=False) + "\n")
+    """Write a message as one JSON line and flush it."""
+    send_line(channel, json.dumps(message, allow_nan=False))
+
+
+def send_line(channel: IO[str], line: str) -> None:
+    """Write one line and flush it."""
+    channel.write(f"{line}\n")
     channel.flush()

@@ -5,12 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kvpipe.config.schema import from_plain
 from kvpipe.engine import compat, devices
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import KvpipeError, ending_of
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan import fit
 from kvpipe.system.pipes import send
@@ -40,11 +41,10 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         if job["model_dir"] is None:
             return found
         record = planner.plan_here(build_steps(config), config, Path(job["model_dir"])).record
-    except KvpipeError as error:
-        return {"error": str(error)}
     except Exception as error:
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"}
+        if not isinstance(error, KvpipeError):
+            traceback.print_exc()
+        return asdict(ending_of(error))
     peak = max(phase.max_device_bytes for phase in record.phases)
     return found | {"misfit": fit.misfit(record), "peak_bytes": peak}
 

@@ -1,7 +1,7 @@
 """Merge the hosts' measurements of a step into one ledger over all devices."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpipe.pipeline.ledger import Ledger
@@ -26,32 +26,6 @@ class Share:
     checks: tuple[Check, ...] = ()
     engine_lives: bool = True
     positions: tuple[int, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object, for the other hosts."""
-        ledger = self.measured.ledger
-        return {
-            "memory": asdict(self.measured.memory),
-            "ledger": dict(ledger.pools) if ledger else None,
-            "peak": asdict(self.peak) if self.peak else None,
-            "checks": [asdict(check) for check in self.checks],
-            "engine_lives": self.engine_lives,
-            "positions": self.positions,
-        }
-
-
-def share_from_json(data: Mapping[str, Any]) -> Share:
-    """Parse what :meth:`Share.to_json` returned."""
-    ledger, peak, positions = data["ledger"], data["peak"], tuple(data["positions"])
-    if ledger is not None:
-        ledger = Ledger(len(positions), {pool: tuple(held) for pool, held in ledger.items()})
-    return Share(
-        measured=Measurement(Memory(**data["memory"]), ledger),
-        peak=Peak(**{**peak, "bytes_in_use": tuple(peak["bytes_in_use"])}) if peak else None,
-        checks=tuple(Check(**check) for check in data["checks"]),
-        engine_lives=data["engine_lives"],
-        positions=positions,
-    )
 
 
 def together(shares: Sequence[Share], labels: Sequence[str]) -> Share:

@@ -8,25 +8,26 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvpipe.config.schema import CONTINUE, PlanConfig
 from kvpipe.engine import multihost
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
-from kvpipe.errors import KvpipeError, failure_of
+from kvpipe.errors import Ending, KvpipeError, ending_of, failure_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger, differences
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
 from kvpipe.records import progress
+from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records.run import Check, Memory, PhaseRecord, RunPlanned
 from kvpipe.system.periodic_thread import Ticker
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import measurement
 from kvpipe.worker.drift import Drift
-from kvpipe.worker.host_results import Share, of_each_host, share_from_json, together
+from kvpipe.worker.host_results import Share, of_each_host, together
 from kvpipe.worker.measurement import Measurement
 
 _TELL_EVERY_S = 0.25
@@ -72,23 +73,8 @@ class Events:
     finished: Callable[[PhaseRecord], None]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The first step that failed.
-
-    Attributes:
-        step: its name.
-        error: the error for the person at the terminal.
-    """
-
-    step: str
-    error: KvpipeError
-
-
-def run(
-    jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float
-) -> Failure | None:
-    """Run the jobs in order, each with its record; return the first failure.
+def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float) -> Ending:
+    """Run the jobs in order, each with its record; return the ending by the first failure, if any.
 
     After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
     the failure of a step with ``OnFailure.MAY_CONTINUE`` does not stop the run, but fails it at the
@@ -101,7 +87,7 @@ def run(
         events: callbacks for starts and records.
         run_began: ``time.time()`` when the run began, for the elapsed time.
     """
-    first: Failure | None = None
+    ending = Ending()
     stopped = False
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
@@ -111,9 +97,9 @@ def run(
                 continue
             error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
             if error is not None:
-                first = first or Failure(job.phase.step, error)
+                ending = ending if ending.exit_code else ending_of(error, job.phase.step)
                 stopped = stopped or not _goes_on(job.phase, loop)
-    return first
+    return ending
 
 
 def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
@@ -128,9 +114,11 @@ def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
     events.started(step, job.idx)
     loop.begin(step)
     own = loop.attempt(job)
-    told = multihost.gather(own.failed | own.share.to_json() if multihost.several() else {})
+    told = multihost.gather(
+        own.failed | {"share": asdict(own.share)} if multihost.several() else {}
+    )
     shares = [
-        own.share if host == multihost.rank() else share_from_json(told[host])
+        own.share if host == multihost.rank() else decode(Share, told[host]["share"])
         for host in range(len(told))
     ]
     error = own.error

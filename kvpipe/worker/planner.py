@@ -10,14 +10,14 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.config.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.engine import devices, shapes, training
-from kvpipe.errors import EngineError, InputError, KvpipeError
+from kvpipe.errors import EngineError, InputError, KvpipeError, ending_of
 from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
@@ -160,7 +160,7 @@ def _programs(
 
 
 def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plan of a job, or the error's message and exit code."""
+    """Return the plan of a job, or the ending by an error."""
     config = from_plain(job["config"])
     # Here the target's devices are virtual CPU devices.
     config = replace(config, engine=replace(config.engine, device=CPU))
@@ -171,11 +171,11 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         programs = _programs(job, steps, config, target)
         record = plan_for(target, steps, config, model_dir, programs).record
     except KvpipeError as error:
-        return {"error": str(error), "exit_code": error.exit_code}
+        return asdict(ending_of(error))
     except Exception as error:
         traceback.print_exc()
         told = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
-        return {"error": told, "exit_code": EngineError.exit_code}
+        return asdict(ending_of(EngineError(told)))
     return {"plan": record.to_json()}
 
 

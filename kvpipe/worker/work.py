@@ -10,41 +10,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from kvpipe import errors
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import Ending, EngineError, ending_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import build_steps, use_of
 from kvpipe.plan.fit import refuse_misfit
 from kvpipe.plan.fold import Plan
-from kvpipe.records.run import PhaseRecord
-from kvpipe.system.pipes import send
+from kvpipe.records.run import PhaseRecord, RunPlanned
+from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
 
 Planner = Callable[[Sequence[Phase], Kvpipe, Path], Plan]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the worker's part ended.
-
-    Attributes:
-        exit_code: 0, or that of the error.
-        error: why it failed, in one message; None if it did not.
-        failing_phase: the step that failed first; None if none did.
-    """
-
-    exit_code: int
-    error: str | None = None
-    failing_phase: str | None = None
 
 
 def with_engine() -> Planner:
@@ -62,7 +46,7 @@ def execute(
     run_began: float,
     may_begin: Callable[[], object] = lambda: None,
     load: Callable[[], Planner] = with_engine,
-) -> Outcome:
+) -> Ending:
     """Run the worker's steps in this process, and shut the engine down at the end.
 
     The engine is imported at once, but no step starts before the parent's own steps are done.
@@ -80,14 +64,13 @@ def execute(
         may_begin()
         events.joined(multihost.join(config.engine, _common(ctx)))
         jobs = _planned_jobs(ctx, events, run_began, planner)
-        failure = loop.run(jobs, ctx, events, run_began)
-        outcome = _outcome(failure.error, failure.step) if failure else Outcome(errors.HELD)
+        ending = loop.run(jobs, ctx, events, run_began)
     except Exception as error:
         traceback.print_exc()
-        outcome = _outcome(error)
-    outcome = _shut_down(ctx, outcome)
+        ending = ending_of(error)
+    ending = _shut_down(ctx, ending)
     multihost.leave()
-    return outcome
+    return ending
 
 
 def _common(ctx: WorkerContext) -> dict[str, Any]:
@@ -111,16 +94,6 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
     }
 
 
-def _outcome(error: Exception, step: str | None = None) -> Outcome:
-    if isinstance(error, errors.InputError):
-        return Outcome(error.exit_code, str(error), step)
-    if errors.is_out_of_memory(error):
-        return Outcome(errors.OUT_OF_MEMORY, str(error) or type(error).__name__, step)
-    if isinstance(error, KvpipeError):
-        return Outcome(error.exit_code, str(error), step)
-    return Outcome(errors.DEFECT, f"{type(error).__name__}: {error}", step)
-
-
 def work(
     plain: Mapping[str, Any],
     run_began: float,
@@ -133,7 +106,7 @@ def work(
     Args:
         plain: the config to run, as plain values.
         run_began: ``time.time()`` when the run began.
-        descriptor: receives plan, starts, records and the outcome, one JSON line each.
+        descriptor: receives starts, records and the ending, one JSON line each.
         next_order: blocks until the parent's next line: first that its own steps are done, then,
             each time, that it knows which step begins, or has written the record of one.
         load: imports the engine, or what replaces it; returns the planner.
@@ -149,24 +122,25 @@ def work(
         tell({"started": step, "idx": idx})
         next_order()
 
-    def finish(record: PhaseRecord) -> None:
-        tell({"record": record.to_json()})
+    def record(made: RunPlanned | PhaseRecord) -> None:
+        with whole_lines:
+            send_line(channel, made.line)
         next_order()
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         events = loop.Events(
             joined=lambda hosts: tell({"hosts": list(hosts)}),
-            planned=lambda plan: tell({"plan": plan.to_json()}),
+            planned=record,
             started=start,
             progressed=lambda progress: tell({"progress": progress.to_json()}),
-            finished=finish,
+            finished=record,
         )
-        outcome = execute(from_plain(dict(plain)), events, run_began, next_order, load)
-        # Once the parent has the outcome it waits for nothing more.
+        ending = execute(from_plain(dict(plain)), events, run_began, next_order, load)
+        # Once the parent has the ending it waits for nothing more.
         sys.stdout.flush()
         sys.stderr.flush()
-        send(channel, asdict(outcome))
-    return outcome.exit_code
+        send(channel, asdict(ending))
+    return ending.exit_code
 
 
 def _planned_jobs(
@@ -195,10 +169,10 @@ def _planned_jobs(
     ]
 
 
-def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
+def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:
     """Shut the engine down; an error here counts only if nothing failed before."""
     if ctx.started is None:
-        return outcome
+        return ending
     from kvpipe.engine import memory
 
     engine, ctx.started = ctx.started, None
@@ -208,9 +182,8 @@ def _shut_down(ctx: WorkerContext, outcome: Outcome) -> Outcome:
         engine.shut_down()
     except Exception as error:
         traceback.print_exc()
-        if outcome.exit_code == errors.HELD:
-            return Outcome(
-                errors.FAILED, f"the engine did not shut down: {type(error).__name__}: {error}"
-            )
+        if ending == Ending():
+            told = f"the engine did not shut down: {type(error).__name__}: {error}"
+            return ending_of(EngineError(told))
     memory.collect_garbage()
-    return outcome
+    return ending

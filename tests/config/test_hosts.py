@@ -19,8 +19,9 @@ import pytest
 from kvpipe.config.hosts import check_hosts, check_node_rank, own_file, who_ended, with_node_rank
 from kvpipe.config.schema import EngineConfig, Kvpipe, RunnerConfig
 from kvpipe.pipeline.ledger import Ledger
+from kvpipe.records.json_record import decode
 from kvpipe.records.run import Check, Memory, Peak
-from kvpipe.worker.host_results import Share, share_from_json, together
+from kvpipe.worker.host_results import Share, together
 from kvpipe.worker.measurement import Measurement
 from tests import faults
 from tests.command import KVPIPE, environment
@@ -432,7 +433,7 @@ def test_which_host_ended_is_read_from_what_jax_says(log, told):
 
 
 def share(positions, used, **more):
-    stats = [{"bytes_in_use": size} for size in used]
+    stats = tuple({"bytes_in_use": size} for size in used)
     ledger = Ledger(len(used), {"kv": tuple(used)})
     measured = Measurement(Memory(10, 20, stats, "live_arrays"), ledger)
     return Share(measured, Peak(tuple(used), sum(used), 10, 1), positions=positions, **more)
@@ -460,4 +461,4 @@ def test_the_devices_of_all_hosts_stand_in_their_global_order():
 
 def test_a_share_comes_to_another_host_as_it_is():
     told = share((0, 1), [1, 2], checks=(Check("a check", 1, 1, True),))
-    assert share_from_json(json.loads(json.dumps(told.to_json()))) == told
+    assert decode(Share, json.loads(json.dumps(asdict(told)))) == told

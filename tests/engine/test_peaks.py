@@ -11,6 +11,7 @@ from kvpipe.checkpoints.safetensors import Checkpoint
 from kvpipe.config.schema import ModelConfig
 from kvpipe.engine import peaks
 from kvpipe.engine.peaks import PeakSampler
+from kvpipe.errors import Ending
 from kvpipe.records.run import Memory, Peak, PhaseRecord
 from kvpipe.system.periodic_thread import Ticker
 from tests.conftest import greedy
@@ -154,7 +155,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
         progressed=told.append,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
-    assert loop.run(jobs, ctx, events, time.time()) is None
+    assert loop.run(jobs, ctx, events, time.time()) == Ending()
     engine.flush()
     return {"records": records, "told": told}
 

@@ -8,7 +8,6 @@ import pytest
 
 from kvpipe.config.schema import CompareConfig
 from kvpipe.errors import InputError
-from kvpipe.records.run import dumps
 from kvpipe.report.comparison import Comparison
 from kvpipe.report.comparison_report import as_markdown, comparison_page
 from kvpipe.report.plan import as_json
@@ -37,7 +36,7 @@ STRICT = CompareConfig(duration_factor=1.5, compilations=0, allowance_bytes=0)
 
 def side(folder, *records):
     folder.mkdir()
-    lines = [dumps(record) for record in records or (started(), *pipeline(), passed())]
+    lines = [record.line for record in records or (started(), *pipeline(), passed())]
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     return read_side(folder)
 

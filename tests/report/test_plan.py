@@ -2,7 +2,7 @@ import io
 import json
 from dataclasses import replace
 
-from kvpipe.records.run import Fit, PlannedPhase, Program, RunPlanned, planned_from_json
+from kvpipe.records.run import Fit, PlannedPhase, Program, RunPlanned
 from kvpipe.report.plan import as_json, as_markdown
 from kvpipe.report.plan_table import print_plan
 
@@ -65,7 +65,9 @@ def test_the_json_has_exactly_the_keys_of_the_issue():
 
 
 def test_the_json_can_be_read_back_as_a_plan():
-    assert planned_from_json(json.loads(json.dumps(as_json(PLAN)))) == replace(PLAN, elapsed_s=0.0)
+    assert RunPlanned.from_json(json.loads(json.dumps(as_json(PLAN)))) == replace(
+        PLAN, elapsed_s=0.0
+    )
 
 
 def test_the_markdown_is_exact_and_has_no_times():

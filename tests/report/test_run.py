@@ -3,11 +3,10 @@ import json
 import pytest
 
 from kvpipe.errors import InputError
-from kvpipe.records.run import dumps
 from kvpipe.report.run import read_run
 from tests.sinks.pipeline_records import STEPS, passed, phase, pipeline, started
 
-LINES = [dumps(record) for record in (started(), *pipeline(), passed())]
+LINES = [record.line for record in (started(), *pipeline(), passed())]
 
 
 def write(folder, *lines, end="\n"):
@@ -21,7 +20,7 @@ def test_a_directory_and_its_file_are_the_same_run(tmp_path):
     path = write(tmp_path / "r", *LINES)
     run = read_run(tmp_path / "r")
     assert read_run(path).phases == run.phases
-    assert [dumps(r) for r in (run.started, *run.phases, run.finished)] == LINES
+    assert [r.line for r in (run.started, *run.phases, run.finished)] == LINES
     assert (run.status, run.experiment, [p.phase for p in run.phases]) == ("passed", "tiny", STEPS)
 
 
@@ -59,7 +58,7 @@ def test_what_is_not_there_is_named(tmp_path):
         ("[1]", r"line 3: not a record: it has no 'phase'"),
         ('{"phase": 1}', r"line 3: not a record: it has no 'phase'"),
         ('{"phase": "a"}', r"line 3: not a record of this version of kvpipe: KeyError: 'memory'"),
-        (dumps(phase(3)).replace('"idx"', '"index"'), r"line 3: .*KeyError: 'idx'"),
+        (phase(3).line.replace('"idx"', '"index"'), r"line 3: .*KeyError: 'idx'"),
     ],
 )
 def test_a_line_that_is_no_record_is_named_with_its_number(tmp_path, line, message):

@@ -9,7 +9,6 @@ from pipeline_records import OUTPUT, passed, phase, pipeline, started
 
 from kvpipe.errors import KvpipeError, RecordError
 from kvpipe.records.progress import GENERATING, Progress
-from kvpipe.records.run import dumps
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 
 
@@ -28,7 +27,7 @@ def test_each_record_is_one_line_of_json(tmp_path):
         write_run(JsonLines(stream))
     with path.open(encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
-    assert lines == [json.loads(dumps(record)) for record in [started(), *pipeline(), passed()]]
+    assert lines == [json.loads(record.line) for record in [started(), *pipeline(), passed()]]
     # This text has a line separator that is none in JSON lines.
     assert lines[9]["text"] == OUTPUT
 
@@ -113,4 +112,4 @@ def test_on_a_full_disk_the_file_keeps_whole_lines_and_has_room_for_the_end(tmp_
             sink.run_finished(passed())
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     expected = [phase(1), phase(2), passed()]
-    assert lines == [json.loads(dumps(record)) for record in expected]
+    assert lines == [json.loads(record.line) for record in expected]

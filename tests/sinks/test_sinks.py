@@ -1,5 +1,5 @@
 import pytest
-from pipeline_records import failed, passed, phase, started
+from pipeline_records import failed, passed, phase, plan, started
 
 from kvpipe.errors import KvpipeError, TrackingError
 from kvpipe.records.progress import GENERATING, Progress
@@ -40,12 +40,14 @@ class Recorder:
 def call_all(sinks):
     first, record, last = started(), phase(3), passed()
     sinks.run_started(first)
+    sinks.run_planned(plan())
     sinks.phase_started("jax_ready", 3, 16)
     sinks.phase_progressed(PROGRESS)
     sinks.phase_finished(record)
     sinks.run_finished(last)
     return [
         ("run_started", first),
+        ("run_planned", plan()),
         ("phase_started", "jax_ready", 3, 16),
         ("phase_progressed", PROGRESS),
         ("phase_finished", record),
@@ -63,6 +65,7 @@ def test_every_sink_gets_every_call():
     "call",
     [
         lambda sinks: sinks.run_started(started()),
+        lambda sinks: sinks.run_planned(plan()),
         lambda sinks: sinks.phase_started("a", 0, 1),
         lambda sinks: sinks.phase_progressed(PROGRESS),
         lambda sinks: sinks.phase_finished(phase(0)),

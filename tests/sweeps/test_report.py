@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kvpipe.records.run import dumps
 from kvpipe.report.drawing import Line
 from kvpipe.report.png import as_png
 from kvpipe.report.sweep import bytes_a_token, picture, sweep_page
@@ -78,7 +77,7 @@ def test_below_the_table_stand_what_failed_and_the_command_that_does_it_again(mo
 
 
 def test_the_record_is_one_line_of_exact_numbers():
-    line = json.loads(dumps(mixed()))
+    line = json.loads(mixed().line)
     assert (line["phase"], line["exit_code"], len(line["jobs"])) == ("sweep_finished", 1, 5)
     assert not any(isinstance(job["kv_bytes"], float) for job in line["jobs"])
 
