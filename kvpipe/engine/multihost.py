@@ -101,11 +101,11 @@ def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
     rank, ranks = config.node_rank, range(config.nnodes)
     others = [other for other in ranks if other != rank]
     _hosts = _Hosts(rank, (), distributed.global_state.client, others=others)
-    told = gather({"name": socket.gethostname(), "common": dict(common)})
-    _hosts.names = [host["name"] for host in told]
+    received = gather({"name": socket.gethostname(), "common": dict(common)})
+    _hosts.names = [host["name"] for host in received]
     for other in others:
         for key, value in common.items():
-            if told[other]["common"][key] != json.loads(json.dumps(value)):
+            if received[other]["common"][key] != json.loads(json.dumps(value)):
                 first, second = sorted((rank, other))
                 raise HostFailed(
                     f"{key} is not the same on {label(first)} and {label(second)}; type the same "
@@ -156,13 +156,13 @@ def gather(value: Mapping[str, Any]) -> list[Any]:
     if not several():
         return [value]
     _put(_END, value)
-    told = {other: _wait_for_end(other, value.get("failed")) for other in _hosts.others}
-    told[rank()] = value
+    received = {other: _wait_for_end(other, value.get("failed")) for other in _hosts.others}
+    received[rank()] = value
     # All hosts have completed this stage, so none reads the previous one any more.
     _hosts.client.key_value_delete(f"kvpipe/{rank()}/{_hosts.stage - 1}/")
     _hosts.stage += 1
     _hosts.said = 0
-    return [told[host] for host in sorted(told)]
+    return [received[host] for host in sorted(received)]
 
 
 def in_stage[T](action: Callable[[], T]) -> T:
@@ -194,9 +194,9 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"failed": asdict(ending_of(error))}
 
 
-def first_failure(told: Sequence[Mapping[str, Any]]) -> HostFailed | None:
+def first_failure(received: Sequence[Mapping[str, Any]]) -> HostFailed | None:
     """Return the first failure, by rank, in the hosts' results of a stage."""
-    for host, value in enumerate(told):
+    for host, value in enumerate(received):
         if failed := value.get("failed"):
             return HostFailed(f"{label(host)}: {failed['error']}", failed["exit_code"])
     return None

@@ -134,8 +134,10 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
         try:
             return worker_class(arguments, mesh=mesh)
         except (AssertionError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise InputError(f"the engine refuses this model, mesh or capacity: {told}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"the engine refuses this model, mesh or capacity: {reason}"
+            ) from error
 
 
 def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:

@@ -66,8 +66,8 @@ class Finding:
     todo: str = ""
 
     def __str__(self) -> str:
-        told = f"{self.level:4}  {self.about:12}  {self.found}"
-        return f"{told}; {self.todo}" if self.todo else told
+        line = f"{self.level:4}  {self.about:12}  {self.found}"
+        return f"{line}; {self.todo}" if self.todo else line
 
 
 def examine(

@@ -163,13 +163,13 @@ class Run:
             return ending
         failing = ending.failing_phase or self._current
         held = ", ".join(f"{pool} {size:,}" for pool, size in self._ledger(failing).items())
-        told = f"{ending.error}\nlast measured, bytes over all devices: {held or 'none'}"
+        error = f"{ending.error}\nlast measured, bytes over all devices: {held or 'none'}"
         if planned := self._planned(failing):
-            told += (
+            error += (
                 f"\nplanned after {failing!r}: {planned.total_bytes:,} bytes over all devices, "
                 f"{planned.max_device_bytes:,} on the fullest"
             )
-        return replace(ending, error=told)
+        return replace(ending, error=error)
 
     def _ledger(self, step: str | None) -> Mapping[str, int]:
         """Return the ledger measured after ``step``, or the last one measured."""
@@ -374,11 +374,11 @@ def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str])
             f"{other}, so jax ended the engine's process here, in step {step!r}; its log "
             f"{child.log} ends with:\n{tail}"
         )
-    told = f"the engine's process ended by {child.how_it_ended()} in step {step!r}"
+    ended = f"the engine's process ended by {child.how_it_ended()} in step {step!r}"
     log = f"its log {child.log} ends with:\n{tail}"
     if child.ended_by() != -signal.SIGKILL:
         error = OutOfMemory if errors.says_no_memory(tail) else EngineError
-        return error(f"{told}; {log}")
+        return error(f"{ended}; {log}")
     if memory_was_short:
-        return OutOfMemory(f"{told}: Linux killed it for lack of memory; {log}")
-    return EngineError(f"{told}, and Linux counted no out-of-memory kill in that time; {log}")
+        return OutOfMemory(f"{ended}: Linux killed it for lack of memory; {log}")
+    return EngineError(f"{ended}, and Linux counted no out-of-memory kill in that time; {log}")

@@ -36,7 +36,7 @@ class Heartbeat(Sink):
     def phase_progressed(self, progress: Progress) -> None:
         """Keep the step's progress for the next line."""
         if self._beating and progress.step == self._beating.step:
-            self._beating.told = (time.monotonic(), progress)
+            self._beating.latest = (time.monotonic(), progress)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Stop the lines of the step."""
@@ -57,7 +57,7 @@ class _Beating:
 
     def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
         self.step = step
-        self.told: tuple[float, Progress] | None = None
+        self.latest: tuple[float, Progress] | None = None
         self.ticker = Ticker("heartbeat", self._beat, every_s)
         self._stream = stream
         self._every_s = every_s
@@ -68,8 +68,8 @@ class _Beating:
     def _beat(self) -> float:
         now = time.monotonic()
         line = f"kvpipe: {self._position} {self.step} has run for {now - self._began:.0f} s"
-        if self.told:
-            at, progress = self.told
+        if self.latest:
+            at, progress = self.latest
             old = f", reported {now - at:.0f} s ago" if now - at > _OLD_S else ""
             line += f": {progress}{old}"
         self._stream.write(f"{line}\n")

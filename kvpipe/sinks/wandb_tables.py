@@ -74,5 +74,5 @@ def alert_of(experiment: str, record: RunFinished) -> tuple[str, str] | None:
         for check in record.checks
         if not check.passed
     ]
-    told = "\n".join([record.error or "the run failed", *failed])
-    return f"kvpipe {experiment} failed"[:_TITLE_CHARS], told[:_MOST_CHARS]
+    text = "\n".join([record.error or "the run failed", *failed])
+    return f"kvpipe {experiment} failed"[:_TITLE_CHARS], text[:_MOST_CHARS]

@@ -28,7 +28,7 @@ class QueueWatcher(SlurmInfoWatcher):
 
     def __init__(self) -> None:
         super().__init__(delay_s=_ASKED_EVERY_S)
-        self._told = ""
+        self._summary = ""
 
     def _make_command(self) -> list[str]:
         # Do not query by id: squeue fails if it no longer knows one of them.
@@ -57,10 +57,10 @@ class QueueWatcher(SlurmInfoWatcher):
 
     def _tell(self, states: Sequence[str]) -> None:
         counts = sorted(Counter(state.removesuffix(" None") for state in states).items())
-        told = ", ".join(f"{count} {state}" for state, count in counts) or "none left"
-        if told != self._told:
-            _log.info("SLURM job %s: %s", ", ".join(self.job_ids()), told)
-            self._told = told
+        summary = ", ".join(f"{count} {state}" for state, count in counts) or "none left"
+        if summary != self._summary:
+            _log.info("SLURM job %s: %s", ", ".join(self.job_ids()), summary)
+            self._summary = summary
 
 
 def watch_queue() -> QueueWatcher:

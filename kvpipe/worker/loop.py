@@ -114,16 +114,16 @@ def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
     events.started(step, job.idx)
     loop.begin(step)
     own = loop.attempt(job)
-    told = multihost.gather(
+    received = multihost.gather(
         own.failed | {"share": asdict(own.share)} if multihost.several() else {}
     )
     shares = [
-        own.share if host == multihost.rank() else decode(Share, told[host]["share"])
-        for host in range(len(told))
+        own.share if host == multihost.rank() else decode(Share, received[host]["share"])
+        for host in range(len(received))
     ]
     error = own.error
     if multihost.several():
-        error = multihost.first_failure(told)
+        error = multihost.first_failure(received)
     record = loop.record(job, own, shares, error)
     events.finished(record)
     if error is not None:
@@ -208,8 +208,8 @@ class _Loop:
         if measured is None:
             assert error is not None
             traceback.print_exception(error)
-            measured, told = self._measured_after(error)
-            checks = (Check(job.phase.step, "completed", type(error).__name__, False, told),)
+            measured, detail = self._measured_after(error)
+            checks = (Check(job.phase.step, "completed", type(error).__name__, False, detail),)
         positions = multihost.positions_here() if measured.ledger else ()
         self._memory = measured.memory
         peak = self._sampler.take(measured.memory) if self._sampler else None
@@ -225,8 +225,8 @@ class _Loop:
         except Exception as second:
             # Keep the failure's record even if the failure has also broken the measurement.
             traceback.print_exc()
-            told = f"{error}; then the measurement failed: {type(second).__name__}: {second}"
-            return Measurement(process_memory(), None), told
+            detail = f"{error}; then the measurement failed: {type(second).__name__}: {second}"
+            return Measurement(process_memory(), None), detail
 
     def record(
         self, job: Job, own: _Attempt, shares: Sequence[Share], error: KvpipeError | None

@@ -174,8 +174,8 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         return asdict(ending_of(error))
     except Exception as error:
         traceback.print_exc()
-        told = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
-        return asdict(ending_of(EngineError(told)))
+        message = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
+        return asdict(ending_of(EngineError(message)))
     return {"plan": record.to_json()}
 
 

@@ -183,7 +183,7 @@ def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:
     except Exception as error:
         traceback.print_exc()
         if ending == Ending():
-            told = f"the engine did not shut down: {type(error).__name__}: {error}"
-            return ending_of(EngineError(told))
+            message = f"the engine did not shut down: {type(error).__name__}: {error}"
+            return ending_of(EngineError(message))
     memory.collect_garbage()
     return ending
