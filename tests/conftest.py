@@ -214,9 +214,9 @@ class RealWeights:
 
         engine, capacity = self._engine, engine_config().max_total_tokens
         engine.flush()
-        if kv_cache.KV not in engine.away and engine.max_total_tokens != capacity:
+        if kv_cache.KV not in engine.unavailable and engine.max_total_tokens != capacity:
             kv_cache.drop(engine)
-        if kv_cache.KV in engine.away:
+        if kv_cache.KV in engine.unavailable:
             kv_cache.rebuild(engine, capacity)
         if not self._unchanged():
             weights.swap(engine, weights.build(engine, self._weights))

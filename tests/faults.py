@@ -190,7 +190,7 @@ def spoil_the_model(ctx):
 
 
 def generate_while_dropped(ctx):
-    ctx.engine.away.clear()
+    ctx.engine.unavailable.clear()
     ctx.engine.generate("Hello", ctx.config.sampling)
 """
 

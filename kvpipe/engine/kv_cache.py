@@ -177,12 +177,12 @@ def restore_now(engine: SglangEngine, kept: HostKv) -> Change:
 
 
 def _needs_kv(engine: SglangEngine) -> None:
-    if KV in engine.away:
-        raise EngineError(f"the KV cache is not there: {engine.away[KV]}")
+    if KV in engine.unavailable:
+        raise EngineError(f"the KV cache is not there: {engine.unavailable[KV]}")
 
 
 def _delete(engine: SglangEngine, why: str) -> Change:
-    engine.away[KV] = why
+    engine.unavailable[KV] = why
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
     blueprint = tuple(
@@ -197,7 +197,7 @@ def _delete(engine: SglangEngine, why: str) -> Change:
 
 
 def _needs_kv_away(engine: SglangEngine) -> None:
-    if KV not in engine.away:
+    if KV not in engine.unavailable:
         raise EngineError("the KV cache is there: only one that is away can be made again")
 
 
@@ -206,7 +206,7 @@ def _allocate(engine: SglangEngine) -> Change:
     before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
     pool.kv_buffer[:] = jax.block_until_ready(_allocator(blueprint)())
-    del engine.away[KV]
+    del engine.unavailable[KV]
     change = _change(blueprint, memory.total_in_use() - before)
     return change.with_fields(rebuilt_buffers=len(blueprint), allocated_bytes=change.changed_bytes)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import psutil
 
 from kvpipe.records.run import Memory, Peak
-from kvpipe.system.periodic_thread import Ticker
+from kvpipe.system.periodic_thread import PeriodicThread
 
 # Not more often: each wake-up takes the GIL from the phase. Not less often: a peak may be short.
 _LEAST_S, _MOST_S = 0.01, 2.0
@@ -43,7 +43,7 @@ class PeakSampler:
         self._has_devices = has_devices
         self._share = share
         self._process = psutil.Process()
-        self._ticker = Ticker("peaks", self._tick)
+        self._ticker = PeriodicThread("peaks", self._tick)
         # Held for a whole sample, so that each sample belongs to one phase.
         self._lock = threading.Lock()
         self._reset(None)

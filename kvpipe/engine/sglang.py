@@ -35,7 +35,7 @@ class SglangEngine:
         on_caller: makes the blocking front-end calls.
         failure: detects that a thread of the engine has failed.
         longest_request: longest request, in tokens, that its tables were built for.
-        away: what the engine needs for generating and lacks now, each with the remedy.
+        unavailable: what the engine needs to generate and lacks now, each with the remedy.
     """
 
     engine: Any
@@ -45,7 +45,7 @@ class SglangEngine:
     on_caller: CallerThread
     failure: FailureWatch
     longest_request: int
-    away: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -279,8 +279,10 @@ def _guard_requests(started: SglangEngine) -> None:
     generate_request = manager.generate_request
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if started.away:
-            raise EngineError(f"the engine cannot generate: {'; '.join(started.away.values())}")
+        if started.unavailable:
+            raise EngineError(
+                f"the engine cannot generate: {'; '.join(started.unavailable.values())}"
+            )
         return generate_request(*args, **kwargs)
 
     manager.generate_request = guarded

@@ -102,7 +102,7 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
     def put() -> None:
         table.put_in_step(new)
         table.tell_model()
-        engine.away.pop(WEIGHTS, None)
+        engine.unavailable.pop(WEIGHTS, None)
 
     engine.on_scheduler.call(put)
     return round(time.monotonic() - began, 6)
@@ -155,7 +155,7 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
     """
 
     def bring() -> Change:
-        if WEIGHTS not in engine.away:
+        if WEIGHTS not in engine.unavailable:
             raise EngineError("the weights are there: only weights that are away can be restored")
         return replace_leaves(
             engine,
@@ -265,7 +265,7 @@ def replace_leaves(
     """
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
-    engine.away[WEIGHTS] = _BROKEN_OFF
+    engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
     under_way: deque[tuple[str, transfer.Pending]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
@@ -295,7 +295,7 @@ def replace_leaves(
         while under_way:
             finish()
     table.tell_model()
-    del engine.away[WEIGHTS]
+    del engine.unavailable[WEIGHTS]
     return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
 
 
@@ -324,18 +324,18 @@ def _by_shape(item: tuple[str, Param]) -> Any:
 
 def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> Change:
     """Free every leaf, after ``keep`` has seen it."""
-    if WEIGHTS in engine.away:
-        raise EngineError(f"the weights are not there: {engine.away[WEIGHTS]}")
+    if WEIGHTS in engine.unavailable:
+        raise EngineError(f"the weights are not there: {engine.unavailable[WEIGHTS]}")
     before = memory.total_in_use()
     table = ParamTable(engine)
     blueprint = table.blueprint
-    engine.away[WEIGHTS] = _BROKEN_OFF
+    engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
     for path, shape in blueprint.items():
         with memory.uncounted():  # a leaf keeps each of its shards as an array too
             keep(path, table[path])
             table.put_in_step({path: shape})
-    engine.away[WEIGHTS] = why
+    engine.unavailable[WEIGHTS] = why
     change = _change(blueprint, memory.total_in_use() - before)
     return change.with_fields(freed_bytes=change.freed_bytes)
 

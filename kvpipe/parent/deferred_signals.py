@@ -22,7 +22,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 _SAME_PRESS_S = 0.25
 
 
-class Interrupts:
+class DeferredSignals:
     """Context that handles the termination signals of a run.
 
     The first signal is raised once :meth:`allowed` allows it. A further one kills every child, so

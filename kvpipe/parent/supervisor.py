@@ -32,7 +32,7 @@ from kvpipe.errors import (
     failure_of,
 )
 from kvpipe.parent.child_process import Child, start_child
-from kvpipe.parent.deferred_signals import Interrupts
+from kvpipe.parent.deferred_signals import DeferredSignals
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline.context import ParentContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, Result
@@ -96,7 +96,7 @@ class Run:
     redactor: Redactor = field(default_factory=Redactor)
     began: float = field(default_factory=time.time)
     checks: list[Check] = field(default_factory=list)
-    _interrupts: Interrupts = field(default_factory=Interrupts)
+    _signals: DeferredSignals = field(default_factory=DeferredSignals)
     _current: str = ""
     _unfinished: Callable[[Check], PhaseRecord] | None = None
     _worker_memory: Memory | None = None
@@ -112,7 +112,7 @@ class Run:
             KvpipeError: a sink failed on the last record of a run that had not failed.
         """
         self._limits = Limits(self.config.runner)
-        with self._interrupts:
+        with self._signals:
             finished = self._finished(self._end_of_phases())
             try:
                 self.sinks.run_finished(finished)
@@ -202,7 +202,7 @@ class Run:
             self._on_started(step.step, idx)
             began = time.monotonic()
             try:
-                with self._interrupts.allowed():
+                with self._signals.allowed():
                     result = step.run(ParentContext(self.config, self._start_tracking))
             except Exception as error:
                 if isinstance(error, KvpipeError):
@@ -264,7 +264,7 @@ class Run:
                 self._worker_memory = child_memory(child.process.pid)
                 raise
             died = _died(child, self._current, oom_kills() > kills, self._hosts)
-            with self._interrupts.allowed():
+            with self._signals.allowed():
                 # A cluster signals both processes, and the worker may end first.
                 time.sleep(_SAME_SIGNAL_S)
             raise died
@@ -290,7 +290,7 @@ class Run:
             TimedOut: a time limit expired first.
             Interrupted: a signal came.
         """
-        with self._interrupts.allowed():
+        with self._signals.allowed():
             self._limits.wait(descriptor)
 
     def _save_stacks(self, child: Child) -> str:
@@ -318,15 +318,15 @@ class Run:
         # A dynamic import: the parent loads jax only here, for a debugger.
         os.environ.update(jax_environment(self.config.engine, os.environ))
         worker = importlib.import_module("kvpipe.worker.work")
-        events = worker.loop.Events(
+        callbacks = worker.loop.Callbacks(
             self._on_hosts,
             self._on_own_record,
             self._on_started,
             self.sinks.phase_progressed,
             self._on_own_record,
         )
-        with self._interrupts.allowed():
-            return worker.execute(self.config, events, self.began)
+        with self._signals.allowed():
+            return worker.execute(self.config, callbacks, self.began)
 
     def _on_hosts(self, names: Sequence[str]) -> None:
         self._hosts = tuple(names)

@@ -9,7 +9,7 @@ from typing import TextIO
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import PhaseRecord, RunFinished
 from kvpipe.sinks import Sink
-from kvpipe.system.periodic_thread import Ticker
+from kvpipe.system.periodic_thread import PeriodicThread
 
 # The worker reports progress several times a second; mark an older report with its age.
 _OLD_S = 5.0
@@ -58,7 +58,7 @@ class _Beating:
     def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
         self.step = step
         self.latest: tuple[float, Progress] | None = None
-        self.ticker = Ticker("heartbeat", self._beat, every_s)
+        self.ticker = PeriodicThread("heartbeat", self._beat, every_s)
         self._stream = stream
         self._every_s = every_s
         self._position = position

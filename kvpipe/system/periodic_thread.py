@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class Ticker:
+class PeriodicThread:
     """Call ``work`` periodically between start and stop, or while the context is open.
 
     An exception from ``work`` ends the thread with a traceback on stderr, as in any thread; it
@@ -22,7 +22,7 @@ class Ticker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name=f"kvpipe::{name}", daemon=True)
 
-    def __enter__(self) -> "Ticker":
+    def __enter__(self) -> "PeriodicThread":
         self.start()
         return self
 

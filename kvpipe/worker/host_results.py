@@ -10,7 +10,7 @@ from kvpipe.worker.measurement import Measurement
 
 
 @dataclass(frozen=True)
-class Share:
+class HostResult:
     """One host's measurements and checks of a step, or all hosts' merged.
 
     Attributes:
@@ -28,84 +28,84 @@ class Share:
     positions: tuple[int, ...] = ()
 
 
-def together(shares: Sequence[Share], labels: Sequence[str]) -> Share:
+def merge(results: Sequence[HostResult], labels: Sequence[str]) -> HostResult:
     """Merge all hosts' results: rank 0's, with every host's devices and failed checks.
 
     Args:
-        shares: each host's result, by rank.
+        results: each host's result, by rank.
         labels: the hosts' names in messages.
     """
-    first, *others = shares
+    first, *others = results
     if not others:
         return first
     failed = [
         replace(check, detail=f"on {label}{check.detail and ': '}{check.detail}")
-        for share, label in zip(others, labels[1:], strict=True)
-        for check in share.checks
+        for result, label in zip(others, labels[1:], strict=True)
+        for check in result.checks
         if not check.passed
     ]
-    return Share(
-        measured=Measurement(_memory(shares), _ledger(shares)),
-        peak=_peak(shares),
+    return HostResult(
+        measured=Measurement(_memory(results), _ledger(results)),
+        peak=_peak(results),
         checks=(*first.checks, *failed),
-        engine_lives=all(share.engine_lives for share in shares),
+        engine_lives=all(result.engine_lives for result in results),
     )
 
 
-def of_each_host(shares: Sequence[Share], names: Sequence[str]) -> list[dict[str, Any]]:
+def per_host(results: Sequence[HostResult], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the record's entry for each host."""
     return [
         {
             "name": name,
-            "process_rss_bytes": share.measured.memory.process_rss_bytes,
-            "process_peak_rss_bytes": share.measured.memory.process_peak_rss_bytes,
-            "devices": share.positions,
-            "ledger": share.measured.ledger.totals() if share.measured.ledger else {},
+            "process_rss_bytes": result.measured.memory.process_rss_bytes,
+            "process_peak_rss_bytes": result.measured.memory.process_peak_rss_bytes,
+            "devices": result.positions,
+            "ledger": result.measured.ledger.totals() if result.measured.ledger else {},
         }
-        for share, name in zip(shares, names, strict=True)
+        for result, name in zip(results, names, strict=True)
     ]
 
 
-def _in_order[T](shares: Sequence[Share], of_host: Sequence[Sequence[T]]) -> tuple[T, ...]:
+def _in_order[T](results: Sequence[HostResult], of_host: Sequence[Sequence[T]]) -> tuple[T, ...]:
     """Return the hosts' per-device values in the order of all devices."""
     pairs = [
         pair
-        for share, values in zip(shares, of_host, strict=True)
-        for pair in zip(share.positions, values, strict=True)
+        for result, values in zip(results, of_host, strict=True)
+        for pair in zip(result.positions, values, strict=True)
     ]
     return tuple(value for _, value in sorted(pairs, key=lambda pair: pair[0]))
 
 
-def _memory(shares: Sequence[Share]) -> Memory:
-    stats = [share.measured.memory.jax_device_memory_stats for share in shares]
-    placed = _in_order(shares, stats) if all(stats) else ()
-    return replace(shares[0].measured.memory, jax_device_memory_stats=placed)
+def _memory(results: Sequence[HostResult]) -> Memory:
+    stats = [result.measured.memory.jax_device_memory_stats for result in results]
+    placed = _in_order(results, stats) if all(stats) else ()
+    return replace(results[0].measured.memory, jax_device_memory_stats=placed)
 
 
-def _ledger(shares: Sequence[Share]) -> Ledger | None:
+def _ledger(results: Sequence[HostResult]) -> Ledger | None:
     """Return the ledger over all devices; None if a host could not measure."""
-    ledgers = [share.measured.ledger for share in shares if share.measured.ledger]
-    if len(ledgers) != len(shares):
+    ledgers = [result.measured.ledger for result in results if result.measured.ledger]
+    if len(ledgers) != len(results):
         return None
     whole = Ledger(sum(ledger.devices for ledger in ledgers))
     for pool in dict.fromkeys(pool for ledger in ledgers for pool in ledger.pools):
-        held = _in_order(shares, [ledger.of(pool) for ledger in ledgers])
+        held = _in_order(results, [ledger.of(pool) for ledger in ledgers])
         whole = whole.with_pool(pool, held)
     return whole
 
 
-def _peak(shares: Sequence[Share]) -> Peak | None:
+def _peak(results: Sequence[HostResult]) -> Peak | None:
     """Return the peak: each device's own, and the sum over the hosts of each host's largest total.
 
     The hosts may have reached their largest totals at different moments.
     """
-    peaks = [share.peak for share in shares if share.peak]
-    if len(peaks) != len(shares):
+    peaks = [result.peak for result in results if result.peak]
+    if len(peaks) != len(results):
         return None
     used = [peak.bytes_in_use for peak in peaks]
     return replace(
         peaks[0],
-        bytes_in_use=_in_order(shares, used) if all(used) else (),
+        bytes_in_use=_in_order(results, used) if all(used) else (),
         bytes_in_use_total=sum(peak.bytes_in_use_total for peak in peaks),
         error=next((peak.error for peak in peaks if peak.error), None),
     )

@@ -23,11 +23,11 @@ from kvpipe.records import progress
 from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
 from kvpipe.records.run import Check, Memory, PhaseRecord, RunPlanned
-from kvpipe.system.periodic_thread import Ticker
+from kvpipe.system.periodic_thread import PeriodicThread
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import measurement
 from kvpipe.worker.drift import Drift
-from kvpipe.worker.host_results import Share, of_each_host, together
+from kvpipe.worker.host_results import HostResult, merge, per_host
 from kvpipe.worker.measurement import Measurement
 
 _TELL_EVERY_S = 0.25
@@ -55,7 +55,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Events:
+class Callbacks:
     """Callbacks through which the runner reports to the parent.
 
     Attributes:
@@ -73,7 +73,7 @@ class Events:
     finished: Callable[[PhaseRecord], None]
 
 
-def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: float) -> Ending:
+def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began: float) -> Ending:
     """Run the jobs in order, each with its record; return the ending by the first failure, if any.
 
     After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
@@ -84,18 +84,18 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, events: Events, run_began: floa
     Args:
         jobs: the steps.
         ctx: their common context.
-        events: callbacks for starts and records.
+        callbacks: callbacks for starts and records.
         run_began: ``time.time()`` when the run began, for the elapsed time.
     """
     ending = Ending()
     stopped = False
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
-        threads.enter_context(Ticker("progress", lambda: loop.tell(events.progressed)))
+        threads.enter_context(PeriodicThread("progress", lambda: loop.tell(callbacks.progressed)))
         for job in jobs:
             if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
                 continue
-            error = _carry_out(replace(job, planned=None) if stopped else job, loop, events)
+            error = _carry_out(replace(job, planned=None) if stopped else job, loop, callbacks)
             if error is not None:
                 ending = ending if ending.exit_code else ending_of(error, job.phase.step)
                 stopped = stopped or not _goes_on(job.phase, loop)
@@ -108,24 +108,26 @@ def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
     return asked and phase.on_failure is OnFailure.MAY_CONTINUE and loop.engine_lives
 
 
-def _carry_out(job: Job, loop: "_Loop", events: Events) -> KvpipeError | None:
+def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | None:
     """Run one job and emit its record; return its error, if it failed."""
     step = job.phase.step
-    events.started(step, job.idx)
+    callbacks.started(step, job.idx)
     loop.begin(step)
     own = loop.attempt(job)
     received = multihost.gather(
-        own.failed | {"share": asdict(own.share)} if multihost.several() else {}
+        own.failed | {"host_result": asdict(own.host_result)} if multihost.several() else {}
     )
-    shares = [
-        own.share if host == multihost.rank() else decode(Share, received[host]["share"])
+    host_results = [
+        own.host_result
+        if host == multihost.rank()
+        else decode(HostResult, received[host]["host_result"])
         for host in range(len(received))
     ]
     error = own.error
     if multihost.several():
         error = multihost.first_failure(received)
-    record = loop.record(job, own, shares, error)
-    events.finished(record)
+    record = loop.record(job, own, host_results, error)
+    callbacks.finished(record)
     if error is not None:
         return error
     return None if record.passed else CheckFailed(_explain(step, record.checks))
@@ -137,13 +139,13 @@ class _Attempt:
 
     Attributes:
         timed: duration and compilations, by the record's field names.
-        share: its measurements and checks.
+        host_result: its measurements and checks.
         fields: values that the phase reports.
         error: why it failed; None if it did not.
     """
 
     timed: Mapping[str, Any]
-    share: Share
+    host_result: HostResult
     fields: Mapping[str, Any]
     error: KvpipeError | None
 
@@ -213,10 +215,10 @@ class _Loop:
         positions = multihost.positions_here() if measured.ledger else ()
         self._memory = measured.memory
         peak = self._sampler.take(measured.memory) if self._sampler else None
-        share = Share(measured, peak, checks, self.ctx.engine_lives, positions)
+        host_result = HostResult(measured, peak, checks, self.ctx.engine_lives, positions)
         if error is not None and not isinstance(error, KvpipeError):
             error = failure_of(job.phase.step, error)
-        return _Attempt(timed, share, result.fields, error)
+        return _Attempt(timed, host_result, result.fields, error)
 
     def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
         """Measure after a failed step, without waiting for the engine to become idle."""
@@ -229,23 +231,23 @@ class _Loop:
             return Measurement(process_memory(), None), detail
 
     def record(
-        self, job: Job, own: _Attempt, shares: Sequence[Share], error: KvpipeError | None
+        self, job: Job, own: _Attempt, host_results: Sequence[HostResult], error: KvpipeError | None
     ) -> PhaseRecord:
         """Return the record of a step over all hosts, compared with the plan.
 
         Args:
             job: the step.
             own: this host's result.
-            shares: each host's measurements and checks.
+            host_results: each host's measurements and checks.
             error: why it failed; None if it failed on no host.
         """
-        labels = [multihost.label(host) for host in range(len(shares))]
-        whole = together(shares, labels)
+        labels = [multihost.label(host) for host in range(len(host_results))]
+        whole = merge(host_results, labels)
         self.engine_lives = whole.engine_lives
         compared = self._compared(job, whole) if error is None else Result(checks=whole.checks)
         fields = {**own.fields, **compared.fields} if error is None else {}
         if multihost.several():
-            fields["hosts"] = of_each_host(shares, labels)
+            fields["hosts"] = per_host(host_results, labels)
         ledger = whole.measured.ledger
         off: dict[str, int] = {}
         if error is None and ledger and job.planned:
@@ -262,7 +264,7 @@ class _Loop:
             fields=fields,
         )
 
-    def _compared(self, job: Job, whole: Share) -> Result:
+    def _compared(self, job: Job, whole: HostResult) -> Result:
         """Return the checks, including those against the plan and the previous cycle."""
         cycle = self._drift.compare(job.phase.step, whole.measured)
         checks = (*whole.checks, *cycle.checks)

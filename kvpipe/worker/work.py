@@ -42,7 +42,7 @@ def with_engine() -> Planner:
 
 def execute(
     config: Kvpipe,
-    events: loop.Events,
+    callbacks: loop.Callbacks,
     run_began: float,
     may_begin: Callable[[], object] = lambda: None,
     load: Callable[[], Planner] = with_engine,
@@ -53,7 +53,7 @@ def execute(
 
     Args:
         config: the config to run.
-        events: callbacks for starts and records.
+        callbacks: callbacks for starts and records.
         run_began: ``time.time()`` when the run began.
         may_begin: blocks until the parent's own steps are done.
         load: imports the engine, or what replaces it; returns the planner.
@@ -62,9 +62,9 @@ def execute(
     try:
         planner = load()
         may_begin()
-        events.joined(multihost.join(config.engine, _common(ctx)))
-        jobs = _planned_jobs(ctx, events, run_began, planner)
-        ending = loop.run(jobs, ctx, events, run_began)
+        callbacks.joined(multihost.join(config.engine, _common(ctx)))
+        jobs = _planned_jobs(ctx, callbacks, run_began, planner)
+        ending = loop.run(jobs, ctx, callbacks, run_began)
     except Exception as error:
         traceback.print_exc()
         ending = ending_of(error)
@@ -128,14 +128,14 @@ def work(
         next_order()
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
-        events = loop.Events(
+        callbacks = loop.Callbacks(
             joined=lambda hosts: tell({"hosts": list(hosts)}),
             planned=record,
             started=start,
             progressed=lambda progress: tell({"progress": progress.to_json()}),
             finished=record,
         )
-        ending = execute(from_plain(dict(plain)), events, run_began, next_order, load)
+        ending = execute(from_plain(dict(plain)), callbacks, run_began, next_order, load)
         # Once the parent has the ending it waits for nothing more.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -144,7 +144,7 @@ def work(
 
 
 def _planned_jobs(
-    ctx: WorkerContext, events: loop.Events, run_began: float, planner: Planner
+    ctx: WorkerContext, callbacks: loop.Callbacks, run_began: float, planner: Planner
 ) -> Sequence[loop.Job]:
     """Plan the run, report the plan, and return the worker's steps with their planned ledgers.
 
@@ -156,7 +156,7 @@ def _planned_jobs(
 
     def make() -> Plan:
         plan = planner(steps, config, ctx.model_dir)
-        events.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
+        callbacks.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
         if config.plan.enforce:
             refuse_misfit(plan.record)
         return plan

@@ -21,7 +21,7 @@ from kvpipe.config.schema import EngineConfig, Kvpipe, RunnerConfig
 from kvpipe.pipeline.ledger import Ledger
 from kvpipe.records.json_record import decode
 from kvpipe.records.run import Check, Memory, Peak
-from kvpipe.worker.host_results import Share, together
+from kvpipe.worker.host_results import HostResult, merge
 from kvpipe.worker.measurement import Measurement
 from tests import faults
 from tests.command import KVPIPE, environment
@@ -436,7 +436,7 @@ def share(positions, used, **more):
     stats = tuple({"bytes_in_use": size} for size in used)
     ledger = Ledger(len(used), {"kv": tuple(used)})
     measured = Measurement(Memory(10, 20, stats, "live_arrays"), ledger)
-    return Share(measured, Peak(tuple(used), sum(used), 10, 1), positions=positions, **more)
+    return HostResult(measured, Peak(tuple(used), sum(used), 10, 1), positions=positions, **more)
 
 
 def test_the_devices_of_all_hosts_stand_in_their_global_order():
@@ -446,7 +446,7 @@ def test_the_devices_of_all_hosts_stand_in_their_global_order():
         share((0, 2), [1, 3]),
         share((1, 3), [2, 4], checks=(wrong,), engine_lives=False),
     ]
-    whole = together(shares, ["host 0 (a)", "host 1 (b)"])
+    whole = merge(shares, ["host 0 (a)", "host 1 (b)"])
     assert whole.measured.ledger.of("kv") == (1, 2, 3, 4)
     assert [d["bytes_in_use"] for d in whole.measured.memory.jax_device_memory_stats] == [
         1,
@@ -461,4 +461,4 @@ def test_the_devices_of_all_hosts_stand_in_their_global_order():
 
 def test_a_share_comes_to_another_host_as_it_is():
     told = share((0, 1), [1, 2], checks=(Check("a check", 1, 1, True),))
-    assert decode(Share, json.loads(json.dumps(asdict(told)))) == told
+    assert decode(HostResult, json.loads(json.dumps(asdict(told)))) == told

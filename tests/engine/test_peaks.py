@@ -13,7 +13,7 @@ from kvpipe.engine import peaks
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import Ending
 from kvpipe.records.run import Memory, Peak, PhaseRecord
-from kvpipe.system.periodic_thread import Ticker
+from kvpipe.system.periodic_thread import PeriodicThread
 from tests.conftest import greedy
 from tests.helpers_config import compose_plain, config_of
 
@@ -148,7 +148,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     ]
     records: dict[str, PhaseRecord] = {}
     told: list[Any] = []
-    events = loop.Events(
+    events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
@@ -242,7 +242,7 @@ def test_samples_at_any_moment_do_not_change_what_a_phase_measures(
         highest[0] = max(highest[0], sum(memory.used_now()))
         return 0.0
 
-    with Ticker("looks", look):
+    with PeriodicThread("looks", look):
         for _ in range(5):
             change, kept = weights.offload(real_engine)
             assert -change.changed_bytes == set_bytes

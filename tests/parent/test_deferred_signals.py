@@ -9,7 +9,7 @@ import pytest
 
 from kvpipe.errors import Interrupted
 from kvpipe.parent import deferred_signals as module
-from kvpipe.parent.deferred_signals import Interrupts
+from kvpipe.parent.deferred_signals import DeferredSignals
 
 PATIENCE_S = 60
 
@@ -25,7 +25,11 @@ def send(signum):
 )
 def test_a_signal_is_raised_where_it_is_allowed(signum):
     before = signal.getsignal(signum)
-    with Interrupts() as interrupts, pytest.raises(Interrupted) as caught, interrupts.allowed():
+    with (
+        DeferredSignals() as interrupts,
+        pytest.raises(Interrupted) as caught,
+        interrupts.allowed(),
+    ):
         send(signum)
         time.sleep(5)
     assert caught.value.exit_code == 128 + signum
@@ -35,7 +39,7 @@ def test_a_signal_is_raised_where_it_is_allowed(signum):
 
 def test_a_signal_waits_until_it_is_allowed():
     done = []
-    with Interrupts() as interrupts:
+    with DeferredSignals() as interrupts:
         send(signal.SIGTERM)
         done.append("the record is written")
         with pytest.raises(Interrupted), interrupts.allowed():
@@ -69,7 +73,7 @@ def child():
 
 def test_a_second_signal_kills_every_child_and_raises_nothing(child, seconds):
     seconds.each = 0.3
-    with Interrupts() as interrupts:
+    with DeferredSignals() as interrupts:
         with pytest.raises(Interrupted), interrupts.allowed():
             send(signal.SIGINT)
             time.sleep(5)
@@ -80,7 +84,7 @@ def test_a_second_signal_kills_every_child_and_raises_nothing(child, seconds):
 def test_the_same_press_that_comes_twice_is_one(child, seconds):
     """Some launchers pass the terminal's Ctrl-C on to a child that has got it already."""
     seconds.each = 0.2
-    with Interrupts():
+    with DeferredSignals():
         send(signal.SIGINT)
         send(signal.SIGINT)
         child.communicate(b"the end\n", timeout=PATIENCE_S)
@@ -90,7 +94,7 @@ def test_the_same_press_that_comes_twice_is_one(child, seconds):
 def test_under_nohup_the_end_of_the_terminal_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupts() as interrupts, interrupts.allowed():
+        with DeferredSignals() as interrupts, interrupts.allowed():
             send(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

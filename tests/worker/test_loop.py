@@ -58,7 +58,7 @@ def run(*phases, **options):
     """Run the phases; return the records and what was told of their progress."""
     ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
     records, told = [], []
-    events = loop.Events(
+    events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
