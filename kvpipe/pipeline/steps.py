@@ -16,6 +16,7 @@ from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import InputError
 from kvpipe.pipeline.cycles import CYCLE_MARK, base_name, cycle_at, repeated
 from kvpipe.pipeline.phase import ParentPhase, Phase
+from kvpipe.records.run import RUN_RECORDS
 from kvpipe.suggest import nearest
 
 PHASES_PACKAGE = "phases"
@@ -92,6 +93,11 @@ def _check_names(config: Kvpipe) -> None:
             raise InputError(
                 f"pipeline: {name!r} has a {CYCLE_MARK!r}, which marks the cycles of repeated "
                 "steps; choose another name"
+            )
+        if name in RUN_RECORDS:
+            raise InputError(
+                f"pipeline: {name!r} is the name of a record of the run, so no step can have it; "
+                "choose another name"
             )
         if config.pipeline.count(name) > 1:
             raise InputError(

@@ -15,6 +15,8 @@ from kvpipe.records.json_record import JsonRecord
 RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
 RUN_FINISHED = "run_finished"
+RUN_RECORDS = (RUN_STARTED, RUN_PLANNED, RUN_FINISHED)
+"""Names of the records that are not of a phase."""
 RECORDS_FILE = "records.jsonl"
 PASSED = "passed"
 FAILED = "failed"

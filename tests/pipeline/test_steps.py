@@ -12,6 +12,7 @@ from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, WorkerPhase
 from kvpipe.pipeline.steps import build_steps, option_types, phase_class, phase_names, use_of
+from kvpipe.records.run import RUN_RECORDS
 from tests.helpers_config import ROOT, build, default_names
 from tests.refusal import refusal as refusal_of
 from tests.sop import STEPS
@@ -304,6 +305,12 @@ def test_the_engine_is_started_with_the_load_format_of_the_step(monkeypatch):
     with pytest.raises(KvpipeError, match="that is all"):
         step_of("engine_ready_dummy", {"load_format": "auto"}).run(ctx)
     assert [engine.load_format for engine in engines] == ["auto"]
+
+
+@pytest.mark.parametrize("name", RUN_RECORDS)
+def test_the_name_of_a_record_of_the_run_is_refused_as_a_step(name):
+    message = refusal(["jax_ready", name], {name: {"use": "jax_ready"}})
+    assert message.startswith(f"pipeline: {name!r} is the name of a record of the run")
 
 
 def test_a_name_with_the_mark_of_a_cycle_is_refused():
