@@ -85,9 +85,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Mark tests that start an engine, refuse a nightly test without a reason, sort the files.
 
-    The files that start most engines run first.
-    What is started last decides the end: those files take minutes, the rest takes seconds and
-    evens the processes out. A count that the marks give needs no table of measured times.
+    Files that are marked ``early`` run first, then those that start most engines: they take minutes,
+    the rest takes seconds and evens the processes out. Marks need no table of measured times.
     """
     for item in items:
         if not ENGINE_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
@@ -97,7 +96,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
                 raise pytest.UsageError(f"{item.nodeid}: say nightly(finds='a fault')")
     yield  # -m and -k take their tests out
     engines = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -engines[item.path])
+    early = {item.path for item in items if item.get_closest_marker("early")}
+    items.sort(key=lambda item: (item.path not in early, -engines[item.path]))
 
 
 def pytest_runtest_setup() -> None:

@@ -29,6 +29,8 @@ from tests.fault_runs import (
 from tests.sinks import wandb_file, wandb_server
 from tests.without_engine.__main__ import SAME_SIGNAL_S
 
+pytestmark = pytest.mark.early
+
 
 def to_worker(signum):
     return lambda run: run.tell_worker(signum)

@@ -10,6 +10,8 @@ import pytest
 from tests.command import Finished, kvpipe
 from tests.helpers_config import EXPERIMENTS, ROOT
 
+pytestmark = pytest.mark.early
+
 
 def plan(cwd: Path, *overrides: str) -> Finished:
     """Run ``plan`` in an empty directory, as on a machine whose jax is told to be a TPU's."""
