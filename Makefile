@@ -34,7 +34,7 @@ plans: env ## renew the plan that is committed beside each experiment
 	@$(BIN)/python -m kvpipe plan -m +experiment=$(subst $(empty) ,$(comma),$(EXPERIMENTS)) \
 		plan.format=markdown 'plan.file=conf/experiment/$${experiment}.plan.md'
 
-test: env ## run what a commit can break, on real engines: at most 8 minutes on 2 cores
+test: env ## run what a commit can break, on real engines
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not nightly" $(ARGS)
 
 test-all: env ## run every test, and the planted faults that some test has to notice
