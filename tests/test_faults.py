@@ -18,6 +18,7 @@ from tests.fault_runs import (
     GO_ON,
     PATIENCE_S,
     TOKEN,
+    UNTRACKED,
     WITHOUT_ENGINE,
     Cell,
     Matrix,
@@ -163,6 +164,7 @@ CELLS = {
     "SIGTERM to parent and worker": Cell(
         *(143, "SIGTERM ended the run", "wait"),
         act=to_worker_then_parent(signal.SIGTERM),
+        overrides=(UNTRACKED,),
         variables={SAME_SIGNAL_S: str(PATIENCE_S)},
     ),
     "SIGINT twice": Cell(
@@ -179,14 +181,16 @@ CELLS = {
         *(3, "by SIGABRT", "abort"),
         finds="a worker that aborts is not named by its signal",
     ),
-    "an exit in the middle": Cell(3, "by exit code 0", "leave"),
-    "a worker that is killed while it has children": Cell(3, "SIGKILL", "child"),
+    "an exit in the middle": Cell(3, "by exit code 0", "leave", overrides=(UNTRACKED,)),
+    "a worker that is killed while it has children": Cell(
+        3, "SIGKILL", "child", overrides=(UNTRACKED,)
+    ),
     # Time.
     "a hung run": Cell(
         5,
         "the run took longer than runner.run_timeout_s = 0.5 s; it was in step 'run_planned'",
         "hang_in_the_plan",
-        overrides=("runner.run_timeout_s=0.5",),
+        overrides=("runner.run_timeout_s=0.5", UNTRACKED),
         failing="run_planned",
     ),
     # The disk, and who reads.

@@ -94,8 +94,14 @@ def starts_an_engine(block):
     )
 
 
+# In the first tier SLURM's jobs are a sweep with engines, where there is a SLURM.
+A_SWEEP = pytest.mark.nightly(finds="engines of one sweep's jobs that disturb each other")
+
+
 def parameter(block):
     marks = [pytest.mark.slow] if starts_an_engine(block) else []
+    if marks and re.search(r"^python -m kvpipe .*-m ", block, re.MULTILINE):
+        marks.append(A_SWEEP)
     return pytest.param(block, marks=marks, id=block.splitlines()[-1])
 
 
