@@ -76,6 +76,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = secrets.randbits(32)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores: while a test waits, another computes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     """Name the option that draws the same random examples again."""
     return f"examples: --hypothesis-seed={config.option.hypothesis_seed}"
