@@ -39,6 +39,6 @@ class MllmParamsCpuReady(WorkerPhase):
         if self.orbax is None:
             weights = ctx.hf_weights(None)
         else:
-            weights = mllm.HfView(orbax_tree.read_tree(Path(self.orbax).expanduser()))
+            weights = mllm.hf_weights(orbax_tree.read_tree(Path(self.orbax).expanduser()))
         tree = ctx.host[self.name] = mllm.tree_from_checkpoint(weights, self.dtype)
         return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})

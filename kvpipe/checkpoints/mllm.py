@@ -38,9 +38,6 @@ _TEMPLATES = {  # Hugging Face name -> path in the tree; '#' is the layer number
 _TEMPLATES_BACK = {path: name for name, path in _TEMPLATES.items()}
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers[._])(0|[1-9][0-9]*)(?=\.)")
 _NDIMS = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
-_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(getattr(ml_dtypes, name, name)) for name in HOST_DTYPES
-}
 
 Tree = dict[str, Any]
 """Nested dictionaries with arrays as leaves."""
@@ -78,35 +75,23 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
     return tree
 
 
-class HfView(Mapping[str, NDArray[Any]]):
-    """A tree's leaves under their Hugging Face names, linear weights as `[out, in]` views.
+def hf_weights(tree: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return a tree's leaves under their Hugging Face names, linear weights as `[out, in]`.
 
-    The names are computed once, on construction; the arrays are the tree's own, never copies.
+    The arrays are the tree's own or views of them, never copies.
+
+    Raises:
+        InputError: a leaf has no Hugging Face name, or is not an array with the right number of
+            dimensions.
     """
-
-    def __init__(self, tree: Mapping[str, Any]) -> None:
-        """Look up every leaf's Hugging Face name.
-
-        Raises:
-            InputError: a leaf has no Hugging Face name, or is not an array with the right number of
-                dimensions.
-        """
-        leaves = dict(_leaves(tree))
-        _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
-        self._arrays: dict[str, NDArray[Any]] = {}
-        for path, array in leaves.items():
-            leaf = path.rpartition(".")[2]
-            _check_ndim(path, array, leaf)
-            self._arrays[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+    leaves = dict(_leaves(tree))
+    _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
+    weights: dict[str, NDArray[Any]] = {}
+    for path, array in leaves.items():
+        leaf = path.rpartition(".")[2]
+        _check_ndim(path, array, leaf)
+        weights[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
+    return weights
 
 
 def num_leaves(tree: Mapping[str, Any]) -> int:
@@ -165,6 +150,6 @@ def _flip(array: NDArray[Any], leaf: str) -> NDArray[Any]:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    if name not in _DTYPES:
-        raise InputError(f"unknown dtype {name!r}; {nearest(name, _DTYPES)}")
-    return _DTYPES[name]
+    if name not in HOST_DTYPES:
+        raise InputError(f"unknown dtype {name!r}; {nearest(name, HOST_DTYPES)}")
+    return np.dtype(getattr(ml_dtypes, name, name))

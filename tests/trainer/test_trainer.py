@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import InputError
@@ -156,7 +156,7 @@ def test_a_trainer_of_a_models_own_tree_takes_what_is_planned_of_its_config_alon
     config = engine_config(tp_size=tp_size, dp_size=DEVICES // tp_size)
     found = shapes.of_mesh(config, directory, on, "cpu")
     tree = training.source_shapes(found.sources, found.params)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     assert tree == {name: checkpoint[name].shape for name in tree}
     assert sum(np.prod(shape) for shape in tree.values()) == sum(
         a.size for a in checkpoint.values()
