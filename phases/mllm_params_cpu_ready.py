@@ -41,4 +41,5 @@ class MllmParamsCpuReady(WorkerPhase):
         else:
             weights = mllm.hf_weights(orbax_tree.read_tree(Path(self.orbax).expanduser()))
         tree = ctx.host[self.name] = mllm.tree_from_checkpoint(weights, self.dtype)
-        return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})
+        sizes = [leaf.nbytes for _, leaf in mllm.leaves(tree)]
+        return Result({"num_params": len(sizes), "params_bytes": sum(sizes)})

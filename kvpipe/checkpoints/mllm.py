@@ -84,32 +84,22 @@ def hf_weights(tree: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         InputError: a leaf has no Hugging Face name, or is not an array with the right number of
             dimensions.
     """
-    leaves = dict(_leaves(tree))
-    _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
+    found = dict(leaves(tree))
+    _refuse_unknown("parameter tree leaves", found, _TEMPLATES_BACK)
     weights: dict[str, NDArray[Any]] = {}
-    for path, array in leaves.items():
+    for path, array in found.items():
         leaf = path.rpartition(".")[2]
         _check_ndim(path, array, leaf)
         weights[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
     return weights
 
 
-def num_leaves(tree: Mapping[str, Any]) -> int:
-    """Return the number of arrays in the tree."""
-    return sum(1 for _ in _leaves(tree))
-
-
-def nbytes(tree: Mapping[str, Any]) -> int:
-    """Return the bytes of all arrays in the tree together; mapped ones count in full."""
-    return sum(leaf.nbytes for _, leaf in _leaves(tree))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each leaf with its path, joined by dots."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}.")
+            yield from leaves(value, f"{path}.")
         else:
             yield path, value
 

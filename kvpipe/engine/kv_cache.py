@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory, multihost, peaks, transfer
+from kvpipe.engine import memory, peaks, transfer
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -28,7 +28,6 @@ _BLOCK_ROWS = 1024
 _NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
-HostRows = list[dict[transfer.Index, np.ndarray[Any, np.dtype[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,17 @@ class HostKv:
     Attributes:
         rows: positions of the used tokens in the cache, int32 [used].
         starts: where each kept block begins in a layer's buffer.
-        blocks: for each start, the block of each layer as unsigned integers of the dtype's width:
-            each distinct shard that is on this host's devices, by its index.
+        blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int32]]
     starts: list[int]
-    blocks: list[HostRows]
+    blocks: list[list[transfer.HostShards]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes on this host."""
-        return sum(
-            shard.nbytes for block in self.blocks for layer in block for shard in layer.values()
-        )
+        """Bytes over all hosts; every host must read it at the same point."""
+        return transfer.host_bytes(layer for block in self.blocks for layer in block)
 
 
 def buffers(engine: SglangEngine) -> list[jax.Array]:
@@ -101,7 +97,7 @@ def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
     """
     change, kept = engine.on_scheduler.call(lambda: offload_now(engine))
     memory.give_back_host_memory()
-    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": multihost.total(kept.nbytes)}
+    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": kept.nbytes}
     return change.with_fields(**sizes), kept
 
 
@@ -116,7 +112,7 @@ def restore(engine: SglangEngine, kept: HostKv) -> Change:
         EngineError: the cache is there, or was flushed meanwhile.
     """
     change = engine.on_scheduler.call(lambda: restore_now(engine, kept))
-    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": multihost.total(kept.nbytes)}
+    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": kept.nbytes}
     return change.with_fields(**sizes)
 
 
@@ -273,10 +269,12 @@ def _block_rows(total: int) -> int:
     return min(_BLOCK_ROWS, total)
 
 
-def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRows]:
+def _copy_out(
+    layers: Sequence[jax.Array], starts: Sequence[int]
+) -> list[list[transfer.HostShards]]:
     """Return the blocks at ``starts`` of each layer, on the host."""
     rows = _block_rows(layers[0].shape[0])
-    copied: list[HostRows] = []
+    copied: list[list[transfer.HostShards]] = []
     for start in starts:
         blocks = _take(list(layers), np.int32(start), rows)
         if not copied:

@@ -6,8 +6,7 @@ casts, transposes and widens it and lays it out as the engine has it.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -95,22 +94,12 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     refuse_infinite(infinite)
     engine.flush_now()
 
-    def move(path: str, like: Param) -> _Moved:
+    def move(path: str, like: Param) -> Callable[[], jax.Array]:
         leaf = leaves[path]
-        return _Moved(jax.block_until_ready(_mover(leaf, like)(trained[leaf.source])))
+        moved = jax.block_until_ready(_mover(leaf, like)(trained[leaf.source]))
+        return lambda: moved
 
     return weights.replace_leaves(engine, table, move)
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """A parameter that the devices have laid out."""
-
-    array: jax.Array
-
-    def wait(self) -> jax.Array:
-        """Return it."""
-        return self.array
 
 
 @partial(jax.jit, static_argnums=1)

@@ -5,7 +5,7 @@ thread on two cores, against 0.3 for numpy's own transpose and 0.5 for a jitted 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from kvpipe.engine import memory
+from kvpipe.engine import memory, multihost
 from kvpipe.engine.params import Param
 
 Index = tuple[slice, ...]
+HostShards = dict[Index, np.ndarray[Any, np.dtype[Any]]]
+"""An array on the host: each distinct shard of this host's devices, by its index."""
 
 
 class HostLeaf(Protocol):
@@ -25,14 +27,6 @@ class HostLeaf(Protocol):
 
     def __getitem__(self, index: Any, /) -> np.ndarray[Any, np.dtype[Any]]:
         """Return the shard at ``index``."""
-        ...
-
-
-class Pending(Protocol):
-    """A parameter whose transfer or computation is in progress."""
-
-    def wait(self) -> jax.Array:
-        """Return the parameter once it is complete on the devices."""
         ...
 
 
@@ -67,10 +61,18 @@ def begin(host: HostLeaf, like: Param) -> Placing:
     return Placing(like, shards)
 
 
-def to_host(leaf: jax.Array) -> dict[Index, np.ndarray[Any, np.dtype[Any]]]:
+def to_host(leaf: jax.Array) -> HostShards:
     """Return a copy of each distinct shard; a view would keep the CPU's device memory alive."""
     shards = {shard.index: shard.data for shard in leaf.addressable_shards}
     return {index: np.array(data, copy=True) for index, data in shards.items()}
+
+
+def host_bytes(leaves: Iterable[HostShards]) -> int:
+    """Return the bytes of leaves that :func:`to_host` copied, over all hosts.
+
+    What a host's devices replicate is kept once there. Every host must call it at the same point.
+    """
+    return multihost.total(sum(shard.nbytes for leaf in leaves for shard in leaf.values()))
 
 
 def in_lane[**P, T](

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kvpipe.engine.mappings import weight_mappings
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -141,6 +140,20 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             f"{unnamed}"
         )
     return {path: _leaf(path, *mappings[path], shape, runner) for path, shape in shapes.items()}
+
+
+def weight_mappings(model: Any) -> dict[str, Any]:
+    """Return the model's map from Hugging Face name to WeightMapping.
+
+    The method's name contains the model's, so it is found by its pattern.
+
+    Raises:
+        EngineError: the model has no such method, or several.
+    """
+    names = [n for n in dir(model) if n.startswith("_create_") and n.endswith("_weight_mappings")]
+    if len(names) != 1:
+        raise EngineError(f"{type(model).__name__} has {len(names)} weight mappings, not 1")
+    return getattr(model, names[0])()
 
 
 def _leaf(path: str, source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Leaf:

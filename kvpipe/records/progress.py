@@ -51,27 +51,26 @@ class Progress:
         return f"{write(done)}/{write(self.total[unit])} {name}"
 
 
+@dataclass(frozen=True)
 class Activity:
     """An activity in progress.
 
-    Args:
+    Attributes:
         name: ``loading`` or ``generating``.
         total: amount in total, by unit.
         read: returns the completed amount, by unit; called from another thread.
+        began: monotonic time of its beginning, in seconds.
     """
 
-    def __init__(
-        self, name: str, total: Mapping[str, int], read: Callable[[], Mapping[str, int]]
-    ) -> None:
-        self._name = name
-        self._total = total
-        self._read = read
-        self._began = time.monotonic()
+    name: str
+    total: Mapping[str, int]
+    read: Callable[[], Mapping[str, int]]
+    began: float = field(default_factory=time.monotonic)
 
     def progress(self, step: str) -> Progress:
         """Return its progress."""
-        elapsed_s = time.monotonic() - self._began
-        return Progress(step, self._name, round(elapsed_s, 3), self._read(), self._total)
+        elapsed_s = time.monotonic() - self.began
+        return Progress(step, self.name, round(elapsed_s, 3), self.read(), self.total)
 
 
 _under_way: Activity | None = None

@@ -15,13 +15,12 @@ import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import memory, multihost, transfer
+from kvpipe.engine import memory, transfer
 from kvpipe.pipeline.ledger import Change, Size
 from kvpipe.trainer.layout import Layout, optimizer
 from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
-HostLeaf = dict[transfer.Index, HostArray]
 
 
 @dataclass(frozen=True)
@@ -29,39 +28,18 @@ class StepReport:
     """Measurements of a training step; bytes are over all devices.
 
     Attributes:
-        step: number of the step, from 1.
-        compute_s: seconds of the step itself, without compiling it.
         set_bytes: bytes of parameters, gradients and moments.
         in_place_bytes: bytes of those that were updated in their own memory.
-        in_use_bytes: bytes in use when it began.
-        temp_bytes: temporaries of the compiled step.
+        peak_bytes: most bytes that were in use during the step.
+        fields: fields for the record of the phase: the number of the step, from 1, its seconds
+            without compiling, and the parts of the peak: bytes in use when it began, and
+            temporaries of the compiled step.
     """
 
-    step: int
-    compute_s: float
     set_bytes: int
     in_place_bytes: int
-    in_use_bytes: int
-    temp_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes that were in use during the step."""
-        return self.in_use_bytes + self.temp_bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Fields for the record of the phase."""
-        return {
-            "gradients": GRADIENTS,
-            "train_step": self.step,
-            "compute_s": round(self.compute_s, 6),
-            "step_memory": {
-                "in_use_bytes": self.in_use_bytes,
-                "temp_bytes": self.temp_bytes,
-                "peak_bytes": self.peak_bytes,
-            },
-        }
+    peak_bytes: int
+    fields: Mapping[str, Any]
 
 
 class Trainer:
@@ -78,7 +56,7 @@ class Trainer:
         """Make a trainer that holds shapes only, until :meth:`start`."""
         self._layout = layout
         self._config = config
-        self._kept: dict[Size, list[HostLeaf]] = {}
+        self._kept: dict[Size, list[transfer.HostShards]] = {}
         self.params: dict[str, Any] = dict(layout.params)
         self.gradients: dict[str, Any] = dict(layout.gradients)
         self.moments: Any = layout.moments
@@ -125,14 +103,20 @@ class Trainer:
         self.params, self.gradients, self.moments = jax.block_until_ready(
             compiled.update(self.params, self.gradients, self.moments)
         )
+        compute_s = round(time.monotonic() - began, 6)
         self.steps += 1
+        temp = compiled.temp_bytes * devices
+        held = {"in_use_bytes": in_use, "temp_bytes": temp, "peak_bytes": in_use + temp}
         return StepReport(
-            step=self.steps,
-            compute_s=time.monotonic() - began,
             set_bytes=sum(memory.bytes_of(self._layout.leaves)),
             in_place_bytes=compiled.in_place_bytes * devices,
-            in_use_bytes=in_use,
-            temp_bytes=compiled.temp_bytes * devices,
+            peak_bytes=in_use + temp,
+            fields={
+                "gradients": GRADIENTS,
+                "train_step": self.steps,
+                "compute_s": compute_s,
+                "step_memory": held,
+            },
         )
 
     def offload(self) -> Change:
@@ -199,8 +183,8 @@ class Trainer:
 
     def _completed(self, before: int) -> Change:
         """Give freed host memory back to the system; return the change of all three sets."""
-        kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
-        host_bytes = multihost.total(sum(shard.nbytes for shards in kept for shard in shards))
+        kept = (leaf for leaves in self._kept.values() for leaf in leaves)
+        host_bytes = transfer.host_bytes(kept)
         nbytes = sum(memory.bytes_of(self._layout.leaves))
         changed_bytes = memory.total_in_use() - before
         memory.give_back_host_memory()

@@ -80,13 +80,17 @@ def test_while_weights_are_synced_the_devices_never_hold_more_than_one_set_besid
 
     whole = sum(memory.bytes_in_use())
     held: list[int] = []
-    moved = training._Moved
+    mover = training._mover
 
-    def watched(array: Any) -> Any:
-        held.append(sum(memory.bytes_of(jax.live_arrays())))
-        return moved(array)
+    def watched(leaf: Any, like: Any) -> Any:
+        def move(weight: Any) -> Any:
+            moved = jax.block_until_ready(mover(leaf, like)(weight))
+            held.append(sum(memory.bytes_of(jax.live_arrays())))
+            return moved
 
-    monkeypatch.setattr(training, "_Moved", watched)
+        return move
+
+    monkeypatch.setattr(training, "_mover", watched)
     training.sync(real_engine, trainer.params)
     assert len(held) == len(weights.parameters(real_engine))
     assert max(held) <= whole

@@ -119,7 +119,9 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
 
     assert (held(), kinds()) == (planned, begun)
     assert report.in_place_bytes == report.set_bytes == change.nbytes
-    assert report.peak_bytes == report.in_use_bytes + report.temp_bytes
+    step_memory = report.fields["step_memory"]
+    assert report.peak_bytes == step_memory["peak_bytes"]
+    assert report.peak_bytes == step_memory["in_use_bytes"] + step_memory["temp_bytes"]
     made.drop()
     assert not any(made.sets.values())
 
