@@ -59,15 +59,16 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
         InputError: a name has no place in the tree, a tensor has the wrong number of dimensions,
             or the dtype is unknown.
     """
-    target = None if dtype is None else _dtype(dtype)
+    if dtype is not None and dtype not in HOST_DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; {nearest(dtype, HOST_DTYPES)}")
     _refuse_unknown("checkpoint tensors", source, _TEMPLATES)
     tree: Tree = {}
     for name in source:
         *parents, leaf = _rename(name, _TEMPLATES).split(".")
         array = source[name]
         _check_ndim(name, array, leaf)
-        if target is not None:
-            array = array.astype(target, copy=False)
+        if dtype is not None:
+            array = array.astype(getattr(ml_dtypes, dtype, dtype), copy=False)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -137,9 +138,3 @@ def _check_ndim(name: str, array: object, leaf: str) -> None:
 def _flip(array: NDArray[Any], leaf: str) -> NDArray[Any]:
     """Transpose a kernel between `[out, in]` and `[in, out]`, as a view."""
     return array.T if leaf == "kernel" else array
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    if name not in HOST_DTYPES:
-        raise InputError(f"unknown dtype {name!r}; {nearest(name, HOST_DTYPES)}")
-    return np.dtype(getattr(ml_dtypes, name, name))

@@ -201,23 +201,10 @@ def _allocate(engine: SglangEngine) -> Change:
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
-    pool.kv_buffer[:] = jax.block_until_ready(_allocator(blueprint)())
+    pool.kv_buffer[:] = transfer.zeros(blueprint)
     del engine.unavailable[KV]
     change = _change(blueprint, memory.total_in_use() - before)
     return change.with_fields(rebuilt_buffers=len(blueprint), allocated_bytes=change.changed_bytes)
-
-
-@lru_cache(maxsize=4)
-def _allocator(blueprint: Blueprint) -> Any:
-    """Return the function that makes all layers at once: compiled once, not once a layer.
-
-    Allocating layer by layer compiles again for each; on a TPU that takes minutes.
-    """
-
-    def zeros() -> list[jax.Array]:
-        return [jnp.zeros(layer.shape, layer.dtype) for layer in blueprint]
-
-    return jax.jit(zeros, out_shardings=[layer.sharding for layer in blueprint])
 
 
 def _bits(array: jax.Array) -> jax.Array:

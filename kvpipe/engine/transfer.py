@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.engine import memory, multihost
@@ -65,6 +66,24 @@ def to_host(leaf: jax.Array) -> HostShards:
     """Return a copy of each distinct shard; a view would keep the CPU's device memory alive."""
     shards = {shard.index: shard.data for shard in leaf.addressable_shards}
     return {index: np.array(data, copy=True) for index, data in shards.items()}
+
+
+def zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
+    """Return arrays of zeros of these shapes, dtypes and shardings, once they exist."""
+    return jax.block_until_ready(_allocator(shapes)())
+
+
+@lru_cache(maxsize=8)
+def _allocator(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Array]]:
+    """Return the program that makes all arrays at once: compiled once, not once an array.
+
+    Allocating one by one compiles again for each; on a TPU that takes minutes.
+    """
+
+    def make() -> list[jax.Array]:
+        return [jnp.zeros(like.shape, like.dtype) for like in shapes]
+
+    return jax.jit(make, out_shardings=[like.sharding for like in shapes])
 
 
 def host_bytes(leaves: Iterable[HostShards]) -> int:

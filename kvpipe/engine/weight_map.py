@@ -139,7 +139,12 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             f"the weight mapping of {type(model).__name__} names no tensor of their own for "
             f"{unnamed}"
         )
-    return {path: _leaf(path, *mappings[path], shape, runner) for path, shape in shapes.items()}
+    leaves: dict[str, Leaf] = {}
+    for path, shape in shapes.items():
+        source, mapping = mappings[path]
+        transpose = bool(mapping.transpose) and not source.endswith(".bias")
+        leaves[path] = Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
+    return leaves
 
 
 def weight_mappings(model: Any) -> dict[str, Any]:
@@ -154,11 +159,6 @@ def weight_mappings(model: Any) -> dict[str, Any]:
     if len(names) != 1:
         raise EngineError(f"{type(model).__name__} has {len(names)} weight mappings, not 1")
     return getattr(model, names[0])()
-
-
-def _leaf(path: str, source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Leaf:
-    transpose = bool(mapping.transpose) and not source.endswith(".bias")
-    return Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
 
 
 def _heads(source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Heads | None:

@@ -7,8 +7,7 @@ the work only has to count.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from kvpipe.units import gib
 
@@ -33,10 +32,6 @@ class Progress:
     elapsed_s: float
     done: Mapping[str, int] = field(default_factory=dict)
     total: Mapping[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the progress as a JSON object."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """Return the progress as text, e.g. ``generating 12/64 tokens, 3.1 s``."""

@@ -45,7 +45,6 @@ def compiled(
         model_dir,
         cache_dir,
         lambda: compile_programs(engine, config, model_dir, topology),
-        packages=("optax",),
     )
 
 

@@ -10,13 +10,12 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import memory, transfer
-from kvpipe.pipeline.ledger import Change, Size
+from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
 from kvpipe.trainer.layout import Layout, optimizer
 from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
@@ -65,14 +64,10 @@ class Trainer:
     @property
     def sets(self) -> dict[Size, list[jax.Array]]:
         """The arrays of each set that are on the devices."""
-        held = {
-            Size.TRAINER_PARAMS: self.params,
-            Size.TRAINER_GRADIENTS: self.gradients,
-            Size.TRAINER_MOMENTS: self.moments,
-        }
+        trees = zip(TRAINER_SETS, (self.params, self.gradients, self.moments), strict=True)
         return {
             size: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-            for size, tree in held.items()
+            for size, tree in trees
         }
 
     def start(self, weights: Mapping[str, HostArray]) -> Change:
@@ -152,16 +147,9 @@ class Trainer:
         return compile_step(self._layout, self._config)
 
     def _zeros(self) -> dict[str, jax.Array]:
-        return jax.block_until_ready(self._make_zeros())
-
-    @cached_property
-    def _make_zeros(self) -> Any:
-        """The program that makes the gradients' buffers, all at once: compiled once."""
+        """Return new gradients."""
         shapes = self._layout.gradients
-        return jax.jit(
-            lambda: {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()},
-            out_shardings={name: like.sharding for name, like in shapes.items()},
-        )
+        return dict(zip(shapes, transfer.zeros(tuple(shapes.values())), strict=True))
 
     def _brought(self, size: Size, shapes: Any) -> Any:
         """Return the kept leaves of a set on the devices; the host lets go of each."""

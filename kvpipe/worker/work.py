@@ -132,7 +132,7 @@ def work(
             joined=lambda hosts: tell({"hosts": list(hosts)}),
             planned=record,
             started=start,
-            progressed=lambda progress: tell({"progress": progress.to_json()}),
+            progressed=lambda progress: tell({"progress": asdict(progress)}),
             finished=record,
         )
         ending = execute(from_plain(dict(plain)), callbacks, run_began, next_order, load)
