@@ -37,7 +37,7 @@ class EngineReadyDummy(WorkerPhase):
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        from kvpipe.engine import compat, params, sglang
+        from kvpipe.engine import sglang, weights
 
         config, model_dir = ctx.config, ctx.model_dir
         engine = replace(config.engine, load_format=self.load_format)
@@ -48,8 +48,8 @@ class EngineReadyDummy(WorkerPhase):
                 "model_id": config.model.id,
                 "model_dir": str(model_dir),
                 "tp_size": ctx.started.runner.tp_size,
-                "sgl_jax_version": compat.sgl_jax_version(),
+                "sgl_jax_version": ctx.started.version,
                 "max_total_num_tokens": ctx.started.max_total_tokens,
-                "num_model_state_leaves": params.num_leaves(ctx.started),
+                "num_model_state_leaves": weights.num_leaves(ctx.started),
             }
         )

@@ -52,6 +52,11 @@ class SglangEngine:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
+    def version(self) -> str:
+        """Version of sglang-jax."""
+        return compat.sgl_jax_version()
+
+    @property
     def max_total_tokens(self) -> int:
         """Capacity of the KV cache on each data-parallel rank, in tokens.
 
