@@ -102,6 +102,17 @@ def checked(default: Any, refuse: Refusal) -> Any:
     return field(default=default, metadata={"refuse": refuse})
 
 
+def refuse_wrong(options: Any, prefix: str = "") -> None:
+    """Refuse a wrong value of a dataclass, by the field's name after ``prefix``.
+
+    Raises:
+        InputError: from the ``refuse`` of a :func:`checked` field.
+    """
+    for each in fields(options):
+        if refuse := each.metadata.get("refuse"):
+            refuse(f"{prefix}{each.name}", getattr(options, each.name))
+
+
 class Section:
     """A section of the config, named ``section``, that refuses wrong values of its fields."""
 
@@ -112,9 +123,7 @@ class Section:
         cls._section = section
 
     def __post_init__(self) -> None:
-        for each in fields(self):  # pyright: ignore[reportArgumentType]
-            if refuse := each.metadata.get("refuse"):
-                refuse(f"{self._section}.{each.name}", getattr(self, each.name))
+        refuse_wrong(self, f"{self._section}.")
 
 
 @dataclass
