@@ -79,7 +79,7 @@ def at_least(least: int) -> Refusal:
 
     def refuse(key: str, value: Any) -> None:
         if isinstance(value, int | float) and not least <= value < math.inf:
-            raise InputError(f"{key} is {value}, it has to be at least {least}")
+            raise InputError(f"{key} is {value}, it must be at least {least}")
 
     return refuse
 
@@ -87,7 +87,7 @@ def at_least(least: int) -> Refusal:
 def seconds(key: str, value: float | None) -> None:
     """Refuse a time that is not positive or not finite."""
     if value is not None and not 0 < value < math.inf:
-        raise InputError(f"{key} is {value}, it has to be more than 0 seconds")
+        raise InputError(f"{key} is {value}, it must be more than 0 seconds")
 
 
 def texts(key: str, values: list[Any]) -> None:
@@ -159,14 +159,14 @@ class TinyModel(Section, section="model.generate"):
         key = self._section
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"{key}.num_attention_heads is {self.num_attention_heads}, it has to be a multiple "
+                f"{key}.num_attention_heads is {self.num_attention_heads}, it must be a multiple "
                 f"of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
             raise InputError(f"{key}.head_dim is {self.head_dim}, RoPE needs an even one")
         if self.vocab_size <= 256:
             raise InputError(
-                f"{key}.vocab_size is {self.vocab_size}, it has to be more than 256: one token for "
+                f"{key}.vocab_size is {self.vocab_size}, it must be more than 256: one token for "
                 "each byte and one for the end of the text"
             )
 
@@ -250,7 +250,7 @@ class EngineConfig(Section, section="engine"):
         super().__post_init__()
         if not 0 < self.mem_fraction_static <= 1:
             raise InputError(
-                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it has to be more "
+                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it must be more "
                 "than 0 and at most 1"
             )
 

@@ -1,6 +1,6 @@
-"""Drop the KV cache of a live engine, build it again, or put its contents aside meanwhile.
+"""Drop the KV cache of a live engine, rebuild it, or offload its contents.
 
-While the cache is away, each layer's place holds the ``jax.ShapeDtypeStruct`` of its buffer: the
+While its buffers are deleted, each layer's place holds the ``jax.ShapeDtypeStruct`` of its buffer: the
 cache keeps its own blueprint, and no second state can disagree with it. Everything here runs on the
 scheduler's thread when the engine is idle.
 """
@@ -51,12 +51,12 @@ class HostKv:
 
 
 def buffers(engine: SglangEngine) -> list[jax.Array]:
-    """Return the KV buffers that are on the devices; none while the cache is away."""
+    """Return the KV buffers that are on the devices; none while they are deleted."""
     return [b for b in engine.runner.token_to_kv_pool.kv_buffer if isinstance(b, jax.Array)]
 
 
 def nbytes(engine: SglangEngine) -> int:
-    """Return the bytes of the KV cache over all devices, also while it is away."""
+    """Return the bytes of the KV cache over all devices, also while its buffers are deleted."""
     return sum(memory.bytes_of(engine.runner.token_to_kv_pool.kv_buffer))
 
 
@@ -64,7 +64,7 @@ def drop(engine: SglangEngine) -> Change:
     """Delete the KV buffers; until the rebuild every request is refused.
 
     Raises:
-        EngineError: the cache is away already, tokens in it are still in use (no flush came
+        EngineError: the cache is dropped or offloaded already, tokens in it are still in use (no flush came
             before), or the engine stayed busy.
     """
     change = engine.on_scheduler.call(lambda: _drop_unused(engine))
@@ -93,7 +93,7 @@ def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Copy the used part of the cache to the host and delete the buffers; no prefix is lost.
 
     Raises:
-        EngineError: the cache is away already, or the engine stayed busy.
+        EngineError: the cache is dropped or offloaded already, or the engine stayed busy.
     """
     change, kept = engine.on_scheduler.call(lambda: offload_now(engine))
     memory.give_back_host_memory()
@@ -194,7 +194,9 @@ def _delete(engine: SglangEngine, why: str) -> Change:
 
 def _needs_kv_away(engine: SglangEngine) -> None:
     if KV not in engine.unavailable:
-        raise EngineError("the KV cache is there: only one that is away can be made again")
+        raise EngineError(
+            "the KV cache is there: only a dropped or offloaded one can be made again"
+        )
 
 
 def _allocate(engine: SglangEngine) -> Change:
@@ -241,7 +243,7 @@ def _putter(shardings: tuple[Any, ...]) -> Any:
 
 
 def _tokens_per_row(layer: jax.Array) -> int:
-    """Return how many tokens an index of the first axis stands for: a page of them at HEAD."""
+    """Return the number of tokens in a row of the first axis: a page of them at HEAD."""
     return layer.shape[1] if layer.ndim == _NDIM_OF_HEAD else 1
 
 

@@ -62,13 +62,13 @@ class ParamTable:
         leaves = list(self._leaves)
         for path, shape in self.blueprint.items():
             leaves[self._positions[path]] = shape
-        self._update_model(leaves)
+        self._set_model(leaves)
 
-    def tell_model(self) -> None:
+    def update_model(self) -> None:
         """Make the model refer to the same arrays as the step."""
-        self._update_model(list(self._leaves))
+        self._set_model(list(self._leaves))
 
-    def _update_model(self, leaves: list[Any]) -> None:
+    def _set_model(self, leaves: list[Any]) -> None:
         nnx.update(self._model, jax.tree_util.tree_unflatten(self._structure, leaves))
 
 

@@ -65,7 +65,7 @@ def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     Each old leaf is freed before its successor is made, so the devices never hold a second set.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         trained: arrays on the engine's devices, by Hugging Face name and in Hugging Face layout,
             of any float dtype and any sharding.
 
@@ -113,9 +113,9 @@ def lowered(
     """Return the programs of a sync by the name of the first parameter that each is for.
 
     Args:
-        leaves: where each of the engine's parameters comes from, by path.
-        blueprint: what each has to be, by path.
-        trained: what is trained, by Hugging Face name.
+        leaves: the checkpoint tensor behind each of the engine's parameters, by path.
+        blueprint: required shape, dtype and sharding of each, by path.
+        trained: shape, dtype and sharding of each trained parameter, by Hugging Face name.
     """
     kinds: dict[Any, jax.stages.Lowered] = {}
     names = {}

@@ -1,4 +1,4 @@
-"""Weights in a live engine: another set put in its place, streamed in leaf by leaf, or put aside.
+"""Weights in a live engine: another set put in its place, streamed in leaf by leaf, or offloaded.
 
 A parameter set maps the path of each of the engine's parameters (``transformer.layers.0...``) to a
 device array of the very shape, dtype and sharding that the engine's own leaf has, so that the
@@ -31,7 +31,7 @@ WEIGHTS = "weights"
 _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap others in first"
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
-# Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
+# Where the devices' memory is the host's, its allocator keeps some of the old leaves; it must give
 # them back after as many of the largest leaves.
 _LEAVES_UNTRIMMED = 1
 
@@ -75,7 +75,7 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
 
     def put() -> None:
         table.put_in_step(new)
-        table.tell_model()
+        table.update_model()
         engine.unavailable.pop(WEIGHTS, None)
 
     engine.on_scheduler.call(put)
@@ -86,10 +86,10 @@ def stream(engine: SglangEngine, weights: HfWeights) -> Change:
     """Replace the engine's parameters by ``weights`` leaf by leaf, and flush its prefix cache.
 
     Each old leaf is freed before its successor is placed, so the devices never hold more than one
-    set; of ``weights``, mapped files are read a few leaves at a time and let go again.
+    set; of ``weights``, mapped files are read a few leaves at a time and released.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
@@ -108,7 +108,7 @@ def offload(engine: SglangEngine) -> tuple[Change, HostWeights]:
     """Copy the engine's parameters to the host, leaf by leaf, and free them on the devices.
 
     Raises:
-        EngineError: they are away already, or the engine stayed busy.
+        EngineError: they are not on the devices, or the engine stayed busy.
     """
     kept: HostWeights = {}
 
@@ -130,7 +130,7 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
 
     def bring() -> Change:
         if WEIGHTS not in engine.unavailable:
-            raise EngineError("the weights are there: only weights that are away can be restored")
+            raise EngineError("the weights are there: only offloaded weights can be restored")
         return replace_leaves(
             engine,
             ParamTable(engine),
@@ -147,7 +147,7 @@ def drop(engine: SglangEngine) -> Change:
     """Free the engine's parameters; every request is refused until a swap brings others.
 
     Raises:
-        EngineError: they are away already, or the engine stayed busy.
+        EngineError: they are not on the devices, or the engine stayed busy.
     """
     why = "its weights are dropped; swap others in first"
     change = engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
@@ -232,7 +232,7 @@ def replace_leaves(
     generate until another swap.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         table: its parameters.
         begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets;
             returns a function that waits until it is complete on the devices and returns it.
@@ -269,7 +269,7 @@ def replace_leaves(
             under_way.append((path, begin(path, shape)))
         while under_way:
             finish()
-    table.tell_model()
+    table.update_model()
     del engine.unavailable[WEIGHTS]
     return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
 

@@ -43,7 +43,7 @@ def phase_class(use: str) -> type[Phase]:
         if issubclass(cls, Phase) and cls.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise TypeError(f"phases/{use}.py has to define one phase class, it defines {len(found)}")
+        raise TypeError(f"phases/{use}.py must define one phase class, it defines {len(found)}")
     return found[0]
 
 

@@ -1,7 +1,7 @@
 """Progress of a phase, for people who wait; it is neither a record nor kept by a sink.
 
 Long work reports itself with :func:`under_way`; another thread reads it with :func:`now`, so that
-the work only has to count.
+the work itself only counts.
 """
 
 import time

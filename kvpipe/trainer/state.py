@@ -1,6 +1,6 @@
 """A live trainer: its arrays on the devices, one step of it, and its way to the host and back.
 
-While its arrays are away, their places hold their shapes, as the engine's do.
+While its arrays are offloaded, their shapes take their places, as the engine's do.
 """
 
 import time

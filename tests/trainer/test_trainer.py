@@ -236,7 +236,7 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
         ({"dtype": "float16"}, "trainer.dtype is 'float16'; did you mean 'bfloat16'"),
         ({"mu_dtype": "f32"}, "trainer.mu_dtype is 'f32'"),
         ({"gradients_dtype": "float64"}, "trainer.gradients_dtype is 'float64'"),
-        ({"learning_rate": -1.0}, "trainer.learning_rate is -1.0, it has to be at least 0"),
+        ({"learning_rate": -1.0}, "trainer.learning_rate is -1.0, it must be at least 0"),
         ({"weight_decay": -0.1}, "trainer.weight_decay is -0.1"),
         ({"seed": -1}, "trainer.seed is -1"),
     ],
