@@ -19,9 +19,9 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.devices import DEVICES
-from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
+from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
 from kvpipe.checkpoints.model_dir import cache_dir
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.engine import compat, memory, sglang, weights
@@ -64,7 +64,7 @@ def measure() -> dict[str, float]:
     set_bytes = weights.live_bytes(engine)
     peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
     engine.shut_down()
-    host_bytes = Checkpoint.open(directory).nbytes
+    host_bytes = sum(array.nbytes for array in open_checkpoint(directory).values())
     _print_table(medians, peaks, host_bytes, set_bytes)
     return {
         f"{way}.{key}": value
@@ -96,10 +96,10 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
     table = ParamTable(engine)
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
     placed: dict[str, jax.Array | None] = dict.fromkeys(leaves)
-    buffer = np.empty(max(array.size for array in Checkpoint.open(directory).values()), np.uint16)
+    buffer = np.empty(max(array.size for array in open_checkpoint(directory).values()), np.uint16)
 
     def swap() -> None:
-        weights.stream(engine, Checkpoint.open(directory))
+        weights.stream(engine, open_checkpoint(directory))
 
     # The others run on the scheduler's thread too; its loop would take the GIL now and then.
     def engine_loader() -> None:
@@ -108,7 +108,7 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
         jax.block_until_ready(jax.tree.leaves(nnx.state(model, nnx.Param)))
 
     def placement() -> None:
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = open_checkpoint(directory)
         for path, leaf in leaves.items():
             placed[path] = None
             view = EngineView(checkpoint[leaf.source], leaf)[WHOLE[: len(blueprint[path].shape)]]
@@ -116,18 +116,18 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
         jax.block_until_ready(list(placed.values()))
 
     def copy() -> None:
-        for array in Checkpoint.open(directory).values():
+        for array in open_checkpoint(directory).values():
             np.copyto(buffer[: array.size], array.view(np.uint16).ravel())
 
     def sop_path() -> None:
-        tree = _materialised(tree_from_checkpoint(Checkpoint.open(directory)))
-        weights.swap(engine, weights.build(engine, HfView(tree)))
+        tree = _materialised(tree_from_checkpoint(open_checkpoint(directory)))
+        weights.swap(engine, weights.build(engine, hf_weights(tree)))
 
     def script_path() -> None:
-        halves = {name: np.asarray(w, np.float16) for name, w in Checkpoint.open(directory).items()}
+        halves = {name: np.asarray(w, np.float16) for name, w in open_checkpoint(directory).items()}
         tree = _materialised(_in_bfloat16(tree_from_checkpoint(halves)))
         del halves
-        weights.swap(engine, weights.build(engine, HfView(tree)))
+        weights.swap(engine, weights.build(engine, hf_weights(tree)))
 
     return {
         "swap": swap,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any, Self, override
 
-from kvpipe.config.schema import Kvpipe, SamplingConfig
+from kvpipe.config.schema import Kvpipe, SamplingConfig, checked, one_of
 from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
@@ -48,7 +48,7 @@ class Generate(WorkerPhase):
     different_output_from: str | None = None
     same_output_as_before: str | None = None
     same_cached_tokens_as: str | None = None
-    weights: str = REAL
+    weights: str = checked(REAL, one_of(REAL, ANY))
     log_text: bool = False
 
     on_failure = OnFailure.MAY_CONTINUE
@@ -60,8 +60,6 @@ class Generate(WorkerPhase):
             raise InputError(str(error).removeprefix("sampling.")) from None
         if self.aa_control and self.same_output_as is None:
             raise InputError("aa_control is true, but same_output_as names no step to compare with")
-        if self.weights not in (REAL, ANY):
-            raise InputError(f"weights is {self.weights!r}; valid are: {REAL}, {ANY}")
 
     @property
     def sampling(self) -> SamplingConfig:

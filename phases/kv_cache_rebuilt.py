@@ -2,7 +2,7 @@
 
 from typing import override
 
-from kvpipe.errors import InputError
+from kvpipe.config.schema import at_least, checked
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED, kv_tokens, own_kv_tokens
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
@@ -16,12 +16,7 @@ class KvCacheRebuilt(WorkerPhase):
             ``engine.max_total_tokens``. With another one XLA compiles the engine's steps again.
     """
 
-    max_total_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        tokens = self.max_total_tokens
-        if tokens is not None and tokens < 1:
-            raise InputError(f"max_total_tokens: {tokens} tokens are no capacity of a KV cache")
+    max_total_tokens: int | None = checked(None, at_least(1))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

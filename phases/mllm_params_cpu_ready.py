@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import override
 
 from kvpipe.checkpoints import HOST_DTYPES
-from kvpipe.errors import InputError
+from kvpipe.config.schema import checked, one_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import host
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
-from kvpipe.suggest import nearest
 
 
 class MllmParamsCpuReady(WorkerPhase):
@@ -21,12 +20,8 @@ class MllmParamsCpuReady(WorkerPhase):
     """
 
     name: str = "mllm"
-    dtype: str | None = None
+    dtype: str | None = checked(None, one_of(*HOST_DTYPES))
     orbax: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in HOST_DTYPES:
-            raise InputError(f"dtype is {self.dtype!r}; {nearest(self.dtype, HOST_DTYPES)}")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
@@ -39,6 +34,7 @@ class MllmParamsCpuReady(WorkerPhase):
         if self.orbax is None:
             weights = ctx.hf_weights(None)
         else:
-            weights = mllm.HfView(orbax_tree.read_tree(Path(self.orbax).expanduser()))
+            weights = mllm.hf_weights(orbax_tree.read_tree(Path(self.orbax).expanduser()))
         tree = ctx.host[self.name] = mllm.tree_from_checkpoint(weights, self.dtype)
-        return Result({"num_params": mllm.num_leaves(tree), "params_bytes": mllm.nbytes(tree)})
+        sizes = [leaf.nbytes for _, leaf in mllm.leaves(tree)]
+        return Result({"num_params": len(sizes), "params_bytes": sum(sizes)})

@@ -2,7 +2,7 @@
 
 from typing import override
 
-from kvpipe.errors import InputError
+from kvpipe.config.schema import at_least, checked
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_WRITTEN, WEIGHTS_LIVE, WEIGHTS_REAL
@@ -22,11 +22,7 @@ class WeightsSwappedFromMllm(WorkerPhase):
     """
 
     slot: str = "param_dict"
-    probe_tokens: int = 8
-
-    def __post_init__(self) -> None:
-        if self.probe_tokens < 0:
-            raise InputError(f"probe_tokens is {self.probe_tokens}, it has to be at least 0")
+    probe_tokens: int = checked(8, at_least(0))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

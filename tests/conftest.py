@@ -22,7 +22,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import Tensors, open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import EngineConfig, SamplingConfig
 from tests.in_process import Call, callable_in
@@ -155,9 +155,9 @@ def tiny_dir(model_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tiny_dir: Path) -> Checkpoint:
+def tiny_weights(tiny_dir: Path) -> Tensors:
     """Its weights by Hugging Face name."""
-    return Checkpoint.open(tiny_dir)
+    return open_checkpoint(tiny_dir)
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ class RealWeights:
     finds. The references are weak, so that what a test replaces is freed as if nobody else knew it.
     """
 
-    def __init__(self, engine: Any, weights: Checkpoint) -> None:
+    def __init__(self, engine: Any, weights: Tensors) -> None:
         self._engine = engine
         self._weights = weights
         self._placed: dict[str, weakref.ref[Any]] = {}
@@ -240,7 +240,7 @@ class RealWeights:
 
 
 @pytest.fixture(scope="module")
-def real_weights(engine: Any, tiny_weights: Checkpoint) -> RealWeights:
+def real_weights(engine: Any, tiny_weights: Tensors) -> RealWeights:
     """The checkpoint's weights, for the module's engine."""
     return RealWeights(engine, tiny_weights)
 

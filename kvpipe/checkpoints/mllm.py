@@ -38,9 +38,6 @@ _TEMPLATES = {  # Hugging Face name -> path in the tree; '#' is the layer number
 _TEMPLATES_BACK = {path: name for name, path in _TEMPLATES.items()}
 _LAYER_NUMBER = re.compile(r"(?<=^model\.layers[._])(0|[1-9][0-9]*)(?=\.)")
 _NDIMS = {"kernel": 2, "embedding": 2, "scale": 1, "bias": 1}
-_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(getattr(ml_dtypes, name, name)) for name in HOST_DTYPES
-}
 
 Tree = dict[str, Any]
 """Nested dictionaries with arrays as leaves."""
@@ -62,15 +59,16 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
         InputError: a name has no place in the tree, a tensor has the wrong number of dimensions,
             or the dtype is unknown.
     """
-    target = None if dtype is None else _dtype(dtype)
+    if dtype is not None and dtype not in HOST_DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; {nearest(dtype, HOST_DTYPES)}")
     _refuse_unknown("checkpoint tensors", source, _TEMPLATES)
     tree: Tree = {}
     for name in source:
         *parents, leaf = _rename(name, _TEMPLATES).split(".")
         array = source[name]
         _check_ndim(name, array, leaf)
-        if target is not None:
-            array = array.astype(target, copy=False)
+        if dtype is not None:
+            array = array.astype(getattr(ml_dtypes, dtype, dtype), copy=False)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -78,53 +76,31 @@ def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None =
     return tree
 
 
-class HfView(Mapping[str, NDArray[Any]]):
-    """A tree's leaves under their Hugging Face names, linear weights as `[out, in]` views.
+def hf_weights(tree: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return a tree's leaves under their Hugging Face names, linear weights as `[out, in]`.
 
-    The names are computed once, on construction; the arrays are the tree's own, never copies.
+    The arrays are the tree's own or views of them, never copies.
+
+    Raises:
+        InputError: a leaf has no Hugging Face name, or is not an array with the right number of
+            dimensions.
     """
-
-    def __init__(self, tree: Mapping[str, Any]) -> None:
-        """Look up every leaf's Hugging Face name.
-
-        Raises:
-            InputError: a leaf has no Hugging Face name, or is not an array with the right number of
-                dimensions.
-        """
-        leaves = dict(_leaves(tree))
-        _refuse_unknown("parameter tree leaves", leaves, _TEMPLATES_BACK)
-        self._arrays: dict[str, NDArray[Any]] = {}
-        for path, array in leaves.items():
-            leaf = path.rpartition(".")[2]
-            _check_ndim(path, array, leaf)
-            self._arrays[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
+    found = dict(leaves(tree))
+    _refuse_unknown("parameter tree leaves", found, _TEMPLATES_BACK)
+    weights: dict[str, NDArray[Any]] = {}
+    for path, array in found.items():
+        leaf = path.rpartition(".")[2]
+        _check_ndim(path, array, leaf)
+        weights[_rename(path, _TEMPLATES_BACK)] = _flip(array, leaf)
+    return weights
 
 
-def num_leaves(tree: Mapping[str, Any]) -> int:
-    """Return the number of arrays in the tree."""
-    return sum(1 for _ in _leaves(tree))
-
-
-def nbytes(tree: Mapping[str, Any]) -> int:
-    """Return the bytes of all arrays in the tree together; mapped ones count in full."""
-    return sum(leaf.nbytes for _, leaf in _leaves(tree))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each leaf with its path, joined by dots."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}.")
+            yield from leaves(value, f"{path}.")
         else:
             yield path, value
 
@@ -162,9 +138,3 @@ def _check_ndim(name: str, array: object, leaf: str) -> None:
 def _flip(array: NDArray[Any], leaf: str) -> NDArray[Any]:
     """Transpose a kernel between `[out, in]` and `[in, out]`, as a view."""
     return array.T if leaf == "kernel" else array
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    if name not in _DTYPES:
-        raise InputError(f"unknown dtype {name!r}; {nearest(name, _DTYPES)}")
-    return _DTYPES[name]

@@ -8,7 +8,7 @@ and dtypes, never the meaning of a tensor.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,58 +45,34 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class Checkpoint(Mapping[str, NDArray[Any]]):
-    """Every tensor of a Hugging Face directory by name, memory-mapped and read-only.
+Tensors = dict[str, NDArray[Any]]
+"""Read-only arrays by tensor name, mapped from their files.
 
-    The arrays have the shape and dtype of the file (`[out, in]` for a linear layer's weight;
-    bfloat16 is `ml_dtypes.bfloat16`). An array keeps its file mapped for as long as it lives.
+They have the shape and dtype of the file (`[out, in]` for a linear layer's weight; bfloat16 is
+`ml_dtypes.bfloat16`). An array keeps its file mapped for as long as it lives.
+"""
+
+
+def open_checkpoint(directory: Path) -> Tensors:
+    """Map all safetensors files of a Hugging Face directory; return every tensor.
+
+    The files are those that `model.safetensors.index.json` names, or, without an index,
+    all `*.safetensors`. No tensor data is read.
+
+    Raises:
+        InputError: the directory, an index entry or a file is missing, or a header is wrong.
     """
-
-    def __init__(self, directory: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Wrap tensors that are already mapped; use `open` to map a directory."""
-        self._directory = directory
-        self._tensors = dict(tensors)
-
-    @classmethod
-    def open(cls, directory: Path) -> "Checkpoint":
-        """Map all safetensors files of `directory`.
-
-        The files are those that `model.safetensors.index.json` names, or, without an index,
-        all `*.safetensors`. No tensor data is read.
-
-        Raises:
-            InputError: the directory, an index entry or a file is missing, or a header is wrong.
-        """
-        if not directory.is_dir():
-            raise InputError(f"checkpoint {directory} is not a directory")
-        index_path = directory / INDEX_NAME
-        weight_map = _read_index(index_path) if index_path.is_file() else {}
-        paths = _indexed_files(index_path, weight_map) if weight_map else _all_files(directory)
-        tensors, homes = _map_files(paths)
-        for name, file in weight_map.items():
-            if homes.get(name) != file:
-                actual = f"it is in {homes[name]}" if name in homes else "no file has it"
-                raise InputError(f"{index_path}: tensor {name!r} should be in {file}, but {actual}")
-        return cls(directory, tensors)
-
-    @property
-    def directory(self) -> Path:
-        """The opened directory."""
-        return self._directory
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together, without headers."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    if not directory.is_dir():
+        raise InputError(f"checkpoint {directory} is not a directory")
+    index_path = directory / INDEX_NAME
+    weight_map = _read_index(index_path) if index_path.is_file() else {}
+    paths = _indexed_files(index_path, weight_map) if weight_map else _all_files(directory)
+    tensors, homes = _map_files(paths)
+    for name, file in weight_map.items():
+        if homes.get(name) != file:
+            actual = f"it is in {homes[name]}" if name in homes else "no file has it"
+            raise InputError(f"{index_path}: tensor {name!r} should be in {file}, but {actual}")
+    return tensors
 
 
 def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -163,9 +139,9 @@ def _all_files(directory: Path) -> list[Path]:
     return paths
 
 
-def _map_files(paths: list[Path]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _map_files(paths: list[Path]) -> tuple[Tensors, dict[str, str]]:
     """Return all files' tensors by name, and the file name of each tensor."""
-    tensors: dict[str, NDArray[Any]] = {}
+    tensors: Tensors = {}
     homes: dict[str, str] = {}
     for path in paths:
         for name, tensor in _map_file(path).items():
@@ -179,7 +155,7 @@ def _map_files(paths: list[Path]) -> tuple[dict[str, NDArray[Any]], dict[str, st
     return tensors, homes
 
 
-def _map_file(path: Path) -> dict[str, NDArray[Any]]:
+def _map_file(path: Path) -> Tensors:
     _check_header(path)
     mapped = map_bytes(path)
     data_start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES].tobytes(), "little")

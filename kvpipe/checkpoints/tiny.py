@@ -26,11 +26,6 @@ from kvpipe.config.schema import ARCHITECTURES, TinyModel
 FORMAT_VERSION = 1
 """Increase it when the same spec would give other bytes, so that no stale cache is used."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
 _MERGED_LETTERS = "etaoinshrdlucmfw"  # the most frequent, so that the merges apply to English
@@ -141,7 +136,8 @@ def _tensors(spec: TinyModel) -> dict[str, NDArray[Any]]:
     last = f"model.layers.{spec.num_hidden_layers - 1}.mlp.down_proj.weight"
     tensors[last] = _recall(spec, output)
     tensors["model.norm.weight"] = draw.norm("model.norm.weight", spec.hidden_size)
-    return {name: tensor.astype(_DTYPES[spec.torch_dtype]) for name, tensor in tensors.items()}
+    dtype = np.dtype(getattr(ml_dtypes, spec.torch_dtype, spec.torch_dtype))
+    return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
 
 
 def _output_rows(spec: TinyModel, draw: _Draw) -> NDArray[np.float32]:

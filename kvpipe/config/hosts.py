@@ -59,7 +59,7 @@ def check_node_rank(engine: EngineConfig, environ: Mapping[str, str]) -> None:
         )
     raise InputError(
         f"engine.node_rank: {name} is {environ[name]!r}, but engine.nnodes is {engine.nnodes}; it "
-        f"has to be a number from 0 to {engine.nnodes - 1}"
+        f"must be a number from 0 to {engine.nnodes - 1}"
     )
 
 
@@ -81,8 +81,8 @@ def check_hosts(config: Kvpipe) -> None:
     engine = config.engine
     if engine.node_rank is not None and engine.node_rank >= engine.nnodes:
         raise InputError(
-            f"engine.node_rank is {engine.node_rank}, but engine.nnodes is {engine.nnodes}; it has "
-            "to be less"
+            f"engine.node_rank is {engine.node_rank}, but engine.nnodes is {engine.nnodes}; it "
+            "must be less"
         )
     if engine.nnodes == 1:
         return
@@ -119,7 +119,7 @@ def _check_address(engine: EngineConfig) -> None:
         )
     if not 0 < int(found[1]) <= _LAST_PORT:
         raise InputError(
-            f"engine.dist_init_addr has port {found[1]}; it has to be 1 to {_LAST_PORT}, because "
+            f"engine.dist_init_addr has port {found[1]}; it must be 1 to {_LAST_PORT}, because "
             "the engine takes some of those after it"
         )
 

@@ -51,7 +51,7 @@ def one_message(error: Exception) -> str:
         if file := _FILE.match(str(error)):
             message = f"{file[1]}: {message}"
             if value_error.full_key == file[2] and "DictConfig" in message:
-                message += "; the file has to begin with '# @package _global_'"
+                message += "; the file must begin with '# @package _global_'"
         return message
     return _restated(str(error))
 

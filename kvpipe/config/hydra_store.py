@@ -1,7 +1,5 @@
 """Register the schema in the store from which Hydra reads typed configs."""
 
-from typing import Any
-
 from hydra.core.config_store import ConfigStore
 
 from kvpipe.config.schema import schema
@@ -19,9 +17,4 @@ def store_schema() -> None:
     ``CachingConfigRepository`` no longer copies its sources.
     """
     ConfigStore.instance().store(name=_NAME, node=schema())
-    ConfigStore.__deepcopy__ = _itself  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _itself(store: ConfigStore, memo: dict[int, Any]) -> ConfigStore:
-    del memo
-    return store
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]

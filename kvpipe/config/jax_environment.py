@@ -9,7 +9,7 @@ PLATFORMS = "JAX_PLATFORMS"
 # Tunables of glibc, read at process start.
 _TUNABLES = "GLIBC_TUNABLES"
 # Keep freed memory in one heap until kvpipe returns it (:mod:`kvpipe.engine.memory`), so that a new
-# leaf reuses the pages of an old one: pages that are new to a process have to be zeroed first.
+# leaf reuses the pages of an old one: pages that are new to a process must be zeroed first.
 _ONE_HEAP = (
     "glibc.malloc.hugetlb=1",
     "glibc.malloc.arena_max=1",
@@ -46,7 +46,7 @@ def check_mesh(engine: EngineConfig) -> None:
         raise InputError(
             f"engine.tp_size × engine.dp_size is {tp_size} × {engine.dp_size} = "
             f"{tp_size * engine.dp_size}, but engine.virtual_devices is {virtual}; "
-            "they have to be equal"
+            "they must be equal"
         )
 
 

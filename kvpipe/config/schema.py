@@ -7,10 +7,11 @@ config keys.
 
 import copy
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -25,7 +26,6 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
 }
 """Architecture of a model that kvpipe generates → ``model_type`` of its ``config.json``."""
-_LOG_LEVELS = ("critical", "debug", "error", "info", "warning")
 
 
 class TrackingMode(Enum):
@@ -60,8 +60,74 @@ class CompareFormat(Enum):
     html = "html"
 
 
+Refusal = Callable[[str, Any], None]
+"""Raises an InputError, for a key and its value, if the value is wrong; None and MISSING pass."""
+
+
+def one_of(*valid: str) -> Refusal:
+    """Refuse a text that is none of ``valid``."""
+
+    def refuse(key: str, value: Any) -> None:
+        if value is not None and value not in valid:
+            raise InputError(f"{key} is {value!r}; {nearest(value, valid)}")
+
+    return refuse
+
+
+def at_least(least: int) -> Refusal:
+    """Refuse a number that is not finite or below ``least``."""
+
+    def refuse(key: str, value: Any) -> None:
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise InputError(f"{key} is {value}, it must be at least {least}")
+
+    return refuse
+
+
+def seconds(key: str, value: float | None) -> None:
+    """Refuse a time that is not positive or not finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise InputError(f"{key} is {value}, it must be more than 0 seconds")
+
+
+def texts(key: str, values: list[Any]) -> None:
+    """Refuse an item that is no text: OmegaConf lets a list pass as an item of list[str]."""
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
+
+
+def checked(default: Any, refuse: Refusal) -> Any:
+    """Return a dataclass field with this default whose value ``refuse`` checks."""
+    return field(default=default, metadata={"refuse": refuse})
+
+
+def refuse_wrong(options: Any, prefix: str = "") -> None:
+    """Refuse a wrong value of a dataclass, by the field's name after ``prefix``.
+
+    Raises:
+        InputError: from the ``refuse`` of a :func:`checked` field.
+    """
+    for each in fields(options):
+        if refuse := each.metadata.get("refuse"):
+            refuse(f"{prefix}{each.name}", getattr(options, each.name))
+
+
+class Section:
+    """A section of the config, named ``section``, that refuses wrong values of its fields."""
+
+    _section: ClassVar[str]
+
+    def __init_subclass__(cls, section: str) -> None:
+        super().__init_subclass__()
+        cls._section = section
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self, f"{self._section}.")
+
+
 @dataclass
-class TinyModel:
+class TinyModel(Section, section="model.generate"):
     """Shape of the checkpoint that is generated on first use; every field changes its bytes.
 
     Attributes:
@@ -76,42 +142,31 @@ class TinyModel:
     """
 
     seed: int = 0
-    architecture: str = "Qwen2ForCausalLM"
-    hidden_size: int = 512
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 128
-    intermediate_size: int = 1024
+    architecture: str = checked("Qwen2ForCausalLM", one_of(*ARCHITECTURES))
+    hidden_size: int = checked(512, at_least(1))
+    num_hidden_layers: int = checked(3, at_least(1))
+    num_attention_heads: int = checked(4, at_least(1))
+    num_key_value_heads: int = checked(2, at_least(1))
+    head_dim: int = checked(128, at_least(1))
+    intermediate_size: int = checked(1024, at_least(1))
     vocab_size: int = 512
     tie_word_embeddings: bool = True
-    torch_dtype: str = "bfloat16"
-    max_position_embeddings: int = 2048
+    torch_dtype: str = checked("bfloat16", one_of("bfloat16", "float16", "float32"))
+    max_position_embeddings: int = checked(2048, at_least(1))
 
     def __post_init__(self) -> None:
-        key = "model.generate"
-        _check_choice(f"{key}.architecture", self.architecture, *ARCHITECTURES)
-        _check_choice(f"{key}.torch_dtype", self.torch_dtype, "bfloat16", "float16", "float32")
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            _check_at_least(1, f"{key}.{name}", getattr(self, name))
+        super().__post_init__()
+        key = self._section
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
-                f"{key}.num_attention_heads is {self.num_attention_heads}, it has to be a multiple "
+                f"{key}.num_attention_heads is {self.num_attention_heads}, it must be a multiple "
                 f"of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
             raise InputError(f"{key}.head_dim is {self.head_dim}, RoPE needs an even one")
         if self.vocab_size <= 256:
             raise InputError(
-                f"{key}.vocab_size is {self.vocab_size}, it has to be more than 256: one token for "
+                f"{key}.vocab_size is {self.vocab_size}, it must be more than 256: one token for "
                 "each byte and one for the end of the text"
             )
 
@@ -138,7 +193,7 @@ class ModelConfig:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Section, section="engine"):
     """How sglang-jax is started; the names are those of its server arguments.
 
     Attributes:
@@ -169,56 +224,39 @@ class EngineConfig:
         watchdog_timeout: seconds after which the engine considers a forward step stuck.
     """
 
-    device: str = "tpu"
-    virtual_devices: int | None = None
-    tp_size: int | None = None
-    dp_size: int = 1
-    nnodes: int = 1
-    node_rank: int | None = None
+    device: str = checked("tpu", one_of("cpu", "tpu"))
+    virtual_devices: int | None = checked(None, at_least(1))
+    tp_size: int | None = checked(None, at_least(1))
+    dp_size: int = checked(1, at_least(1))
+    nnodes: int = checked(1, at_least(1))
+    node_rank: int | None = checked(None, at_least(0))
     dist_init_addr: str | None = None
-    dtype: str = "bfloat16"
-    load_format: str = "dummy"
-    max_total_tokens: int = MISSING
-    context_length: int | None = None
-    page_size: int = 1
-    max_running_requests: int = 16
-    max_prefill_tokens: int = 1024
+    dtype: str = checked("bfloat16", one_of("bfloat16", "float32"))
+    load_format: str = checked("dummy", one_of("dummy", "auto"))
+    max_total_tokens: int = checked(MISSING, at_least(1))
+    context_length: int | None = checked(None, at_least(1))
+    page_size: int = checked(1, at_least(1))
+    max_running_requests: int = checked(16, at_least(1))
+    max_prefill_tokens: int = checked(1024, at_least(1))
     mem_fraction_static: float = 0.8
     random_seed: int = 0
     precompile: bool = False
     download_dir: str | None = None
     trust_remote_code: bool = False
-    log_level: str = "info"
-    watchdog_timeout: float = 1800.0
+    log_level: str = checked("info", one_of("critical", "debug", "error", "info", "warning"))
+    watchdog_timeout: float = checked(1800.0, seconds)
 
     def __post_init__(self) -> None:
-        _check_choice("engine.device", self.device, "cpu", "tpu")
-        _check_choice("engine.dtype", self.dtype, "bfloat16", "float32")
-        _check_choice("engine.load_format", self.load_format, "dummy", "auto")
-        for name in (
-            "virtual_devices",
-            "tp_size",
-            "dp_size",
-            "nnodes",
-            "max_total_tokens",
-            "context_length",
-            "page_size",
-            "max_running_requests",
-            "max_prefill_tokens",
-        ):
-            _check_at_least(1, f"engine.{name}", getattr(self, name))
-        _check_at_least(0, "engine.node_rank", self.node_rank)
-        _check_choice("engine.log_level", self.log_level, *_LOG_LEVELS)
-        _check_seconds("engine.watchdog_timeout", self.watchdog_timeout)
+        super().__post_init__()
         if not 0 < self.mem_fraction_static <= 1:
             raise InputError(
-                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it has to be more "
+                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it must be more "
                 "than 0 and at most 1"
             )
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(Section, section="trainer"):
     """The trainer that shares the devices with the engine, for pipelines that train.
 
     Attributes:
@@ -230,19 +268,12 @@ class TrainerConfig:
         seed: seed of the gradients.
     """
 
-    dtype: str = "float32"
-    gradients_dtype: str | None = None
-    mu_dtype: str | None = None
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("dtype", "gradients_dtype", "mu_dtype"):
-            if (value := getattr(self, name)) is not None:
-                _check_choice(f"trainer.{name}", value, "float32", "bfloat16")
-        for name in ("learning_rate", "weight_decay", "seed"):
-            _check_at_least(0, f"trainer.{name}", getattr(self, name))
+    dtype: str = checked("float32", one_of("float32", "bfloat16"))
+    gradients_dtype: str | None = checked(None, one_of("float32", "bfloat16"))
+    mu_dtype: str | None = checked(None, one_of("float32", "bfloat16"))
+    learning_rate: float = checked(1e-4, at_least(0))
+    weight_decay: float = checked(1e-4, at_least(0))
+    seed: int = checked(0, at_least(0))
 
 
 @dataclass
@@ -261,7 +292,7 @@ class PromptConfig:
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Section, section="sampling"):
     """How tokens are chosen.
 
     Attributes:
@@ -270,17 +301,13 @@ class SamplingConfig:
         ignore_eos: continue after an end-of-sequence token.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
+    max_new_tokens: int = checked(64, at_least(1))
+    temperature: float = checked(0.0, at_least(0))
     ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check_at_least(1, "sampling.max_new_tokens", self.max_new_tokens)
-        _check_at_least(0, "sampling.temperature", self.temperature)
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Section, section="tracking"):
     """Weights & Biases.
 
     Attributes:
@@ -302,21 +329,15 @@ class TrackingConfig:
     name: str | None = None
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list, metadata={"refuse": texts})
     fallback_offline: bool = False
-    init_timeout_s: float = 30.0
-    finish_timeout_s: float = 60.0
-    text_max_chars: int = 20000
-
-    def __post_init__(self) -> None:
-        _check_seconds("tracking.init_timeout_s", self.init_timeout_s)
-        _check_seconds("tracking.finish_timeout_s", self.finish_timeout_s)
-        _check_at_least(1, "tracking.text_max_chars", self.text_max_chars)
-        _check_texts("tracking.tags", self.tags)
+    init_timeout_s: float = checked(30.0, seconds)
+    finish_timeout_s: float = checked(60.0, seconds)
+    text_max_chars: int = checked(20000, at_least(1))
 
 
 @dataclass
-class RepeatConfig:
+class RepeatConfig(Section, section="repeat"):
     """A range of the pipeline's steps that is repeated.
 
     Attributes:
@@ -327,14 +348,11 @@ class RepeatConfig:
 
     first: str = MISSING
     last: str = MISSING
-    times: int = 2
-
-    def __post_init__(self) -> None:
-        _check_at_least(1, "repeat.times", self.times)
+    times: int = checked(2, at_least(1))
 
 
 @dataclass
-class RunnerConfig:
+class RunnerConfig(Section, section="runner"):
     """How the run is executed.
 
     Attributes:
@@ -355,33 +373,30 @@ class RunnerConfig:
     """
 
     isolate: bool = True
-    idle_timeout_s: float = 60.0
-    shutdown_timeout_s: float = 60.0
+    idle_timeout_s: float = checked(60.0, seconds)
+    shutdown_timeout_s: float = checked(60.0, seconds)
     sample_peaks: bool = True
-    heartbeat_s: float | None = 30.0
+    heartbeat_s: float | None = checked(30.0, at_least(1))
     phase_timeout_s: float | None = None
     phase_timeouts: dict[str, float] = field(default_factory=dict)
     run_timeout_s: float | None = None
-    on_error: str = STOP
+    on_error: str = checked(STOP, one_of(STOP, CONTINUE))
 
     def __post_init__(self) -> None:
-        _check_choice("runner.on_error", self.on_error, STOP, CONTINUE)
+        super().__post_init__()
         limits = {"phase_timeout_s": self.phase_timeout_s, "run_timeout_s": self.run_timeout_s}
         limits |= {f"phase_timeouts.{step}": limit for step, limit in self.phase_timeouts.items()}
         for name, limit in limits.items():
-            _check_seconds(f"runner.{name}", limit)
+            seconds(f"runner.{name}", limit)
             if limit is not None and not self.isolate:
                 raise InputError(
                     f"runner.{name} is {limit:g}, but runner.isolate is false: only a process of "
                     "its own can be ended; leave the limit out"
                 )
-        _check_at_least(1, "runner.heartbeat_s", self.heartbeat_s)
-        _check_seconds("runner.idle_timeout_s", self.idle_timeout_s)
-        _check_seconds("runner.shutdown_timeout_s", self.shutdown_timeout_s)
 
 
 @dataclass
-class PlanConfig:
+class PlanConfig(Section, section="plan"):
     """The byte plan.
 
     Attributes:
@@ -401,20 +416,16 @@ class PlanConfig:
     """
 
     enforce: bool = True
-    allowance_bytes: int = 512 * 1024**2
+    allowance_bytes: int = checked(512 * 1024**2, at_least(0))
     format: PlanFormat = PlanFormat.table
     target: str | None = None
     file: str | None = None
     compile: bool = False
-    prompt_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_at_least(0, "plan.allowance_bytes", self.allowance_bytes)
-        _check_at_least(1, "plan.prompt_tokens", self.prompt_tokens)
+    prompt_tokens: int | None = checked(None, at_least(1))
 
 
 @dataclass
-class ComparePlansConfig:
+class ComparePlansConfig(Section, section="compare_plans"):
     """The two plans that ``kvpipe compare-plans`` compares.
 
     Attributes:
@@ -428,16 +439,12 @@ class ComparePlansConfig:
 
     base: str | None = None
     head: str | None = None
-    overrides: list[str] = field(default_factory=list)
-    budget_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        _check_at_least(0, "compare_plans.budget_bytes", self.budget_bytes)
-        _check_texts("compare_plans.overrides", self.overrides)
+    overrides: list[str] = field(default_factory=list, metadata={"refuse": texts})
+    budget_bytes: int = checked(0, at_least(0))
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Section, section="compare"):
     """How ``kvpipe compare`` compares each further run with the first one.
 
     Attributes:
@@ -454,15 +461,11 @@ class CompareConfig:
 
     format: CompareFormat = CompareFormat.markdown
     file: str | None = None
-    budget_bytes: int = 0
-    allowance_bytes: int = 512 * 1024**2
+    budget_bytes: int = checked(0, at_least(0))
+    allowance_bytes: int = checked(512 * 1024**2, at_least(0))
     outputs: bool = True
-    duration_factor: float | None = None
-    compilations: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("budget_bytes", "allowance_bytes", "duration_factor", "compilations"):
-            _check_at_least(0, f"compare.{name}", getattr(self, name))
+    duration_factor: float | None = checked(None, at_least(0))
+    compilations: int | None = checked(None, at_least(0))
 
 
 @dataclass
@@ -534,30 +537,6 @@ class Kvpipe:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
-
-
-def _check_choice(key: str, value: str, *valid: str) -> None:
-    if value not in valid:
-        raise InputError(f"{key} is {value!r}; {nearest(value, valid)}")
-
-
-def _check_at_least(least: int, key: str, value: Any) -> None:
-    """Refuse a number that is not finite or below ``least``; None and MISSING pass."""
-    if isinstance(value, int | float) and not least <= value < math.inf:
-        raise InputError(f"{key} is {value}, it has to be at least {least}")
-
-
-def _check_texts(key: str, values: list[Any]) -> None:
-    """Refuse an item that is no text: OmegaConf lets a list pass as an item of list[str]."""
-    for value in values:
-        if not isinstance(value, str):
-            raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
-
-
-def _check_seconds(key: str, value: float | None) -> None:
-    """Refuse a time that is not positive or not finite; None passes."""
-    if value is not None and not 0 < value < math.inf:
-        raise InputError(f"{key} is {value}, it has to be more than 0 seconds")
 
 
 def schema() -> DictConfig:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat
+from kvpipe.engine.params import closure
 from kvpipe.engine.shapes import abstract_worker, sharded_leaves
 from kvpipe.errors import KvpipeError
 from kvpipe.records.run import Program
@@ -89,11 +91,9 @@ def _padded(tokens: int, paddings: list[int]) -> int:
 def _compile(
     worker: Any, devices: list[Any], name: str, mode: str, requests: int, tokens: int
 ) -> Program:
-    from flax import nnx
-
     began = time.monotonic()
     runner = worker.model_runner
-    step, mesh = _closure(runner.jitted_run_model), runner.mesh
+    step, mesh = closure(runner.jitted_run_model), runner.mesh
     forward_batch, metadata = _batch(worker, mode, requests, tokens)
     state = nnx.split(runner.model)[1]
     try:
@@ -126,12 +126,6 @@ def _compile(
         temp_bytes=used.temp_size_in_bytes,
         compile_s=round(time.monotonic() - began, 3),
     )
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    """Return a function's closure variables by name."""
-    cells = (cell.cell_contents for cell in function.__closure__)
-    return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
 
 def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any]:

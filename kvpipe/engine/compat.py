@@ -82,21 +82,18 @@ def pytree_registered_twice() -> Iterator[None]:
     "Duplicate custom PyTreeDef type registration".
     For: 0.0.2. Goes when 0.0.2 is no longer supported.
     """
-    original = jax.tree_util.register_pytree_node_class
+    register = jax.tree_util.register_pytree_node_class
 
     def register_once(cls: Any) -> Any:
         try:
-            return original(cls)
+            return register(cls)
         except ValueError as error:
             if "Duplicate" not in str(error):
                 raise
             return cls
 
-    jax.tree_util.register_pytree_node_class = register_once
-    try:
+    with replaced(jax.tree_util, "register_pytree_node_class", register_once):
         yield
-    finally:
-        jax.tree_util.register_pytree_node_class = original
 
 
 def sampler_off_tpu() -> None:
@@ -157,12 +154,8 @@ def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
     Args:
         devices: the target's devices, as a topology describes them.
     """
-    original = jax.devices
-    jax.devices = lambda *args, **kwargs: list(devices)
-    try:
+    with replaced(jax, "devices", lambda *args, **kwargs: list(devices)):
         yield
-    finally:
-        jax.devices = original
 
 
 @contextmanager
@@ -173,12 +166,8 @@ def failure_signals_stay_here() -> Iterator[None]:
     runs in a single process; that parent is the user's shell or the run's supervisor.
     For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
     """
-    original = psutil.Process.parent
-    psutil.Process.parent = lambda self: self
-    try:
+    with replaced(psutil.Process, "parent", lambda self: self):
         yield
-    finally:
-        psutil.Process.parent = original
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:

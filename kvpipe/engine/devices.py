@@ -34,7 +34,7 @@ def check_devices(config: EngineConfig) -> None:
     if tp_size * config.dp_size != count:
         raise InputError(
             f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
-            f"{count} {platform} devices; the product has to be {count}"
+            f"{count} {platform} devices; the product must be {count}"
         )
     if config.dp_size > 1 and not compat.shards_explicitly():
         raise InputError(

@@ -1,6 +1,6 @@
-"""Drop the KV cache of a live engine, build it again, or put its contents aside meanwhile.
+"""Drop the KV cache of a live engine, rebuild it, or offload its contents.
 
-While the cache is away, each layer's place holds the ``jax.ShapeDtypeStruct`` of its buffer: the
+While its buffers are deleted, each layer's place holds the ``jax.ShapeDtypeStruct`` of its buffer: the
 cache keeps its own blueprint, and no second state can disagree with it. Everything here runs on the
 scheduler's thread when the engine is idle.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory, multihost, peaks, transfer
+from kvpipe.engine import memory, peaks, transfer
 from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -28,7 +28,6 @@ _BLOCK_ROWS = 1024
 _NDIM_OF_HEAD = 5
 
 Blueprint = tuple[jax.ShapeDtypeStruct, ...]
-HostRows = list[dict[transfer.Index, np.ndarray[Any, np.dtype[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -38,29 +37,26 @@ class HostKv:
     Attributes:
         rows: positions of the used tokens in the cache, int32 [used].
         starts: where each kept block begins in a layer's buffer.
-        blocks: for each start, the block of each layer as unsigned integers of the dtype's width:
-            each distinct shard that is on this host's devices, by its index.
+        blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int32]]
     starts: list[int]
-    blocks: list[HostRows]
+    blocks: list[list[transfer.HostShards]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes on this host."""
-        return sum(
-            shard.nbytes for block in self.blocks for layer in block for shard in layer.values()
-        )
+        """Bytes over all hosts; every host must read it at the same point."""
+        return transfer.host_bytes(layer for block in self.blocks for layer in block)
 
 
 def buffers(engine: SglangEngine) -> list[jax.Array]:
-    """Return the KV buffers that are on the devices; none while the cache is away."""
+    """Return the KV buffers that are on the devices; none while they are deleted."""
     return [b for b in engine.runner.token_to_kv_pool.kv_buffer if isinstance(b, jax.Array)]
 
 
 def nbytes(engine: SglangEngine) -> int:
-    """Return the bytes of the KV cache over all devices, also while it is away."""
+    """Return the bytes of the KV cache over all devices, also while its buffers are deleted."""
     return sum(memory.bytes_of(engine.runner.token_to_kv_pool.kv_buffer))
 
 
@@ -68,7 +64,7 @@ def drop(engine: SglangEngine) -> Change:
     """Delete the KV buffers; until the rebuild every request is refused.
 
     Raises:
-        EngineError: the cache is away already, tokens in it are still in use (no flush came
+        EngineError: the cache is dropped or offloaded already, tokens in it are still in use (no flush came
             before), or the engine stayed busy.
     """
     change = engine.on_scheduler.call(lambda: _drop_unused(engine))
@@ -97,11 +93,11 @@ def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Copy the used part of the cache to the host and delete the buffers; no prefix is lost.
 
     Raises:
-        EngineError: the cache is away already, or the engine stayed busy.
+        EngineError: the cache is dropped or offloaded already, or the engine stayed busy.
     """
     change, kept = engine.on_scheduler.call(lambda: offload_now(engine))
     memory.give_back_host_memory()
-    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": multihost.total(kept.nbytes)}
+    sizes = {"offloaded_tokens": len(kept.rows), "offloaded_bytes": kept.nbytes}
     return change.with_fields(**sizes), kept
 
 
@@ -116,7 +112,7 @@ def restore(engine: SglangEngine, kept: HostKv) -> Change:
         EngineError: the cache is there, or was flushed meanwhile.
     """
     change = engine.on_scheduler.call(lambda: restore_now(engine, kept))
-    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": multihost.total(kept.nbytes)}
+    sizes = {"restored_tokens": len(kept.rows), "restored_bytes": kept.nbytes}
     return change.with_fields(**sizes)
 
 
@@ -198,30 +194,19 @@ def _delete(engine: SglangEngine, why: str) -> Change:
 
 def _needs_kv_away(engine: SglangEngine) -> None:
     if KV not in engine.unavailable:
-        raise EngineError("the KV cache is there: only one that is away can be made again")
+        raise EngineError(
+            "the KV cache is there: only a dropped or offloaded one can be made again"
+        )
 
 
 def _allocate(engine: SglangEngine) -> Change:
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
-    pool.kv_buffer[:] = jax.block_until_ready(_allocator(blueprint)())
+    pool.kv_buffer[:] = transfer.zeros(blueprint)
     del engine.unavailable[KV]
     change = _change(blueprint, memory.total_in_use() - before)
     return change.with_fields(rebuilt_buffers=len(blueprint), allocated_bytes=change.changed_bytes)
-
-
-@lru_cache(maxsize=4)
-def _allocator(blueprint: Blueprint) -> Any:
-    """Return the function that makes all layers at once: compiled once, not once a layer.
-
-    Allocating layer by layer compiles again for each; on a TPU that takes minutes.
-    """
-
-    def zeros() -> list[jax.Array]:
-        return [jnp.zeros(layer.shape, layer.dtype) for layer in blueprint]
-
-    return jax.jit(zeros, out_shardings=[layer.sharding for layer in blueprint])
 
 
 def _bits(array: jax.Array) -> jax.Array:
@@ -258,7 +243,7 @@ def _putter(shardings: tuple[Any, ...]) -> Any:
 
 
 def _tokens_per_row(layer: jax.Array) -> int:
-    """Return how many tokens an index of the first axis stands for: a page of them at HEAD."""
+    """Return the number of tokens in a row of the first axis: a page of them at HEAD."""
     return layer.shape[1] if layer.ndim == _NDIM_OF_HEAD else 1
 
 
@@ -273,10 +258,12 @@ def _block_rows(total: int) -> int:
     return min(_BLOCK_ROWS, total)
 
 
-def _copy_out(layers: Sequence[jax.Array], starts: Sequence[int]) -> list[HostRows]:
+def _copy_out(
+    layers: Sequence[jax.Array], starts: Sequence[int]
+) -> list[list[transfer.HostShards]]:
     """Return the blocks at ``starts`` of each layer, on the host."""
     rows = _block_rows(layers[0].shape[0])
-    copied: list[HostRows] = []
+    copied: list[list[transfer.HostShards]] = []
     for start in starts:
         blocks = _take(list(layers), np.int32(start), rows)
         if not copied:

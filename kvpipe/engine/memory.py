@@ -88,10 +88,8 @@ def device_stats() -> list[dict[str, int]] | None:
 
 def bytes_in_use() -> PerDevice:
     """Return the bytes in use on each local device: the backend's count, else live arrays."""
-    alive = live_arrays()
-    if (stats := device_stats()) is not None:
-        return tuple(device["bytes_in_use"] for device in stats)
-    return per_device(alive, jax.local_devices())
+    live_arrays()
+    return used_now()
 
 
 def total_in_use() -> int:

@@ -53,7 +53,7 @@ class _Hosts:
         names: host names by rank.
         client: client of the key-value store; None on a single host.
         stage: number of stages that all hosts have completed.
-        said: number of values that this host has published in this stage.
+        said: number of values that the hosts have exchanged in this stage.
         looked_at: monotonic time of the last check for a failure of another host.
         others: ranks of the other hosts.
         left_alone: whether this host failed and another one did not complete the stage.
@@ -210,7 +210,8 @@ def total(count: int) -> int:
     """
     if not several():
         return count
-    tag = _say(count)
+    tag = _next_tag()
+    _put(tag, count)
     return count + sum(_wait(other, tag) for other in _hosts.others)
 
 
@@ -226,11 +227,10 @@ def of_first(value: Any, check: Callable[[], None]) -> Any:
     """
     if not several():
         return value
+    tag = _next_tag()
     if rank() == 0:
-        _say(value)
+        _put(tag, value)
         return value
-    tag = str(_hosts.said)
-    _hosts.said += 1
     return _wait(0, tag, check)
 
 
@@ -263,11 +263,10 @@ def _raise_if_ended(other: int) -> None:
         raise HostFailed(f"{label(other)}: {error}", failed.get("exit_code", FAILED))
 
 
-def _say(value: Any) -> str:
-    """Publish a value within the stage and return its tag."""
+def _next_tag() -> str:
+    """Return the tag of the next value that the hosts exchange within the stage."""
     tag = str(_hosts.said)
     _hosts.said += 1
-    _put(tag, value)
     return tag
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
-from kvpipe.engine.mappings import path_name
 from kvpipe.engine.sglang import SglangEngine
 
 Param = Any
@@ -30,9 +30,11 @@ class ParamTable:
         """
         self._model = engine.runner.model
         self._leaves = _step_leaves(engine.runner)
-        flat, self._structure = jax.tree_util.tree_flatten_with_path(_state(self._model))
+        state = nnx.split(self._model)[1]
+        flat, self._structure = jax.tree_util.tree_flatten_with_path(state)
         positions = {path_name(path): i for i, (path, _) in enumerate(flat)}
-        self._positions = {path: positions[path] for path in sorted(_param_paths(self._model))}
+        paths = param_paths(nnx.state(self._model, nnx.Param))
+        self._positions = {path: positions[path] for path in sorted(paths)}
 
     @property
     def params(self) -> dict[str, Param]:
@@ -60,15 +62,13 @@ class ParamTable:
         leaves = list(self._leaves)
         for path, shape in self.blueprint.items():
             leaves[self._positions[path]] = shape
-        self._update_model(leaves)
+        self._set_model(leaves)
 
-    def tell_model(self) -> None:
+    def update_model(self) -> None:
         """Make the model refer to the same arrays as the step."""
-        self._update_model(list(self._leaves))
+        self._set_model(list(self._leaves))
 
-    def _update_model(self, leaves: list[Any]) -> None:
-        from flax import nnx
-
+    def _set_model(self, leaves: list[Any]) -> None:
         nnx.update(self._model, jax.tree_util.tree_unflatten(self._structure, leaves))
 
 
@@ -97,19 +97,23 @@ def _step_leaves(runner: Any) -> list[Any]:
     """
     if hasattr(runner, "model_state_leaves"):
         return runner.model_state_leaves
-    function = runner.jitted_run_model
-    names = function.__code__.co_freevars
-    return function.__closure__[names.index("model_state_leaves")].cell_contents
+    return closure(runner.jitted_run_model)["model_state_leaves"]
 
 
-def _state(model: Any) -> Any:
-    from flax import nnx
+def closure(function: Any) -> dict[str, Any]:
+    """Return a function's closure variables by name."""
+    cells = (cell.cell_contents for cell in function.__closure__)
+    return dict(zip(function.__code__.co_freevars, cells, strict=True))
 
-    return nnx.split(model)[1]
+
+def param_paths(state: Any) -> list[str]:
+    """Return the path of each leaf of an nnx state, in order."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
 
 
-def _param_paths(model: Any) -> set[str]:
-    from flax import nnx
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
-    return {path_name(path) for path, _ in flat}
+def path_name(path: tuple[Any, ...]) -> str:
+    """Return a pytree path as ``a.0.b``, without the ``value`` key that ends a variable's path."""
+    keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path]
+    if keys and keys[-1] == "value":
+        keys.pop()
+    return ".".join(str(key) for key in keys)

@@ -15,7 +15,7 @@ from kvpipe.errors import InputError
 from kvpipe.records.run import Program
 from kvpipe.system.versions import version_of
 
-_PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax")
+_PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def compiled(
@@ -47,7 +47,6 @@ def cached(
     model_dir: Path,
     cache_dir: Path,
     make: Callable[[], tuple[Program, ...]],
-    packages: Sequence[str] = (),
 ) -> tuple[Program, ...]:
     """Return what ``make`` compiles, from the cache if present.
 
@@ -56,10 +55,9 @@ def cached(
         model_dir: directory with the model's config.json.
         cache_dir: kvpipe's cache.
         make: compiles the programs; an exception from it is not cached.
-        packages: packages whose versions belong to the key, besides the engine's.
     """
     model = json.loads((model_dir / "config.json").read_text())
-    content = {**content, "model": model, "versions": _versions((*_PACKAGES, *packages))}
+    content = {**content, "model": model, "versions": _versions()}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache_dir / "programs" / f"{key}.json"
     if path.is_file():
@@ -77,14 +75,14 @@ def _write(path: Path, programs: Sequence[Program]) -> None:
     part.replace(path)
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions of the packages that determine the compiled result.
 
     Raises:
         InputError: libtpu is not installed; it has wheels for Linux on x86-64 only.
     """
     try:
-        return {name: version_of(name) for name in packages}
+        return {name: version_of(name) for name in _PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
             f"plan.compile: {error.name} is not installed; it compiles for a TPU, and has wheels "

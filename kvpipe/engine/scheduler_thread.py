@@ -46,19 +46,15 @@ class SchedulerThread:
         future: Future[T] = Future()
         self._queue.put((function, future))
         deadline = time.monotonic() + self._idle_timeout_s
-        while True:
-            self._failure.raise_if_failed()
-            multihost.raise_if_failed()
-            try:
-                return future.result(timeout=_POLL_S)
-            except TimeoutError:
-                if future.done():
-                    raise
+
+        def give_up_late() -> None:
             if time.monotonic() > deadline and future.cancel():
                 raise EngineError(
                     f"the engine was still busy after {self._idle_timeout_s:g} s "
                     f"(runner.idle_timeout_s): {self._business()}"
                 )
+
+        return _result(future, self._failure, give_up_late)
 
     def stop(self) -> None:
         """End the scheduler's thread with SystemExit, which a thread ends on silently."""
@@ -140,14 +136,7 @@ class CallerThread:
         """
         future: Future[T] = Future()
         self._queue.put((function, future))
-        while True:
-            self._failure.raise_if_failed()
-            multihost.raise_if_failed()
-            try:
-                return future.result(timeout=_POLL_S)
-            except TimeoutError:
-                if future.done():
-                    raise
+        return _result(future, self._failure)
 
     def _loop(self) -> None:
         while True:
@@ -156,3 +145,21 @@ class CallerThread:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
+
+
+def _result[T](
+    future: Future[T], failure: FailureWatch, each_time: Callable[[], None] = lambda: None
+) -> T:
+    """Return the result of ``future``; raise if the engine or another host fails meanwhile.
+
+    ``each_time`` is called a few times a second until the result is there.
+    """
+    while True:
+        failure.raise_if_failed()
+        multihost.raise_if_failed()
+        try:
+            return future.result(timeout=_POLL_S)
+        except TimeoutError:
+            if future.done():
+                raise
+        each_time()

@@ -6,7 +6,8 @@ change of the engine's state goes through :class:`SchedulerThread`.
 
 import atexit
 import gc
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from kvpipe.errors import EngineError
 from kvpipe.pipeline.output import Output
 from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
+
+# Options that are no argument of the engine under their own name.
+_NOT_OF_THE_ENGINE = ("virtual_devices", "precompile")
 
 
 @dataclass
@@ -227,34 +231,17 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
         model_dir: directory of the model; made absolute, as the engine needs it.
         accepted: the ServerArgs dataclass of the installed version.
     """
-    names = set(accepted.__dataclass_fields__)
-    precompile = "disable_jax_precompile" if "disable_jax_precompile" in names else None
+    of_engine = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_THE_ENGINE}
+    later = "disable_jax_precompile" not in accepted.__dataclass_fields__
     path = str(model_dir.resolve())
-    return {
+    return of_engine | {
         "model_path": path,
         "tokenizer_path": path,
-        "trust_remote_code": config.trust_remote_code,
-        "device": config.device,
         "tp_size": config.tp_size or jax.device_count() // config.dp_size,
-        "dp_size": config.dp_size,
-        "nnodes": config.nnodes,
         "node_rank": config.node_rank or 0,
-        "dist_init_addr": config.dist_init_addr,
-        "dtype": config.dtype,
-        "load_format": config.load_format,
-        "max_total_tokens": config.max_total_tokens,
-        "context_length": config.context_length,
-        "page_size": config.page_size,
-        "max_running_requests": config.max_running_requests,
-        "max_prefill_tokens": config.max_prefill_tokens,
-        "mem_fraction_static": config.mem_fraction_static,
-        "random_seed": config.random_seed,
-        "download_dir": config.download_dir,
-        "log_level": config.log_level,
-        "watchdog_timeout": config.watchdog_timeout,
         "enable_single_process": True,
         "skip_server_warmup": True,
-        precompile or "disable_precompile": not config.precompile,
+        "disable_precompile" if later else "disable_jax_precompile": not config.precompile,
     }
 
 
@@ -294,14 +281,10 @@ def _requests(batch: Any) -> list[Any]:
     return [request for part in parts for request in part.reqs or ()]
 
 
-def _plain(value: Any) -> Any:
-    """Convert the engine's answer to JSON types."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        return value.item()
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    return str(value)
+def _plain(answer: dict[str, Any]) -> dict[str, Any]:
+    """Convert the engine's answer to JSON types; its scalars may be numpy's."""
+
+    def scalar(value: Any) -> Any:
+        return value.item() if hasattr(value, "item") else str(value)
+
+    return json.loads(json.dumps(answer, default=scalar))

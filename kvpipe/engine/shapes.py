@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat, memory
 from kvpipe.engine.kv_capacity import abstract, pool_size
-from kvpipe.engine.mappings import path_name, weight_mappings
+from kvpipe.engine.params import param_paths, path_name
 from kvpipe.engine.sglang import server_arguments
-from kvpipe.engine.weight_map import Leaf, sources_of
+from kvpipe.engine.weight_map import Leaf, sources_of, weight_mappings
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import KvTokens, PerDevice, PoolSize, Size
 
@@ -86,12 +87,10 @@ def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
 
 def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> EngineShapes:
     """Return the engine's shapes on ``mesh``; arguments as for :func:`abstract_worker`."""
-    from flax import nnx
-
     runner = abstract_worker(config, model_dir, mesh, device).model_runner
     state = nnx.state(runner.model, nnx.Param)
-    paths = (path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0])
-    return EngineShapes(mesh, runner, dict(zip(paths, sharded_leaves(state, mesh), strict=True)))
+    params = zip(param_paths(state), sharded_leaves(state, mesh), strict=True)
+    return EngineShapes(mesh, runner, dict(params))
 
 
 def import_engine() -> Any:
@@ -166,7 +165,6 @@ class _AbstractLoader:
 
     def load_model(self, *, model_config: Any) -> Any:
         """Return the abstract model."""
-        from flax import nnx
         from sgl_jax.srt.model_loader.arch import get_model_architecture
 
         model_class, _ = get_model_architecture(model_config)
@@ -182,8 +180,6 @@ class _AbstractLoader:
 
 def _place(model: Any, mesh: Mesh) -> None:
     """Shard each parameter as the engine's loader does; the model's own spec may differ."""
-    from flax import nnx
-
     mappings = weight_mappings(model).values()
     specs: dict[str, Any] = {
         mapping.target_path: PartitionSpec(*mapping.sharding or ()) for mapping in mappings
@@ -202,8 +198,6 @@ def sharded_leaves(state: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
     With explicit sharding the leaf's type holds the partition; in 0.0.2 the parameter's metadata
     does.
     """
-    from flax import nnx
-
     leaves = jax.tree.leaves(state)
     if compat.shards_explicitly():
         specs = [leaf.sharding.spec for leaf in leaves]

@@ -6,8 +6,7 @@ casts, transposes and widens it and lays it out as the engine has it.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -66,7 +65,7 @@ def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     Each old leaf is freed before its successor is made, so the devices never hold a second set.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         trained: arrays on the engine's devices, by Hugging Face name and in Hugging Face layout,
             of any float dtype and any sharding.
 
@@ -95,22 +94,12 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     refuse_infinite(infinite)
     engine.flush_now()
 
-    def move(path: str, like: Param) -> _Moved:
+    def move(path: str, like: Param) -> Callable[[], jax.Array]:
         leaf = leaves[path]
-        return _Moved(jax.block_until_ready(_mover(leaf, like)(trained[leaf.source])))
+        moved = jax.block_until_ready(_mover(leaf, like)(trained[leaf.source]))
+        return lambda: moved
 
     return weights.replace_leaves(engine, table, move)
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """A parameter that the devices have laid out."""
-
-    array: jax.Array
-
-    def wait(self) -> jax.Array:
-        """Return it."""
-        return self.array
 
 
 @partial(jax.jit, static_argnums=1)
@@ -124,9 +113,9 @@ def lowered(
     """Return the programs of a sync by the name of the first parameter that each is for.
 
     Args:
-        leaves: where each of the engine's parameters comes from, by path.
-        blueprint: what each has to be, by path.
-        trained: what is trained, by Hugging Face name.
+        leaves: the checkpoint tensor behind each of the engine's parameters, by path.
+        blueprint: required shape, dtype and sharding of each, by path.
+        trained: shape, dtype and sharding of each trained parameter, by Hugging Face name.
     """
     kinds: dict[Any, jax.stages.Lowered] = {}
     names = {}

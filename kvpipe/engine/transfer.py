@@ -5,19 +5,22 @@ thread on two cores, against 0.3 for numpy's own transpose and 0.5 for a jitted 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kvpipe.engine import memory
+from kvpipe.engine import memory, multihost
 from kvpipe.engine.params import Param
 
 Index = tuple[slice, ...]
+HostShards = dict[Index, np.ndarray[Any, np.dtype[Any]]]
+"""An array on the host: each distinct shard of this host's devices, by its index."""
 
 
 class HostLeaf(Protocol):
@@ -25,14 +28,6 @@ class HostLeaf(Protocol):
 
     def __getitem__(self, index: Any, /) -> np.ndarray[Any, np.dtype[Any]]:
         """Return the shard at ``index``."""
-        ...
-
-
-class Pending(Protocol):
-    """A parameter whose transfer or computation is in progress."""
-
-    def wait(self) -> jax.Array:
-        """Return the parameter once it is complete on the devices."""
         ...
 
 
@@ -67,10 +62,36 @@ def begin(host: HostLeaf, like: Param) -> Placing:
     return Placing(like, shards)
 
 
-def to_host(leaf: jax.Array) -> dict[Index, np.ndarray[Any, np.dtype[Any]]]:
+def to_host(leaf: jax.Array) -> HostShards:
     """Return a copy of each distinct shard; a view would keep the CPU's device memory alive."""
     shards = {shard.index: shard.data for shard in leaf.addressable_shards}
     return {index: np.array(data, copy=True) for index, data in shards.items()}
+
+
+def zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
+    """Return arrays of zeros of these shapes, dtypes and shardings, once they exist."""
+    return jax.block_until_ready(_allocator(shapes)())
+
+
+@lru_cache(maxsize=8)
+def _allocator(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Array]]:
+    """Return the program that makes all arrays at once: compiled once, not once an array.
+
+    Allocating one by one compiles again for each; on a TPU that takes minutes.
+    """
+
+    def make() -> list[jax.Array]:
+        return [jnp.zeros(like.shape, like.dtype) for like in shapes]
+
+    return jax.jit(make, out_shardings=[like.sharding for like in shapes])
+
+
+def host_bytes(leaves: Iterable[HostShards]) -> int:
+    """Return the bytes of leaves that :func:`to_host` copied, over all hosts.
+
+    What a host's devices replicate is kept once there. Every host must call it at the same point.
+    """
+    return multihost.total(sum(shard.nbytes for leaf in leaves for shard in leaf.values()))
 
 
 def in_lane[**P, T](

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kvpipe.engine.mappings import weight_mappings
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
@@ -140,12 +139,26 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             f"the weight mapping of {type(model).__name__} names no tensor of their own for "
             f"{unnamed}"
         )
-    return {path: _leaf(path, *mappings[path], shape, runner) for path, shape in shapes.items()}
+    leaves: dict[str, Leaf] = {}
+    for path, shape in shapes.items():
+        source, mapping = mappings[path]
+        transpose = bool(mapping.transpose) and not source.endswith(".bias")
+        leaves[path] = Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
+    return leaves
 
 
-def _leaf(path: str, source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Leaf:
-    transpose = bool(mapping.transpose) and not source.endswith(".bias")
-    return Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
+def weight_mappings(model: Any) -> dict[str, Any]:
+    """Return the model's map from Hugging Face name to WeightMapping.
+
+    The method's name contains the model's, so it is found by its pattern.
+
+    Raises:
+        EngineError: the model has no such method, or several.
+    """
+    names = [n for n in dir(model) if n.startswith("_create_") and n.endswith("_weight_mappings")]
+    if len(names) != 1:
+        raise EngineError(f"{type(model).__name__} has {len(names)} weight mappings, not 1")
+    return getattr(model, names[0])()
 
 
 def _heads(source: str, mapping: Any, shape: tuple[int, ...], runner: Any) -> Heads | None:

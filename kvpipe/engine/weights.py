@@ -1,4 +1,4 @@
-"""Weights in a live engine: another set put in its place, streamed in leaf by leaf, or put aside.
+"""Weights in a live engine: another set put in its place, streamed in leaf by leaf, or offloaded.
 
 A parameter set maps the path of each of the engine's parameters (``transformer.layers.0...``) to a
 device array of the very shape, dtype and sharding that the engine's own leaf has, so that the
@@ -12,13 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from kvpipe.checkpoints import mapped
-from kvpipe.engine import memory, multihost, peaks, transfer
+from kvpipe.engine import memory, peaks, transfer
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
@@ -28,42 +27,17 @@ from kvpipe.pipeline.ledger import Change
 from kvpipe.records import progress
 from kvpipe.suggest import nearest
 
-__all__ = [
-    "HostWeights",
-    "build",
-    "drop",
-    "live_bytes",
-    "num_leaves",
-    "offload",
-    "parameters",
-    "release",
-    "replace_leaves",
-    "restore",
-    "stream",
-    "swap",
-]
-
 WEIGHTS = "weights"
 _BROKEN_OFF = "its weights are incomplete, a change of them broke off; swap others in first"
 # Leaves on their way at once: while the last shard of one is copied, the next one is read.
 _AT_ONCE = 2
-# Where the devices' memory is the host's, its allocator keeps some of the old leaves; it has to give
+# Where the devices' memory is the host's, its allocator keeps some of the old leaves; it must give
 # them back after as many of the largest leaves.
 _LEAVES_UNTRIMMED = 1
 
 HfWeights = Mapping[str, HostArray]
-
-
-@dataclass(frozen=True)
-class HostWeights:
-    """The engine's parameters on the host: of each path, every distinct shard by its index."""
-
-    shards: dict[str, dict[transfer.Index, HostArray]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on this host; what its devices replicate is kept once."""
-        return sum(shard.nbytes for leaf in self.shards.values() for shard in leaf.values())
+HostWeights = dict[str, transfer.HostShards]
+"""The engine's parameters on the host, by path."""
 
 
 def live_bytes(engine: SglangEngine) -> int:
@@ -101,7 +75,7 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
 
     def put() -> None:
         table.put_in_step(new)
-        table.tell_model()
+        table.update_model()
         engine.unavailable.pop(WEIGHTS, None)
 
     engine.on_scheduler.call(put)
@@ -112,10 +86,10 @@ def stream(engine: SglangEngine, weights: HfWeights) -> Change:
     """Replace the engine's parameters by ``weights`` leaf by leaf, and flush its prefix cache.
 
     Each old leaf is freed before its successor is placed, so the devices never hold more than one
-    set; of ``weights``, mapped files are read a few leaves at a time and let go again.
+    set; of ``weights``, mapped files are read a few leaves at a time and released.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
@@ -134,17 +108,17 @@ def offload(engine: SglangEngine) -> tuple[Change, HostWeights]:
     """Copy the engine's parameters to the host, leaf by leaf, and free them on the devices.
 
     Raises:
-        EngineError: they are away already, or the engine stayed busy.
+        EngineError: they are not on the devices, or the engine stayed busy.
     """
-    kept = HostWeights({})
+    kept: HostWeights = {}
 
     def keep(path: str, leaf: Any) -> None:
-        kept.shards[path] = transfer.to_host(leaf)
+        kept[path] = transfer.to_host(leaf)
 
     why = "its weights are offloaded; restore them first"
     change = engine.on_scheduler.call(lambda: _take_away(engine, why, keep))
     memory.give_back_host_memory()
-    return change.with_fields(offloaded_bytes=multihost.total(kept.nbytes)), kept
+    return change.with_fields(offloaded_bytes=transfer.host_bytes(kept.values())), kept
 
 
 def restore(engine: SglangEngine, kept: HostWeights) -> Change:
@@ -156,12 +130,12 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
 
     def bring() -> Change:
         if WEIGHTS not in engine.unavailable:
-            raise EngineError("the weights are there: only weights that are away can be restored")
+            raise EngineError("the weights are there: only offloaded weights can be restored")
         return replace_leaves(
             engine,
             ParamTable(engine),
-            lambda path, like: transfer.begin(kept.shards[path], like),
-            lambda path: kept.shards.pop(path),
+            lambda path, like: transfer.begin(kept[path], like).wait,
+            kept.pop,
         )
 
     change = engine.on_scheduler.call(bring)
@@ -173,7 +147,7 @@ def drop(engine: SglangEngine) -> Change:
     """Free the engine's parameters; every request is refused until a swap brings others.
 
     Raises:
-        EngineError: they are away already, or the engine stayed busy.
+        EngineError: they are not on the devices, or the engine stayed busy.
     """
     why = "its weights are dropped; swap others in first"
     change = engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
@@ -241,7 +215,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
     return replace_leaves(
         engine,
         table,
-        lambda path, like: transfer.begin(hosts[path], like),
+        lambda path, like: transfer.begin(hosts[path], like).wait,
         lambda path: mapped.let_go(weights[leaves[path].source]),
     )
 
@@ -249,7 +223,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
 def replace_leaves(
     engine: SglangEngine,
     table: ParamTable,
-    begin: Callable[[str, Param], transfer.Pending],
+    begin: Callable[[str, Param], Callable[[], jax.Array]],
     done: Callable[[str], Any] = lambda path: None,
 ) -> Change:
     """Exchange every leaf; each old one is freed before its successor is begun.
@@ -258,16 +232,17 @@ def replace_leaves(
     generate until another swap.
 
     Args:
-        engine: the engine; its weights may be away.
+        engine: the engine; its weights may be dropped or offloaded.
         table: its parameters.
-        begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets.
+        begin: begins to make the leaf of a path, with the shape, dtype and sharding that it gets;
+            returns a function that waits until it is complete on the devices and returns it.
         done: called with the path of each leaf that is in its place.
     """
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
-    under_way: deque[tuple[str, transfer.Pending]] = deque()
+    under_way: deque[tuple[str, Callable[[], jax.Array]]] = deque()
     sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
     largest = max(sizes, key=lambda path: sizes[path])
     placed_bytes = 0
@@ -275,8 +250,8 @@ def replace_leaves(
 
     def finish() -> None:
         nonlocal placed_bytes
-        path, placing = under_way.popleft()
-        table.put_in_step({path: placing.wait()})
+        path, wait = under_way.popleft()
+        table.put_in_step({path: wait()})
         if path == largest:
             peaks.mark()
         done(path)
@@ -294,7 +269,7 @@ def replace_leaves(
             under_way.append((path, begin(path, shape)))
         while under_way:
             finish()
-    table.tell_model()
+    table.update_model()
     del engine.unavailable[WEIGHTS]
     return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
 

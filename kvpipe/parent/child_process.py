@@ -142,15 +142,11 @@ class Child:
 
     def _is_stray(self, process: psutil.Process) -> bool:
         """Whether a process other than the child has the child's scratch directory as TMPDIR."""
-        return process.pid != self.process.pid and _temporary_of(process) == str(self.scratch)
-
-
-def _temporary_of(process: psutil.Process) -> str | None:
-    """Return the TMPDIR of a process; None if it has ended or belongs to another user."""
-    try:
-        return process.environ().get("TMPDIR")
-    except psutil.Error:
-        return None
+        try:
+            temporary = process.environ().get("TMPDIR")
+        except psutil.Error:  # it has ended, or belongs to another user
+            return False
+        return process.pid != self.process.pid and temporary == str(self.scratch)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ class Run:
 
     def _finished(self, ending: Ending) -> RunFinished:
         """Return the last record; first emit a record for a phase that never finished."""
-        ending = self._told_in_full(ending)
+        ending = self._with_memory(ending)
         if ending.exit_code and self._unfinished is not None:
             error = ending.error or ""
             check = Check(self._current, "completed", ending.kind, False, error)
@@ -157,7 +157,7 @@ class Run:
             return SKIPPED
         return FAILED if exit_code else PASSED
 
-    def _told_in_full(self, ending: Ending) -> Ending:
+    def _with_memory(self, ending: Ending) -> Ending:
         """Add the measured and planned memory to the error of an out-of-memory."""
         if ending.exit_code != errors.OUT_OF_MEMORY:
             return ending

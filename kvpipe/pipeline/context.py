@@ -117,10 +117,11 @@ class WorkerContext:
         Raises:
             InputError: the checkpoint is missing or damaged.
         """
-        from kvpipe.checkpoints.mllm import HfView
-        from kvpipe.checkpoints.safetensors import Checkpoint
+        from kvpipe.checkpoints import mllm, safetensors
 
-        return HfView(self.host[source]) if source else Checkpoint.open(self.model_dir)
+        if source:
+            return mllm.hf_weights(self.host[source])
+        return safetensors.open_checkpoint(self.model_dir)
 
 
 def _present[T](value: T | None, if_missing: str) -> T:

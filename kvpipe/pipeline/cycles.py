@@ -72,7 +72,7 @@ def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
 
 
 def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:
-    """Return where the repeated steps stand in the pipeline."""
+    """Return the positions of the repeated steps in the pipeline."""
     for key, step in (("first", repeat.first), ("last", repeat.last)):
         if step not in pipeline:
             raise InputError(

@@ -27,7 +27,7 @@ class Option:
     Attributes:
         name: its key below ``phases.<step>``.
         type: its type as YAML has it, e.g. ``int`` or ``str or null``.
-        required: whether a step has to give it.
+        required: whether a step must give it.
         default: what it is if a step does not give it; None if it is required.
         meaning: what it is, with its unit.
     """

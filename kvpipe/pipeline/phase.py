@@ -110,8 +110,9 @@ class Phase(_Frozen):
     """Base of every phase.
 
     A subclass declares ``effect``, or overrides :meth:`effect_given` where the effect depends on its
-    options or on the facts before it. It may refuse a value in ``__post_init__``, with an InputError
-    that begins with the option's name.
+    options or on the facts before it. An option that is a :func:`kvpipe.config.schema.checked` field
+    refuses wrong values when the step is built; ``__post_init__`` may refuse anything else, with an
+    InputError that begins with the option's name.
 
     Attributes:
         step: name of the pipeline step, set when the step is built; not an option.

@@ -12,7 +12,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from kvpipe.config.schema import Kvpipe
+from kvpipe.config.schema import Kvpipe, refuse_wrong
 from kvpipe.errors import InputError
 from kvpipe.pipeline.cycles import CYCLE_MARK, base_name, cycle_at, repeated
 from kvpipe.pipeline.phase import ParentPhase, Phase
@@ -43,7 +43,7 @@ def phase_class(use: str) -> type[Phase]:
         if issubclass(cls, Phase) and cls.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise TypeError(f"phases/{use}.py has to define one phase class, it defines {len(found)}")
+        raise TypeError(f"phases/{use}.py must define one phase class, it defines {len(found)}")
     return found[0]
 
 
@@ -136,6 +136,7 @@ def _build_step(step: str, config: Kvpipe) -> Phase:
         raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
     try:
         phase = cls(step=step, **options)
+        refuse_wrong(phase)
     except InputError as error:
         raise InputError(f"phases.{name}.{error}") from None
     if step == name:

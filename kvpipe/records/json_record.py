@@ -62,7 +62,7 @@ def decode(hint: Any, value: Any) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{hint.__name__} has to be an object, not {value!r}")
+            raise TypeError(f"{hint.__name__} must be an object, not {value!r}")
         hints = _hints(hint)
         return hint(**{name: decode(hints.get(name), item) for name, item in value.items()})
     if origin is UnionType:

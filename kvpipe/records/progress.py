@@ -1,14 +1,13 @@
 """Progress of a phase, for people who wait; it is neither a record nor kept by a sink.
 
 Long work reports itself with :func:`under_way`; another thread reads it with :func:`now`, so that
-the work only has to count.
+the work itself only counts.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from kvpipe.units import gib
 
@@ -34,10 +33,6 @@ class Progress:
     done: Mapping[str, int] = field(default_factory=dict)
     total: Mapping[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the progress as a JSON object."""
-        return asdict(self)
-
     def __str__(self) -> str:
         """Return the progress as text, e.g. ``generating 12/64 tokens, 3.1 s``."""
         if self.activity == COMPILING:
@@ -51,27 +46,26 @@ class Progress:
         return f"{write(done)}/{write(self.total[unit])} {name}"
 
 
+@dataclass(frozen=True)
 class Activity:
     """An activity in progress.
 
-    Args:
+    Attributes:
         name: ``loading`` or ``generating``.
         total: amount in total, by unit.
         read: returns the completed amount, by unit; called from another thread.
+        began: monotonic time of its beginning, in seconds.
     """
 
-    def __init__(
-        self, name: str, total: Mapping[str, int], read: Callable[[], Mapping[str, int]]
-    ) -> None:
-        self._name = name
-        self._total = total
-        self._read = read
-        self._began = time.monotonic()
+    name: str
+    total: Mapping[str, int]
+    read: Callable[[], Mapping[str, int]]
+    began: float = field(default_factory=time.monotonic)
 
     def progress(self, step: str) -> Progress:
         """Return its progress."""
-        elapsed_s = time.monotonic() - self._began
-        return Progress(step, self._name, round(elapsed_s, 3), self._read(), self._total)
+        elapsed_s = time.monotonic() - self.began
+        return Progress(step, self.name, round(elapsed_s, 3), self.read(), self.total)
 
 
 _under_way: Activity | None = None

@@ -1,5 +1,6 @@
 """Compile the train step and the weight sync ahead of time for a TPU, on a machine without one."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -13,7 +14,7 @@ from kvpipe.engine.aot import CompileFinding, target_mesh
 from kvpipe.engine.program_cache import cached
 from kvpipe.pipeline.ledger import TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records.run import Program
-from kvpipe.trainer.layout import Layout, lay_out
+from kvpipe.trainer.layout import lay_out
 from kvpipe.trainer.step import compile_step
 
 
@@ -44,7 +45,6 @@ def compiled(
         model_dir,
         cache_dir,
         lambda: compile_programs(engine, config, model_dir, topology),
-        packages=("optax",),
     )
 
 
@@ -55,38 +55,26 @@ def compile_programs(
     found = shapes.of_mesh(engine, model_dir, target_mesh(engine, topology), "tpu")
     tree = training.source_shapes(found.sources, found.params)
     layout = lay_out(tree, found.mesh, config)
+    began = monotonic()
     try:
-        return _train_step(layout, config), _weight_sync(found, layout)
+        train = _program(TRAIN_STEP, compile_step(layout, config).used, began)
+        began = monotonic()
+        lowered = training.lowered(found.sources, found.params, layout.params)
+        used = [program.compile().memory_analysis() for program in lowered.values()]
+        return train, _program(WEIGHT_SYNC, used, began)
     except JaxRuntimeError as error:
         raise CompileFinding(
             f"the trainer's programs do not compile for {topology}: {str(error)[:300]}"
         ) from error
 
 
-def _train_step(layout: Layout, config: TrainerConfig) -> Program:
-    began = monotonic()
-    step = compile_step(layout, config)
-    return _program(TRAIN_STEP, step.code_bytes, step.temp_bytes, began)
-
-
-def _weight_sync(found: shapes.EngineShapes, layout: Layout) -> Program:
-    began = monotonic()
-    lowered = training.lowered(found.sources, found.params, layout.params)
-    used: list[Any] = [program.compile().memory_analysis() for program in lowered.values()]
-    return _program(
-        WEIGHT_SYNC,
-        sum(each.generated_code_size_in_bytes for each in used),
-        max(each.temp_size_in_bytes for each in used),
-        began,
-    )
-
-
-def _program(name: str, code_bytes: int, temp_bytes: int, began: float) -> Program:
+def _program(name: str, used: Sequence[Any], began: float) -> Program:
+    """Return programs that run one at a time as one, from XLA's memory analysis of each."""
     return Program(
         name=name,
         requests=0,
         tokens=0,
-        code_bytes=code_bytes,
-        temp_bytes=temp_bytes,
+        code_bytes=sum(each.generated_code_size_in_bytes for each in used),
+        temp_bytes=max(each.temp_size_in_bytes for each in used),
         compile_s=round(monotonic() - began, 3),
     )

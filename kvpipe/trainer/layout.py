@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import memory
-from kvpipe.pipeline.ledger import PerDevice, Size
+from kvpipe.pipeline.ledger import TRAINER_SETS, PerDevice, Size
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -42,11 +42,8 @@ class Layout:
     @property
     def sizes(self) -> dict[Size, PerDevice]:
         """Bytes per device of each set of arrays."""
-        return {
-            Size.TRAINER_PARAMS: memory.bytes_of(self.params.values()),
-            Size.TRAINER_GRADIENTS: memory.bytes_of(self.gradients.values()),
-            Size.TRAINER_MOMENTS: memory.bytes_of(jax.tree.leaves(self.moments)),
-        }
+        trees = zip(TRAINER_SETS, (self.params, self.gradients, self.moments), strict=True)
+        return {size: memory.bytes_of(jax.tree.leaves(tree)) for size, tree in trees}
 
 
 def optimizer(config: TrainerConfig) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """A live trainer: its arrays on the devices, one step of it, and its way to the host and back.
 
-While its arrays are away, their places hold their shapes, as the engine's do.
+While its arrays are offloaded, their shapes take their places, as the engine's do.
 """
 
 import time
@@ -10,18 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import memory, multihost, transfer
-from kvpipe.pipeline.ledger import Change, Size
+from kvpipe.engine import memory, transfer
+from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
 from kvpipe.trainer.layout import Layout, optimizer
 from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
-HostLeaf = dict[transfer.Index, HostArray]
 
 
 @dataclass(frozen=True)
@@ -29,39 +27,18 @@ class StepReport:
     """Measurements of a training step; bytes are over all devices.
 
     Attributes:
-        step: number of the step, from 1.
-        compute_s: seconds of the step itself, without compiling it.
         set_bytes: bytes of parameters, gradients and moments.
         in_place_bytes: bytes of those that were updated in their own memory.
-        in_use_bytes: bytes in use when it began.
-        temp_bytes: temporaries of the compiled step.
+        peak_bytes: most bytes that were in use during the step.
+        fields: fields for the record of the phase: the number of the step, from 1, its seconds
+            without compiling, and the parts of the peak: bytes in use when it began, and
+            temporaries of the compiled step.
     """
 
-    step: int
-    compute_s: float
     set_bytes: int
     in_place_bytes: int
-    in_use_bytes: int
-    temp_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes that were in use during the step."""
-        return self.in_use_bytes + self.temp_bytes
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Fields for the record of the phase."""
-        return {
-            "gradients": GRADIENTS,
-            "train_step": self.step,
-            "compute_s": round(self.compute_s, 6),
-            "step_memory": {
-                "in_use_bytes": self.in_use_bytes,
-                "temp_bytes": self.temp_bytes,
-                "peak_bytes": self.peak_bytes,
-            },
-        }
+    peak_bytes: int
+    fields: Mapping[str, Any]
 
 
 class Trainer:
@@ -78,7 +55,7 @@ class Trainer:
         """Make a trainer that holds shapes only, until :meth:`start`."""
         self._layout = layout
         self._config = config
-        self._kept: dict[Size, list[HostLeaf]] = {}
+        self._kept: dict[Size, list[transfer.HostShards]] = {}
         self.params: dict[str, Any] = dict(layout.params)
         self.gradients: dict[str, Any] = dict(layout.gradients)
         self.moments: Any = layout.moments
@@ -87,14 +64,10 @@ class Trainer:
     @property
     def sets(self) -> dict[Size, list[jax.Array]]:
         """The arrays of each set that are on the devices."""
-        held = {
-            Size.TRAINER_PARAMS: self.params,
-            Size.TRAINER_GRADIENTS: self.gradients,
-            Size.TRAINER_MOMENTS: self.moments,
-        }
+        trees = zip(TRAINER_SETS, (self.params, self.gradients, self.moments), strict=True)
         return {
             size: [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-            for size, tree in held.items()
+            for size, tree in trees
         }
 
     def start(self, weights: Mapping[str, HostArray]) -> Change:
@@ -125,14 +98,20 @@ class Trainer:
         self.params, self.gradients, self.moments = jax.block_until_ready(
             compiled.update(self.params, self.gradients, self.moments)
         )
+        compute_s = round(time.monotonic() - began, 6)
         self.steps += 1
+        temp = compiled.temp_bytes * devices
+        held = {"in_use_bytes": in_use, "temp_bytes": temp, "peak_bytes": in_use + temp}
         return StepReport(
-            step=self.steps,
-            compute_s=time.monotonic() - began,
             set_bytes=sum(memory.bytes_of(self._layout.leaves)),
             in_place_bytes=compiled.in_place_bytes * devices,
-            in_use_bytes=in_use,
-            temp_bytes=compiled.temp_bytes * devices,
+            peak_bytes=in_use + temp,
+            fields={
+                "gradients": GRADIENTS,
+                "train_step": self.steps,
+                "compute_s": compute_s,
+                "step_memory": held,
+            },
         )
 
     def offload(self) -> Change:
@@ -168,16 +147,9 @@ class Trainer:
         return compile_step(self._layout, self._config)
 
     def _zeros(self) -> dict[str, jax.Array]:
-        return jax.block_until_ready(self._make_zeros())
-
-    @cached_property
-    def _make_zeros(self) -> Any:
-        """The program that makes the gradients' buffers, all at once: compiled once."""
+        """Return new gradients."""
         shapes = self._layout.gradients
-        return jax.jit(
-            lambda: {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()},
-            out_shardings={name: like.sharding for name, like in shapes.items()},
-        )
+        return dict(zip(shapes, transfer.zeros(tuple(shapes.values())), strict=True))
 
     def _brought(self, size: Size, shapes: Any) -> Any:
         """Return the kept leaves of a set on the devices; the host lets go of each."""
@@ -199,8 +171,8 @@ class Trainer:
 
     def _completed(self, before: int) -> Change:
         """Give freed host memory back to the system; return the change of all three sets."""
-        kept = (leaf.values() for leaves in self._kept.values() for leaf in leaves)
-        host_bytes = multihost.total(sum(shard.nbytes for shards in kept for shard in shards))
+        kept = (leaf for leaves in self._kept.values() for leaf in leaves)
+        host_bytes = transfer.host_bytes(kept)
         nbytes = sum(memory.bytes_of(self._layout.leaves))
         changed_bytes = memory.total_in_use() - before
         memory.give_back_host_memory()

@@ -34,20 +34,15 @@ class CompiledStep:
     @property
     def temp_bytes(self) -> int:
         """Bytes of temporaries on each device; the programs run one at a time."""
-        return max(used.temp_size_in_bytes for used in self._used)
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of compiled code on each device."""
-        return sum(used.generated_code_size_in_bytes for used in self._used)
+        return max(used.temp_size_in_bytes for used in self.used)
 
     @property
     def in_place_bytes(self) -> int:
         """Input bytes on each device that the update's outputs reuse (donated buffers)."""
-        return self._used[-1].alias_size_in_bytes
+        return self.used[-1].alias_size_in_bytes
 
     @property
-    def _used(self) -> list[Any]:
+    def used(self) -> list[Any]:
         """XLA's memory analysis of each program, the update's last."""
         return [p.memory_analysis() for p in (*self.gradients.values(), self.update)]
 

@@ -30,7 +30,7 @@ from kvpipe.worker.drift import Drift
 from kvpipe.worker.host_results import HostResult, merge, per_host
 from kvpipe.worker.measurement import Measurement
 
-_TELL_EVERY_S = 0.25
+_REPORT_EVERY_S = 0.25
 
 
 class CheckFailed(KvpipeError):
@@ -78,8 +78,8 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
 
     After a failure only steps with ``OnFailure.ALWAYS_RUN`` run. With ``runner.on_error=continue``
     the failure of a step with ``OnFailure.MAY_CONTINUE`` does not stop the run, but fails it at the
-    end. Several hosts run in lockstep: at the end of each step they exchange results, so all take
-    the same decision.
+    end. Several hosts exchange their results at the end of each step, so all take the same
+    decision.
 
     Args:
         jobs: the steps.
@@ -91,7 +91,7 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
     stopped = False
     with ExitStack() as threads:
         loop = _Loop(ctx, run_began, threads)
-        threads.enter_context(PeriodicThread("progress", lambda: loop.tell(callbacks.progressed)))
+        threads.enter_context(PeriodicThread("progress", lambda: loop.report(callbacks.progressed)))
         for job in jobs:
             if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
                 continue
@@ -183,7 +183,7 @@ class _Loop:
         self._compiles.take()
         self._step_began = time.monotonic()
 
-    def tell(self, progressed: Callable[[Progress], None]) -> float:
+    def report(self, progressed: Callable[[Progress], None]) -> float:
         """Report the step's progress, if it has any; return the seconds until the next report."""
         step, activity, compiled = self._step, progress.now(), self._compiles.so_far
         if (compiling_s := self._compiles.compiling_s) is not None:
@@ -191,7 +191,7 @@ class _Loop:
             progressed(Progress(step, COMPILING, seconds, {PROGRAMS: compiled.count}))
         elif activity is not None:
             progressed(activity.progress(step))
-        return _TELL_EVERY_S
+        return _REPORT_EVERY_S
 
     def attempt(self, job: Job) -> _Attempt:
         """Run a step on this host and measure after it."""

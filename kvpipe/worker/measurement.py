@@ -3,7 +3,7 @@
 It runs in the worker between phases, with the engine idle and the devices synchronised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
@@ -54,5 +54,5 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
         stats = [{"bytes_in_use": used} for used in ledger.per_device]
     process = process_memory()
     return Measurement(
-        Memory(process.process_rss_bytes, process.process_peak_rss_bytes, stats, source), ledger
+        replace(process, jax_device_memory_stats=stats, bytes_in_use_source=source), ledger
     )

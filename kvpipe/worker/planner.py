@@ -111,7 +111,7 @@ def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
         return
     most = math.gcd(heads, devices)
     raise InputError(
-        f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it has to "
+        f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it must "
         f"divide; {devices} devices take engine.tp_size={most} engine.dp_size={devices // most}"
     )
 

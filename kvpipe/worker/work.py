@@ -113,13 +113,13 @@ def work(
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
 
-    def tell(message: Mapping[str, Any]) -> None:
+    def report(message: Mapping[str, Any]) -> None:
         with whole_lines:
             send(channel, message)
 
     def start(step: str, idx: int) -> None:
         # Whatever ends the run inside the step, the parent's last record names this step.
-        tell({"started": step, "idx": idx})
+        report({"started": step, "idx": idx})
         next_order()
 
     def record(made: RunPlanned | PhaseRecord) -> None:
@@ -129,10 +129,10 @@ def work(
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         callbacks = loop.Callbacks(
-            joined=lambda hosts: tell({"hosts": list(hosts)}),
+            joined=lambda hosts: report({"hosts": list(hosts)}),
             planned=record,
             started=start,
-            progressed=lambda progress: tell({"progress": progress.to_json()}),
+            progressed=lambda progress: report({"progress": asdict(progress)}),
             finished=record,
         )
         ending = execute(from_plain(dict(plain)), callbacks, run_began, next_order, load)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvpipe.checkpoints.mllm import HfView, nbytes, num_leaves, tree_from_checkpoint
+from kvpipe.checkpoints.mllm import hf_weights, leaves, tree_from_checkpoint
 from kvpipe.errors import InputError
 
 LINEAR = [f"self_attn.{name}_proj" for name in "qkvo"] + [
@@ -44,7 +44,7 @@ checkpoints = st.builds(
 
 @given(checkpoint=checkpoints)
 def test_checkpoint_to_tree_and_back_is_bit_identical(checkpoint):
-    back = HfView(tree_from_checkpoint(checkpoint))
+    back = hf_weights(tree_from_checkpoint(checkpoint))
     assert set(back) == set(checkpoint)
     for name, array in checkpoint.items():
         assert back[name].dtype == array.dtype
@@ -55,8 +55,9 @@ def test_checkpoint_to_tree_and_back_is_bit_identical(checkpoint):
 @given(checkpoint=checkpoints)
 def test_the_tree_has_the_checkpoints_leaves_and_bytes(checkpoint):
     tree = tree_from_checkpoint(checkpoint)
-    assert num_leaves(tree) == len(checkpoint) == len(HfView(tree))
-    assert nbytes(tree) == sum(array.nbytes for array in checkpoint.values())
+    sizes = [array.nbytes for _, array in leaves(tree)]
+    assert len(sizes) == len(checkpoint) == len(hf_weights(tree))
+    assert sum(sizes) == sum(array.nbytes for array in checkpoint.values())
 
 
 def test_every_leaf_has_its_mllm_jax_path():
@@ -100,7 +101,7 @@ def test_kernels_are_transposed_views_in_both_directions():
     kernel = tree["lm_head"]["kernel"]
     assert kernel.shape == (3, 2)
     assert np.shares_memory(kernel, weight)
-    assert np.shares_memory(HfView(tree)["lm_head.weight"], weight)
+    assert np.shares_memory(hf_weights(tree)["lm_head.weight"], weight)
 
 
 def test_the_embedding_is_not_transposed():
@@ -152,7 +153,7 @@ def test_a_misspelled_leaf_is_refused_with_the_nearest_path():
     with pytest.raises(
         InputError, match=r"'model.norm.scales'; .* did you mean 'model.norm.scale'"
     ):
-        HfView({"model": {"norm": {"scales": np.zeros(1)}}})
+        hf_weights({"model": {"norm": {"scales": np.zeros(1)}}})
 
 
 def test_a_kernel_with_one_dimension_is_refused():
@@ -162,9 +163,9 @@ def test_a_kernel_with_one_dimension_is_refused():
 
 def test_a_scale_with_two_dimensions_is_refused():
     with pytest.raises(InputError, match=r"model.norm.scale has shape \[1, 4\]; a scale has 1"):
-        HfView({"model": {"norm": {"scale": np.zeros((1, 4))}}})
+        hf_weights({"model": {"norm": {"scale": np.zeros((1, 4))}}})
 
 
 def test_a_leaf_that_is_no_array_is_refused():
     with pytest.raises(InputError, match=r"model.norm.scale should be an array, got NoneType"):
-        HfView({"model": {"norm": {"scale": None}}})
+        hf_weights({"model": {"norm": {"scale": None}}})

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
+from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
 from kvpipe.checkpoints.orbax_tree import read_tree
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.errors import InputError
 
@@ -14,10 +14,10 @@ def test_the_saved_tree_holds_the_tensors_of_the_files_it_was_made_of(tmp_path, 
     import jax
     from orbax import checkpoint
 
-    files = Checkpoint.open(ensure(TinyModel(num_hidden_layers=1), tmp_path))
+    files = open_checkpoint(ensure(TinyModel(num_hidden_layers=1), tmp_path))
     checkpoint.PyTreeCheckpointer().save(tmp_path / "saved", tree_from_checkpoint(files))
     alive = len(jax.live_arrays())
-    read = HfView(read_tree(tmp_path / "saved"))
+    read = hf_weights(read_tree(tmp_path / "saved"))
     assert len(jax.live_arrays()) == alive
     assert read.keys() == files.keys()
     for name, array in read.items():

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from kvpipe.checkpoints import tiny
-from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_float32.json"
@@ -112,7 +112,7 @@ def test_makers_at_the_same_time_all_get_the_one_complete_directory(tmp_path, mo
         paths = list(pool.map(lambda _: ensure(TinyModel(**SMALL), tmp_path), range(makers)))
     assert len(set(paths)) == 1
     assert list(tmp_path.iterdir()) == [paths[0]]
-    assert len(Checkpoint.open(paths[0])) > 0
+    assert len(open_checkpoint(paths[0])) > 0
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -147,8 +147,8 @@ def test_the_golden_answers_are_varied_and_free_of_near_ties(tokenizer):
 
 
 def test_float32_and_bfloat16_hold_the_same_values(tmp_path):
-    narrow = Checkpoint.open(ensure(TinyModel(**SMALL), tmp_path))
-    wide = Checkpoint.open(ensure(TinyModel(**SMALL, torch_dtype="float32"), tmp_path))
+    narrow = open_checkpoint(ensure(TinyModel(**SMALL), tmp_path))
+    wide = open_checkpoint(ensure(TinyModel(**SMALL, torch_dtype="float32"), tmp_path))
     for name, array in narrow.items():
         assert array.dtype == ml_dtypes.bfloat16
         assert np.array_equal(array.astype(np.float32), wide[name])
@@ -156,7 +156,7 @@ def test_float32_and_bfloat16_hold_the_same_values(tmp_path):
 
 def leaf_names(directory):
     layer = "model.layers.0."
-    return {name.removeprefix(layer) for name in Checkpoint.open(directory) if layer in name}
+    return {name.removeprefix(layer) for name in open_checkpoint(directory) if layer in name}
 
 
 def test_each_architecture_has_its_own_leaves(tmp_path):
@@ -173,21 +173,21 @@ def test_each_architecture_has_its_own_leaves(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_an_untied_model_has_an_output_layer(tmp_path, tied):
     directory = ensure(TinyModel(**SMALL, tie_word_embeddings=tied), tmp_path)
-    assert ("lm_head.weight" in Checkpoint.open(directory)) is not tied
+    assert ("lm_head.weight" in open_checkpoint(directory)) is not tied
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_key_and_value_weights_follow_the_number_of_kv_heads(tmp_path, kv_heads):
     directory = ensure(TinyModel(**SMALL | {"num_key_value_heads": kv_heads}), tmp_path)
-    weight = Checkpoint.open(directory)["model.layers.1.self_attn.k_proj.weight"]
+    weight = open_checkpoint(directory)["model.layers.1.self_attn.k_proj.weight"]
     assert weight.shape == (kv_heads * 8, 32)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_fits_the_mllm_tree(tmp_path, architecture):
     spec = TinyModel(architecture=architecture, **SMALL, tie_word_embeddings=False)
-    checkpoint = Checkpoint.open(ensure(spec, tmp_path))
-    assert set(HfView(tree_from_checkpoint(checkpoint))) == set(checkpoint)
+    checkpoint = open_checkpoint(ensure(spec, tmp_path))
+    assert set(hf_weights(tree_from_checkpoint(checkpoint))) == set(checkpoint)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

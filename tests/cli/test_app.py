@@ -98,7 +98,7 @@ REFUSED = {
     "engine.tp_size=four": (
         "engine.tp_size: Value 'four' of type 'str' could not be converted to Integer"
     ),
-    "engine.tp_size=0": "engine.tp_size is 0, it has to be at least 1",
+    "engine.tp_size=0": "engine.tp_size is 0, it must be at least 1",
     "engine.device=gpu": "engine.device is 'gpu'; did you mean 'tpu' or 'cpu'?",
     "sampling.temperature=hot": (
         "sampling.temperature: Value 'hot' of type 'str' could not be converted to Float"
@@ -121,9 +121,9 @@ REFUSED = {
     ),
     "engine.virtual_devices=4 engine.tp_size=2": (
         "engine.tp_size × engine.dp_size is 2 × 1 = 2, but engine.virtual_devices is 4; "
-        "they have to be equal"
+        "they must be equal"
     ),
-    "runner.heartbeat_s=0": "runner.heartbeat_s is 0.0, it has to be at least 1",
+    "runner.heartbeat_s=0": "runner.heartbeat_s is 0.0, it must be at least 1",
     "model.generate=null model.path=nowhere": "model.path: {cwd}/nowhere is not a directory",
     "model.generate=null model.path=.": "model.path: {cwd} has no config.json",
     "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
@@ -288,7 +288,7 @@ def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
         (
             "engine: {tp_size: 2}\n",
             "In 'experiment/mine': experiment: Cannot convert 'DictConfig' to string: "
-            "'{'engine': {'tp_size': 2}}'; the file has to begin with '# @package _global_'",
+            "'{'engine': {'tp_size': 2}}'; the file must begin with '# @package _global_'",
         ),
         (
             "# @package _global_\nengine: {a\n b: ]\n",
@@ -312,7 +312,7 @@ def test_a_sweep_checks_each_job_and_leaves_nothing(kvpipe, tmp_path):
 def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
     answer = kvpipe("check", "-m", "engine.tp_size=0,2")
     assert (answer.code, answer.out) == (2, accepted("tiny"))
-    assert answer.err.count("kvpipe: engine.tp_size is 0, it has to be at least 1\n") == 1
+    assert answer.err.count("kvpipe: engine.tp_size is 0, it must be at least 1\n") == 1
     assert "Error executing job" not in answer.err
 
 

@@ -85,7 +85,7 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
         ),
         (
             ["compare", SMALL, LARGE, "compare.budget_bytes=-1"],
-            "compare.budget_bytes is -1, it has to be at least 0",
+            "compare.budget_bytes is -1, it must be at least 0",
         ),
         (
             ["compare", LARGE, SMALL, "compare.file=no/such"],

@@ -368,15 +368,15 @@ def test_the_rank_is_that_of_the_config_or_of_the_environment():
         (
             {},
             {"TPU_WORKER_ID": "4"},
-            "engine.node_rank: TPU_WORKER_ID is '4', but engine.nnodes is 4; it has to be a number "
+            "engine.node_rank: TPU_WORKER_ID is '4', but engine.nnodes is 4; it must be a number "
             "from 0 to 3",
         ),
         ({}, {"SLURM_PROCID": "first"}, "engine.node_rank: SLURM_PROCID is 'first'"),
-        ({"node_rank": 4}, {}, "engine.node_rank is 4, but engine.nnodes is 4; it has to be less"),
+        ({"node_rank": 4}, {}, "engine.node_rank is 4, but engine.nnodes is 4; it must be less"),
         ({"nnodes": 1, "node_rank": 1}, {}, "engine.node_rank is 1, but engine.nnodes is 1"),
         ({"dist_init_addr": None}, {}, "engine.dist_init_addr is not set, but engine.nnodes is 4"),
         ({"dist_init_addr": "10.0.0.2"}, {}, "is '10.0.0.2'; write HOST:PORT of host 0"),
-        ({"dist_init_addr": "a:65530"}, {}, "has port 65530; it has to be 1 to 65529"),
+        ({"dist_init_addr": "a:65530"}, {}, "has port 65530; it must be 1 to 65529"),
         (
             {"device": "cpu", "tp_size": 2},
             {},

@@ -80,14 +80,14 @@ def test_another_inherited_platform_is_refused_with_both_and_the_way_out(device,
 def test_a_mesh_that_does_not_take_all_virtual_devices_is_refused_with_the_product():
     assert refusal(device="cpu", virtual_devices=4, tp_size=2) == (
         "engine.tp_size × engine.dp_size is 2 × 1 = 2, but engine.virtual_devices is 4; "
-        "they have to be equal"
+        "they must be equal"
     )
 
 
 def test_a_dp_size_that_does_not_divide_the_virtual_devices_is_refused():
     assert refusal(device="cpu", virtual_devices=4, dp_size=3) == (
         "engine.tp_size × engine.dp_size is 1 × 3 = 3, but engine.virtual_devices is 4; "
-        "they have to be equal"
+        "they must be equal"
     )
 
 

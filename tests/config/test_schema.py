@@ -33,7 +33,7 @@ def test_a_choice_that_there_is_not_is_refused_with_those_that_there_are(key, va
 )
 def test_a_size_of_the_engine_below_one_is_refused(key):
     """A tp_size of 0 used to be taken for none, and so for the device count."""
-    assert refusal(EngineConfig, **{key: 0}) == f"engine.{key} is 0, it has to be at least 1"
+    assert refusal(EngineConfig, **{key: 0}) == f"engine.{key} is 0, it must be at least 1"
     assert getattr(EngineConfig(**{key: 1}), key) == 1
 
 
@@ -46,15 +46,15 @@ def test_a_size_of_the_engine_below_one_is_refused(key):
             "'Qwen3ForCausalLM' or 'LlamaForCausalLM'?",
         ),
         ({"torch_dtype": "bf16"}, "torch_dtype is 'bf16'; did you mean 'bfloat16' or 'float16'?"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, it has to be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, it must be at least 1"),
         (
             {"num_key_value_heads": 3},
-            "num_attention_heads is 4, it has to be a multiple of num_key_value_heads (3)",
+            "num_attention_heads is 4, it must be a multiple of num_key_value_heads (3)",
         ),
         ({"head_dim": 7}, "head_dim is 7, RoPE needs an even one"),
         (
             {"vocab_size": 256},
-            "vocab_size is 256, it has to be more than 256: one token for each byte and one for "
+            "vocab_size is 256, it must be more than 256: one token for each byte and one for "
             "the end of the text",
         ),
     ],
@@ -65,14 +65,14 @@ def test_a_shape_that_no_generated_model_can_have_is_refused(shape, message):
 
 def test_sampling_that_cannot_be_is_refused():
     told = refusal(SamplingConfig, max_new_tokens=0)
-    assert told.startswith("sampling.max_new_tokens is 0, it has to be at least 1")
+    assert told.startswith("sampling.max_new_tokens is 0, it must be at least 1")
     told = refusal(SamplingConfig, temperature=-0.1)
-    assert told.startswith("sampling.temperature is -0.1, it has to be at least 0")
+    assert told.startswith("sampling.temperature is -0.1, it must be at least 0")
 
 
 def test_a_composed_config_is_checked_in_the_same_way():
     plain = compose_plain("engine.page_size=0")
-    assert refusal(from_plain, plain) == "engine.page_size is 0, it has to be at least 1"
+    assert refusal(from_plain, plain) == "engine.page_size is 0, it must be at least 1"
 
 
 def test_the_defaults_can_be_made_without_a_config():

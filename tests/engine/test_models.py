@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import ensure
 from tests.conftest import StartEngine, greedy
 from tests.golden.answers import NAMES, comparable, golden, spec
@@ -49,7 +49,7 @@ def test_streamed_weights_are_those_of_the_engines_own_loader_bit_for_bit(
         own = values(loaded)
     with start_engine(model_dir, dtype="float32") as streamed:
         dummy = values(streamed)
-        weights.stream(streamed, Checkpoint.open(model_dir))
+        weights.stream(streamed, open_checkpoint(model_dir))
         found = values(streamed)
     assert other_leaves(found, own) == []
     assert len(other_leaves(dummy, own)) > 20
@@ -66,7 +66,7 @@ def test_streamed_weights_give_the_ids_of_transformers(
 
     model_dir = ensure(spec(name), model_cache)
     with start_engine(model_dir, dtype="float32") as streamed:
-        weights.stream(streamed, Checkpoint.open(model_dir))
+        weights.stream(streamed, open_checkpoint(model_dir))
         for answer in golden(name)["answers"]:
             expected = comparable(answer)[: COMPARED[name]]
             assert len(expected) >= (32 if name == "tiny_float32" else 16)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import Tensors, open_checkpoint
 from kvpipe.config.schema import ModelConfig
 from kvpipe.engine import peaks
 from kvpipe.engine.peaks import PeakSampler
@@ -140,7 +140,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
     config.model = ModelConfig(id="tiny", path=str(tiny_dir))
     config.sampling = greedy(24)
     engine.flush()
-    weights.swap(engine, weights.build(engine, Checkpoint.open(tiny_dir)))
+    weights.swap(engine, weights.build(engine, open_checkpoint(tiny_dir)))
     ctx = WorkerContext(config, "The KV cache", jax_ready=True, started=engine)
     jobs = [
         loop.Job(idx, use_of(step.step, config), step, Ledger(4))
@@ -203,7 +203,7 @@ def test_the_progress_of_a_generate_counts_its_tokens(outcome: dict[str, Any]) -
 
 
 def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
-    real_engine: Any, tiny_weights: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    real_engine: Any, tiny_weights: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvpipe.engine import transfer, weights
     from kvpipe.records import progress
@@ -229,7 +229,7 @@ def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
 
 
 def test_samples_at_any_moment_do_not_change_what_a_phase_measures(
-    real_engine: Any, tiny_weights: Checkpoint
+    real_engine: Any, tiny_weights: Tensors
 ) -> None:
     """A list of the live arrays keeps them alive: a count at that moment would be too high."""
     from kvpipe.engine import memory, weights

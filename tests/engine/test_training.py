@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import Tensors
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import EngineError
 from tests.conftest import greedy
@@ -16,7 +16,7 @@ PROMPT = "The KV cache is dropped and rebuilt."
 
 
 @pytest.fixture
-def trainer(real_engine: Any, tiny_weights: Checkpoint) -> Iterator[Any]:
+def trainer(real_engine: Any, tiny_weights: Tensors) -> Iterator[Any]:
     """A trainer of the shared engine's model, beside it."""
     from kvpipe.engine import training
     from kvpipe.trainer.layout import lay_out
@@ -80,13 +80,17 @@ def test_while_weights_are_synced_the_devices_never_hold_more_than_one_set_besid
 
     whole = sum(memory.bytes_in_use())
     held: list[int] = []
-    moved = training._Moved
+    mover = training._mover
 
-    def watched(array: Any) -> Any:
-        held.append(sum(memory.bytes_of(jax.live_arrays())))
-        return moved(array)
+    def watched(leaf: Any, like: Any) -> Any:
+        def move(weight: Any) -> Any:
+            moved = jax.block_until_ready(mover(leaf, like)(weight))
+            held.append(sum(memory.bytes_of(jax.live_arrays())))
+            return moved
 
-    monkeypatch.setattr(training, "_Moved", watched)
+        return move
+
+    monkeypatch.setattr(training, "_mover", watched)
     training.sync(real_engine, trainer.params)
     assert len(held) == len(weights.parameters(real_engine))
     assert max(held) <= whole
@@ -132,9 +136,7 @@ def test_trained_weights_that_are_refused_leave_the_engine_its_arrays_and_its_pr
     assert real_engine.generate(PROMPT, greedy(2)).cached_tokens > 0
 
 
-def test_the_tree_to_train_is_the_checkpoints_own(
-    real_engine: Any, tiny_weights: Checkpoint
-) -> None:
+def test_the_tree_to_train_is_the_checkpoints_own(real_engine: Any, tiny_weights: Tensors) -> None:
     from kvpipe.engine import training
 
     shapes = training.shapes(real_engine)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import Tensors
 from kvpipe.pipeline.ledger import OTHER
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_swap_a_stream_a_drop_and_a_rebuild_leave_no_array_that_no_pool_owns(
-    engine: Any, tiny_weights: Checkpoint
+    engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import kv_cache, memory, weights
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import Tensors
 from tests.conftest import DEVICES
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def tensor_of(path: str) -> str:
 
 @pytest.mark.parametrize("way", ["swap", "stream", "sync"])
 def test_every_parameter_has_the_values_of_its_own_tensor(
-    real_engine: Any, tiny_weights: Checkpoint, way: str
+    real_engine: Any, tiny_weights: Tensors, way: str
 ) -> None:
     import jax
 
@@ -70,7 +70,7 @@ def test_every_parameter_has_the_values_of_its_own_tensor(
 
 
 def test_the_tensors_of_the_tiny_model_differ_so_that_an_exchange_shows(
-    tiny_weights: Checkpoint,
+    tiny_weights: Tensors,
 ) -> None:
     matrices = [tensor for tensor in tiny_weights.values() if tensor.ndim == 2]
     assert len({matrix.tobytes() for matrix in matrices}) == len(matrices)

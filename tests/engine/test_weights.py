@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.mllm import HfView, tree_from_checkpoint
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
+from kvpipe.checkpoints.safetensors import Tensors
 from kvpipe.errors import EngineError
 from tests.conftest import StartEngine, greedy
 from tests.golden.answers import golden
@@ -44,11 +44,11 @@ def test_swapped_weights_give_the_ids_of_an_engine_that_loaded_the_checkpoint_it
 
 
 def test_the_mllm_tree_gives_the_same_parameter_set_as_the_files(
-    real_engine: Any, tiny_weights: Checkpoint
+    real_engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import weights
 
-    from_tree = weights.build(real_engine, HfView(tree_from_checkpoint(tiny_weights)))
+    from_tree = weights.build(real_engine, hf_weights(tree_from_checkpoint(tiny_weights)))
     current = weights.parameters(real_engine)
     assert from_tree.keys() == current.keys()
     for path, array in from_tree.items():
@@ -56,7 +56,7 @@ def test_the_mllm_tree_gives_the_same_parameter_set_as_the_files(
 
 
 def test_a_swap_compiles_nothing_and_changes_the_output_back_and_forth(
-    real_engine: Any, tiny_weights: Checkpoint, compilations: Any
+    real_engine: Any, tiny_weights: Tensors, compilations: Any
 ) -> None:
     from kvpipe.engine import weights
 
@@ -75,7 +75,7 @@ def test_a_swap_compiles_nothing_and_changes_the_output_back_and_forth(
 
 
 def test_after_a_swap_the_engine_computes_with_the_very_arrays_and_frees_the_old_ones(
-    real_engine: Any, tiny_weights: Checkpoint
+    real_engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import memory, weights
 
@@ -100,7 +100,7 @@ def test_kv_heads_are_replicated_over_the_devices(real_engine: Any) -> None:
 
 
 def test_weights_that_are_missing_are_refused_by_name(
-    real_engine: Any, tiny_weights: Checkpoint
+    real_engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import weights
 
@@ -112,7 +112,7 @@ def test_weights_that_are_missing_are_refused_by_name(
 
 
 def test_a_weight_of_another_shape_is_refused_by_name_and_shape(
-    real_engine: Any, tiny_weights: Checkpoint
+    real_engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import weights
 

@@ -108,11 +108,11 @@ def test_each_step_has_its_own_clock_and_all_have_that_of_the_run(clock):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"phase_timeout_s": 0}, "runner.phase_timeout_s is 0, it has to be more than 0 seconds"),
-        ({"run_timeout_s": float("nan")}, "runner.run_timeout_s is nan, it has to be more than 0"),
+        ({"phase_timeout_s": 0}, "runner.phase_timeout_s is 0, it must be more than 0 seconds"),
+        ({"run_timeout_s": float("nan")}, "runner.run_timeout_s is nan, it must be more than 0"),
         (
             {"phase_timeouts": {"a": -1}},
-            "runner.phase_timeouts.a is -1, it has to be more than 0 seconds",
+            "runner.phase_timeouts.a is -1, it must be more than 0 seconds",
         ),
         (
             {"isolate": False, "run_timeout_s": 5},

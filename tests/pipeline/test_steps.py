@@ -267,12 +267,12 @@ def test_a_list_option_takes_lists_of_texts_only(value):
 @pytest.mark.parametrize(
     ("use", "option", "value", "message"),
     [
-        ("generate", "weights", "reel", "weights is 'reel'; valid are: real, any"),
-        ("generate", "max_new_tokens", 0, "max_new_tokens is 0, it has to be at least 1"),
-        ("weights_streamed", "probe_tokens", -1, "probe_tokens is -1, it has to be at least 0"),
+        ("generate", "weights", "reel", "weights is 'reel'; did you mean 'real'?"),
+        ("generate", "max_new_tokens", 0, "max_new_tokens is 0, it must be at least 1"),
+        ("weights_streamed", "probe_tokens", -1, "probe_tokens is -1, it must be at least 0"),
         (
             *("weights_swapped_from_mllm", "probe_tokens", -1),
-            "probe_tokens is -1, it has to be at least 0",
+            "probe_tokens is -1, it must be at least 0",
         ),
         (
             *("engine_ready_dummy", "load_format", "real"),

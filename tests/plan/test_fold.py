@@ -120,7 +120,7 @@ def test_a_capacity_of_a_steps_own_counts_as_it_is_and_does_not_follow_max_total
 def test_a_capacity_of_no_tokens_is_refused():
     no_tokens = {"max_total_tokens": 0}
     assert refusal_of(build, ["kv_cache_rebuilt"], kv_cache_rebuilt=no_tokens) == (
-        "phases.kv_cache_rebuilt.max_total_tokens: 0 tokens are no capacity of a KV cache"
+        "phases.kv_cache_rebuilt.max_total_tokens is 0, it must be at least 1"
     )
 
 

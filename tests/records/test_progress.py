@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 
 from kvpipe.records import progress
@@ -26,7 +28,7 @@ from kvpipe.records.progress import COMPILING, GENERATING, LOADING, Progress
 )
 def test_progress_reads_as_a_sentence_and_comes_back_from_json(told, text):
     assert str(told) == text
-    assert Progress(**told.to_json()) == told
+    assert Progress(**asdict(told)) == told
 
 
 def test_an_activity_is_known_while_it_is_under_way_and_read_each_time():

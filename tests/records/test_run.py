@@ -177,7 +177,7 @@ def test_a_run_from_before_there_were_peaks_is_written_again_with_all_that_it_ha
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"fit": None}, "Fit has to be an object, not None"),
+        ({"fit": None}, "Fit must be an object, not None"),
         ({"phases": 5}, "'int' object is not iterable"),
         ({"sizes": 1}, "unexpected keyword argument 'sizes'"),
         ({"fit": {"fits": True}}, "missing 3 required"),

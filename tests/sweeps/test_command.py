@@ -73,7 +73,7 @@ def test_a_refused_job_does_not_end_the_sweep_and_the_exit_code_is_1(swept, site
     assert statuses(end) == ["failed", "passed", "passed"]
     refused = end["jobs"][0]
     assert refused["exit_code"] == 2
-    assert refused["error"] == f"{SWEPT} is 0, it has to be at least 1"
+    assert refused["error"] == f"{SWEPT} is 0, it must be at least 1"
     assert refused["values"] == {SWEPT: "0"}
     words = ["--config-dir", str(site / "conf"), "pipeline=tracked", f"{SWEPT}=0"]
     assert refused["command"] == shlex.join(["python", "-m", "kvpipe", *words])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import InputError
@@ -119,7 +119,9 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
 
     assert (held(), kinds()) == (planned, begun)
     assert report.in_place_bytes == report.set_bytes == change.nbytes
-    assert report.peak_bytes == report.in_use_bytes + report.temp_bytes
+    step_memory = report.fields["step_memory"]
+    assert report.peak_bytes == step_memory["peak_bytes"]
+    assert report.peak_bytes == step_memory["in_use_bytes"] + step_memory["temp_bytes"]
     made.drop()
     assert not any(made.sets.values())
 
@@ -156,7 +158,7 @@ def test_a_trainer_of_a_models_own_tree_takes_what_is_planned_of_its_config_alon
     config = engine_config(tp_size=tp_size, dp_size=DEVICES // tp_size)
     found = shapes.of_mesh(config, directory, on, "cpu")
     tree = training.source_shapes(found.sources, found.params)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = open_checkpoint(directory)
     assert tree == {name: checkpoint[name].shape for name in tree}
     assert sum(np.prod(shape) for shape in tree.values()) == sum(
         a.size for a in checkpoint.values()
@@ -234,7 +236,7 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
         ({"dtype": "float16"}, "trainer.dtype is 'float16'; did you mean 'bfloat16'"),
         ({"mu_dtype": "f32"}, "trainer.mu_dtype is 'f32'"),
         ({"gradients_dtype": "float64"}, "trainer.gradients_dtype is 'float64'"),
-        ({"learning_rate": -1.0}, "trainer.learning_rate is -1.0, it has to be at least 0"),
+        ({"learning_rate": -1.0}, "trainer.learning_rate is -1.0, it must be at least 0"),
         ({"weight_decay": -0.1}, "trainer.weight_decay is -0.1"),
         ({"seed": -1}, "trainer.seed is -1"),
     ],

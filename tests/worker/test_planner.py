@@ -114,7 +114,7 @@ def test_heads_that_the_mesh_cannot_part_are_refused_and_do_not_end_the_sweep(
     assert ready["max_device_bytes"] * 32 == ready["total_bytes"]
     refused = [line for line in done.stderr.splitlines() if line.startswith("kvpipe: engine.tp")]
     assert refused == [
-        f"kvpipe: engine.tp_size is 32, but the model has {heads} attention heads, which it has to "
+        f"kvpipe: engine.tp_size is 32, but the model has {heads} attention heads, which it must "
         f"divide; 32 devices take engine.tp_size={tp} engine.dp_size={32 // tp}"
         for heads, tp in ((3, 1), (16, 16))
     ]

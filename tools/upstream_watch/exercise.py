@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvpipe.checkpoints.safetensors import Checkpoint
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.config.schema import EngineConfig, SamplingConfig
 
 DEVICES = 4
@@ -47,7 +47,7 @@ def steps(model_dir: Path) -> Iterator[Step]:
     yield "offload the KV cache", lambda: keep("kv", kv_cache.offload(engine())[1])
     yield "restore it", lambda: kv_cache.restore(engine(), kept.pop("kv"))
     yield "flush again", lambda: engine().flush()
-    checkpoint = Checkpoint.open(model_dir)
+    checkpoint = open_checkpoint(model_dir)
     yield "swap weights", lambda: weights.swap(engine(), weights.build(engine(), checkpoint))
     yield "stream weights", lambda: weights.stream(engine(), checkpoint)
     yield "offload weights", lambda: keep("weights", weights.offload(engine())[1])

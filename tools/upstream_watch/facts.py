@@ -63,17 +63,16 @@ def _model_facts(model: str, model_dir: Path) -> dict[str, Section]:
     from flax import nnx
 
     from kvpipe.engine import compat, memory, shapes
-    from kvpipe.engine.mappings import path_name, weight_mappings
+    from kvpipe.engine.params import param_paths
+    from kvpipe.engine.weight_map import weight_mappings
 
     names = [f"{model}: {what}" for what in ("parameters", "KV cache", "weight mappings")]
     try:
-        import jax
-
         mesh = compat.device_mesh(DEVICES)
         config = dataclasses.replace(CONFIG, dtype="bfloat16")
         runner = shapes.abstract_worker(config, model_dir, mesh, "cpu").model_runner
         state = nnx.state(runner.model, nnx.Param)
-        paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+        paths = param_paths(state)
         leaves = shapes.sharded_leaves(state, mesh)
         buffers = runner.token_to_kv_pool.kv_buffer
     except Exception as error:
