@@ -78,7 +78,7 @@ def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
     return max(sizes, default=0)
 
 
-def judge(
+def fit_of(
     planned: Sequence[PlannedStep],
     ledgers: Sequence[Ledger],
     hbm_bytes: int,
@@ -123,7 +123,7 @@ def judge(
     )
 
 
-def misfit(plan: RunPlanned) -> str | None:
+def why_not_fit(plan: RunPlanned) -> str | None:
     """Return why a plan does not fit and what would; None if it fits."""
     fit = plan.fit
     if fit.fits:
@@ -141,11 +141,11 @@ def misfit(plan: RunPlanned) -> str | None:
     )
 
 
-def refuse_misfit(plan: RunPlanned) -> None:
+def check_fit(plan: RunPlanned) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
         InputError: with the peak, the memory of a device, and the largest capacity that would fit.
     """
-    if why := misfit(plan):
+    if why := why_not_fit(plan):
         raise InputError(f"{why} (plan.enforce=false runs it anyway)")
