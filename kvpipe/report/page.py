@@ -84,11 +84,11 @@ def _verdict(run: Run) -> str:
 
 def _reason(run: Run) -> str:
     held = sum(check.passed for _, check in run.checks)
-    steps = len(run.started.steps) if run.started else len(run.rows)
-    ran = f"{len(run.rows)} of {steps} phases"
+    steps = len(run.started.steps) if run.started else len(run.phases)
+    ran = f"{len(run.phases)} of {steps} phases"
     checks = f"{held} of {len(run.checks)} checks hold."
     if run.finished is None:
-        last = f" after {run.rows[-1].step!r}" if run.rows else ""
+        last = f" after {run.phases[-1].phase!r}" if run.phases else ""
         return f"The records end{last}: {ran}, {checks}"
     return f"{ran} in {run.finished.elapsed_s:.1f} s, {checks} {_bytes_verdict(run.phases)}"
 
@@ -125,23 +125,23 @@ def _as_planned(check: Check) -> bool:
 
 def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield name, value and note of each key figure."""
-    if not run.rows:
+    if not run.phases:
         return
-    fullest = max(run.rows, key=lambda row: row.in_use)
+    fullest = max(run.phases, key=lambda phase: phase.bytes_in_use)
     limit = limit_bytes(run)
     of = f" of {sized(limit)}" if limit else ""
-    yield "Most on the devices", sized(fullest.in_use), f"after {fullest.step}{of}"
-    if peaks := [(row.peak, row.step) for row in run.rows if row.peak is not None]:
+    yield "Most on the devices", sized(fullest.bytes_in_use), f"after {fullest.phase}{of}"
+    if peaks := [(p.peak_bytes, p.phase) for p in run.phases if p.peak_bytes is not None]:
         most, step = max(peaks)
         yield "Peak inside a phase", sized(most), f"in {step}"
     for pool in (PARAMS, KV):
         if most := max(phase.ledger.get(pool, 0) for phase in run.phases):
             name = pool_name(pool)
             yield name[0].upper() + name[1:], sized(most), f"{most:,} bytes"
-    largest = max(run.rows, key=lambda row: row.rss)
-    yield "Host, resident", sized(largest.rss), f"after {largest.step}"
-    compiled = sum(row.compilations for row in run.rows)
-    seconds = sum(row.compile_s for row in run.rows)
+    largest = max(run.phases, key=lambda phase: phase.memory.process_rss_bytes)
+    yield "Host, resident", sized(largest.memory.process_rss_bytes), f"after {largest.phase}"
+    compiled = sum(phase.compilations for phase in run.phases)
+    seconds = sum(phase.compile_s for phase in run.phases)
     yield "Programs compiled", str(compiled), f"in {seconds:.1f} s, on all threads"
 
 

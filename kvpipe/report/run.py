@@ -19,7 +19,6 @@ from kvpipe.records.run import (
     RunStarted,
     record_from_json,
 )
-from kvpipe.report.rows import PhaseRow, phase_row
 
 PAGE_FILE = "report.html"
 UNFINISHED = "unfinished"
@@ -55,11 +54,6 @@ class Run:
     def config(self) -> Mapping[str, Any]:
         """The resolved config."""
         return self.started.config if self.started else {}
-
-    @cached_property
-    def rows(self) -> list[PhaseRow]:
-        """The summary of each phase, in order."""
-        return [phase_row(phase) for phase in self.phases]
 
     @property
     def checks(self) -> list[tuple[str, Check]]:

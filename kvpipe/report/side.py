@@ -20,7 +20,6 @@ from kvpipe.records.run import (
     PhaseRecord,
     RunPlanned,
 )
-from kvpipe.report.rows import phase_row
 from kvpipe.report.run import Run, phase_line, read_run, read_text, records_file
 
 RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
@@ -143,7 +142,7 @@ def _of_run(name: str, run: Run) -> Side:
 def _of_record(phase: PhaseRecord) -> SidePhase:
     return SidePhase(
         pools=phase.ledger if phase.ledger else None,
-        total=phase_row(phase).in_use if phase.ledger else None,
+        total=phase.bytes_in_use if phase.ledger else None,
         peak=phase.peak.bytes_in_use_total if phase.peak else None,
         duration_s=phase.duration_s,
         compilations=phase.compilations,

@@ -105,7 +105,7 @@ def _measured(run: Run) -> dict[str, Any]:
         for pool, off in phase.plan_error_bytes.items()
         if is_contracted(pool)
     ]
-    on_devices = [row for row in run.rows if row.held.total is not None]
+    used = [max(p.bytes_in_use, p.peak_bytes or 0) for p in run.phases if p.ledger]
     same = [phase.fields["same_output"] for phase in run.phases if "same_output" in phase.fields]
     return {
         "max_total_tokens": _tokens(run),
@@ -113,7 +113,7 @@ def _measured(run: Run) -> dict[str, Any]:
         "planned_kv_bytes": next(iter(planned), None),
         "plan_error_bytes": max(off_plan, key=abs, default=None),
         "freed_bytes": next(_drops(run.phases), None),
-        "peak_bytes": max((max(row.in_use, row.peak or 0) for row in on_devices), default=None),
+        "peak_bytes": max(used, default=None),
         "rebuild_s": next((p.duration_s for p in run.phases if "rebuild_info" in p.fields), None),
         "same_output": all(same) if same else None,
     }
