@@ -128,11 +128,10 @@ def why_not_fit(plan: RunPlanned) -> str | None:
     fit = plan.fit
     if fit.fits:
         return None
-    peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    needed = peak.max_device_bytes + fit.temp_bytes
-    needs = f"step {peak.name!r} needs {needed} bytes on a device"
+    needed = plan.peak.max_device_bytes + fit.temp_bytes
+    needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
     if needed > fit.hbm_bytes:
         return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
     return (

@@ -291,6 +291,16 @@ class RunPlanned(JsonRecord):
     programs: Sequence[Program] = ()
     elapsed_s: float = 0.0
 
+    @property
+    def peak(self) -> PlannedPhase:
+        """The phase with the fullest device."""
+        return next(phase for phase in self.phases if phase.name == self.fit.peak_phase)
+
+    @property
+    def pools(self) -> list[str]:
+        """Every pool, in the order in which they are first filled."""
+        return list(dict.fromkeys(pool for phase in self.phases for pool in phase.pools))
+
 
 @dataclass(frozen=True)
 class RunFinished(JsonRecord):

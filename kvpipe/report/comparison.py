@@ -10,7 +10,6 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.records.run import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
-from kvpipe.report.plan import peak_of
 from kvpipe.report.side import Side
 from kvpipe.report.tokens import first_difference
 
@@ -227,7 +226,7 @@ class PlanChange:
         """Return why the change is beyond a budget of bytes on a device; None if it is not."""
         old, new = self.plans
         if old and new:
-            grown = peak_of(new).max_device_bytes - peak_of(old).max_device_bytes
+            grown = new.peak.max_device_bytes - old.peak.max_device_bytes
             if grown > budget_bytes:
                 return (
                     f"{self.experiment}: the peak of a device grew by {grown} bytes, the budget "

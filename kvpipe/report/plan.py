@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvpipe.plan.targets import CPU
-from kvpipe.records.run import PlannedPhase, Program, RunPlanned
+from kvpipe.records.run import Program, RunPlanned
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
 
 def as_markdown(experiment: str, plan: RunPlanned) -> str:
     """Return the plan as a small Markdown document; sizes are bytes."""
-    pools = _pools_of(plan)
+    pools = plan.pools
     heading = ["phase", *pools, "total", "fullest device"]
     rows = [
         [
@@ -70,7 +70,7 @@ def _batch(program: Program) -> str:
 
 def verdict(plan: RunPlanned) -> str:
     """Return in one phrase whether the plan fits, its peak, and the largest KV cache that fits."""
-    fit, peak = plan.fit, peak_of(plan)
+    fit, peak = plan.fit, plan.peak
     fits = "fits" if fit.fits else "does not fit"
     if plan.target == CPU:
         return (
@@ -83,16 +83,6 @@ def verdict(plan: RunPlanned) -> str:
         f"{fit.hbm_bytes:,} bytes after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
         f"{fit.max_total_tokens}"
     )
-
-
-def peak_of(plan: RunPlanned) -> PlannedPhase:
-    """Return the phase with the fullest device."""
-    return next(phase for phase in plan.phases if phase.name == plan.fit.peak_phase)
-
-
-def _pools_of(plan: RunPlanned) -> list[str]:
-    """Return every pool of the plan, in the order in which they are first filled."""
-    return list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
 
 
 def markdown_table(

@@ -68,7 +68,7 @@ class Run:
     @property
     def pools(self) -> list[str]:
         """Every pool that is measured or planned, in the order in which they are first filled."""
-        planned = [pool for phase in self.plan.values() for pool in phase.pools]
+        planned = self.planned.pools if self.planned else []
         measured = [pool for phase in self.phases for pool in phase.ledger]
         return list(dict.fromkeys([*planned, *measured]))
 

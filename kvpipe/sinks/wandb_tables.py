@@ -45,7 +45,7 @@ def phase_row(record: PhaseRecord) -> list[Any]:
 
 def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and the rows of the plan: the bytes of each pool after each phase."""
-    pools = list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
+    pools = plan.pools
     columns = ["phase", *(f"{pool}_bytes" for pool in pools), "total_bytes", "max_device_bytes"]
     rows = [
         [
