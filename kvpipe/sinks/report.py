@@ -1,5 +1,6 @@
 """The report of a run: ``timeline.png`` and ``report.html`` in its directory, also if it failed."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kvpipe.errors import KvpipeError
@@ -10,43 +11,30 @@ from kvpipe.sinks.collector import Collector
 TIMELINE_FILE = "timeline.png"
 
 
-class _Report(Collector):
-    """Writes a report of the records into the run's directory.
+class ReportFile(Collector):
+    """Writes a file of a run's report once the run has ended.
+
+    The picture comes before W&B, which logs it; the page after W&B, so that it shows a failure of
+    W&B.
 
     Args:
         run_dir: directory of the run.
+        write: writes the file of a run into a directory: :func:`write_timeline` or
+            :func:`write_page`.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, write: Callable[[Run, Path], Path]) -> None:
         super().__init__()
         self._run_dir = run_dir
-
-    def _run(self, last: RunFinished) -> Run:
-        return run_of(self._run_dir.name, [*self._records, last])
-
-
-class TimelinePicture(_Report):
-    """Writes the picture of the memory timeline; it comes before W&B, which logs it."""
+        self._write = write
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the picture.
+        """Write the file.
 
         Raises:
             KvpipeError: it cannot be written.
         """
-        write_timeline(self._run(record), self._run_dir)
-
-
-class ReportPage(_Report):
-    """Writes the page; it comes after W&B, so that the page shows a failure of W&B."""
-
-    def run_finished(self, record: RunFinished) -> None:
-        """Write the page.
-
-        Raises:
-            KvpipeError: it cannot be written.
-        """
-        write_page(self._run(record), self._run_dir)
+        self._write(run_of(self._run_dir.name, [*self._records, record]), self._run_dir)
 
 
 def write_timeline(run: Run, folder: Path) -> Path:
