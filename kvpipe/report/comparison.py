@@ -217,10 +217,8 @@ class PlanChange:
     @property
     def differs(self) -> bool:
         """Whether the plans or the configs differ."""
-        old, new = self.plans
-        return old != new or (self.before and self.before.config) != (
-            self.after and self.after.config
-        )
+        old, new = (side and (side.plan, side.config) for side in (self.before, self.after))
+        return old != new
 
     def excess(self, budget_bytes: int) -> str | None:
         """Return why the change is beyond a budget of bytes on a device; None if it is not."""

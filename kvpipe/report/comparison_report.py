@@ -60,12 +60,9 @@ def as_markdown(comparison: Comparison, config: CompareConfig) -> str:
 
 
 def plans_as_markdown(changes: Sequence[PlanChange], before: str, after: str) -> str:
-    """Return the changes of plans, experiment by experiment.
+    """Return the changes of plans as Markdown, experiment by experiment.
 
-    Args:
-        changes: the experiments.
-        before: name of the one side.
-        after: name of the other.
+    ``before`` and ``after`` are the names of the sides, e.g. of a revision.
     """
     lines = ["# Plans compared", "", f"Before: {before}. After: {after}.", ""]
     for change in changes:

@@ -14,13 +14,7 @@ from kvpipe.units import gib
 
 
 def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
-    """Print the ledger after each phase and the verdict.
-
-    Args:
-        experiment: name of the experiment.
-        plan: its plan.
-        out: the stream.
-    """
+    """Print the ledger of an experiment's plan after each phase, and the verdict."""
     console = Console(file=out)
     table = Table(
         title=f"{experiment} on {plan.target}: GiB over {plan.devices} devices after each phase",

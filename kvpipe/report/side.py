@@ -152,13 +152,7 @@ def _of_record(phase: PhaseRecord) -> SidePhase:
 
 
 def plan_side(name: str, plan: RunPlanned, config: Mapping[str, Any] | None = None) -> Side:
-    """Return the side of a plan.
-
-    Args:
-        name: its name.
-        plan: the plan.
-        config: the config that it is of, if that is known.
-    """
+    """Return the side of a plan, with its config if that is known."""
     phases = {
         phase.name: SidePhase(phase.pools, phase.total_bytes, phase.max_device_bytes)
         for phase in plan.phases

@@ -38,12 +38,7 @@ _MOST_CHARS = 300
 
 
 def sweep_page(sweep: SweepFinished, folder: Path) -> str:
-    """Return the page of a sweep as HTML.
-
-    Args:
-        sweep: its record.
-        folder: folder of the page, from which it links the pages of jobs.
-    """
+    """Return the page of a sweep as HTML; in ``folder``, its links to the pages of jobs hold."""
     from kvpipe.report.render import rendered
 
     found = figure_of(sweep)

@@ -20,12 +20,7 @@ _OPTIONAL = ("peak",)
 
 
 def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
-    """Print the table of a sweep and its verdict.
-
-    Args:
-        sweep: its record.
-        out: the stream.
-    """
+    """Print the table of a sweep and its verdict."""
     console = Console(file=out)
     whole = _table(sweep, COLUMNS)
     # The width that it would take in a window of any width.

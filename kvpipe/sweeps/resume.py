@@ -30,8 +30,9 @@ def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | 
         run_dir: the job's own directory, which may be that of an earlier attempt.
         sweep_dir: the sweep's directory; the ones next to it are searched too, newest first.
     """
-    found = sorted(sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}"), key=_age, reverse=True)
-    for records in [run_dir / RECORDS_FILE, *found]:
+    found = sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}")
+    newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    for records in [run_dir / RECORDS_FILE, *newest_first]:
         run = _read(records)
         if run and run.status == PASSED and run.started and _same(run.started, started):
             return records.parent
@@ -47,10 +48,6 @@ def take_over(found: Path, run_dir: Path) -> None:
     write_page(run, run_dir)
 
 
-def _age(records: Path) -> float:
-    return records.stat().st_mtime
-
-
 def _read(records: Path) -> Run | None:
     """Return the run in a records file; None if this version cannot read it."""
     try:
@@ -64,5 +61,5 @@ def _same(one: RunStarted, other: RunStarted) -> bool:
 
 
 def _compared(started: RunStarted) -> dict[str, Any]:
-    config = json.loads(json.dumps(started.to_json()["config"]))
+    config = json.loads(started.line)["config"]
     return {key: value for key, value in config.items() if key not in _NOT_COMPARED}
