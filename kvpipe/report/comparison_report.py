@@ -28,7 +28,6 @@ from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, number
 from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
-from kvpipe.units import sized
 
 _MOST_NAMES = 3
 _UNKNOWN_POOLS = "bytes in use, pools not known"
@@ -82,7 +81,6 @@ def comparison_page(comparison: Comparison, config: CompareConfig) -> str:
         "comparison.html.j2",
         comparison=comparison,
         beyond=comparison.beyond(config),
-        cards=list(_cards(comparison)),
         chart=_chart(comparison, pools),
         legend=pool_keys(pools),
         sections={"memory": "Memory side by side"} | {key: sections[key][0] for key in sections},
@@ -255,14 +253,6 @@ def _times_row(row: Row, programs: Row) -> list[Cell]:
         *(str(value or NONE) for value in programs.values),
     ]
     return [Cell(codes=[row.phase]), *map(Cell, texts)]
-
-
-def _cards(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
-    for label, side in comparison.labelled:
-        totals = {name: phase.total for name, phase in side.phases.items() if phase.total}
-        if totals:
-            phase = max(totals, key=totals.__getitem__)
-            yield f"{label}: most on the devices", sized(totals[phase]), f"after {phase}"
 
 
 def _chart(comparison: Comparison, pools: Sequence[str]) -> Chart:

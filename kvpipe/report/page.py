@@ -1,8 +1,8 @@
 """The report page of a run, from its records: the verdict first, then the pictures, then numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvpipe.pipeline.ledger import KV, PARAMS, is_contracted
+from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.records.run import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.config_changes import flat, value_text
 from kvpipe.report.figures import (
@@ -12,11 +12,9 @@ from kvpipe.report.figures import (
     memory_chart,
     memory_keys,
 )
-from kvpipe.report.palette import pool_name
 from kvpipe.report.run import UNFINISHED, Run
 from kvpipe.report.tables import Cell
 from kvpipe.report.tokens import Omitted, Stretch, first_difference, shortened, stretches
-from kvpipe.units import sized
 
 _SECTIONS = {
     "memory": "Memory after each phase",
@@ -41,15 +39,12 @@ def report_page(run: Run) -> str:
         title=f"{run.experiment}: {run.status}",
         footer=f"Made by kvpipe from {RECORDS_FILE}.",
         sections={key: name for key, name in _SECTIONS.items() if key != "texts" or outputs},
-        origin=" · ".join(_origin(run)),
         tone={PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad"),
-        verdict=_verdict(run),
         reason=_reason(run),
         error=_error(run),
         failed=[one for one in run.checks if not one[1].passed],
         checks=[one for one in run.checks if not _as_planned(one[1])],
         checks_as_planned=[one for one in run.checks if _as_planned(one[1])],
-        cards=list(_cards(run)),
         memory=chart if any(bar.end for row in chart.rows for bar in row.bars) else None,
         legend=memory_keys(run),
         sources={phase.memory.bytes_in_use_source for phase in run.phases},
@@ -62,24 +57,6 @@ def report_page(run: Run) -> str:
         config=[(key, value_text(value)) for key, value in flat(run.config)],
         versions=run.started.versions if run.started else {},
     )
-
-
-def _origin(run: Run) -> Iterator[str]:
-    if run.started:
-        yield run.started.started_at.replace("T", " ").replace("+00:00", " UTC")
-    if model := run.config.get("model"):
-        yield str(model["id"])
-    if run.planned:
-        yield f"{run.planned.target} with {run.planned.devices} devices"
-
-
-def _verdict(run: Run) -> str:
-    if run.finished is None:
-        return "It did not finish"
-    if run.status == PASSED:
-        return "Passed"
-    word = "Skipped" if run.status == SKIPPED else "Failed"
-    return f"{word}, exit code {run.finished.exit_code}"
 
 
 def _reason(run: Run) -> str:
@@ -121,28 +98,6 @@ def _error(run: Run) -> str | None:
 def _as_planned(check: Check) -> bool:
     """Return whether a check says what the table of planned and actual bytes says, too."""
     return check.passed and check.name.startswith("plan/")
-
-
-def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and note of each key figure."""
-    if not run.phases:
-        return
-    fullest = max(run.phases, key=lambda phase: phase.bytes_in_use)
-    limit = limit_bytes(run)
-    of = f" of {sized(limit)}" if limit else ""
-    yield "Most on the devices", sized(fullest.bytes_in_use), f"after {fullest.phase}{of}"
-    if peaks := [(p.peak_bytes, p.phase) for p in run.phases if p.peak_bytes is not None]:
-        most, step = max(peaks)
-        yield "Peak inside a phase", sized(most), f"in {step}"
-    for pool in (PARAMS, KV):
-        if most := max(phase.ledger.get(pool, 0) for phase in run.phases):
-            name = pool_name(pool)
-            yield name[0].upper() + name[1:], sized(most), f"{most:,} bytes"
-    largest = max(run.phases, key=lambda phase: phase.memory.process_rss_bytes)
-    yield "Host, resident", sized(largest.memory.process_rss_bytes), f"after {largest.phase}"
-    compiled = sum(phase.compilations for phase in run.phases)
-    seconds = sum(phase.compile_s for phase in run.phases)
-    yield "Programs compiled", str(compiled), f"in {seconds:.1f} s, on all threads"
 
 
 def _compared(phase: PhaseRecord, first: PhaseRecord) -> Cell:

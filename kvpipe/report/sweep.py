@@ -53,7 +53,8 @@ def sweep_page(sweep: SweepFinished, folder: Path) -> str:
         verdict={PASSED: "Held", INTERRUPTED: "Interrupted"}.get(sweep.status, "Failed"),
         counts=counts(sweep),
         reasons=[(name_of(job), reason_of(job)) for job in sweep.jobs if job.status != PASSED],
-        cards=list(_cards(sweep)),
+        name_of=name_of,
+        tokens=TOKENS,
         figure=found,
         token=bytes_a_token(sweep),
         jobs=_jobs_table(sweep, folder),
@@ -178,24 +179,6 @@ def _link(job: SweepJob, folder: Path) -> str:
     """Return the link to the job's page, empty if it has none."""
     page = Path(job.run_dir) / PAGE_FILE
     return Path(os.path.relpath(page, folder.absolute())).as_posix() if page.is_file() else ""
-
-
-def _cards(sweep: SweepFinished) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and note of each key figure."""
-    if token := bytes_a_token(sweep):
-        yield "A token", f"{token} bytes", "of the KV cache, by the plan"
-    measured = [job for job in sweep.jobs if job.kv_bytes is not None]
-    if measured:
-        largest = max(measured, key=lambda job: job.kv_bytes or 0)
-        size = largest.kv_bytes or 0
-        yield "Largest KV cache", sized(size), f"{size:,} bytes, {name_of(largest)}"
-    most = {job.largest_max_total_tokens for job in sweep.jobs} - {None}
-    if len(most) == 1:
-        (tokens,) = most
-        yield "Would still fit", f"{tokens:,}", f"{TOKENS}, says the plan"
-    if times := [(job.rebuild_s, name_of(job)) for job in sweep.jobs if job.rebuild_s is not None]:
-        seconds, name = max(times)
-        yield "Slowest rebuild", f"{seconds:.3f} s", name
 
 
 def _plot(sweep: SweepFinished) -> LinePlot:
