@@ -168,8 +168,6 @@ def _columns(values: Sequence[int], most: int, x: float, y: float, width: float)
     gap = 1 if column > 4 else 0
     yield Line(x, y + height, x + width, y + height, "grid")
     for index, value in enumerate(values):
-        tall = height * value / most
-        left, right = x + index * column, x + (index + 1) * column
-        yield Rect(
-            left, y + height - tall, right - left - gap, tall, "pool-total", tip=sized(value)
-        )
+        left, tall = x + index * column, height * value / most
+        top = y + height - tall
+        yield Rect(left, top, column - gap, tall, "pool-total", tip=sized(value))

@@ -11,7 +11,7 @@ from kvpipe.pipeline.ledger import KV
 from kvpipe.records.run import INTERRUPTED, PASSED, SKIPPED
 from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.chart import WIDE, Bar, Chart, Part, Row
-from kvpipe.report.drawing import Drawable, Drawing
+from kvpipe.report.drawing import Drawing
 from kvpipe.report.line_plot import LinePlot, Point
 from kvpipe.report.palette import Key
 from kvpipe.report.picture import framed
@@ -68,7 +68,7 @@ def picture(sweep: SweepFinished) -> Drawing | None:
     return framed(found[0].drawn(WIDE), found[1]) if found else None
 
 
-def figure_of(sweep: SweepFinished) -> tuple[Drawable, list[Key]] | None:
+def figure_of(sweep: SweepFinished) -> tuple[Chart | LinePlot, list[Key]] | None:
     """Return the chart of a sweep and its legend; None if no job has measured a KV cache."""
     jobs = [job for job in sweep.jobs if job.kv_bytes is not None]
     if not jobs:
