@@ -195,11 +195,9 @@ def _grid(layout: _Layout, height: float) -> Iterator[Shape]:
 
 
 def ticks(most: int, most_ticks: int) -> Iterator[tuple[float, str]]:
-    """Yield round amounts from 0 to ``most`` bytes, with their labels.
+    """Yield round amounts from 0 to ``most`` bytes, at least 1, with their labels.
 
-    Args:
-        most: the largest amount, at least 1.
-        most_ticks: the largest number of ticks, without that of 0.
+    ``most_ticks`` is the largest number of ticks, without that of 0.
     """
     unit = unit_for(most)
     amount = most / unit.size

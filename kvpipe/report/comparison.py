@@ -61,12 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sides, each compared with the first.
-
-    Attributes:
-        sides: at least two.
-        labels: a short name for each; by default A, B and so on.
-    """
+    """At least two sides, each compared with the first; each has a short name, its label."""
 
     sides: Sequence[Side]
     labels: Sequence[str] = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -198,12 +193,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlanChange:
-    """The plans of an experiment before and after a change.
-
-    Attributes:
-        experiment: its name.
-        before, after: the two sides, of the kind ``plan``; None if it does not exist there.
-    """
+    """The plans of an experiment before and after a change; None where it does not exist."""
 
     experiment: str
     before: Side | None

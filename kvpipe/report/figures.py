@@ -119,12 +119,7 @@ def _memory_description(run: Run) -> str:
 
 @dataclass(frozen=True)
 class DevicesChart:
-    """Bytes in use of each device over the phases, one small chart a device.
-
-    Attributes:
-        experiment: name of the experiment.
-        series: for each device its bytes after each phase; empty without devices.
-    """
+    """One small chart a device; ``series`` has for each its bytes in use after each phase."""
 
     experiment: str
     series: Sequence[Sequence[int]]

@@ -90,10 +90,7 @@ def markdown_table(
 ) -> list[str]:
     """Return the lines of a Markdown table.
 
-    Args:
-        heading: the columns' names.
-        rows: the cells.
-        texts: how many columns, from the left, hold text; the others are aligned as numbers.
+    The first ``texts`` columns hold text, the others are aligned as numbers.
     """
     rule = ["---" if column < texts else "---:" for column in range(len(heading))]
     return [f"| {' | '.join(cells)} |" for cells in (heading, rule, *rows)]

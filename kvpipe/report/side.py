@@ -54,12 +54,10 @@ class Side:
     """One side.
 
     Attributes:
-        name: its path, or another name.
         kind: :data:`RUN`, :data:`PLAN` or :data:`SCRIPT`.
         phases: its phases by name, in order.
         status: how a run ended; None of others.
         config: the resolved config; None if unknown.
-        versions: known versions of packages.
         plan: the plan, of the kind :data:`PLAN`.
     """
 

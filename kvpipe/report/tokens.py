@@ -11,12 +11,7 @@ _MOST_MATCHED = 1024
 
 @dataclass(frozen=True)
 class Stretch:
-    """Adjacent tokens that all agree, or all do not.
-
-    Attributes:
-        before: the ids of the one output.
-        after: the ids of the other; equal to ``before`` where they agree.
-    """
+    """The ids of adjacent tokens of both outputs; all of them agree, or none does."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]

@@ -19,8 +19,7 @@ class ReportFile(Collector):
 
     Args:
         run_dir: directory of the run.
-        write: writes the file of a run into a directory: :func:`write_timeline` or
-            :func:`write_page`.
+        write: :func:`write_timeline` or :func:`write_page`.
     """
 
     def __init__(self, run_dir: Path, write: Callable[[Run, Path], Path]) -> None:
@@ -38,11 +37,7 @@ class ReportFile(Collector):
 
 
 def write_timeline(run: Run, folder: Path) -> Path:
-    """Write the picture of a run's memory timeline into a folder and return its path.
-
-    Raises:
-        KvpipeError: it cannot be written.
-    """
+    """Write the picture of a run's memory timeline into a folder, as :func:`written` does."""
     from kvpipe.report.picture import timeline
     from kvpipe.report.png import as_png
 
@@ -50,11 +45,7 @@ def write_timeline(run: Run, folder: Path) -> Path:
 
 
 def write_page(run: Run, folder: Path) -> Path:
-    """Write the report page of a run into a folder and return its path.
-
-    Raises:
-        KvpipeError: it cannot be written.
-    """
+    """Write the report page of a run into a folder, as :func:`written` does."""
     from kvpipe.report.page import report_page
 
     return written(folder / PAGE_FILE, report_page(run).encode())

@@ -17,13 +17,7 @@ _TPU = "tpu"
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds the lock.
-
-    Attributes:
-        pid: its process id.
-        user: name of its user.
-        command: its command line.
-    """
+    """The process that holds the lock: its id, the name of its user, its command line."""
 
     pid: int
     user: str
@@ -56,9 +50,7 @@ def _process(pid: int) -> Holder:
 class LibtpuLock:
     """Context of a run: on exit, remove the lock file if the run created it.
 
-    Args:
-        device: ``engine.device``; on the CPU nothing is done.
-        lock_file: path of the lock file.
+    Nothing is done unless ``device``, that of ``engine.device``, is the TPU.
     """
 
     def __init__(self, device: str, lock_file: Path = LOCK_FILE) -> None:
