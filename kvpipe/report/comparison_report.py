@@ -27,7 +27,7 @@ from kvpipe.report.palette import pool_keys, pool_name, pool_roles
 from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, number
-from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
+from kvpipe.report.tokens import Omitted, Stretch, shortened
 
 _MOST_NAMES = 3
 _UNKNOWN_POOLS = "bytes in use, pools not known"
@@ -206,7 +206,7 @@ def _outputs(comparison: Comparison) -> Content:
         for label, side in comparison.labelled[1:]:
             after = side.phases[row.phase].token_ids
             if before is not None and after is not None and before != after:
-                pieces = list(shortened(stretches(before, after)))
+                pieces = list(shortened(before, after))
                 yield TokenDiff(row.phase, base, label, pieces)
 
 

@@ -14,7 +14,7 @@ from kvpipe.report.figures import (
 )
 from kvpipe.report.run import UNFINISHED, Run
 from kvpipe.report.tables import Cell
-from kvpipe.report.tokens import Omitted, Stretch, first_difference, shortened, stretches
+from kvpipe.report.tokens import first_difference, shortened
 
 _SECTIONS = {
     "memory": "Memory after each phase",
@@ -32,6 +32,7 @@ def report_page(run: Run) -> str:
     from kvpipe.report.render import rendered
 
     outputs = [phase for phase in run.phases if "token_ids" in phase.fields]
+    results = [_compared(phase, outputs[0]) for phase in outputs]
     chart = memory_chart(run)
     return rendered(
         "run.html.j2",
@@ -52,8 +53,12 @@ def report_page(run: Run) -> str:
         devices=DevicesChart.of(run),
         host=host_chart(run),
         outputs=outputs,
-        results=[_compared(phase, outputs[0]) for phase in outputs],
-        differences={phase.phase: _difference(phase, outputs[0]) for phase in outputs},
+        results=results,
+        differences={
+            phase.phase: list(shortened(outputs[0].fields["token_ids"], phase.fields["token_ids"]))
+            for phase, result in zip(outputs, results, strict=True)
+            if result.tone == "bad"
+        },
         config=[(key, value_text(value)) for key, value in flat(run.config)],
         versions=run.started.versions if run.started else {},
     )
@@ -111,10 +116,3 @@ def _compared(phase: PhaseRecord, first: PhaseRecord) -> Cell:
     if at is None:
         return Cell("the same token ids", tone="good")
     return Cell(f"differs from token {at}", tone="bad")
-
-
-def _difference(phase: PhaseRecord, first: PhaseRecord) -> list[Stretch | Omitted]:
-    """Return the token ids around where an output differs from that of the first phase."""
-    if _compared(phase, first).tone != "bad":
-        return []
-    return list(shortened(stretches(first.fields["token_ids"], phase.fields["token_ids"])))

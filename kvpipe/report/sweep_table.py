@@ -11,7 +11,7 @@ from rich.text import Text
 from kvpipe.records.run import PASSED, SKIPPED
 from kvpipe.records.sweep import SweepFinished
 from kvpipe.report.sweep import COLUMNS, bytes_a_token, counts, job_row, name_of, reason_of
-from kvpipe.report.tables import NONE, Cell
+from kvpipe.report.tables import NONE
 
 _STYLES = {"good": "green", "quiet": "yellow", "bad": "red"}
 _TEXTS = ("result", "fits", "same output")
@@ -45,16 +45,13 @@ def _table(sweep: SweepFinished, columns: Sequence[str]) -> Table:
         heading = name.replace("same ", "same\n")
         table.add_column(heading, justify="left" if name in _TEXTS else "right", overflow="fold")
     for job in sweep.jobs:
-        cells = dict(zip(COLUMNS, map(_text, job_row(job)), strict=True))
+        texts = [Text(cell.text, _STYLES.get(cell.tone, "")) for cell in job_row(job)]
+        cells = dict(zip(COLUMNS, texts, strict=True))
         if job.taken_from:
             cells["result"].append(" *")
         values = (Text(job.values.get(key, NONE)) for key in sweep.swept)
         table.add_row(Text(str(job.job)), *values, *(cells[name] for name in columns))
     return table
-
-
-def _text(cell: Cell) -> Text:
-    return Text(cell.text, _STYLES.get(cell.tone, ""))
 
 
 def _below(sweep: SweepFinished) -> Iterator[Text]:

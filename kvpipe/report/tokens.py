@@ -45,8 +45,9 @@ def stretches(before: Sequence[int], after: Sequence[int]) -> list[Stretch]:
     return [stretch for stretch in found if stretch.before or stretch.after]
 
 
-def shortened(found: Sequence[Stretch]) -> Iterator[Stretch | Omitted]:
+def shortened(before: Sequence[int], after: Sequence[int]) -> Iterator[Stretch | Omitted]:
     """Yield the stretches; of those that agree only the ends next to a difference."""
+    found = stretches(before, after)
     for index, stretch in enumerate(found):
         ids = stretch.before
         lead = _CONTEXT if index > 0 else 0

@@ -40,6 +40,17 @@ class Sink:
         self.received(record)
 
 
+class Collector(Sink):
+    """Base of the sinks that write only after the run has ended: it keeps the records until then."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def received(self, record: Record) -> None:
+        """Keep the record."""
+        self._records.append(record)
+
+
 class Sinks(Sink):
     """Composite of several sinks.
 

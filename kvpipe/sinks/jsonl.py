@@ -3,7 +3,6 @@
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TextIO
 
 from kvpipe.errors import RecordError
@@ -69,12 +68,7 @@ class JsonFile(JsonLines):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._give_up_reserve()
         os.close(self._file)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from kvpipe.errors import KvpipeError
 from kvpipe.records.run import RunFinished
 from kvpipe.report.run import PAGE_FILE, Run, run_of
-from kvpipe.sinks.collector import Collector
+from kvpipe.sinks import Collector
 
 TIMELINE_FILE = "timeline.png"
 
