@@ -48,7 +48,7 @@ def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> in
 
     The engine (``ModelRunner.profile_max_num_token``) takes what is free once its parameters are
     loaded, less the share ``1 - mem_fraction_static`` of what was free before, and cuts a larger
-    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan has to know it.
+    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan must know it.
 
     Args:
         memory_bytes: what the engine finds free before it loads: the HBM of a device; on the CPU,

@@ -73,7 +73,7 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
     if tp_size * engine.dp_size != target.devices:
         raise InputError(
             f"engine.tp_size × engine.dp_size is {tp_size} × {engine.dp_size}, but {target.name} "
-            f"has {target.devices} devices; the product has to be {target.devices}"
+            f"has {target.devices} devices; the product must be {target.devices}"
         )
     return target
 

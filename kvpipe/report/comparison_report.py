@@ -110,7 +110,7 @@ def _markdown(content: Content) -> Iterator[str]:
 def _plan_change(change: PlanChange) -> Iterator[str]:
     old, new = change.plans
     if new is None:
-        yield "It is gone."
+        yield "It was removed."
     elif old is None:
         yield f"It is new. {plan_verdict(new)}."
     elif change.before and change.after:

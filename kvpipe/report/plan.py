@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvpipe.plan.targets import CPU
-from kvpipe.records.run import Program, RunPlanned
+from kvpipe.records.run import RunPlanned
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
@@ -54,18 +54,14 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
 
 def compiled(plan: RunPlanned) -> list[str]:
     """Return one line for each of the engine's steps that was compiled for the target."""
-    return [
-        f"`{program.name}`{_batch(program)} compiles: "
-        f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries a device"
-        for program in plan.programs
-    ]
-
-
-def _batch(program: Program) -> str:
-    """Return the batch that a program is for; a trainer's programs have none."""
-    if not program.requests:
-        return ""
-    return f" of {program.requests} requests and {program.tokens} tokens"
+    lines = []
+    for program in plan.programs:
+        batch = f" of {program.requests} requests and {program.tokens} tokens"
+        sizes = f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries"
+        # A trainer's programs have no batch.
+        named = f"`{program.name}`{batch if program.requests else ''}"
+        lines.append(f"{named} compiles: {sizes} a device")
+    return lines
 
 
 def verdict(plan: RunPlanned) -> str:

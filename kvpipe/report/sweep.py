@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,16 +20,6 @@ from kvpipe.report.tables import NONE, Cell, Table, number
 from kvpipe.units import sized
 
 TOKENS = "engine.max_total_tokens"
-COLUMNS: Sequence[str] = (
-    "result",
-    "KV bytes",
-    "planned",
-    "freed",
-    "fits",
-    "peak",
-    "rebuild",
-    "same output",
-)
 _RESULTS = {PASSED: "held", SKIPPED: "skipped"}
 _TONES = {PASSED: "good", SKIPPED: "quiet"}
 _MARKS = {"good": "✓ ", "bad": "✗ "}
@@ -95,20 +85,21 @@ def bytes_a_token(sweep: SweepFinished) -> str | None:
     return f"{slope.numerator:,}" if slope.is_integer() else str(slope)
 
 
-def job_row(job: SweepJob) -> list[Cell]:
-    """Return the cells of a job, one for each of :data:`COLUMNS`."""
+def job_row(job: SweepJob) -> dict[str, Cell]:
+    """Return the cells of a job by the heading of their column."""
     taken = f"taken over from {job.taken_from}" if job.taken_from else ""
     same = {None: Cell(NONE), True: Cell("yes"), False: Cell("no", tone="bad")}
-    return [
-        Cell(result_of(job), note=taken, tone=_TONES.get(job.status, "bad")),
-        number(job.kv_bytes),
-        _planned(job),
-        number(job.freed_bytes, _freed_note(job)),
-        _fits(job),
-        _peak(job.peak_bytes),
-        Cell(NONE if job.rebuild_s is None else f"{job.rebuild_s:.3f} s"),
-        same[job.same_output],
-    ]
+    peak, seconds = job.peak_bytes, job.rebuild_s
+    return {
+        "result": Cell(result_of(job), note=taken, tone=_TONES.get(job.status, "bad")),
+        "KV bytes": number(job.kv_bytes),
+        "planned": _planned(job),
+        "freed": number(job.freed_bytes, _freed_note(job)),
+        "fits": _fits(job),
+        "peak": Cell(NONE) if peak is None else Cell(sized(peak), note=f"{peak:,} bytes"),
+        "rebuild": Cell(NONE if seconds is None else f"{seconds:.3f} s"),
+        "same output": same[job.same_output],
+    }
 
 
 def name_of(job: SweepJob) -> str:
@@ -161,18 +152,17 @@ def _fits(job: SweepJob) -> Cell:
     return Cell("no", note=f"{job.largest_max_total_tokens:,} tokens would")
 
 
-def _peak(size: int | None) -> Cell:
-    return Cell(NONE) if size is None else Cell(sized(size), note=f"{size:,} bytes")
-
-
 def _jobs_table(sweep: SweepFinished, folder: Path) -> Table:
+    columns: list[str] = []
     rows: list[list[Cell]] = []
     for job in sweep.jobs:
-        result, *others = job_row(job)
-        marked = replace(result, text=_MARKS.get(result.tone, "") + result.text)
+        cells = job_row(job)
+        result = cells["result"]
+        cells["result"] = replace(result, text=_MARKS.get(result.tone, "") + result.text)
         values = [Cell(codes=[job.values.get(key, NONE)]) for key in sweep.swept]
-        rows.append([Cell(str(job.job), href=_link(job, folder)), *values, marked, *others])
-    return Table("Jobs", ["job", *sweep.swept, *COLUMNS], rows, texts=2 + len(sweep.swept))
+        rows.append([Cell(str(job.job), href=_link(job, folder)), *values, *cells.values()])
+        columns = ["job", *sweep.swept, *cells]
+    return Table("Jobs", columns, rows, texts=2 + len(sweep.swept))
 
 
 def _link(job: SweepJob, folder: Path) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kvpipe.records.run import PASSED, SKIPPED
 from kvpipe.records.sweep import SweepFinished
-from kvpipe.report.sweep import COLUMNS, bytes_a_token, counts, job_row, name_of, reason_of
+from kvpipe.report.sweep import bytes_a_token, counts, job_row, name_of, reason_of
 from kvpipe.report.tables import NONE
 
 _STYLES = {"good": "green", "quiet": "yellow", "bad": "red"}
@@ -22,11 +22,11 @@ _OPTIONAL = ("peak",)
 def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
     """Print the table of a sweep and its verdict."""
     console = Console(file=out)
-    whole = _table(sweep, COLUMNS)
+    whole = _table(sweep)
     # The width that it would take in a window of any width.
     wide = console.options.update_width(1000)
     if Measurement.get(console, wide, whole).maximum > console.width:
-        whole = _table(sweep, [name for name in COLUMNS if name not in _OPTIONAL])
+        whole = _table(sweep, left_out=_OPTIONAL)
     console.print()
     console.print(whole)
     for line in _below(sweep):
@@ -34,7 +34,9 @@ def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _table(sweep: SweepFinished, columns: Sequence[str]) -> Table:
+def _table(sweep: SweepFinished, left_out: Sequence[str] = ()) -> Table:
+    jobs = [(job, job_row(job)) for job in sweep.jobs]
+    columns = [name for name in jobs[0][1] if name not in left_out]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("job", justify="right", no_wrap=True)
     for key in sweep.swept:
@@ -44,9 +46,8 @@ def _table(sweep: SweepFinished, columns: Sequence[str]) -> Table:
     for name in columns:
         heading = name.replace("same ", "same\n")
         table.add_column(heading, justify="left" if name in _TEXTS else "right", overflow="fold")
-    for job in sweep.jobs:
-        texts = [Text(cell.text, _STYLES.get(cell.tone, "")) for cell in job_row(job)]
-        cells = dict(zip(COLUMNS, texts, strict=True))
+    for job, row in jobs:
+        cells = {name: Text(cell.text, _STYLES.get(cell.tone, "")) for name, cell in row.items()}
         if job.taken_from:
             cells["result"].append(" *")
         values = (Text(job.values.get(key, NONE)) for key in sweep.swept)

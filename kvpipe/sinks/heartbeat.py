@@ -48,7 +48,7 @@ class Heartbeat(Sink):
 
     def _stop(self) -> None:
         if self._beating:
-            self._beating.ticker.stop()
+            self._beating.thread.stop()
             self._beating = None
 
 
@@ -58,12 +58,12 @@ class _Beating:
     def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
         self.step = step
         self.latest: tuple[float, Progress] | None = None
-        self.ticker = PeriodicThread("heartbeat", self._beat, every_s)
+        self.thread = PeriodicThread("heartbeat", self._beat, every_s)
         self._stream = stream
         self._every_s = every_s
         self._position = position
         self._began = time.monotonic()
-        self.ticker.start()
+        self.thread.start()
 
     def _beat(self) -> float:
         now = time.monotonic()

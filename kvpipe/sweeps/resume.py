@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpipe.errors import InputError
 from kvpipe.records.run import PASSED, RECORDS_FILE, RunStarted
-from kvpipe.report.run import Run, read_run
+from kvpipe.report.run import read_run
 from kvpipe.sinks.report import write_page, write_timeline
 
 # These do not influence the measurements.
@@ -33,8 +33,11 @@ def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | 
     found = sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}")
     newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     for records in [run_dir / RECORDS_FILE, *newest_first]:
-        run = _read(records)
-        if run and run.status == PASSED and run.started and _same(run.started, started):
+        try:
+            run = read_run(records)
+        except InputError:
+            continue  # this version cannot read it
+        if run.status == PASSED and run.started and _same(run.started, started):
             return records.parent
     return None
 
@@ -46,14 +49,6 @@ def take_over(found: Path, run_dir: Path) -> None:
     run = read_run(run_dir)
     write_timeline(run, run_dir)
     write_page(run, run_dir)
-
-
-def _read(records: Path) -> Run | None:
-    """Return the run in a records file; None if this version cannot read it."""
-    try:
-        return read_run(records)
-    except InputError:
-        return None
 
 
 def _same(one: RunStarted, other: RunStarted) -> bool:

@@ -102,10 +102,12 @@ def _measured(run: Run) -> dict[str, Any]:
         if is_contracted(pool)
     ]
     used = [max(p.bytes_in_use, p.peak_bytes or 0) for p in run.phases if p.ledger]
+    engine = run.config.get("engine")
     drops = [phase.fields.get("drop_info") for phase in run.phases]
     same = [phase.fields["same_output"] for phase in run.phases if "same_output" in phase.fields]
     return {
-        "max_total_tokens": _tokens(run),
+        # The engine allocates whole pages.
+        "max_total_tokens": engine and whole_pages(engine["max_total_tokens"], engine["page_size"]),
         "kv_bytes": next(iter(measured), None),
         "planned_kv_bytes": next(iter(planned), None),
         "plan_error_bytes": max(off_plan, key=abs, default=None),
@@ -114,14 +116,6 @@ def _measured(run: Run) -> dict[str, Any]:
         "rebuild_s": next((p.duration_s for p in run.phases if "rebuild_info" in p.fields), None),
         "same_output": all(same) if same else None,
     }
-
-
-def _tokens(run: Run) -> int | None:
-    """Return the capacity of the KV cache in whole pages, which is what the engine allocates."""
-    engine = run.config.get("engine")
-    if engine is None:
-        return None
-    return whole_pages(engine["max_total_tokens"], engine["page_size"])
 
 
 def _ending(rows: Sequence[SweepJob]) -> tuple[str, int]:

@@ -66,7 +66,7 @@ def test_a_target_that_is_none_is_refused_with_what_would_be_one(name, message):
 def test_a_mesh_that_is_not_all_devices_of_the_target_is_refused_with_both_numbers():
     assert refusal(find_target, "v4:2x2x1", EngineConfig(device="cpu", tp_size=2)) == (
         "engine.tp_size × engine.dp_size is 2 × 1, but v4:2x2x1 has 4 devices; "
-        "the product has to be 4"
+        "the product must be 4"
     )
 
 
