@@ -9,7 +9,7 @@ from kvpipe.pipeline import facts
 from kvpipe.pipeline.ledger import KV, PARAMS, TRAINER_PROGRAM, TRAINER_SETS, Size, slot_pool
 from kvpipe.pipeline.phase import Effect
 from kvpipe.pipeline.steps import build_steps
-from kvpipe.plan.fit import KvCapacity, judge, temporaries
+from kvpipe.plan.fit import KvCapacity, fit_of, temporaries
 from kvpipe.plan.fold import check_order, plan_ledgers
 from kvpipe.records.run import Program
 from tests.command import Finished, kvpipe
@@ -185,7 +185,7 @@ def test_what_fits_counts_the_temporaries_of_each_step_where_it_runs():
     capacity = KvCapacity(300, 299, 1)
 
     def fit(hbm_bytes, train):
-        return judge(planned, ledgers, hbm_bytes, capacity, [0, 3, 0, 0, train])
+        return fit_of(planned, ledgers, hbm_bytes, capacity, [0, 3, 0, 0, train])
 
     quiet, loud = fit(313, 4), fit(313, 218)
     assert (quiet.fits, quiet.peak_phase, quiet.temp_bytes) == (True, "engine_ready_dummy", 3)

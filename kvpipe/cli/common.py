@@ -1,4 +1,4 @@
-"""What several verbs share: the checks of the input, the output file, errors on stderr."""
+"""Shared by several verbs: the checks of the input, the output file, errors on stderr."""
 
 import os
 import sys

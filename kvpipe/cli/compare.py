@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from kvpipe.cli.common import open_output
-from kvpipe.config.schema import CompareConfig, CompareFormat, from_plain, to_plain
+from kvpipe.config.schema import CompareFormat, from_plain, to_plain
 from kvpipe.errors import HELD, InputError, KvpipeError
 from kvpipe.report import comparison_report
 from kvpipe.report.comparison import Comparison
@@ -26,19 +26,16 @@ def act(composed: DictConfig, paths: Sequence[Path]) -> int:
         raise InputError(
             f"compare: name 2 to 26 run directories, not {len(paths)}: compare RUN_A RUN_B"
         )
+    limits = config.compare
     comparison = Comparison.of([read_side(path) for path in paths])
-    with open_output("compare.file", config.compare.file) as out:
-        out.write(_compared(comparison, config.compare))
-    if beyond := comparison.beyond(config.compare):
+    with open_output("compare.file", limits.file) as out:
+        match limits.format:
+            case CompareFormat.json:
+                out.write(json.dumps(comparison.to_json(limits)) + "\n")
+            case CompareFormat.markdown:
+                out.write(comparison_report.as_markdown(comparison, limits))
+            case CompareFormat.html:
+                out.write(comparison_report.comparison_page(comparison, limits))
+    if beyond := comparison.beyond(limits):
         raise KvpipeError("; ".join(beyond))
     return HELD
-
-
-def _compared(comparison: Comparison, config: CompareConfig) -> str:
-    match config.format:
-        case CompareFormat.json:
-            return json.dumps(comparison.to_json(config)) + "\n"
-        case CompareFormat.markdown:
-            return comparison_report.as_markdown(comparison, config)
-        case CompareFormat.html:
-            return comparison_report.comparison_page(comparison, config)

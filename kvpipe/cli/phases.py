@@ -1,7 +1,6 @@
 """``kvpipe phases``: the documentation of the phases."""
 
 import json
-import sys
 
 from omegaconf import DictConfig
 
@@ -23,7 +22,8 @@ def act(composed: DictConfig) -> int:
         case PlanFormat.markdown:
             print(report.as_markdown(found), end="")
         case PlanFormat.table:
-            from kvpipe.report.phases_table import print_phases
+            from rich.console import Console
+            from rich.markdown import Markdown
 
-            print_phases(found, sys.stdout)
+            Console().print(Markdown(report.as_markdown(found)))
     return HELD

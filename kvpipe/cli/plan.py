@@ -8,7 +8,7 @@ from kvpipe.checkpoints.model_dir import check_shape
 from kvpipe.cli.common import PLANNERS, checked_steps, open_output
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
 from kvpipe.errors import HELD, KvpipeError
-from kvpipe.plan.fit import misfit
+from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.targets import find_target
 from kvpipe.report.plan import as_json, as_markdown
 
@@ -34,6 +34,6 @@ def act(composed: DictConfig) -> int:
                 from kvpipe.report.plan_table import print_plan
 
                 print_plan(config.experiment, record, out)
-    if why := misfit(record):
+    if why := why_not_fit(record):
         raise KvpipeError(why)
     return HELD

@@ -28,7 +28,7 @@ from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
 from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
-from kvpipe.sinks.report import ReportPage, TimelinePicture
+from kvpipe.sinks.report import ReportFile, write_page, write_timeline
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
 from kvpipe.sweeps.jobs import SWEEP_CONFIG, command_line
@@ -105,9 +105,9 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
         # The picture before it, because W&B shows it.
         yield Sinks(
             [
-                TimelinePicture(run_dir),
+                ReportFile(run_dir, write_timeline),
                 tracker,
-                ReportPage(run_dir),
+                ReportFile(run_dir, write_page),
                 records,
                 _screen(config.output),
                 *_heartbeat(config),

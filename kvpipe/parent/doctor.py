@@ -240,8 +240,8 @@ def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
     )
     yield Finding(Level.OK, "devices", found)
     yield Finding(Level.OK, "patches", ", ".join(answer["patches"]))
-    if answer["misfit"]:
-        yield Finding(Level.BAD, "plan", answer["misfit"])
+    if answer["why_not_fit"]:
+        yield Finding(Level.BAD, "plan", answer["why_not_fit"])
     elif answer["peak_bytes"] is not None:
         peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
         yield Finding(Level.OK, "plan", f"{config.experiment} fits, {peak}")

@@ -55,7 +55,7 @@ from kvpipe.records.run import (
     record_from_json,
 )
 from kvpipe.sinks import Sink, failed_by
-from kvpipe.system.libtpu_lock import LibtpuLock
+from kvpipe.system.libtpu_lock import libtpu_lock
 from kvpipe.system.pipes import STACKS_FILE
 from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.system.secrets import Redactor
@@ -232,7 +232,7 @@ class Run:
         )
 
     def _run_worker(self) -> Ending:
-        with LibtpuLock(self.config.engine.device):
+        with libtpu_lock(self.config.engine.device):
             try:
                 return self._run_child()
             finally:

@@ -48,7 +48,7 @@ def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> in
 
     The engine (``ModelRunner.profile_max_num_token``) takes what is free once its parameters are
     loaded, less the share ``1 - mem_fraction_static`` of what was free before, and cuts a larger
-    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan has to know it.
+    ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan must know it.
 
     Args:
         memory_bytes: what the engine finds free before it loads: the HBM of a device; on the CPU,
@@ -78,7 +78,7 @@ def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
     return max(sizes, default=0)
 
 
-def judge(
+def fit_of(
     planned: Sequence[PlannedStep],
     ledgers: Sequence[Ledger],
     hbm_bytes: int,
@@ -123,16 +123,15 @@ def judge(
     )
 
 
-def misfit(plan: RunPlanned) -> str | None:
+def why_not_fit(plan: RunPlanned) -> str | None:
     """Return why a plan does not fit and what would; None if it fits."""
     fit = plan.fit
     if fit.fits:
         return None
-    peak = next(phase for phase in plan.phases if phase.name == fit.peak_phase)
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    needed = peak.max_device_bytes + fit.temp_bytes
-    needs = f"step {peak.name!r} needs {needed} bytes on a device"
+    needed = plan.peak.max_device_bytes + fit.temp_bytes
+    needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
     if needed > fit.hbm_bytes:
         return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
     return (
@@ -141,11 +140,11 @@ def misfit(plan: RunPlanned) -> str | None:
     )
 
 
-def refuse_misfit(plan: RunPlanned) -> None:
+def check_fit(plan: RunPlanned) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
         InputError: with the peak, the memory of a device, and the largest capacity that would fit.
     """
-    if why := misfit(plan):
+    if why := why_not_fit(plan):
         raise InputError(f"{why} (plan.enforce=false runs it anyway)")

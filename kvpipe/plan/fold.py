@@ -33,12 +33,7 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan for the devices of one target.
-
-    Attributes:
-        record: the plan as a record.
-        ledgers: the exact ledger after each step, per device.
-    """
+    """A plan as a record, and the exact ledger after each step, per device."""
 
     record: RunPlanned
     ledgers: tuple[Ledger, ...]

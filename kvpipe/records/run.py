@@ -176,6 +176,17 @@ class PhaseRecord(JsonRecord):
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes in use after it over all devices, as the devices count them if they do."""
+        counted = self.memory.jax_device_memory_summary.get("bytes_in_use_sum", 0)
+        return max(sum(self.ledger.values()), counted)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes in use inside it over all devices; None if unknown."""
+        return self.peak.bytes_in_use_total if self.peak and self.peak.bytes_in_use else None
+
     @override
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record: the script's field names, then kvpipe's own."""
@@ -279,6 +290,16 @@ class RunPlanned(JsonRecord):
     fit: Fit
     programs: Sequence[Program] = ()
     elapsed_s: float = 0.0
+
+    @property
+    def peak(self) -> PlannedPhase:
+        """The phase with the fullest device."""
+        return next(phase for phase in self.phases if phase.name == self.fit.peak_phase)
+
+    @property
+    def pools(self) -> list[str]:
+        """Every pool, in the order in which they are first filled."""
+        return list(dict.fromkeys(pool for phase in self.phases for pool in phase.pools))
 
 
 @dataclass(frozen=True)

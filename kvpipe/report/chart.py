@@ -7,7 +7,6 @@ phases is *dense*: thin rows, with a name for each cycle only.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
 from kvpipe.units import sized, unit_for
@@ -96,43 +95,29 @@ class Chart:
         """Return the chart as a drawing of this width."""
         layout = _Layout(self, width)
         shapes, height = _dense_rows(layout) if self.dense else _full_rows(layout)
-        grid = _grid(layout, height)
-        return Drawing(width, height, self.title, self.description, [*grid, *shapes])
+        shapes = [*_grid(layout, height), *shapes]
+        return Drawing(width, height, self.title, self.description, shapes)
 
 
-@dataclass(frozen=True)
 class _Layout:
-    """The scale of a chart at a width."""
+    """The scale of a chart at a width.
 
-    chart: Chart
-    width: float
+    Attributes:
+        most: the bytes at the right end of the axis, at least 1.
+        above: whether labels are above their bars instead of to the left.
+        left, right: the start of the bars, and the end of the longest; its value is after it.
+    """
 
-    @cached_property
-    def most(self) -> int:
-        """The bytes at the right end of the axis, at least 1."""
-        most = max((bar.end for row in self.chart.rows for bar in row.bars), default=0)
-        limit = self.chart.limit
-        return max(most, limit if limit is not None and limit <= 1.6 * most else 0, 1)
-
-    @cached_property
-    def above(self) -> bool:
-        """Whether labels are above their bars instead of to the left."""
-        return self.width < (WIDE + NARROW) / 2 and not self.chart.dense
-
-    @cached_property
-    def left(self) -> float:
-        """The start of the bars."""
-        rows = self.chart.rows
-        longest = max(
-            (len(row.group if self.chart.dense else row.label) for row in rows), default=0
-        )
-        return 0.0 if self.above else min(0.34 * self.width, _LETTER * longest + 14)
-
-    @cached_property
-    def right(self) -> float:
-        """The end of the longest bar; its value has room to the right."""
-        values = [bar.value for row in self.chart.rows for bar in row.bars if not bar.thin]
-        return self.width - 10 - _SMALL_LETTER * max(map(len, values), default=0)
+    def __init__(self, chart: Chart, width: float) -> None:
+        bars = [bar for row in chart.rows for bar in row.bars]
+        most, limit = max((bar.end for bar in bars), default=0), chart.limit or 0
+        labels = [len(row.group if chart.dense else row.label) for row in chart.rows]
+        values = [len(bar.value) for bar in bars if not bar.thin]
+        self.chart, self.width = chart, width
+        self.most = max(most, limit if limit <= 1.6 * most else 0, 1)
+        self.above = width < (WIDE + NARROW) / 2 and not chart.dense
+        self.left = 0.0 if self.above else min(0.34 * width, _LETTER * max(labels, default=0) + 14)
+        self.right = width - 10 - _SMALL_LETTER * max(values, default=0)
 
     def x(self, size: float) -> float:
         """Return the place of ``size`` bytes."""
@@ -210,11 +195,9 @@ def _grid(layout: _Layout, height: float) -> Iterator[Shape]:
 
 
 def ticks(most: int, most_ticks: int) -> Iterator[tuple[float, str]]:
-    """Yield round amounts from 0 to ``most`` bytes, with their labels.
+    """Yield round amounts from 0 to ``most`` bytes, at least 1, with their labels.
 
-    Args:
-        most: the largest amount, at least 1.
-        most_ticks: the largest number of ticks, without that of 0.
+    ``most_ticks`` is the largest number of ticks, without that of 0.
     """
     unit = unit_for(most)
     amount = most / unit.size

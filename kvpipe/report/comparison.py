@@ -10,7 +10,6 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.records.run import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
-from kvpipe.report.plan import peak_of
 from kvpipe.report.side import Side
 from kvpipe.report.tokens import first_difference
 
@@ -62,12 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sides, each compared with the first.
-
-    Attributes:
-        sides: at least two.
-        labels: a short name for each; by default A, B and so on.
-    """
+    """At least two sides, each compared with the first; each has a short name, its label."""
 
     sides: Sequence[Side]
     labels: Sequence[str] = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -199,12 +193,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlanChange:
-    """The plans of an experiment before and after a change.
-
-    Attributes:
-        experiment: its name.
-        before, after: the two sides, of the kind ``plan``; None if it does not exist there.
-    """
+    """The plans of an experiment before and after a change; None where it does not exist."""
 
     experiment: str
     before: Side | None
@@ -218,16 +207,14 @@ class PlanChange:
     @property
     def differs(self) -> bool:
         """Whether the plans or the configs differ."""
-        old, new = self.plans
-        return old != new or (self.before and self.before.config) != (
-            self.after and self.after.config
-        )
+        old, new = (side and (side.plan, side.config) for side in (self.before, self.after))
+        return old != new
 
     def excess(self, budget_bytes: int) -> str | None:
         """Return why the change is beyond a budget of bytes on a device; None if it is not."""
         old, new = self.plans
         if old and new:
-            grown = peak_of(new).max_device_bytes - peak_of(old).max_device_bytes
+            grown = new.peak.max_device_bytes - old.peak.max_device_bytes
             if grown > budget_bytes:
                 return (
                     f"{self.experiment}: the peak of a device grew by {grown} bytes, the budget "

@@ -27,8 +27,7 @@ from kvpipe.report.palette import pool_keys, pool_name, pool_roles
 from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, number
-from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
-from kvpipe.units import sized
+from kvpipe.report.tokens import Omitted, Stretch, shortened
 
 _MOST_NAMES = 3
 _UNKNOWN_POOLS = "bytes in use, pools not known"
@@ -60,12 +59,9 @@ def as_markdown(comparison: Comparison, config: CompareConfig) -> str:
 
 
 def plans_as_markdown(changes: Sequence[PlanChange], before: str, after: str) -> str:
-    """Return the changes of plans, experiment by experiment.
+    """Return the changes of plans as Markdown, experiment by experiment.
 
-    Args:
-        changes: the experiments.
-        before: name of the one side.
-        after: name of the other.
+    ``before`` and ``after`` are the names of the sides, e.g. of a revision.
     """
     lines = ["# Plans compared", "", f"Before: {before}. After: {after}.", ""]
     for change in changes:
@@ -85,7 +81,6 @@ def comparison_page(comparison: Comparison, config: CompareConfig) -> str:
         "comparison.html.j2",
         comparison=comparison,
         beyond=comparison.beyond(config),
-        cards=list(_cards(comparison)),
         chart=_chart(comparison, pools),
         legend=pool_keys(pools),
         sections={"memory": "Memory side by side"} | {key: sections[key][0] for key in sections},
@@ -115,7 +110,7 @@ def _markdown(content: Content) -> Iterator[str]:
 def _plan_change(change: PlanChange) -> Iterator[str]:
     old, new = change.plans
     if new is None:
-        yield "It is gone."
+        yield "It was removed."
     elif old is None:
         yield f"It is new. {plan_verdict(new)}."
     elif change.before and change.after:
@@ -211,7 +206,7 @@ def _outputs(comparison: Comparison) -> Content:
         for label, side in comparison.labelled[1:]:
             after = side.phases[row.phase].token_ids
             if before is not None and after is not None and before != after:
-                pieces = list(shortened(stretches(before, after)))
+                pieces = list(shortened(before, after))
                 yield TokenDiff(row.phase, base, label, pieces)
 
 
@@ -258,14 +253,6 @@ def _times_row(row: Row, programs: Row) -> list[Cell]:
         *(str(value or NONE) for value in programs.values),
     ]
     return [Cell(codes=[row.phase]), *map(Cell, texts)]
-
-
-def _cards(comparison: Comparison) -> Iterator[tuple[str, str, str]]:
-    for label, side in comparison.labelled:
-        totals = {name: phase.total for name, phase in side.phases.items() if phase.total}
-        if totals:
-            phase = max(totals, key=totals.__getitem__)
-            yield f"{label}: most on the devices", sized(totals[phase]), f"after {phase}"
 
 
 def _chart(comparison: Comparison, pools: Sequence[str]) -> Chart:

@@ -48,11 +48,8 @@ def value_text(value: Any) -> str:
 
 def _texts(old: Any, new: Any) -> tuple[list[str], list[str]]:
     if isinstance(old, list) and isinstance(new, list):
-        gone, came = [x for x in old if x not in new], [x for x in new if x not in old]
-        if gone or came:
-            return [value_text(item) for item in gone], [value_text(item) for item in came]
-    return _of_one(old), _of_one(new)
-
-
-def _of_one(value: Any) -> list[str]:
-    return [] if value is _NOTHING else [value_text(value)]
+        removed, added = [x for x in old if x not in new], [x for x in new if x not in old]
+        if removed or added:
+            return [value_text(item) for item in removed], [value_text(item) for item in added]
+    old_text, new_text = ([] if value is _NOTHING else [value_text(value)] for value in (old, new))
+    return old_text, new_text

@@ -6,7 +6,7 @@ A chart is drawn once: ``templates/drawing.svg.j2`` writes the shapes as SVG,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,3 @@ class Drawing:
     title: str
     description: str
     shapes: Sequence[Shape]
-
-
-class Drawable(Protocol):
-    """A chart, for any width."""
-
-    def drawn(self, width: float) -> Drawing:
-        """Return it as a drawing of this width."""
-        ...

@@ -1,6 +1,6 @@
 """The pictures of a run: memory on all devices, on each device, and on the host."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpipe.pipeline.cycles import cycle_of
@@ -8,7 +8,6 @@ from kvpipe.records.run import PhaseRecord
 from kvpipe.report.chart import Bar, Chart, Part, Row
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
 from kvpipe.report.palette import Key, pool_keys, pool_roles
-from kvpipe.report.rows import PhaseRow
 from kvpipe.report.run import Run
 from kvpipe.units import sized
 
@@ -24,11 +23,8 @@ def memory_chart(run: Run) -> Chart:
     A dense chart shows planned bytes only for phases that were not reached.
     """
     roles = pool_roles([*run.pools, BEYOND_ARRAYS])
-    done = {row.step for row in run.rows}
-    rows = [
-        _chart_row(row, _memory_bars(run, phase, row, roles))
-        for phase, row in zip(run.phases, run.rows, strict=True)
-    ]
+    done = {phase.phase for phase in run.phases}
+    rows = [_chart_row(phase, _memory_bars(run, phase, roles)) for phase in run.phases]
     rows += [
         Row(name, [pools_bar(phase.pools, roles, _PLANNED)], "quiet", _group(name))
         for name, phase in run.plan.items()
@@ -44,29 +40,24 @@ def memory_chart(run: Run) -> Chart:
 
 def memory_keys(run: Run) -> list[Key]:
     """Return the legend of the memory timeline."""
-    beyond = any(row.in_use > (row.held.total or 0) for row in run.rows)
+    beyond = any(_beyond_arrays(phase) for phase in run.phases)
     keys = pool_keys([*run.pools, *([BEYOND_ARRAYS] if beyond else [])])
     if run.planned:
         said = "pale: planned, not reached" if memory_chart(run).dense else "thin and pale: planned"
         keys.append(Key("pool-total", said, "thin"))
-    if any(row.peak for row in run.rows):
+    if any(phase.peak_bytes for phase in run.phases):
         keys.append(Key("peak", "whisker and (bytes): peak inside the phase", "whisker"))
     return keys
 
 
 def host_chart(run: Run) -> Chart:
     """Return the resident memory of the process after each phase."""
-    most = max((row.rss for row in run.rows), default=0)
+    most = max((phase.memory.process_rss_bytes for phase in run.phases), default=0)
     return Chart(
         title=f"Host memory after each phase of {run.experiment}",
         description=f"Resident set of the process that ran each phase; the largest is "
         f"{sized(most)}.",
-        rows=[
-            _chart_row(
-                row, [Bar([Part("resident", "pool-host", row.rss)], "host", peak=row.rss_peak)]
-            )
-            for row in run.rows
-        ],
+        rows=[_chart_row(phase, [_host_bar(phase)]) for phase in run.phases],
     )
 
 
@@ -78,14 +69,20 @@ def limit_bytes(run: Run) -> int | None:
     return run.planned.fit.hbm_bytes * run.planned.devices if run.planned else None
 
 
-def _memory_bars(
-    run: Run, phase: PhaseRecord, row: PhaseRow, roles: Mapping[str, str]
-) -> Iterator[Bar]:
-    beyond = row.in_use - (row.held.total or 0)
-    measured = dict(phase.ledger) | ({BEYOND_ARRAYS: beyond} if beyond else {})
-    yield pools_bar(measured, roles, "measured", row.peak)
-    if row.step in run.plan:
-        yield pools_bar(run.plan[row.step].pools, roles, _PLANNED)
+def _host_bar(phase: PhaseRecord) -> Bar:
+    resident = Part("resident", "pool-host", phase.memory.process_rss_bytes)
+    return Bar([resident], "host", peak=phase.peak.process_rss_bytes if phase.peak else None)
+
+
+def _beyond_arrays(phase: PhaseRecord) -> int:
+    return phase.bytes_in_use - sum(phase.ledger.values())
+
+
+def _memory_bars(run: Run, phase: PhaseRecord, roles: Mapping[str, str]) -> Iterator[Bar]:
+    measured = {**phase.ledger, BEYOND_ARRAYS: _beyond_arrays(phase)}
+    yield pools_bar(measured, roles, "measured", phase.peak_bytes)
+    if phase.phase in run.plan:
+        yield pools_bar(run.plan[phase.phase].pools, roles, _PLANNED)
 
 
 def pools_bar(
@@ -100,8 +97,8 @@ def pools_bar(
     return Bar(parts, name, thin=name == _PLANNED, peak=peak, lettered=lettered)
 
 
-def _chart_row(row: PhaseRow, bars: Sequence[Bar] | Iterator[Bar]) -> Row:
-    return Row(row.step, list(bars), "ink" if row.passed else "bad", _group(row.step))
+def _chart_row(phase: PhaseRecord, bars: Iterable[Bar]) -> Row:
+    return Row(phase.phase, list(bars), "ink" if phase.passed else "bad", _group(phase.phase))
 
 
 def _group(step: str) -> str:
@@ -109,25 +106,20 @@ def _group(step: str) -> str:
 
 
 def _memory_description(run: Run) -> str:
-    if not run.rows:
+    if not run.phases:
         return "No phase has finished."
-    fullest = max(run.rows, key=lambda row: row.in_use)
-    last = run.rows[-1]
+    fullest = max(run.phases, key=lambda phase: phase.bytes_in_use)
+    last = run.phases[-1]
     return (
-        f"A bar for each of {len(run.rows)} phases, stacked by pool. The most after a phase is "
-        f"{sized(fullest.in_use)}, after {fullest.step}; at the end, after {last.step}, it is "
-        f"{sized(last.in_use)}. The table of planned and actual bytes has every number."
+        f"A bar for each of {len(run.phases)} phases, stacked by pool. The most after a phase is "
+        f"{sized(fullest.bytes_in_use)}, after {fullest.phase}; at the end, after {last.phase}, it "
+        f"is {sized(last.bytes_in_use)}. The table of planned and actual bytes has every number."
     )
 
 
 @dataclass(frozen=True)
 class DevicesChart:
-    """Bytes in use of each device over the phases, one small chart a device.
-
-    Attributes:
-        experiment: name of the experiment.
-        series: for each device its bytes after each phase; empty without devices.
-    """
+    """One small chart a device; ``series`` has for each its bytes in use after each phase."""
 
     experiment: str
     series: Sequence[Sequence[int]]
@@ -171,8 +163,6 @@ def _columns(values: Sequence[int], most: int, x: float, y: float, width: float)
     gap = 1 if column > 4 else 0
     yield Line(x, y + height, x + width, y + height, "grid")
     for index, value in enumerate(values):
-        tall = height * value / most
-        left, right = x + index * column, x + (index + 1) * column
-        yield Rect(
-            left, y + height - tall, right - left - gap, tall, "pool-total", tip=sized(value)
-        )
+        left, tall = x + index * column, height * value / most
+        top = y + height - tall
+        yield Rect(left, top, column - gap, tall, "pool-total", tip=sized(value))

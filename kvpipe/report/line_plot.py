@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from kvpipe.report.chart import WIDE, ticks
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
@@ -53,33 +52,16 @@ class LinePlot:
         return Drawing(width, frame.bottom + _BOTTOM, self.title, self.description, shapes)
 
 
-@dataclass(frozen=True)
 class _Frame:
-    """The axes of a plot at a width."""
+    """The axes of a plot at a width; ``falling`` are its points, the one with the most tokens first."""
 
-    points: Sequence[Point]
-    width: float
-
-    @cached_property
-    def narrow(self) -> bool:
-        return self.width <= WIDE / 2
-
-    @cached_property
-    def right(self) -> float:
-        return self.width - 34
-
-    @cached_property
-    def bottom(self) -> float:
-        return _TOP + (240.0 if self.narrow else 340.0)
-
-    @cached_property
-    def falling(self) -> list[Point]:
-        """The points, the one with the most tokens first."""
-        return sorted(self.points, key=lambda point: point.tokens, reverse=True)
-
-    @cached_property
-    def most_bytes(self) -> int:
-        return max(1, *(max(point.measured, point.planned or 0) for point in self.points))
+    def __init__(self, points: Sequence[Point], width: float) -> None:
+        self.points = points
+        self.falling = sorted(points, key=lambda point: point.tokens, reverse=True)
+        self.most_bytes = max(1, *(max(point.measured, point.planned or 0) for point in points))
+        self.narrow = width <= WIDE / 2
+        self.right = width - 34
+        self.bottom = _TOP + (240.0 if self.narrow else 340.0)
 
     def x(self, tokens: float) -> float:
         return _LEFT + (self.right - _LEFT) * tokens / max(self.falling[0].tokens, 1)

@@ -1,8 +1,8 @@
 """The report page of a run, from its records: the verdict first, then the pictures, then numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from kvpipe.pipeline.ledger import KV, PARAMS, is_contracted
+from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.records.run import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.config_changes import flat, value_text
 from kvpipe.report.figures import (
@@ -12,11 +12,9 @@ from kvpipe.report.figures import (
     memory_chart,
     memory_keys,
 )
-from kvpipe.report.palette import pool_name
 from kvpipe.report.run import UNFINISHED, Run
 from kvpipe.report.tables import Cell
-from kvpipe.report.tokens import Omitted, Stretch, first_difference, shortened, stretches
-from kvpipe.units import sized
+from kvpipe.report.tokens import first_difference, shortened
 
 _SECTIONS = {
     "memory": "Memory after each phase",
@@ -34,6 +32,7 @@ def report_page(run: Run) -> str:
     from kvpipe.report.render import rendered
 
     outputs = [phase for phase in run.phases if "token_ids" in phase.fields]
+    results = [_compared(phase, outputs[0]) for phase in outputs]
     chart = memory_chart(run)
     return rendered(
         "run.html.j2",
@@ -41,15 +40,12 @@ def report_page(run: Run) -> str:
         title=f"{run.experiment}: {run.status}",
         footer=f"Made by kvpipe from {RECORDS_FILE}.",
         sections={key: name for key, name in _SECTIONS.items() if key != "texts" or outputs},
-        origin=" · ".join(_origin(run)),
         tone={PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad"),
-        verdict=_verdict(run),
         reason=_reason(run),
         error=_error(run),
         failed=[one for one in run.checks if not one[1].passed],
         checks=[one for one in run.checks if not _as_planned(one[1])],
         checks_as_planned=[one for one in run.checks if _as_planned(one[1])],
-        cards=list(_cards(run)),
         memory=chart if any(bar.end for row in chart.rows for bar in row.bars) else None,
         legend=memory_keys(run),
         sources={phase.memory.bytes_in_use_source for phase in run.phases},
@@ -57,38 +53,24 @@ def report_page(run: Run) -> str:
         devices=DevicesChart.of(run),
         host=host_chart(run),
         outputs=outputs,
-        results=[_compared(phase, outputs[0]) for phase in outputs],
-        differences={phase.phase: _difference(phase, outputs[0]) for phase in outputs},
+        results=results,
+        differences={
+            phase.phase: list(shortened(outputs[0].fields["token_ids"], phase.fields["token_ids"]))
+            for phase, result in zip(outputs, results, strict=True)
+            if result.tone == "bad"
+        },
         config=[(key, value_text(value)) for key, value in flat(run.config)],
         versions=run.started.versions if run.started else {},
     )
 
 
-def _origin(run: Run) -> Iterator[str]:
-    if run.started:
-        yield run.started.started_at.replace("T", " ").replace("+00:00", " UTC")
-    if model := run.config.get("model"):
-        yield str(model["id"])
-    if run.planned:
-        yield f"{run.planned.target} with {run.planned.devices} devices"
-
-
-def _verdict(run: Run) -> str:
-    if run.finished is None:
-        return "It did not finish"
-    if run.status == PASSED:
-        return "Passed"
-    word = "Skipped" if run.status == SKIPPED else "Failed"
-    return f"{word}, exit code {run.finished.exit_code}"
-
-
 def _reason(run: Run) -> str:
     held = sum(check.passed for _, check in run.checks)
-    steps = len(run.started.steps) if run.started else len(run.rows)
-    ran = f"{len(run.rows)} of {steps} phases"
+    steps = len(run.started.steps) if run.started else len(run.phases)
+    ran = f"{len(run.phases)} of {steps} phases"
     checks = f"{held} of {len(run.checks)} checks hold."
     if run.finished is None:
-        last = f" after {run.rows[-1].step!r}" if run.rows else ""
+        last = f" after {run.phases[-1].phase!r}" if run.phases else ""
         return f"The records end{last}: {ran}, {checks}"
     return f"{ran} in {run.finished.elapsed_s:.1f} s, {checks} {_bytes_verdict(run.phases)}"
 
@@ -123,28 +105,6 @@ def _as_planned(check: Check) -> bool:
     return check.passed and check.name.startswith("plan/")
 
 
-def _cards(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and note of each key figure."""
-    if not run.rows:
-        return
-    fullest = max(run.rows, key=lambda row: row.in_use)
-    limit = limit_bytes(run)
-    of = f" of {sized(limit)}" if limit else ""
-    yield "Most on the devices", sized(fullest.in_use), f"after {fullest.step}{of}"
-    if peaks := [(row.peak, row.step) for row in run.rows if row.peak is not None]:
-        most, step = max(peaks)
-        yield "Peak inside a phase", sized(most), f"in {step}"
-    for pool in (PARAMS, KV):
-        if most := max(phase.ledger.get(pool, 0) for phase in run.phases):
-            name = pool_name(pool)
-            yield name[0].upper() + name[1:], sized(most), f"{most:,} bytes"
-    largest = max(run.rows, key=lambda row: row.rss)
-    yield "Host, resident", sized(largest.rss), f"after {largest.step}"
-    compiled = sum(row.compilations for row in run.rows)
-    seconds = sum(row.compile_s for row in run.rows)
-    yield "Programs compiled", str(compiled), f"in {seconds:.1f} s, on all threads"
-
-
 def _compared(phase: PhaseRecord, first: PhaseRecord) -> Cell:
     """Return how an output compares with the first one."""
     fields = phase.fields
@@ -156,10 +116,3 @@ def _compared(phase: PhaseRecord, first: PhaseRecord) -> Cell:
     if at is None:
         return Cell("the same token ids", tone="good")
     return Cell(f"differs from token {at}", tone="bad")
-
-
-def _difference(phase: PhaseRecord, first: PhaseRecord) -> list[Stretch | Omitted]:
-    """Return the token ids around where an output differs from that of the first phase."""
-    if _compared(phase, first).tone != "bad":
-        return []
-    return list(shortened(stretches(first.fields["token_ids"], phase.fields["token_ids"])))

@@ -1,13 +1,14 @@
-"""Colours by role, light and dark, for pages, SVG and PNG; the roles and names of pools.
+"""Colours by role, light and dark, for pages, SVG and PNG; the roles, names and kinds of pools.
 
 Pools have the colours of Okabe and Ito, which people with any colour vision can tell apart.
 Contrast to the ground: at least 3:1 for a pool, 4.5:1 for a text.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, slot_pool
+from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
 
 # Role -> its colour on a light and on a dark ground.
 _COLOURS = {
@@ -72,3 +73,16 @@ def pool_roles(pools: Sequence[str]) -> dict[str, str]:
 def pool_keys(pools: Sequence[str]) -> list[Key]:
     """Return a legend's entry for each pool."""
     return [Key(role, pool_name(pool)) for pool, role in pool_roles(pools).items()]
+
+
+def pool_kinds(pools: Mapping[str, int]) -> Counter[str]:
+    """Return the bytes of a ledger by kind of pool, as summaries have columns for them.
+
+    The slots are of the kind ``slots``, all programs of the kind ``program``, any other pool is one
+    of its own.
+    """
+    kinds: Counter[str] = Counter()
+    for pool, size in pools.items():
+        slot = pool.startswith(slot_pool(""))
+        kinds["slots" if slot else PROGRAM if pool == TRAINER_PROGRAM else pool] += size
+    return kinds

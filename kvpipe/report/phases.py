@@ -1,4 +1,4 @@
-"""The phases as JSON and as Markdown, and the words that the table shares with them."""
+"""The phases as JSON and as Markdown, which a terminal shows too."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,16 +45,14 @@ def effect_rows(effect: Effect) -> dict[str, str]:
     return {name: text for name, text in words.items() if text}
 
 
-def _shown(value: Any) -> str:
-    """Return a value of an option as YAML has it."""
+def _default(option: Option) -> str:
+    """Return what is used if a step does not give the option, as YAML has it."""
+    value = option.default
+    if option.required:
+        return "required"
     if isinstance(value, tuple):
         return f"[{', '.join(value)}]"
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def default_of(option: Option) -> str:
-    """Return what is used if a step does not give the option."""
-    return "required" if option.required else _shown(option.default)
 
 
 def _size_words(size: PoolSize) -> str:
@@ -78,7 +76,7 @@ def _markdown(phase: PhaseDoc) -> Iterator[str]:
     yield from (f"## `{phase.name}`", "", phase.summary, "")
     if phase.options:
         rows = [
-            [f"`{o.name}`", o.type, f"`{default_of(o)}`", o.meaning.replace("``", "`")]
+            [f"`{o.name}`", o.type, f"`{_default(o)}`", o.meaning.replace("``", "`")]
             for o in phase.options
         ]
         yield from markdown_table(["option", "type", "default", "meaning"], rows, texts=4)

@@ -21,12 +21,7 @@ def timeline(run: Run) -> Drawing:
 
 
 def framed(chart: Drawing, keys: Sequence[Key]) -> Drawing:
-    """Return a chart with its title as heading and a legend, on a ground of its own.
-
-    Args:
-        chart: the chart, of the width :data:`WIDE`.
-        keys: the entries of the legend.
-    """
+    """Return a chart of the width :data:`WIDE` with a heading and a legend, on its own ground."""
     legend, legend_height = _legend(keys)
     top = _MARGIN + _HEADING + legend_height
     width, height = WIDE + 2 * _MARGIN, top + chart.height + _MARGIN

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvpipe.plan.targets import CPU
-from kvpipe.records.run import PlannedPhase, Program, RunPlanned
+from kvpipe.records.run import RunPlanned
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
 
 def as_markdown(experiment: str, plan: RunPlanned) -> str:
     """Return the plan as a small Markdown document; sizes are bytes."""
-    pools = _pools_of(plan)
+    pools = plan.pools
     heading = ["phase", *pools, "total", "fullest device"]
     rows = [
         [
@@ -54,23 +54,19 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
 
 def compiled(plan: RunPlanned) -> list[str]:
     """Return one line for each of the engine's steps that was compiled for the target."""
-    return [
-        f"`{program.name}`{_batch(program)} compiles: "
-        f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries a device"
-        for program in plan.programs
-    ]
-
-
-def _batch(program: Program) -> str:
-    """Return the batch that a program is for; a trainer's programs have none."""
-    if not program.requests:
-        return ""
-    return f" of {program.requests} requests and {program.tokens} tokens"
+    lines = []
+    for program in plan.programs:
+        batch = f" of {program.requests} requests and {program.tokens} tokens"
+        sizes = f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries"
+        # A trainer's programs have no batch.
+        named = f"`{program.name}`{batch if program.requests else ''}"
+        lines.append(f"{named} compiles: {sizes} a device")
+    return lines
 
 
 def verdict(plan: RunPlanned) -> str:
     """Return in one phrase whether the plan fits, its peak, and the largest KV cache that fits."""
-    fit, peak = plan.fit, peak_of(plan)
+    fit, peak = plan.fit, plan.peak
     fits = "fits" if fit.fits else "does not fit"
     if plan.target == CPU:
         return (
@@ -85,25 +81,12 @@ def verdict(plan: RunPlanned) -> str:
     )
 
 
-def peak_of(plan: RunPlanned) -> PlannedPhase:
-    """Return the phase with the fullest device."""
-    return next(phase for phase in plan.phases if phase.name == plan.fit.peak_phase)
-
-
-def _pools_of(plan: RunPlanned) -> list[str]:
-    """Return every pool of the plan, in the order in which they are first filled."""
-    return list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
-
-
 def markdown_table(
     heading: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1
 ) -> list[str]:
     """Return the lines of a Markdown table.
 
-    Args:
-        heading: the columns' names.
-        rows: the cells.
-        texts: how many columns, from the left, hold text; the others are aligned as numbers.
+    The first ``texts`` columns hold text, the others are aligned as numbers.
     """
     rule = ["---" if column < texts else "---:" for column in range(len(heading))]
     return [f"| {' | '.join(cells)} |" for cells in (heading, rule, *rows)]

@@ -1,25 +1,20 @@
 """A plan as a table for a terminal; sizes in GiB."""
 
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from kvpipe.records.run import PlannedPhase, RunPlanned
+from kvpipe.report.palette import pool_kinds
 from kvpipe.report.plan import compiled, verdict
-from kvpipe.report.rows import pool_sizes
 from kvpipe.report.tables import NONE
 from kvpipe.units import gib
 
 
 def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
-    """Print the ledger after each phase and the verdict.
-
-    Args:
-        experiment: name of the experiment.
-        plan: its plan.
-        out: the stream.
-    """
+    """Print the ledger of an experiment's plan after each phase, and the verdict."""
     console = Console(file=out)
     table = Table(
         title=f"{experiment} on {plan.target}: GiB over {plan.devices} devices after each phase",
@@ -32,7 +27,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         table.add_column(name, justify="right", no_wrap=name != "fullest device")
     for phase in plan.phases:
         style = "bold" if phase.name == plan.fit.peak_phase else ""
-        table.add_row(phase.name, *_cells(phase, bool(plan.programs)), style=style)
+        table.add_row(phase.name, *_cells(phase, columns), style=style)
     console.print(table)
     for line in compiled(plan):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
@@ -41,8 +36,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     console.print(line, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
 
 
-def _cells(phase: PlannedPhase, with_programs: bool) -> list[str]:
-    held = pool_sizes(phase.pools)
-    sizes = [held.params, held.kv, held.slots, *([held.programs] if with_programs else [])]
-    shown = [NONE if size is None else gib(size) for size in sizes]
+def _cells(phase: PlannedPhase, kinds: Sequence[str]) -> list[str]:
+    held = pool_kinds(phase.pools)
+    shown = [gib(held[kind]) if kind in held else NONE for kind in kinds]
     return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]

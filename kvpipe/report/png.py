@@ -24,7 +24,8 @@ def as_png(drawing: Drawing) -> bytes:
 
     size = (round(drawing.width * SCALE), round(drawing.height * SCALE))
     image = Image.new("RGB", size, LIGHT["ground"])
-    canvas = ImageDraw.Draw(image)
+    # Pillow blends only in this mode.
+    canvas = ImageDraw.Draw(image, "RGBA")
     for shape in drawing.shapes:
         _paint(canvas, shape)
     stream = io.BytesIO()
@@ -39,8 +40,8 @@ def _paint(canvas: "ImageDraw.ImageDraw", shape: Shape) -> None:
             right, low = round((shape.x + shape.width) * SCALE), y + round(shape.height * SCALE)
             # The far edges belong to what Pillow fills; less than a pixel has none.
             if right > x and low > y:
-                colour = _paler(LIGHT[shape.role]) if shape.faded else LIGHT[shape.role]
-                canvas.rectangle((x, y, right - 1, low - 1), fill=colour)
+                alpha = f"{round(255 * FADED):02x}" if shape.faded else ""
+                canvas.rectangle((x, y, right - 1, low - 1), fill=LIGHT[shape.role] + alpha)
         case Line():
             ends = (shape.x1 * SCALE, shape.y1 * SCALE, shape.x2 * SCALE, shape.y2 * SCALE)
             canvas.line(ends, fill=LIGHT[shape.role], width=round(shape.width * SCALE))
@@ -62,14 +63,3 @@ def _font(size: float) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
-
-
-def _paler(colour: str) -> str:
-    """Return a colour as it looks when the ground shines through."""
-    channels = zip(_rgb(colour), _rgb(LIGHT["ground"]), strict=True)
-    mixed = [round(FADED * own + (1 - FADED) * ground) for own, ground in channels]
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

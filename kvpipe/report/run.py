@@ -19,7 +19,6 @@ from kvpipe.records.run import (
     RunStarted,
     record_from_json,
 )
-from kvpipe.report.rows import PhaseRow, phase_row
 
 PAGE_FILE = "report.html"
 UNFINISHED = "unfinished"
@@ -56,11 +55,6 @@ class Run:
         """The resolved config."""
         return self.started.config if self.started else {}
 
-    @cached_property
-    def rows(self) -> list[PhaseRow]:
-        """The summary of each phase, in order."""
-        return [phase_row(phase) for phase in self.phases]
-
     @property
     def checks(self) -> list[tuple[str, Check]]:
         """Every check with the name of its phase, in order."""
@@ -74,7 +68,7 @@ class Run:
     @property
     def pools(self) -> list[str]:
         """Every pool that is measured or planned, in the order in which they are first filled."""
-        planned = [pool for phase in self.plan.values() for pool in phase.pools]
+        planned = self.planned.pools if self.planned else []
         measured = [pool for phase in self.phases for pool in phase.ledger]
         return list(dict.fromkeys([*planned, *measured]))
 
@@ -97,10 +91,16 @@ def read_run(path: Path) -> Run:
         InputError: there is no such directory or file, or a line of it is no record.
     """
     file = records_file(path)
-    lines = _json_lines(file)
-    if not lines:
+    records = []
+    for where, line in _json_lines(file):
+        try:
+            records.append(record_from_json(line))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"not a record of this version of kvpipe: {type(error).__name__}: {error}"
+            raise InputError(f"{where}: {why}") from None
+    if not records:
         raise InputError(f"{file}: it has no records")
-    return run_of(path.name or str(path), [_record(line, where) for where, line in lines])
+    return run_of(path.name or str(path), records)
 
 
 def records_file(path: Path) -> Path:
@@ -163,12 +163,3 @@ def phase_line(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("phase"), str) else None
-
-
-def _record(line: Mapping[str, Any], where: str) -> Record:
-    try:
-        return record_from_json(line)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{where}: not a record of this version of kvpipe: {type(error).__name__}: {error}"
-        ) from None

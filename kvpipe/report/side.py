@@ -12,16 +12,8 @@ from typing import Any
 
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import is_contracted
-from kvpipe.records.run import (
-    RECORDS_FILE,
-    RUN_FINISHED,
-    RUN_PLANNED,
-    RUN_STARTED,
-    PhaseRecord,
-    RunPlanned,
-)
-from kvpipe.report.rows import phase_row
-from kvpipe.report.run import Run, phase_line, read_run, read_text, records_file
+from kvpipe.records.run import RECORDS_FILE, RUN_RECORDS, PhaseRecord, RunPlanned
+from kvpipe.report.run import phase_line, read_run, read_text, records_file
 
 RUN, PLAN, SCRIPT = "run", "plan", "log of the script"
 
@@ -55,12 +47,10 @@ class Side:
     """One side.
 
     Attributes:
-        name: its path, or another name.
         kind: :data:`RUN`, :data:`PLAN` or :data:`SCRIPT`.
         phases: its phases by name, in order.
         status: how a run ended; None of others.
         config: the resolved config; None if unknown.
-        versions: known versions of packages.
         plan: the plan, of the kind :data:`PLAN`.
     """
 
@@ -98,8 +88,11 @@ def read_side(path: Path) -> Side:
             f"{file}: it has no JSON line with a 'phase', so it is neither a run's records nor a "
             "log of the script; and it is no plan as plan.format=json writes it"
         )
-    if any(_is_kvpipes(line) for line in lines):
-        return _of_run(str(path), read_run(file))
+    if any("use" in line or line["phase"] in RUN_RECORDS for line in lines):
+        run = read_run(file)
+        config, versions = (run.config, run.started.versions) if run.started else (None, {})
+        phases = {phase.phase: _of_record(phase) for phase in run.phases}
+        return Side(str(path), RUN, phases, run.status, config, versions)
     return Side(str(path), SCRIPT, {line["phase"]: _of_script_line(line) for line in lines})
 
 
@@ -125,25 +118,10 @@ def _plan(text: str, file: Path) -> RunPlanned | None:
         raise InputError(f"{file}: not a plan: {type(error).__name__}: {error}") from None
 
 
-def _is_kvpipes(line: Mapping[str, Any]) -> bool:
-    return "use" in line or line["phase"] in (RUN_STARTED, RUN_PLANNED, RUN_FINISHED)
-
-
-def _of_run(name: str, run: Run) -> Side:
-    return Side(
-        name,
-        RUN,
-        {phase.phase: _of_record(phase) for phase in run.phases},
-        run.status,
-        run.config if run.started else None,
-        run.started.versions if run.started else {},
-    )
-
-
 def _of_record(phase: PhaseRecord) -> SidePhase:
     return SidePhase(
         pools=phase.ledger if phase.ledger else None,
-        total=phase_row(phase).in_use if phase.ledger else None,
+        total=phase.bytes_in_use if phase.ledger else None,
         peak=phase.peak.bytes_in_use_total if phase.peak else None,
         duration_s=phase.duration_s,
         compilations=phase.compilations,
@@ -153,13 +131,7 @@ def _of_record(phase: PhaseRecord) -> SidePhase:
 
 
 def plan_side(name: str, plan: RunPlanned, config: Mapping[str, Any] | None = None) -> Side:
-    """Return the side of a plan.
-
-    Args:
-        name: its name.
-        plan: the plan.
-        config: the config that it is of, if that is known.
-    """
+    """Return the side of a plan, with its config if that is known."""
     phases = {
         phase.name: SidePhase(phase.pools, phase.total_bytes, phase.max_device_bytes)
         for phase in plan.phases

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +11,7 @@ from kvpipe.pipeline.ledger import KV
 from kvpipe.records.run import INTERRUPTED, PASSED, SKIPPED
 from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.chart import WIDE, Bar, Chart, Part, Row
-from kvpipe.report.drawing import Drawable, Drawing
+from kvpipe.report.drawing import Drawing
 from kvpipe.report.line_plot import LinePlot, Point
 from kvpipe.report.palette import Key
 from kvpipe.report.picture import framed
@@ -20,16 +20,6 @@ from kvpipe.report.tables import NONE, Cell, Table, number
 from kvpipe.units import sized
 
 TOKENS = "engine.max_total_tokens"
-COLUMNS: Sequence[str] = (
-    "result",
-    "KV bytes",
-    "planned",
-    "freed",
-    "fits",
-    "peak",
-    "rebuild",
-    "same output",
-)
 _RESULTS = {PASSED: "held", SKIPPED: "skipped"}
 _TONES = {PASSED: "good", SKIPPED: "quiet"}
 _MARKS = {"good": "✓ ", "bad": "✗ "}
@@ -38,12 +28,7 @@ _MOST_CHARS = 300
 
 
 def sweep_page(sweep: SweepFinished, folder: Path) -> str:
-    """Return the page of a sweep as HTML.
-
-    Args:
-        sweep: its record.
-        folder: folder of the page, from which it links the pages of jobs.
-    """
+    """Return the page of a sweep as HTML; in ``folder``, its links to the pages of jobs hold."""
     from kvpipe.report.render import rendered
 
     found = figure_of(sweep)
@@ -58,7 +43,8 @@ def sweep_page(sweep: SweepFinished, folder: Path) -> str:
         verdict={PASSED: "Held", INTERRUPTED: "Interrupted"}.get(sweep.status, "Failed"),
         counts=counts(sweep),
         reasons=[(name_of(job), reason_of(job)) for job in sweep.jobs if job.status != PASSED],
-        cards=list(_cards(sweep)),
+        name_of=name_of,
+        tokens=TOKENS,
         figure=found,
         token=bytes_a_token(sweep),
         jobs=_jobs_table(sweep, folder),
@@ -72,7 +58,7 @@ def picture(sweep: SweepFinished) -> Drawing | None:
     return framed(found[0].drawn(WIDE), found[1]) if found else None
 
 
-def figure_of(sweep: SweepFinished) -> tuple[Drawable, list[Key]] | None:
+def figure_of(sweep: SweepFinished) -> tuple[Chart | LinePlot, list[Key]] | None:
     """Return the chart of a sweep and its legend; None if no job has measured a KV cache."""
     jobs = [job for job in sweep.jobs if job.kv_bytes is not None]
     if not jobs:
@@ -99,20 +85,21 @@ def bytes_a_token(sweep: SweepFinished) -> str | None:
     return f"{slope.numerator:,}" if slope.is_integer() else str(slope)
 
 
-def job_row(job: SweepJob) -> list[Cell]:
-    """Return the cells of a job, one for each of :data:`COLUMNS`."""
+def job_row(job: SweepJob) -> dict[str, Cell]:
+    """Return the cells of a job by the heading of their column."""
     taken = f"taken over from {job.taken_from}" if job.taken_from else ""
     same = {None: Cell(NONE), True: Cell("yes"), False: Cell("no", tone="bad")}
-    return [
-        Cell(result_of(job), note=taken, tone=_TONES.get(job.status, "bad")),
-        number(job.kv_bytes),
-        _planned(job),
-        number(job.freed_bytes, _freed_note(job)),
-        _fits(job),
-        _peak(job.peak_bytes),
-        Cell(NONE if job.rebuild_s is None else f"{job.rebuild_s:.3f} s"),
-        same[job.same_output],
-    ]
+    peak, seconds = job.peak_bytes, job.rebuild_s
+    return {
+        "result": Cell(result_of(job), note=taken, tone=_TONES.get(job.status, "bad")),
+        "KV bytes": number(job.kv_bytes),
+        "planned": _planned(job),
+        "freed": number(job.freed_bytes, _freed_note(job)),
+        "fits": _fits(job),
+        "peak": Cell(NONE) if peak is None else Cell(sized(peak), note=f"{peak:,} bytes"),
+        "rebuild": Cell(NONE if seconds is None else f"{seconds:.3f} s"),
+        "same output": same[job.same_output],
+    }
 
 
 def name_of(job: SweepJob) -> str:
@@ -165,42 +152,23 @@ def _fits(job: SweepJob) -> Cell:
     return Cell("no", note=f"{job.largest_max_total_tokens:,} tokens would")
 
 
-def _peak(size: int | None) -> Cell:
-    return Cell(NONE) if size is None else Cell(sized(size), note=f"{size:,} bytes")
-
-
 def _jobs_table(sweep: SweepFinished, folder: Path) -> Table:
+    columns: list[str] = []
     rows: list[list[Cell]] = []
     for job in sweep.jobs:
-        result, *others = job_row(job)
-        marked = replace(result, text=_MARKS.get(result.tone, "") + result.text)
+        cells = job_row(job)
+        result = cells["result"]
+        cells["result"] = replace(result, text=_MARKS.get(result.tone, "") + result.text)
         values = [Cell(codes=[job.values.get(key, NONE)]) for key in sweep.swept]
-        rows.append([Cell(str(job.job), href=_link(job, folder)), *values, marked, *others])
-    return Table("Jobs", ["job", *sweep.swept, *COLUMNS], rows, texts=2 + len(sweep.swept))
+        rows.append([Cell(str(job.job), href=_link(job, folder)), *values, *cells.values()])
+        columns = ["job", *sweep.swept, *cells]
+    return Table("Jobs", columns, rows, texts=2 + len(sweep.swept))
 
 
 def _link(job: SweepJob, folder: Path) -> str:
     """Return the link to the job's page, empty if it has none."""
     page = Path(job.run_dir) / PAGE_FILE
     return Path(os.path.relpath(page, folder.absolute())).as_posix() if page.is_file() else ""
-
-
-def _cards(sweep: SweepFinished) -> Iterator[tuple[str, str, str]]:
-    """Yield name, value and note of each key figure."""
-    if token := bytes_a_token(sweep):
-        yield "A token", f"{token} bytes", "of the KV cache, by the plan"
-    measured = [job for job in sweep.jobs if job.kv_bytes is not None]
-    if measured:
-        largest = max(measured, key=lambda job: job.kv_bytes or 0)
-        size = largest.kv_bytes or 0
-        yield "Largest KV cache", sized(size), f"{size:,} bytes, {name_of(largest)}"
-    most = {job.largest_max_total_tokens for job in sweep.jobs} - {None}
-    if len(most) == 1:
-        (tokens,) = most
-        yield "Would still fit", f"{tokens:,}", f"{TOKENS}, says the plan"
-    if times := [(job.rebuild_s, name_of(job)) for job in sweep.jobs if job.rebuild_s is not None]:
-        seconds, name = max(times)
-        yield "Slowest rebuild", f"{seconds:.3f} s", name
 
 
 def _plot(sweep: SweepFinished) -> LinePlot:

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from kvpipe.records.run import PASSED, SKIPPED
 from kvpipe.records.sweep import SweepFinished
-from kvpipe.report.sweep import COLUMNS, bytes_a_token, counts, job_row, name_of, reason_of
-from kvpipe.report.tables import NONE, Cell
+from kvpipe.report.sweep import bytes_a_token, counts, job_row, name_of, reason_of
+from kvpipe.report.tables import NONE
 
 _STYLES = {"good": "green", "quiet": "yellow", "bad": "red"}
 _TEXTS = ("result", "fits", "same output")
@@ -20,18 +20,13 @@ _OPTIONAL = ("peak",)
 
 
 def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
-    """Print the table of a sweep and its verdict.
-
-    Args:
-        sweep: its record.
-        out: the stream.
-    """
+    """Print the table of a sweep and its verdict."""
     console = Console(file=out)
-    whole = _table(sweep, COLUMNS)
+    whole = _table(sweep)
     # The width that it would take in a window of any width.
     wide = console.options.update_width(1000)
     if Measurement.get(console, wide, whole).maximum > console.width:
-        whole = _table(sweep, [name for name in COLUMNS if name not in _OPTIONAL])
+        whole = _table(sweep, left_out=_OPTIONAL)
     console.print()
     console.print(whole)
     for line in _below(sweep):
@@ -39,7 +34,9 @@ def print_sweep(sweep: SweepFinished, out: TextIO) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _table(sweep: SweepFinished, columns: Sequence[str]) -> Table:
+def _table(sweep: SweepFinished, left_out: Sequence[str] = ()) -> Table:
+    jobs = [(job, job_row(job)) for job in sweep.jobs]
+    columns = [name for name in jobs[0][1] if name not in left_out]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("job", justify="right", no_wrap=True)
     for key in sweep.swept:
@@ -49,17 +46,13 @@ def _table(sweep: SweepFinished, columns: Sequence[str]) -> Table:
     for name in columns:
         heading = name.replace("same ", "same\n")
         table.add_column(heading, justify="left" if name in _TEXTS else "right", overflow="fold")
-    for job in sweep.jobs:
-        cells = dict(zip(COLUMNS, map(_text, job_row(job)), strict=True))
+    for job, row in jobs:
+        cells = {name: Text(cell.text, _STYLES.get(cell.tone, "")) for name, cell in row.items()}
         if job.taken_from:
             cells["result"].append(" *")
         values = (Text(job.values.get(key, NONE)) for key in sweep.swept)
         table.add_row(Text(str(job.job)), *values, *(cells[name] for name in columns))
     return table
-
-
-def _text(cell: Cell) -> Text:
-    return Text(cell.text, _STYLES.get(cell.tone, ""))
 
 
 def _below(sweep: SweepFinished) -> Iterator[Text]:

@@ -11,12 +11,7 @@ _MOST_MATCHED = 1024
 
 @dataclass(frozen=True)
 class Stretch:
-    """Adjacent tokens that all agree, or all do not.
-
-    Attributes:
-        before: the ids of the one output.
-        after: the ids of the other; equal to ``before`` where they agree.
-    """
+    """The ids of adjacent tokens of both outputs; all of them agree, or none does."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -50,8 +45,9 @@ def stretches(before: Sequence[int], after: Sequence[int]) -> list[Stretch]:
     return [stretch for stretch in found if stretch.before or stretch.after]
 
 
-def shortened(found: Sequence[Stretch]) -> Iterator[Stretch | Omitted]:
+def shortened(before: Sequence[int], after: Sequence[int]) -> Iterator[Stretch | Omitted]:
     """Yield the stretches; of those that agree only the ends next to a difference."""
+    found = stretches(before, after)
     for index, stretch in enumerate(found):
         ids = stretch.before
         lead = _CONTEXT if index > 0 else 0

@@ -5,20 +5,25 @@ from dataclasses import replace
 
 from kvpipe.errors import ending_of
 from kvpipe.records.progress import Progress
-from kvpipe.records.run import FAILED, PhaseRecord, RunFinished, RunPlanned, RunStarted
+from kvpipe.records.run import FAILED, PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
 
 
 class Sink:
     """Base of every sink, with a hook for each event; a sink overrides those that it needs.
 
-    The parent calls the hooks in this order.
+    The parent calls the hooks in this order; that of a record passes it on to :meth:`received`.
     """
+
+    def received(self, record: Record) -> None:
+        """Receive a record of any kind."""
 
     def run_started(self, record: RunStarted) -> None:
         """Receive the first record, with the config of the run."""
+        self.received(record)
 
     def run_planned(self, record: RunPlanned) -> None:
         """Receive the plan; it comes after the phases that run in the parent."""
+        self.received(record)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Receive the name of the step that starts, its position from 0 and the step count."""
@@ -28,9 +33,22 @@ class Sink:
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Receive the record of a phase."""
+        self.received(record)
 
     def run_finished(self, record: RunFinished) -> None:
         """Receive the last record and close; called once, also for a failed run."""
+        self.received(record)
+
+
+class Collector(Sink):
+    """Base of the sinks that write only after the run has ended: it keeps the records until then."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def received(self, record: Record) -> None:
+        """Keep the record."""
+        self._records.append(record)
 
 
 class Sinks(Sink):

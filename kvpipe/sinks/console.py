@@ -14,6 +14,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
     PASSED,
@@ -25,7 +26,7 @@ from kvpipe.records.run import (
     RunPlanned,
     RunStarted,
 )
-from kvpipe.report.rows import PhaseRow, phase_row
+from kvpipe.report.palette import pool_kinds
 from kvpipe.sinks import Sink
 from kvpipe.units import gib
 
@@ -123,8 +124,7 @@ class ConsoleTable(Sink):
         """Print the row of the phase."""
         self._clear()
         self._phases += 1
-        row = phase_row(record)
-        self._print_row(row.step, _cells(row), "" if row.passed else "red")
+        self._print_row(record.phase, _cells(record), "" if record.passed else "red")
         if record.peak and record.peak.error:
             self._console.print(Text(f"  its peak is not known: {record.peak.error}", "red"))
 
@@ -159,21 +159,19 @@ def _width(columns: Sequence[_Column]) -> int:
     return sum(1 + column.width for column in columns)
 
 
-def _cells(row: PhaseRow) -> list[str]:
+def _cells(record: PhaseRecord) -> list[str]:
     """Return the cells of a row, one for each of :data:`_COLUMNS`."""
-    held = row.held
-    other = [size for size in (held.other, held.programs) if size is not None]
+    held, checks = pool_kinds(record.ledger), record.checks
+    other = [held[kind] for kind in (OTHER, PROGRAM) if kind in held]
     return [
-        f"{row.seconds:.2f}",
-        _gib(held.params),
-        _gib(held.kv),
-        _gib(held.slots),
+        f"{record.duration_s:.2f}",
+        *(_gib(held.get(kind)) for kind in (PARAMS, KV, "slots")),
         _gib(sum(other) if other else None),
-        _gib(held.total),
-        _gib(row.peak),
-        _gib(row.rss),
-        str(row.compilations or _NONE),
-        f"{row.checks_held}/{row.checks}" if row.checks else _NONE,
+        _gib(held.total() if held else None),
+        _gib(record.peak_bytes),
+        _gib(record.memory.process_rss_bytes),
+        str(record.compilations or _NONE),
+        f"{sum(check.passed for check in checks)}/{len(checks)}" if checks else _NONE,
     ]
 
 

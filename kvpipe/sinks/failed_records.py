@@ -5,7 +5,7 @@ from typing import TextIO
 
 from kvpipe.errors import RecordError
 from kvpipe.records.run import RunFinished, RunStarted
-from kvpipe.sinks.collector import Collector
+from kvpipe.sinks import Collector
 
 
 class FailedRecords(Collector):

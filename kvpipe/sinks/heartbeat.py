@@ -26,17 +26,24 @@ class Heartbeat(Sink):
     def __init__(self, stream: TextIO, every_s: float) -> None:
         self._stream = stream
         self._every_s = every_s
-        self._beating: _Beating | None = None
+        self._thread: PeriodicThread | None = None
+        self._step = ""
+        self._position = ""
+        self._began = 0.0
+        self._latest: tuple[float, Progress] | None = None
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Start the lines of the step."""
         self._stop()
-        self._beating = _Beating(self._stream, self._every_s, step, f"{idx + 1}/{total}")
+        self._step, self._position = step, f"{idx + 1}/{total}"
+        self._began, self._latest = time.monotonic(), None
+        self._thread = PeriodicThread("heartbeat", self._beat, self._every_s)
+        self._thread.start()
 
     def phase_progressed(self, progress: Progress) -> None:
         """Keep the step's progress for the next line."""
-        if self._beating and progress.step == self._beating.step:
-            self._beating.latest = (time.monotonic(), progress)
+        if progress.step == self._step:
+            self._latest = (time.monotonic(), progress)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Stop the lines of the step."""
@@ -47,29 +54,15 @@ class Heartbeat(Sink):
         self._stop()
 
     def _stop(self) -> None:
-        if self._beating:
-            self._beating.ticker.stop()
-            self._beating = None
-
-
-class _Beating:
-    """The lines of one step."""
-
-    def __init__(self, stream: TextIO, every_s: float, step: str, position: str) -> None:
-        self.step = step
-        self.latest: tuple[float, Progress] | None = None
-        self.ticker = PeriodicThread("heartbeat", self._beat, every_s)
-        self._stream = stream
-        self._every_s = every_s
-        self._position = position
-        self._began = time.monotonic()
-        self.ticker.start()
+        if self._thread:
+            self._thread.stop()
+            self._thread = None
 
     def _beat(self) -> float:
         now = time.monotonic()
-        line = f"kvpipe: {self._position} {self.step} has run for {now - self._began:.0f} s"
-        if self.latest:
-            at, progress = self.latest
+        line = f"kvpipe: {self._position} {self._step} has run for {now - self._began:.0f} s"
+        if self._latest:
+            at, progress = self._latest
             old = f", reported {now - at:.0f} s ago" if now - at > _OLD_S else ""
             line += f": {progress}{old}"
         self._stream.write(f"{line}\n")

@@ -3,20 +3,10 @@
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TextIO
 
 from kvpipe.errors import RecordError
-from kvpipe.records.run import (
-    RUN_FINISHED,
-    RUN_PLANNED,
-    RUN_STARTED,
-    PhaseRecord,
-    Record,
-    RunFinished,
-    RunPlanned,
-    RunStarted,
-)
+from kvpipe.records.run import PhaseRecord, Record
 from kvpipe.sinks import Sink
 
 # Enough for the last record of a run with thousands of token ids in its checks.
@@ -37,28 +27,17 @@ class JsonLines(Sink):
         """Name of the output, for messages."""
         return getattr(self._stream, "name", "the stream")
 
-    def run_started(self, record: RunStarted) -> None:
-        """Write the first record."""
-        self._write(record, RUN_STARTED)
+    def received(self, record: Record) -> None:
+        """Write the record.
 
-    def run_planned(self, record: RunPlanned) -> None:
-        """Write the plan."""
-        self._write(record, RUN_PLANNED)
-
-    def phase_finished(self, record: PhaseRecord) -> None:
-        """Write the record."""
-        self._write(record, record.phase)
-
-    def run_finished(self, record: RunFinished) -> None:
-        """Write the last record."""
-        self._write(record, RUN_FINISHED)
-
-    def _write(self, record: Record, phase: str) -> None:
-        line = f"{record.line}\n"
+        Raises:
+            RecordError: it cannot be written.
+        """
         try:
-            self._put(line)
+            self._put(f"{record.line}\n")
         except (OSError, UnicodeEncodeError) as error:
             reason = getattr(error, "strerror", None) or error
+            phase = record.phase if isinstance(record, PhaseRecord) else record.tag
             message = f"{self.name}: cannot write the record of {phase!r}: {reason}"
             raise RecordError(message) from error
 
@@ -89,12 +68,7 @@ class JsonFile(JsonLines):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._give_up_reserve()
         os.close(self._file)
 

@@ -32,12 +32,7 @@ def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
 
 
 def show_sweep(sweep: SweepFinished, output: OutputFormat) -> None:
-    """Show a sweep on stdout: a table for people, a JSON line for pipes.
-
-    Args:
-        sweep: its summary.
-        output: ``table`` or ``json``.
-    """
+    """Show a sweep on stdout: ``table`` for people, ``json``, one line, for pipes."""
     if output is OutputFormat.json:
         print(sweep.line, flush=True)
         return

@@ -10,7 +10,10 @@ from typing import Any
 from kvpipe.records.run import PhaseRecord
 
 TABLE_COLUMNS = ("kind", "sha256", "chars", "truncated", "text")
-_FIRST_OUTPUT, _OUTPUT_AFTER_REBUILD = "output_1", "output_2"
+_SUMMARY_NAMES = {
+    "output_1": "sample/output_text",
+    "output_2": "sample/output_text_after_rebuild",
+}
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,7 @@ def summary_of(sample: Sample, prompt_file: str | None) -> dict[str, Any]:
             "prompt/file": prompt_file,
             "sample/prompt_sha256": sample.sha256,
         }
-    names = {
-        _FIRST_OUTPUT: "sample/output_text",
-        _OUTPUT_AFTER_REBUILD: "sample/output_text_after_rebuild",
-    }
-    if sample.kind not in names:
+    if (name := _SUMMARY_NAMES.get(sample.kind)) is None:
         return {}
-    name = names[sample.kind]
-    return {
-        f"{name}_sha256": sample.sha256,
-        name: sample.text,
-        f"{name}_chars": len(sample.text),
-    }
+    length = len(sample.text)
+    return {f"{name}_sha256": sample.sha256, name: sample.text, f"{name}_chars": length}

@@ -5,8 +5,9 @@ Code that needs wandb is in :mod:`kvpipe.sinks.wandb`.
 
 from typing import Any
 
-from kvpipe.pipeline.ledger import KV, PARAMS, slot_pool
+from kvpipe.pipeline.ledger import KV, PARAMS
 from kvpipe.records.run import SKIPPED, PhaseRecord, RunFinished, RunPlanned
+from kvpipe.report.palette import pool_kinds
 
 PHASES_COLUMNS = (
     "phase",
@@ -29,15 +30,12 @@ _TITLE_CHARS = 63  # W&B's limit
 
 def phase_row(record: PhaseRecord) -> list[Any]:
     """Return the row of a phase, in the order of :data:`PHASES_COLUMNS`."""
-    ledger, peak = record.ledger, record.peak
-    slots = [size for pool, size in ledger.items() if pool.startswith(slot_pool(""))]
+    held, peak = pool_kinds(record.ledger), record.peak
     return [
         record.phase,
         record.duration_s,
-        ledger.get(PARAMS, 0),
-        ledger.get(KV, 0),
-        sum(slots),
-        sum(ledger.values()),
+        *(held[kind] for kind in (PARAMS, KV, "slots")),
+        held.total(),
         peak.bytes_in_use_total if peak else None,
         record.memory.process_rss_bytes,
         record.compilations,
@@ -47,7 +45,7 @@ def phase_row(record: PhaseRecord) -> list[Any]:
 
 def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and the rows of the plan: the bytes of each pool after each phase."""
-    pools = list(dict.fromkeys(pool for phase in plan.phases for pool in phase.pools))
+    pools = plan.pools
     columns = ["phase", *(f"{pool}_bytes" for pool in pools), "total_bytes", "max_device_bytes"]
     rows = [
         [

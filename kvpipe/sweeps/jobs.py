@@ -30,12 +30,7 @@ _GROUP = "sweep"
 
 @dataclass(frozen=True)
 class Begun:
-    """The sweep that this process has started.
-
-    Attributes:
-        directory: its directory, absolute.
-        output: format of stdout.
-    """
+    """The sweep that this process has started: its absolute directory, the format of stdout."""
 
     directory: Path
     output: OutputFormat
@@ -109,9 +104,7 @@ def jobs_of(sweep_dir: Path) -> tuple[Job, ...]:
 def command_line(hydra: HydraConf | DictConfig, overrides: Sequence[str]) -> str:
     """Return the command line of a single run with these overrides.
 
-    Args:
-        hydra: Hydra's own part of the config, of the run or of its sweep.
-        overrides: the run's overrides.
+    ``hydra`` is Hydra's own part of the config, of the run or of its sweep.
     """
     directory = config_dir(hydra.runtime.config_sources)
     flags = ["--config-dir", directory] if directory else []
@@ -121,11 +114,7 @@ def command_line(hydra: HydraConf | DictConfig, overrides: Sequence[str]) -> str
 
 
 def config_dir(sources: Sequence[Any]) -> str | None:
-    """Return the directory given by ``--config-dir``.
-
-    Args:
-        sources: the config sources of Hydra, ``hydra.runtime.config_sources``.
-    """
+    """Return the directory given by ``--config-dir``, from ``hydra.runtime.config_sources``."""
     return next((s.path for s in sources if s.provider == "command-line"), None)
 
 

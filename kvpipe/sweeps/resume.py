@@ -7,7 +7,7 @@ from typing import Any
 
 from kvpipe.errors import InputError
 from kvpipe.records.run import PASSED, RECORDS_FILE, RunStarted
-from kvpipe.report.run import Run, read_run
+from kvpipe.report.run import read_run
 from kvpipe.sinks.report import write_page, write_timeline
 
 # These do not influence the measurements.
@@ -30,10 +30,14 @@ def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | 
         run_dir: the job's own directory, which may be that of an earlier attempt.
         sweep_dir: the sweep's directory; the ones next to it are searched too, newest first.
     """
-    found = sorted(sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}"), key=_age, reverse=True)
-    for records in [run_dir / RECORDS_FILE, *found]:
-        run = _read(records)
-        if run and run.status == PASSED and run.started and _same(run.started, started):
+    found = sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}")
+    newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    for records in [run_dir / RECORDS_FILE, *newest_first]:
+        try:
+            run = read_run(records)
+        except InputError:
+            continue  # this version cannot read it
+        if run.status == PASSED and run.started and _same(run.started, started):
             return records.parent
     return None
 
@@ -47,22 +51,10 @@ def take_over(found: Path, run_dir: Path) -> None:
     write_page(run, run_dir)
 
 
-def _age(records: Path) -> float:
-    return records.stat().st_mtime
-
-
-def _read(records: Path) -> Run | None:
-    """Return the run in a records file; None if this version cannot read it."""
-    try:
-        return read_run(records)
-    except InputError:
-        return None
-
-
 def _same(one: RunStarted, other: RunStarted) -> bool:
     return _compared(one) == _compared(other) and dict(one.versions) == dict(other.versions)
 
 
 def _compared(started: RunStarted) -> dict[str, Any]:
-    config = json.loads(json.dumps(started.to_json()["config"]))
+    config = json.loads(started.line)["config"]
     return {key: value for key, value in config.items() if key not in _NOT_COMPARED}

@@ -31,9 +31,11 @@ class WatchQueue(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Install the poller before the first job is submitted."""
-        from kvpipe.sweeps.slurm_queue import watch_queue
+        from submitit.slurm.slurm import SlurmJob
 
-        WatchQueue.watcher = watch_queue()
+        from kvpipe.sweeps.slurm_queue import QueueWatcher
+
+        WatchQueue.watcher = SlurmJob.watcher = QueueWatcher()
 
 
 def submitted() -> bool:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+from submitit.slurm.slurm import SlurmInfoWatcher
 
 # submitit polls every few seconds at first, then less and less often, down to this.
 _ASKED_EVERY_S = 60
@@ -61,10 +61,3 @@ class QueueWatcher(SlurmInfoWatcher):
         if summary != self._summary:
             _log.info("SLURM job %s: %s", ", ".join(self.job_ids()), summary)
             self._summary = summary
-
-
-def watch_queue() -> QueueWatcher:
-    """Make submitit look jobs up in the queue from now on; return the watcher."""
-    watcher = QueueWatcher()
-    SlurmJob.watcher = watcher
-    return watcher

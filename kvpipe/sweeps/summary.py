@@ -3,7 +3,7 @@
 Its jobs may have run in other processes and on other machines, so what they returned does not count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from kvpipe import errors
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import KV, is_contracted
 from kvpipe.plan.pages import whole_pages
-from kvpipe.records.run import FAILED, INTERRUPTED, PASSED, RECORDS_FILE, SKIPPED, PhaseRecord
+from kvpipe.records.run import FAILED, INTERRUPTED, PASSED, RECORDS_FILE, SKIPPED
 from kvpipe.records.sweep import SweepFinished, SweepJob
 from kvpipe.report.run import UNFINISHED, Run, read_run
 from kvpipe.sweeps.jobs import Job, jobs_of
@@ -22,11 +22,7 @@ _HELD = (PASSED, SKIPPED)
 
 
 def summary_of(sweep_dir: Path) -> SweepFinished:
-    """Return the summary of a sweep.
-
-    Args:
-        sweep_dir: the sweep's directory.
-    """
+    """Return the summary of the sweep in a directory."""
     jobs = jobs_of(sweep_dir)
     swept = _swept(jobs)
     rows = [_job(job, swept) for job in jobs]
@@ -105,33 +101,21 @@ def _measured(run: Run) -> dict[str, Any]:
         for pool, off in phase.plan_error_bytes.items()
         if is_contracted(pool)
     ]
-    on_devices = [row for row in run.rows if row.held.total is not None]
+    used = [max(p.bytes_in_use, p.peak_bytes or 0) for p in run.phases if p.ledger]
+    engine = run.config.get("engine")
+    drops = [phase.fields.get("drop_info") for phase in run.phases]
     same = [phase.fields["same_output"] for phase in run.phases if "same_output" in phase.fields]
     return {
-        "max_total_tokens": _tokens(run),
+        # The engine allocates whole pages.
+        "max_total_tokens": engine and whole_pages(engine["max_total_tokens"], engine["page_size"]),
         "kv_bytes": next(iter(measured), None),
         "planned_kv_bytes": next(iter(planned), None),
         "plan_error_bytes": max(off_plan, key=abs, default=None),
-        "freed_bytes": next(_drops(run.phases), None),
-        "peak_bytes": max((max(row.in_use, row.peak or 0) for row in on_devices), default=None),
+        "freed_bytes": next((info["freed_bytes"] for info in drops if info), None),
+        "peak_bytes": max(used, default=None),
         "rebuild_s": next((p.duration_s for p in run.phases if "rebuild_info" in p.fields), None),
         "same_output": all(same) if same else None,
     }
-
-
-def _drops(phases: Sequence[PhaseRecord]) -> Iterator[int]:
-    """Yield the bytes that each drop of the KV cache gave back."""
-    for phase in phases:
-        if info := phase.fields.get("drop_info"):
-            yield info["freed_bytes"]
-
-
-def _tokens(run: Run) -> int | None:
-    """Return the capacity of the KV cache in whole pages, which is what the engine allocates."""
-    engine = run.config.get("engine")
-    if engine is None:
-        return None
-    return whole_pages(engine["max_total_tokens"], engine["page_size"])
 
 
 def _ending(rows: Sequence[SweepJob]) -> tuple[str, int]:

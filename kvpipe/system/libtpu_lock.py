@@ -5,6 +5,8 @@ it.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,7 @@ _TPU = "tpu"
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds the lock.
-
-    Attributes:
-        pid: its process id.
-        user: name of its user.
-        command: its command line.
-    """
+    """The process that holds the lock: its id, the name of its user, its command line."""
 
     pid: int
     user: str
@@ -53,21 +49,15 @@ def _process(pid: int) -> Holder:
         return Holder(pid, "unknown", "unknown")
 
 
-class LibtpuLock:
+@contextmanager
+def libtpu_lock(device: str, lock_file: Path = LOCK_FILE) -> Iterator[None]:
     """Context of a run: on exit, remove the lock file if the run created it.
 
-    Args:
-        device: ``engine.device``; on the CPU nothing is done.
-        lock_file: path of the lock file.
+    Nothing is done unless ``device``, that of ``engine.device``, is the TPU.
     """
-
-    def __init__(self, device: str, lock_file: Path = LOCK_FILE) -> None:
-        self._lock_file = lock_file
-        self._ours = device == _TPU and not lock_file.exists()
-
-    def __enter__(self) -> None:
-        """Do nothing: libtpu creates the file itself."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._ours and self._lock_file.exists() and holder(self._lock_file) is None:
-            self._lock_file.unlink()
+    ours = device == _TPU and not lock_file.exists()
+    try:
+        yield  # libtpu creates the file itself
+    finally:
+        if ours and lock_file.exists() and holder(lock_file) is None:
+            lock_file.unlink()

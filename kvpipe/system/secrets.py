@@ -127,13 +127,13 @@ def _parse(text: str, where: str) -> tuple[str, str]:
     """Return name and value of a line; messages never show its content."""
     line = _LINE.fullmatch(text)
     if line is None:
-        raise InputError(f"{where}: it has to be KEY=VALUE, a comment or empty")
+        raise InputError(f"{where}: it must be KEY=VALUE, a comment or empty")
     value = line["value"]
     if value[:1] not in ("'", '"'):
         return line["name"], re.split(r"\s+#", value, maxsplit=1)[0].strip()
     quoted = _QUOTED.fullmatch(value)
     if quoted is None:
-        raise InputError(f"{where}: the value's quotes have to be closed at its end")
+        raise InputError(f"{where}: the value's quotes must be closed at its end")
     return line["name"], quoted["value"]
 
 

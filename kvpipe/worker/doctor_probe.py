@@ -35,7 +35,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
             "devices": devices.describe(),
             "hbm_bytes": devices.memory_bytes(),
             "patches": compat.in_force(),
-            "misfit": None,
+            "why_not_fit": None,
             "peak_bytes": None,
         }
         if job["model_dir"] is None:
@@ -46,7 +46,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
             traceback.print_exc()
         return asdict(ending_of(error))
     peak = max(phase.max_device_bytes for phase in record.phases)
-    return found | {"misfit": fit.misfit(record), "peak_bytes": peak}
+    return found | {"why_not_fit": fit.why_not_fit(record), "peak_bytes": peak}
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def plan_for(
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=fold.planned_phases(planned, ledgers),
-        fit=fit.judge(planned, ledgers, target.hbm_bytes, capacity, temporaries),
+        fit=fit.fit_of(planned, ledgers, target.hbm_bytes, capacity, temporaries),
         programs=programs,
     )
     return fold.Plan(record, ledgers)

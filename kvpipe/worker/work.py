@@ -21,7 +21,7 @@ from kvpipe.errors import Ending, EngineError, ending_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import build_steps, use_of
-from kvpipe.plan.fit import refuse_misfit
+from kvpipe.plan.fit import check_fit
 from kvpipe.plan.fold import Plan
 from kvpipe.records.run import PhaseRecord, RunPlanned
 from kvpipe.system.pipes import send, send_line
@@ -158,7 +158,7 @@ def _planned_jobs(
         plan = planner(steps, config, ctx.model_dir)
         callbacks.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
         if config.plan.enforce:
-            refuse_misfit(plan.record)
+            check_fit(plan.record)
         return plan
 
     plan = multihost.in_stage(make)

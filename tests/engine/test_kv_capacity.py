@@ -4,7 +4,7 @@ import pytest
 
 from kvpipe.engine.kv_capacity import pool_size
 from kvpipe.pipeline.ledger import Size
-from kvpipe.plan.fit import KvCapacity, judge
+from kvpipe.plan.fit import KvCapacity, fit_of
 from kvpipe.plan.fold import check_order, plan_ledgers
 from tests.helpers_config import build, default_names
 from tests.refusal import refusal
@@ -29,7 +29,7 @@ def fit(hbm_bytes, tokens, page_size, ranks):
     kv = bytes_of_a_device(tokens, page_size, ranks)
     sizes = {Size.PARAMS: (PARAMS,) * ranks, Size.KV: (kv,) * ranks, Size.PROGRAM: (0,) * ranks}
     ledgers = plan_ledgers(planned, sizes, devices=ranks)
-    return judge(planned, ledgers, hbm_bytes, KvCapacity(kv, tokens, page_size))
+    return fit_of(planned, ledgers, hbm_bytes, KvCapacity(kv, tokens, page_size))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -167,7 +167,7 @@ ANSWER = {
     "devices": {"device_count": 4, "device_kind": "TPU v4", "platform": "tpu"},
     "hbm_bytes": 32 << 30,
     "patches": ["a", "b"],
-    "misfit": None,
+    "why_not_fit": None,
     "peak_bytes": 16 << 30,
 }
 
@@ -184,7 +184,7 @@ def test_the_devices_the_patches_and_the_plan_are_told():
         Level.OK,
         "tiny fits, peak 16.00 of 32.00 GiB a device",
     )
-    assert told(misfit="it does not fit")[2].level is Level.BAD
+    assert told(why_not_fit="it does not fit")[2].level is Level.BAD
     assert told(peak_bytes=None) == [devices, patches]
     (error,) = told(error="no devices")
     assert (error.level, error.found) == (Level.BAD, "no devices")

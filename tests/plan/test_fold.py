@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.ledger import KV, PARAMS, PROGRAM, KvTokens, Ledger, Size, slot_pool
 from kvpipe.pipeline.phase import Effect, WorkerPhase
-from kvpipe.plan.fit import KvCapacity, judge
+from kvpipe.plan.fit import KvCapacity, fit_of
 from kvpipe.plan.fold import check_order, kv_capacities, plan_ledgers, planned_phases
 from tests.helpers_config import build, default_names
 from tests.refusal import refusal as refusal_of
@@ -112,8 +112,8 @@ def test_a_capacity_of_a_steps_own_counts_as_it_is_and_does_not_follow_max_total
     planned = check_order(build(names, **larger))
     ledgers = plan_ledgers(planned, SIZES | {KvTokens(499): (50_000, 50_000)}, devices=2)
     kv = KvCapacity(device_bytes=30_000, tokens=299, page_size=1)
-    assert judge(planned, ledgers, 51_001, kv).max_total_tokens == 499
-    too_full = judge(planned, ledgers, 51_000, kv)
+    assert fit_of(planned, ledgers, 51_001, kv).max_total_tokens == 499
+    too_full = fit_of(planned, ledgers, 51_000, kv)
     assert (too_full.fits, too_full.peak_phase, too_full.max_total_tokens) == (False, "larger", 0)
 
 
@@ -472,7 +472,7 @@ def verdict(hbm_bytes, page_size=1, tokens=299):
     """Return the fit of the SOP: at most P + K + P = 32002 bytes on a device."""
     planned = check_order(build(STEPS))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
-    return judge(planned, ledgers, hbm_bytes, KvCapacity(K[0], tokens, page_size))
+    return fit_of(planned, ledgers, hbm_bytes, KvCapacity(K[0], tokens, page_size))
 
 
 def test_a_plan_fits_devices_that_hold_its_peak_to_the_byte():
@@ -505,7 +505,7 @@ def test_no_capacity_helps_where_the_parameters_alone_do_not_fit():
         Ledger(1, {PARAMS: (5,), KV: (300,)}),
         Ledger(1, {PARAMS: (500,)}),
     )
-    fit = judge(planned, ledgers, 400, KvCapacity(300, 299, 1))
+    fit = fit_of(planned, ledgers, 400, KvCapacity(300, 299, 1))
     assert (fit.fits, fit.peak_phase, fit.max_total_tokens) == (False, "kv_cache_dropped", 0)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kvpipe.config.schema import EngineConfig
 from kvpipe.pipeline.ledger import KV, PARAMS, Size
-from kvpipe.plan.fit import KvCapacity, engine_kv_bytes, judge
+from kvpipe.plan.fit import KvCapacity, engine_kv_bytes, fit_of
 from kvpipe.plan.fold import check_order, plan_ledgers
 from kvpipe.plan.targets import Target, find_target
 from tests.helpers_config import build, default_names
@@ -77,7 +77,9 @@ def fit(hbm_bytes, params, token_bytes, page_size, tokens, fraction):
     sizes = {Size.PARAMS: (params,), Size.KV: (kv_bytes,), Size.PROGRAM: (0,)}
     ledgers = plan_ledgers(planned, sizes, devices=1)
     engine_bytes = engine_kv_bytes(hbm_bytes, params, fraction)
-    return judge(planned, ledgers, hbm_bytes, KvCapacity(kv_bytes, tokens, page_size, engine_bytes))
+    return fit_of(
+        planned, ledgers, hbm_bytes, KvCapacity(kv_bytes, tokens, page_size, engine_bytes)
+    )
 
 
 @settings(deadline=None)
@@ -127,4 +129,4 @@ def test_a_pipeline_without_an_engine_is_never_cut():
         planned, {Size.PARAMS: (1,), Size.KV: (1,), Size.PROGRAM: (1,)}, devices=1
     )
     assert ledgers[0].of(PARAMS) == ledgers[0].of(KV) == (0,)
-    assert judge(planned, ledgers, 10, KvCapacity(100, 99, 1, engine_bytes=0)).fits
+    assert fit_of(planned, ledgers, 10, KvCapacity(100, 99, 1, engine_bytes=0)).fits

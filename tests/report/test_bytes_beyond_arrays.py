@@ -2,7 +2,6 @@
 
 from kvpipe.records.run import Memory
 from kvpipe.report.figures import BEYOND_ARRAYS, memory_chart
-from kvpipe.report.rows import phase_row
 from kvpipe.report.run import run_of
 from tests.sinks.pipeline_records import phase, started
 
@@ -19,10 +18,10 @@ def parts_of(in_use: int):
 
 
 def test_bytes_beyond_the_arrays_count_and_have_a_part_of_the_bar():
-    assert phase_row(record(350)).in_use == 700
+    assert record(350).bytes_in_use == 700
     assert parts_of(350) == {"kv": 300, "params": 100, BEYOND_ARRAYS: 300}
 
 
 def test_where_the_devices_count_no_more_than_the_arrays_there_is_no_such_part():
-    assert phase_row(record(200)).in_use == 400
+    assert record(200).bytes_in_use == 400
     assert parts_of(200) == {"kv": 300, "params": 100}

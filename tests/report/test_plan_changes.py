@@ -77,7 +77,7 @@ def test_a_value_with_marks_of_a_table_does_not_break_it():
 
 def test_a_new_experiment_has_its_verdict_and_one_that_is_gone_is_said_to_be():
     assert "It is new. It fits: the peak is 300" in shown(change(None, plan()))
-    assert "It is gone." in shown(change(plan(), None))
+    assert "It was removed." in shown(change(plan(), None))
 
 
 @pytest.mark.parametrize(

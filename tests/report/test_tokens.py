@@ -15,7 +15,7 @@ def test_the_stretches_are_both_outputs_whole(before, after):
 
 @given(ids, ids)
 def test_what_is_omitted_is_what_is_not_shown(before, after):
-    pieces = list(shortened(stretches(before, after)))
+    pieces = list(shortened(before, after))
     shown = sum(len(p.before) if isinstance(p, Stretch) else p.count for p in pieces)
     assert shown == len(before)
     assert [p for p in pieces if isinstance(p, Stretch) and not p.same] == [
@@ -34,7 +34,7 @@ def test_the_first_difference_is_where_the_outputs_part(before, after):
 
 def test_far_from_a_difference_tokens_are_counted_and_not_shown():
     before, after = [*range(100)], [*range(50), -1, *range(51, 100)]
-    pieces = list(shortened(stretches(before, after)))
+    pieces = list(shortened(before, after))
     assert pieces == [
         Omitted(44),
         Stretch(tuple(range(44, 50)), tuple(range(44, 50))),

@@ -81,7 +81,7 @@ import json, sys
 from pathlib import Path
 from pipeline_records import passed, pipeline, plan, started
 from kvpipe.config.schema import TrackingConfig
-from kvpipe.sinks.report import TimelinePicture
+from kvpipe.sinks.report import ReportFile, write_timeline
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 tracking = TrackingConfig(project="kv", name="run 1", group="g", tags=["a"], text_max_chars=int(sys.argv[4]))
@@ -93,7 +93,7 @@ for record in pipeline():
     sink.phase_finished(record)
     if record.idx == 0:
         sink.run_planned(plan())
-TimelinePicture(run_dir).run_finished(passed(run_dir))
+ReportFile(run_dir, write_timeline).run_finished(passed(run_dir))
 sink.run_finished(passed(run_dir))
 """
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from kvpipe.system.libtpu_lock import LibtpuLock, holder
+from kvpipe.system.libtpu_lock import holder, libtpu_lock
 
 # What libtpu does: it opens the file, locks it, and keeps it open.
 HOLD = """
@@ -48,25 +48,25 @@ def test_a_file_that_nobody_has_locked_and_no_file_at_all_have_no_holder(lock_fi
 
 
 def test_the_file_that_a_run_has_made_goes_with_it(lock_file):
-    with LibtpuLock("tpu", lock_file):
+    with libtpu_lock("tpu", lock_file):
         lock_file.touch()
     assert not lock_file.exists()
 
 
 def test_a_file_that_was_there_before_stays(lock_file):
     lock_file.touch()
-    with LibtpuLock("tpu", lock_file):
+    with libtpu_lock("tpu", lock_file):
         pass
     assert lock_file.exists()
 
 
 def test_a_file_that_another_process_holds_by_now_stays(lock_file, request):
-    with LibtpuLock("tpu", lock_file):
+    with libtpu_lock("tpu", lock_file):
         request.getfixturevalue("hold")
     assert lock_file.exists()
 
 
 def test_a_run_on_the_cpu_touches_nothing(lock_file):
-    with LibtpuLock("cpu", lock_file):
+    with libtpu_lock("cpu", lock_file):
         lock_file.touch()
     assert lock_file.exists()

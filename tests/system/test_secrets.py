@@ -71,11 +71,11 @@ def test_a_file_of_the_owner_alone_is_read(tmp_path, mode):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (f"WANDB_API_KEY {KEY}", "it has to be KEY=VALUE"),
-        (f"{KEY}", "it has to be KEY=VALUE"),
-        (f"1KEY={KEY}", "it has to be KEY=VALUE"),
-        (f'WANDB_API_KEY="{KEY}', "quotes have to be closed"),
-        (f'WANDB_API_KEY="{KEY}" {KEY}', "quotes have to be closed"),
+        (f"WANDB_API_KEY {KEY}", "it must be KEY=VALUE"),
+        (f"{KEY}", "it must be KEY=VALUE"),
+        (f"1KEY={KEY}", "it must be KEY=VALUE"),
+        (f'WANDB_API_KEY="{KEY}', "quotes must be closed"),
+        (f'WANDB_API_KEY="{KEY}" {KEY}', "quotes must be closed"),
     ],
 )
 def test_a_malformed_line_is_named_by_number_and_not_shown(tmp_path, line, reason):

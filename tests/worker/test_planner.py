@@ -67,7 +67,7 @@ def cells(row: str) -> list[int]:
     return [int(cell.strip().replace(",", "") or 0) for cell in row.split("|")]
 
 
-def misfit(cwd: Path, most: int, *overrides: str) -> None:
+def does_not_fit(cwd: Path, most: int, *overrides: str) -> None:
     """Plan for a v5e-4: twice ``most`` tokens, ``most``, which have to fit, and one page more."""
     tokens = (f"engine.max_total_tokens={2 * most},{most},{most + 16}", "engine.page_size=16")
     done = plan(cwd, "-m", "plan.format=json", "plan.target=v5e:2x2", *tokens, *overrides)
@@ -84,19 +84,19 @@ def misfit(cwd: Path, most: int, *overrides: str) -> None:
 def test_what_does_not_fit_is_refused_with_peak_and_capacity_and_that_capacity_fits(
     tmp_path: Path,
 ) -> None:
-    misfit(tmp_path, 8_944_928, "engine.tp_size=4")
+    does_not_fit(tmp_path, 8_944_928, "engine.tp_size=4")
 
 
 @pytest.mark.nightly(finds="a capacity that is rounded otherwise where the weights take most of it")
 def test_what_does_not_fit_beside_real_weights_is_refused_in_the_same_way(tmp_path: Path) -> None:
-    misfit(tmp_path, 635_568, "+experiment=qwen25_3b_bigkv")
+    does_not_fit(tmp_path, 635_568, "+experiment=qwen25_3b_bigkv")
 
 
 @pytest.mark.nightly(finds="a largest capacity that data-parallel ranks change")
 def test_what_does_not_fit_on_two_data_parallel_ranks_is_refused_in_the_same_way(
     tmp_path: Path,
 ) -> None:
-    misfit(tmp_path, 8_942_880, "engine.tp_size=2", "engine.dp_size=2")
+    does_not_fit(tmp_path, 8_942_880, "engine.tp_size=2", "engine.dp_size=2")
 
 
 def test_heads_that_the_mesh_cannot_part_are_refused_and_do_not_end_the_sweep(

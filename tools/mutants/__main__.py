@@ -74,7 +74,7 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
         broken = broken or _failing_without_fault(sound, faults, threads)
         if not broken:
             print(_row("fault", "noticed by", "s"), flush=True)
-            for verdict in threads.map(partial(_judge, sound), faults):
+            for verdict in threads.map(partial(_verdict, sound), faults):
                 print(verdict.row, flush=True)
                 verdicts.append(verdict)
     return _conclude(verdicts, broken, time.monotonic() - began)
@@ -129,7 +129,7 @@ def _failing_without_fault(
     }
 
 
-def _judge(sound: Copy, fault: Fault) -> Verdict:
+def _verdict(sound: Copy, fault: Fault) -> Verdict:
     """Plant a fault in a copy of its own and see what notices it."""
     began = time.monotonic()
     noticed: list[str] = []
