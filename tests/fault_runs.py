@@ -29,7 +29,7 @@ PATIENCE_S = 240
 UNTRACKED = "tracking=disabled"
 GO_ON = ("runner.on_error=continue",)
 # What fails here is a sink: the phase itself, and its record, are as they should be.
-PASSED_ITSELF = ("W&B did not take", "No space left", "<stdout>")
+PASSED_ITSELF = ("W&B did not take", "No space left", "<stdout>", "records.jsonl was moved")
 KVPIPE, WITHOUT_ENGINE = "kvpipe", "tests.without_engine"
 """Commands: the user's, and the same with a worker that has no engine."""
 

@@ -86,6 +86,21 @@ def kill_wandb(run):
     run.tell_worker(signal.SIGUSR2)
 
 
+def stop_wandb(run):
+    """Its service hangs, as on a file system that does not answer."""
+    run.worker()
+    children = psutil.Process(run.process.pid).children()
+    (service,) = [child for child in children if child.name().startswith("wandb-core")]
+    service.suspend()
+    run.tell_worker(signal.SIGUSR2)
+
+
+def move_directory(run):
+    run.worker()
+    run.run_dir.rename(f"{run.run_dir}.moved")
+    run.tell_worker(signal.SIGUSR2)
+
+
 def has_ended(process):
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -220,14 +235,24 @@ CELLS = {
         respond=wandb_server.well_behaved,
         failing=None,
     ),
-    # On a busy machine W&B may report the lost row only with the next one.
     "W&B's service is killed": Cell(
         3,
         "W&B did not take the row of 'fault'",
         "wait_for_signal",
         act=kill_wandb,
         rows_lost=True,
-        finds="a run that passes although the service of W&B was killed in the middle",
+    ),
+    "W&B's service hangs": Cell(
+        3,
+        "W&B did not take the row of 'fault': no answer in 10 s",
+        "wait_for_signal",
+        overrides=("tracking.log_timeout_s=10",),
+        act=stop_wandb,
+        rows_lost=True,
+    ),
+    # The run's directory.
+    "the run directory is moved": Cell(
+        3, "records.jsonl was moved during the run", "wait_for_signal", act=move_directory
     ),
 }
 TRACKED = {name: cell for name, cell in CELLS.items() if cell.tracked}

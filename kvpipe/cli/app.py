@@ -22,7 +22,7 @@ from kvpipe.config.hydra_store import store_schema
 from kvpipe.errors import DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.records.sweep import SweepFinished
 from kvpipe.sweeps import slurm
-from kvpipe.sweeps.jobs import NoteSweep, is_sweep, jobs_of
+from kvpipe.sweeps.jobs import NoteSweep, Refused, is_sweep, jobs_of
 
 # Variable in which a shell passes the line to complete.
 _COMP_LINE = "COMP_LINE"
@@ -92,7 +92,8 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
     if _COMP_LINE in os.environ:
         os.environ[_COMP_LINE] = without_verb(os.environ[_COMP_LINE])
     task = Task(verb, paths)
-    NoteSweep.begun = None
+    NoteSweep.begun = NoteSweep.lock = None
+    NoteSweep.made = ()
     store_schema()
     with _run_dir(verb) as where:
         sys.argv = ["kvpipe", *overrides, *where]
@@ -106,6 +107,9 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
                 tell(traceback.format_exc())
                 return sweep.exit_code
             raise
+        finally:
+            if NoteSweep.lock:
+                NoteSweep.lock.release()
     sweep = _sweep_finished(verb)
     return sweep.exit_code if sweep else max(task.codes, default=HELD)
 
@@ -116,6 +120,8 @@ def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
             hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
+    except Refused as refused:
+        raise refused.refusal from None
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         if task.codes:
             raise
@@ -157,7 +163,6 @@ def _run_dir(verb: str) -> Iterator[list[str]]:
         yield [
             f'hydra.run.dir="{scratch}"',
             f'hydra.sweep.dir="{scratch}"',
-            "hydra.output_subdir=null",
         ]
 
 

@@ -2,10 +2,9 @@
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
 from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
@@ -22,6 +21,7 @@ from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
 from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
+from kvpipe.parent.run_directory import owned
 from kvpipe.pipeline.phase import Phase
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
@@ -31,22 +31,27 @@ from kvpipe.sinks.jsonl import JsonFile, JsonLines
 from kvpipe.sinks.report import ReportFile, write_page, write_timeline
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
-from kvpipe.sweeps.jobs import SWEEP_CONFIG, command_line
+from kvpipe.sweeps.jobs import HYDRA_DIR, SWEEP_CONFIG, NoteSweep, command_line
 from kvpipe.sweeps.resume import finished_run, take_over
+from kvpipe.system.lock import InUse
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.system.versions import installed_versions
 
 
 def act(composed: DictConfig) -> int:
     """Execute a run, after refusing everything that can be wrong with the input."""
+    written = None
     try:
         plain = to_plain(composed)
         _refuse_secrets(plain)
+        written = composed
         plain = _completed(plain)
-        return _run(from_plain(plain), plain)
+        return _run(from_plain(plain), plain, composed)
     except (InputError, *COMPOSITION_ERRORS) as error:
-        if _is_job():
-            _record_refusal(error)
+        if not _is_job():
+            _remove_made()
+        elif not isinstance(error, InUse):
+            _record_refusal(error, written)
         raise
 
 
@@ -59,7 +64,7 @@ def _completed(plain: dict[str, Any]) -> dict[str, Any]:
     return grouped(plain, hydra_config.sweep.dir, hydra_config.overrides.task)
 
 
-def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
+def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     steps = checked_steps(config)
     check_node_rank(config.engine, os.environ)
     jax_environment(config.engine, os.environ)
@@ -70,24 +75,57 @@ def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)
     started = _started(config, json.loads(redact.text(json.dumps(plain))), steps)
-    if _is_job() and config.sweep.resume and _taken_over(started, run_dir):
-        return HELD
-    tracker = WandbSink(config.tracking, run_dir, api_key)
-    with _sinks(config, run_dir, tracker) as sinks:
-        work = supervisor.Run(
-            config,
-            plain,
-            started,
-            steps,
-            run_dir,
-            sinks,
-            start_tracking=partial(tracker.start, plain) if first else dict,
-            command=_command(),
-            secrets=(API_KEY,),
-            redactor=redact,
-        )
-        finished = work.carry_out()
-    return finished.exit_code
+    resume = _is_job() and config.sweep.resume
+    with owned(run_dir, config.engine, config.runner.overwrite or resume, tell):
+        _write_config(composed, run_dir)
+        if resume and _taken_over(started, run_dir):
+            return HELD
+        tracker = WandbSink(config.tracking, run_dir, api_key)
+        with _sinks(config, run_dir, tracker) as sinks:
+            return (
+                supervisor.Run(
+                    config,
+                    plain,
+                    started,
+                    steps,
+                    run_dir,
+                    sinks,
+                    start_tracking=partial(tracker.start, plain) if first else dict,
+                    command=_command(),
+                    secrets=(API_KEY,),
+                    redactor=redact,
+                )
+                .carry_out()
+                .exit_code
+            )
+
+
+def _write_config(composed: DictConfig, run_dir: Path) -> None:
+    """Write the composed config as Hydra does, but only once the run owns its directory.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    hydra_config = HydraConfig.instance().cfg
+    assert hydra_config is not None
+    parts = {
+        "config.yaml": composed,
+        "hydra.yaml": hydra_config,
+        "overrides.yaml": hydra_config.hydra.overrides.task,
+    }
+    try:
+        (run_dir / HYDRA_DIR).mkdir(exist_ok=True)
+        for name, part in parts.items():
+            OmegaConf.save(part, run_dir / HYDRA_DIR / name)
+    except OSError as error:
+        raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
+
+
+def _remove_made() -> None:
+    """Remove the directories that Hydra has made for a run that is refused."""
+    with suppress(OSError):
+        for directory in NoteSweep.made:
+            directory.rmdir()
 
 
 @contextmanager
@@ -111,7 +149,8 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
                 records,
                 _screen(config.output),
                 *_heartbeat(config),
-            ]
+            ],
+            config.runner.sink_timeout_s,
         )
 
 
@@ -154,7 +193,7 @@ def _is_job() -> bool:
 
 
 def _refuse_secrets(plain: dict[str, Any]) -> None:
-    """Refuse a config that contains a secret, and remove the copy that Hydra has already written.
+    """Refuse a config that contains a secret, and remove the sweep's copy that Hydra has written.
 
     Raises:
         InputError: it contains one.
@@ -162,12 +201,8 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     try:
         refuse_secrets(plain, _api_key(plain))
     except InputError:
-        hydra_config = HydraConfig.get()
-        written = Path(hydra_config.runtime.output_dir) / ".hydra"
-        if written.is_dir():
-            shutil.rmtree(written)
         if _is_job():
-            (Path(hydra_config.sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
+            (Path(HydraConfig.get().sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
         raise
 
 
@@ -183,9 +218,16 @@ def _records_file(run_dir: Path) -> JsonFile:
         raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
 
 
-def _record_refusal(error: Exception) -> None:
-    """Write the record of a sweep's job that was refused before anything started."""
+def _record_refusal(error: Exception, composed: DictConfig | None) -> None:
+    """Write the record of a sweep's job that was refused before anything started.
+
+    Args:
+        error: the refusal.
+        composed: the job's config; None if it must not be written.
+    """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if composed is not None:
+        _write_config(composed, run_dir)
     refusal = input_error(error)
     redact = redactor(os.environ, None)
     refused = RunFinished(

@@ -1,11 +1,19 @@
-"""Register the schema in the store from which Hydra reads typed configs."""
+"""Register the schema in the store from which Hydra reads typed configs, and bound its YAML files."""
 
+import math
+from typing import Any
+
+import yaml
 from hydra.core.config_store import ConfigStore
+from omegaconf import _utils
 
 from kvpipe.config.schema import schema
 
 # Its name in conf/config.yaml.
 _NAME = "kvpipe_schema"
+# Most values in a YAML file, each alias counted as what it stands for: OmegaConf copies that.
+_MOST_VALUES = 250_000
+_unbounded_loader = _utils.get_yaml_loader
 
 
 def store_schema() -> None:
@@ -18,3 +26,40 @@ def store_schema() -> None:
     """
     ConfigStore.instance().store(name=_NAME, node=schema())
     ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
+    _utils.get_yaml_loader = _bounded_loader
+
+
+def _bounded_loader() -> Any:
+    """Return OmegaConf's loader, which refuses a file that a few aliases make endless."""
+
+    class Bounded(_unbounded_loader()):
+        def get_single_node(self) -> yaml.Node | None:
+            try:
+                node = super().get_single_node()
+                values = _values(node, {})
+            except RecursionError:
+                raise yaml.MarkedYAMLError(
+                    problem="it is nested too deeply", problem_mark=self.get_mark()
+                ) from None
+            if values > _MOST_VALUES:
+                count = f"{values:,}" if values < math.inf else "infinitely many"
+                raise yaml.MarkedYAMLError(
+                    problem=f"with its aliases it has {count} values, at most {_MOST_VALUES:,}",
+                    problem_mark=self.get_mark(),
+                )
+            return node
+
+    return Bounded
+
+
+def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
+    """Return how many values a node has, with its aliases written out; they are the same node."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        # What contains itself never ends.
+        counted[id(node)] = math.inf
+        pairs = isinstance(node, yaml.MappingNode)
+        items = [item for pair in node.value for item in pair] if pairs else node.value
+        counted[id(node)] = 1 + sum(_values(item, counted) for item in items)
+    return counted[id(node)]

@@ -319,8 +319,9 @@ class TrackingConfig(Section, section="tracking"):
             a sweep.
         tags: tags of the run; a job of a sweep also gets its overrides.
         fallback_offline: continue offline, with a message, if W&B cannot be reached.
-        init_timeout_s: limit of the first contact with the server, in seconds.
-        finish_timeout_s: limit of the final upload, in seconds.
+        init_timeout_s: limit of the start, in seconds.
+        log_timeout_s: limit of each record's way to W&B's service, in seconds.
+        finish_timeout_s: limit of the last tables, and again of the final upload, in seconds.
         text_max_chars: characters of a text shown in media and tables; the files hold all of it.
     """
 
@@ -332,6 +333,7 @@ class TrackingConfig(Section, section="tracking"):
     tags: list[str] = field(default_factory=list, metadata={"refuse": texts})
     fallback_offline: bool = False
     init_timeout_s: float = checked(30.0, seconds)
+    log_timeout_s: float = checked(60.0, seconds)
     finish_timeout_s: float = checked(60.0, seconds)
     text_max_chars: int = checked(20000, at_least(1))
 
@@ -363,13 +365,17 @@ class RunnerConfig(Section, section="runner"):
         sample_peaks: sample the memory inside phases too, at a cost of at most 1 % of a core.
         heartbeat_s: seconds between progress lines on stderr while a phase runs, where no terminal
             shows the run live; None writes none.
-        phase_timeout_s: limit in seconds of each worker step, and of the start before the first one
-            (importing jax, planning); None means no limit.
+        phase_timeout_s: limit in seconds of each step, and of the start before the worker's first
+            one (importing jax, planning); None means no limit.
         phase_timeouts: step → seconds, in place of ``phase_timeout_s``.
         run_timeout_s: limit in seconds of the whole run until its last step is done; None means no
-            limit. Steps before the worker's are limited by ``tracking.init_timeout_s``.
+            limit.
+        sink_timeout_s: limit in seconds of each of records.jsonl, report.html, timeline.png and a
+            pipe on stdout for one record; None means no limit. W&B's limits are in ``tracking``.
         on_error: ``stop`` after the first step that fails, or ``continue`` if that step only
             measures; the run fails either way. Cleanup steps run after any failure.
+        overwrite: allow a run or a sweep in a directory that has the records of an earlier one,
+            which are lost.
     """
 
     isolate: bool = True
@@ -380,7 +386,9 @@ class RunnerConfig(Section, section="runner"):
     phase_timeout_s: float | None = None
     phase_timeouts: dict[str, float] = field(default_factory=dict)
     run_timeout_s: float | None = None
+    sink_timeout_s: float | None = checked(300.0, seconds)
     on_error: str = checked(STOP, one_of(STOP, CONTINUE))
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -104,8 +104,14 @@ class Child:
 
     def log_tail(self) -> str:
         """Return the last lines of its log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-_LOG_TAIL_LINES:])
+        return "\n".join(self.log_text().splitlines()[-_LOG_TAIL_LINES:])
+
+    def log_text(self) -> str:
+        """Return its log; a note in its place if somebody has removed it during the run."""
+        try:
+            return self.log.read_text(errors="replace")
+        except FileNotFoundError:
+            return "(somebody has removed the log)"
 
     def write_stacks(self) -> str:
         """Make the child write the stacks of its threads; return them.

@@ -2,10 +2,12 @@
 
 import select
 import time
+from contextlib import AbstractContextManager
 
 from kvpipe.config.schema import RunnerConfig
 from kvpipe.errors import TimedOut
 from kvpipe.pipeline.cycles import base_name
+from kvpipe.system.alarm import limited
 
 
 class Limits:
@@ -35,18 +37,32 @@ class Limits:
         Raises:
             TimedOut: a limit expired first.
         """
-        ends = [end for end in (self._run_ends, self._stage_ends) if end is not None]
+        left_s, message = self._left()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        left_ms = max(0.0, min(ends) - time.monotonic()) * 1000 if ends else None
-        if poll.poll(left_ms):
-            return
-        if self._run_ends is not None and min(ends) == self._run_ends:
-            raise TimedOut(
+        if not poll.poll(None if left_s is None else left_s * 1000):
+            raise TimedOut(message)
+
+    def in_parent(self) -> AbstractContextManager[None]:
+        """Limit the body, which runs in this process.
+
+        Raises:
+            TimedOut: a limit expired first.
+        """
+        return limited(*self._left())
+
+    def _left(self) -> tuple[float | None, str]:
+        """Return the seconds that are left, None without a limit, and what to say after them."""
+        ends = [end for end in (self._run_ends, self._stage_ends) if end is not None]
+        if not ends:
+            return None, ""
+        left_s = max(0.0, min(ends) - time.monotonic())
+        if min(ends) == self._run_ends:
+            return left_s, (
                 f"the run took longer than runner.run_timeout_s = {self._config.run_timeout_s:g} s;"
                 f" it was in step {self._stage!r}"
             )
-        raise TimedOut(
+        return left_s, (
             f"step {self._stage!r} took longer than runner.{self._stage_key} = {self._stage_s:g} s"
         )
 

@@ -202,7 +202,7 @@ class Run:
             self._on_started(step.step, idx)
             began = time.monotonic()
             try:
-                with self._signals.allowed():
+                with self._signals.allowed(), self._limits.in_parent():
                     result = step.run(ParentContext(self.config, self._start_tracking))
             except Exception as error:
                 if isinstance(error, KvpipeError):
@@ -243,7 +243,9 @@ class Run:
         kills = oom_kills()
         with self._start_worker() as child:
             scratch = str(child.scratch)
-            child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
+            # A config that is larger than a pipe's buffer waits for the worker to read it.
+            with self._signals.allowed(), self._limits.in_parent():
+                child.send({"config": self.plain, "run_began": self.began, "scratch": scratch})
             # W&B takes seconds to answer; meanwhile the worker imports jax and the engine.
             self._run_parent_phases()
             self._begin_stage(RUN_PLANNED)
@@ -299,7 +301,10 @@ class Run:
         if not stacks:
             return "its threads wrote no stacks"
         path = self._file(STACKS_FILE)
-        path.write_text(stacks)
+        try:
+            path.write_text(stacks)
+        except OSError as error:
+            return f"the stacks of its threads cannot be written to {path}: {error.strerror}"
         return f"the stacks of its threads are in {path}"
 
     def _start_worker(self) -> AbstractContextManager[Child]:
@@ -369,7 +374,7 @@ class Run:
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
     """Return the error of a worker that died before it reported how its part ended."""
     tail = child.log_tail()
-    if other := who_ended(child.log.read_text(errors="replace"), hosts):
+    if other := who_ended(child.log_text(), hosts):
         return EngineError(
             f"{other}, so jax ended the engine's process here, in step {step!r}; its log "
             f"{child.log} ends with:\n{tail}"

@@ -12,6 +12,8 @@ from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
 CYCLE_MARK = "#"
+MOST_STEPS = 100_000
+"""Most steps of a pipeline, with its repetitions; their records and the report stay readable."""
 
 
 def base_name(step: str) -> str:
@@ -48,27 +50,31 @@ class Cycle:
         return f"{step}{CYCLE_MARK}{self.number}"
 
 
-def cycle_at(step: str, pipeline: Sequence[str], repeat: RepeatConfig | None) -> Cycle:
-    """Return the cycle that ``step`` is in; all steps are in one cycle if nothing is repeated."""
-    stretch = pipeline[_stretch(pipeline, repeat)] if repeat else ()
-    return Cycle(cycle_of(step), frozenset(stretch))
+def repeated_steps(pipeline: Sequence[str], repeat: RepeatConfig | None) -> frozenset[str]:
+    """Return the names of the steps that are repeated.
+
+    Raises:
+        InputError: as of :func:`repeated`.
+    """
+    return frozenset(pipeline[_stretch(pipeline, repeat)] if repeat else ())
 
 
 def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
     """Return the names of all steps, those of each further cycle after the first.
 
     Raises:
-        InputError: a step of ``repeat`` is not in the pipeline, or the last comes before the first.
+        InputError: a step of ``repeat`` is not in the pipeline, the last comes before the first, or
+            there are too many steps.
     """
-    if repeat is None:
-        return list(pipeline)
-    stretch = _stretch(pipeline, repeat)
-    cycles = [
-        Cycle(cycle, frozenset(pipeline)).name(name)
-        for cycle in range(2, repeat.times + 1)
-        for name in pipeline[stretch]
-    ]
-    return [*pipeline[: stretch.stop], *cycles, *pipeline[stretch.stop :]]
+    stretch = _stretch(pipeline, repeat) if repeat else slice(0, 0)
+    times, steps = repeat.times if repeat else 1, frozenset(pipeline[stretch])
+    total = len(pipeline) + (times - 1) * len(steps)
+    if total > MOST_STEPS:
+        key = f"repeat.times is {times}" if repeat else "pipeline"
+        raise InputError(f"{key}: the pipeline has {total:,} steps, at most {MOST_STEPS:,} can run")
+    cycles = (Cycle(number, steps) for number in range(2, times + 1))
+    later = [cycle.name(name) for cycle in cycles for name in pipeline[stretch]]
+    return [*pipeline[: stretch.stop], *later, *pipeline[stretch.stop :]]
 
 
 def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:

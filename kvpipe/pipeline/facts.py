@@ -92,6 +92,11 @@ def trained(step: str) -> str:
     return f"trained:{step}"
 
 
+def is_history(fact: str) -> bool:
+    """Whether a fact says what a step has done; their number grows with that of the steps."""
+    return fact.startswith((output(""), trained("")))
+
+
 @dataclass(frozen=True)
 class Meaning:
     """Meaning of a fact, for messages.

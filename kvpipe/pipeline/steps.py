@@ -7,14 +7,16 @@ checked here. Nothing here may import jax.
 import importlib
 import inspect
 import pkgutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kvpipe.config.schema import Kvpipe, refuse_wrong
 from kvpipe.errors import InputError
-from kvpipe.pipeline.cycles import CYCLE_MARK, base_name, cycle_at, repeated
+from kvpipe.pipeline.cycles import CYCLE_MARK, Cycle, base_name, cycle_of, repeated, repeated_steps
 from kvpipe.pipeline.phase import ParentPhase, Phase
 from kvpipe.records.run import RUN_RECORDS
 from kvpipe.suggest import nearest
@@ -28,6 +30,7 @@ def phase_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
+@cache
 def phase_class(use: str) -> type[Phase]:
     """Return the one phase class of ``phases/<use>.py``.
 
@@ -47,6 +50,7 @@ def phase_class(use: str) -> type[Phase]:
     return found[0]
 
 
+@cache
 def option_types(cls: type[Phase]) -> dict[str, Any]:
     """Return the name and type of each option of a phase."""
     hints = get_type_hints(cls)
@@ -61,7 +65,10 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
             option or value is wrong, or a parent phase comes after a worker phase.
     """
     _check_names(config)
-    steps = tuple(_build_step(name, config) for name in repeated(config.pipeline, config.repeat))
+    names = repeated(config.pipeline, config.repeat)
+    stretch = repeated_steps(config.pipeline, config.repeat)
+    first = {name: _build_step(name, config) for name in config.pipeline}
+    steps = tuple(first.get(name) or _in_later_cycle(name, first, stretch) for name in names)
     in_worker = ""
     for step in steps:
         if isinstance(step, ParentPhase) and in_worker:
@@ -89,6 +96,8 @@ def _check_names(config: Kvpipe) -> None:
         raise InputError("pipeline: it has no steps")
     for name in config.pipeline:
         _typed(name, str, "pipeline")  # OmegaConf accepts a list as an item of list[str]
+    times = Counter(config.pipeline)
+    for name in config.pipeline:
         if CYCLE_MARK in name:
             raise InputError(
                 f"pipeline: {name!r} has a {CYCLE_MARK!r}, which marks the cycles of repeated "
@@ -99,9 +108,9 @@ def _check_names(config: Kvpipe) -> None:
                 f"pipeline: {name!r} is the name of a record of the run, so no step can have it; "
                 "choose another name"
             )
-        if config.pipeline.count(name) > 1:
+        if times[name] > 1:
             raise InputError(
-                f"pipeline: {name!r} occurs {config.pipeline.count(name)} times; "
+                f"pipeline: {name!r} occurs {times[name]} times; "
                 f"give each its own name and set 'phases.<name>.use: {use_of(name, config)}'"
             )
     for key, names in (
@@ -109,15 +118,15 @@ def _check_names(config: Kvpipe) -> None:
         ("runner.phase_timeouts", config.runner.phase_timeouts),
     ):
         for name in names:
-            if name not in config.pipeline:
+            if name not in times:
                 raise InputError(
                     f"{key}.{name}: the pipeline has no step {name!r}; "
                     f"{nearest(name, config.pipeline)}"
                 )
 
 
-def _build_step(step: str, config: Kvpipe) -> Phase:
-    use, name = use_of(step, config), base_name(step)
+def _build_step(name: str, config: Kvpipe) -> Phase:
+    use = use_of(name, config)
     given = {key: value for key, value in config.phases.get(name, {}).items() if key != "use"}
     try:
         cls = phase_class(use)
@@ -135,13 +144,17 @@ def _build_step(step: str, config: Kvpipe) -> Phase:
     if missing := sorted(required - set(options)):
         raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
     try:
-        phase = cls(step=step, **options)
+        phase = cls(step=name, **options)
         refuse_wrong(phase)
     except InputError as error:
         raise InputError(f"phases.{name}.{error}") from None
-    if step == name:
-        return phase
-    return phase.in_later_cycle(name, cycle_at(step, config.pipeline, config.repeat))
+    return phase
+
+
+def _in_later_cycle(step: str, first: Mapping[str, Phase], stretch: frozenset[str]) -> Phase:
+    """Return a step of a later cycle, made from the same step of the first."""
+    name = base_name(step)
+    return replace(first[name], step=step).in_later_cycle(name, Cycle(cycle_of(step), stretch))
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpipe.errors import InputError
-from kvpipe.pipeline.facts import changed_pools, meaning
+from kvpipe.pipeline.facts import changed_pools, is_history, meaning
 from kvpipe.pipeline.ledger import KvTokens, Ledger, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Effect, Phase
 from kvpipe.records.run import PlannedPhase, RunPlanned
@@ -21,7 +21,7 @@ class PlannedStep:
     Attributes:
         step: the step.
         effect: its effect, given the facts before it.
-        facts: the facts after it.
+        facts: the facts after it, without those about what single steps have done.
         pools: pool → its size after the step; others have held nothing so far.
     """
 
@@ -47,6 +47,8 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
             the step, the fact, the step that caused it and what would be right.
     """
     facts: frozenset[str] = frozenset()
+    # Apart from the facts, which each step copies, so that the time is linear in the steps.
+    history: set[str] = set()
     pools: dict[str, PoolSize] = {}
     added_by: dict[str, str] = {}
     removed_by: dict[str, str] = {}
@@ -54,15 +56,19 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
     for step in steps:
         effect = step.effect_given(facts)
         for fact in effect.needs:
-            if fact not in facts:
+            if fact not in facts and fact not in history:
                 raise InputError(_missing(step.step, fact, removed_by.get(fact)))
         for fact in effect.forbids:
-            if fact in facts:
+            if fact in facts or fact in history:
                 raise InputError(_forbidden(step.step, fact, added_by[fact]))
         added_by |= dict.fromkeys(effect.adds, step.step)
         removed_by |= dict.fromkeys(effect.removes, step.step)
-        before, facts = facts, effect.after(facts)
-        pools = {**pools, **changed_pools(before, facts), **effect.pools}
+        history |= set(filter(is_history, effect.adds))
+        history -= set(effect.removes)
+        before, facts = facts, effect.after(facts) - history
+        changed = {**changed_pools(before, facts), **effect.pools}
+        if not changed.items() <= pools.items():
+            pools = {**pools, **changed}
         planned.append(PlannedStep(step, effect, facts, pools))
     return tuple(planned)
 

@@ -2,17 +2,33 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
-from kvpipe.errors import ending_of
+from kvpipe.errors import TimedOut, ending_of
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import FAILED, PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
+from kvpipe.system.alarm import limited
 
 
 class Sink:
     """Base of every sink, with a hook for each event; a sink overrides those that it needs.
 
     The parent calls the hooks in this order; that of a record passes it on to :meth:`received`.
+
+    Attributes:
+        limited: whether a hook that receives a record may be interrupted after
+            ``runner.sink_timeout_s``.
     """
+
+    limited: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Name of the output, for messages."""
+        return type(self).__name__
+
+    def hung(self) -> None:
+        """Give up the output, because a hook was interrupted; later hooks must not hang again."""
 
     def received(self, record: Record) -> None:
         """Receive a record of any kind."""
@@ -57,18 +73,23 @@ class Sinks(Sink):
     Every sink receives every call, even if another sink fails; then the first error is raised, with
     the others as its notes. A sink that may fail at the end (W&B) must come first, so that the
     last record of the sinks after it includes that failure.
+
+    Args:
+        sinks: the sinks.
+        timeout_s: limit of each sink for one record, ``runner.sink_timeout_s``.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(self, sinks: Sequence[Sink], timeout_s: float | None = None) -> None:
         self._sinks = tuple(sinks)
+        self._timeout_s = timeout_s
 
     def run_started(self, record: RunStarted) -> None:
         """Pass the first record to every sink."""
-        self._call(lambda sink: sink.run_started(record))
+        self._call(lambda sink: self._hand(sink, lambda: sink.run_started(record)))
 
     def run_planned(self, record: RunPlanned) -> None:
         """Pass the plan to every sink."""
-        self._call(lambda sink: sink.run_planned(record))
+        self._call(lambda sink: self._hand(sink, lambda: sink.run_planned(record)))
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Pass the step that starts to every sink."""
@@ -80,18 +101,30 @@ class Sinks(Sink):
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Pass the record of a phase to every sink."""
-        self._call(lambda sink: sink.phase_finished(record))
+        self._call(lambda sink: self._hand(sink, lambda: sink.phase_finished(record)))
 
     def run_finished(self, record: RunFinished) -> None:
         """Pass the last record to every sink, marked as failed after a sink that failed."""
         errors: list[Exception] = []
         for sink in self._sinks:
+            last = record
             try:
-                sink.run_finished(record)
+                self._hand(sink, lambda sink=sink, last=last: sink.run_finished(last))
             except Exception as error:
                 errors.append(error)
                 record = failed_by(record, error)
         _raise_all(errors)
+
+    def _hand(self, sink: Sink, hand: Callable[[], None]) -> None:
+        """Hand a record to a sink, within the limit."""
+        limit_s = self._timeout_s if sink.limited else None
+        message = f"{sink.name} took longer than runner.sink_timeout_s = {limit_s} s for a record"
+        try:
+            with limited(limit_s, message):
+                hand()
+        except TimedOut:
+            sink.hung()
+            raise
 
     def _call(self, call: Callable[[Sink], None]) -> None:
         errors: list[Exception] = []

@@ -66,6 +66,9 @@ class ConsoleTable(Sink):
         console: the console; None is stdout.
     """
 
+    # Whoever pauses a terminal means to.
+    limited = False
+
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._live = LiveLine(

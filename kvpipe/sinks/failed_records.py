@@ -1,11 +1,13 @@
 """Records on ranks after 0, which are needed only if the run fails."""
 
+import os
 from pathlib import Path
 from typing import TextIO
 
 from kvpipe.errors import RecordError
 from kvpipe.records.run import RunFinished, RunStarted
 from kvpipe.sinks import Collector
+from kvpipe.sinks.jsonl import save_lines
 
 
 class FailedRecords(Collector):
@@ -40,13 +42,18 @@ class FailedRecords(Collector):
         if not record.exit_code:
             return
         lines = [f"{kept.line}\n" for kept in (*self._records, record)]
+        path = self._path
         try:
-            self._path.write_text("".join(lines))
+            if path.parent.is_dir():
+                path.write_text("".join(lines))
+            else:
+                file, path = save_lines(path, [line.encode() for line in lines])
+                os.close(file)
         except OSError as error:
             raise RecordError(
                 f"{self._path}: cannot write the records: {error.strerror}"
             ) from error
-        self._say(f"{self._host}: {record.error}; its records are in {self._path}")
+        self._say(f"{self._host}: {record.error}; its records are in {path}")
 
     def _say(self, text: str) -> None:
         print(f"kvpipe: {text}", file=self._stream, flush=True)

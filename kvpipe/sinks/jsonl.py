@@ -2,12 +2,16 @@
 
 import errno
 import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self, TextIO
 
-from kvpipe.errors import RecordError
-from kvpipe.records.run import PhaseRecord, Record
-from kvpipe.sinks import Sink
+from kvpipe.errors import RecordError, TimedOut
+from kvpipe.records.run import PhaseRecord, Record, RunFinished
+from kvpipe.sinks import Sink, failed_by
+from kvpipe.system.lock import is_at, place_of
 
 # Enough for the last record of a run with thousands of token ids in its checks.
 _RESERVE_BYTES = 1 << 20
@@ -41,6 +45,12 @@ class JsonLines(Sink):
             message = f"{self.name}: cannot write the record of {phase!r}: {reason}"
             raise RecordError(message) from error
 
+    def hung(self) -> None:
+        """Write to nowhere: the end of this process, too, would wait for the reader."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
     def _put(self, line: str) -> None:
         self._stream.write(line)
         self._stream.flush()
@@ -50,7 +60,8 @@ class JsonFile(JsonLines):
     """Write the lines to a file, each flushed to disk before the next phase starts.
 
     A line is in the file whole or not at all. Some disk space is reserved: if the disk fills up,
-    the record that hit the limit and the ones after it still fit.
+    the record that hit the limit and the ones after it still fit. If somebody removes, replaces or
+    changes the file, that is an error, and the lines go on in another one.
 
     Args:
         path: the file; overwritten.
@@ -61,7 +72,8 @@ class JsonFile(JsonLines):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._lines: list[bytes] = []
         self._size = 0
         self._reserve: int | None = _reserve(path.parent)
 
@@ -77,7 +89,23 @@ class JsonFile(JsonLines):
         """Path of the file."""
         return str(self._path)
 
+    def hung(self) -> None:
+        """Do nothing: each record is tried again."""
+
+    def run_finished(self, record: RunFinished) -> None:
+        """Write the last record, after a look at every line before it.
+
+        Raises:
+            RecordError: it cannot be written, or the lines before it were lost.
+        """
+        lost = None if self._is_whole() else self._go_on_elsewhere()
+        self.received(failed_by(record, lost) if lost else record)
+        if lost:
+            raise lost
+
     def _put(self, line: str) -> None:
+        lost = None if self._is_in_place() else self._go_on_elsewhere()
+        self._lines.append(line.encode())
         try:
             self._append(line.encode())
         except OSError as error:
@@ -86,6 +114,31 @@ class JsonFile(JsonLines):
             self._give_up_reserve()
             self._append(line.encode())
             raise
+        if lost:
+            raise lost
+
+    def _is_in_place(self) -> bool:
+        """Whether the file is at its path and has its size."""
+        return is_at(self._file, self._path) and os.fstat(self._file).st_size == self._size
+
+    def _is_whole(self) -> bool:
+        """Whether the file is at its path and has every line."""
+        return self._is_in_place() and os.pread(self._file, self._size, 0) == b"".join(self._lines)
+
+    def _go_on_elsewhere(self) -> RecordError:
+        """Follow the file to where it was moved, or save its lines; return what happened."""
+        was = self._path
+        self._path = place_of(self._file)
+        if self._path != was and self._is_whole():
+            return RecordError(f"{was} was moved during the run; the records are in {self._path}")
+        happened = f"{was} was removed, replaced or changed during the run"
+        try:
+            file, self._path = save_lines(was, self._lines)
+        except OSError as error:
+            return RecordError(f"{happened}; its lines cannot be saved: {error.strerror}")
+        os.close(self._file)
+        self._file, self._size = file, sum(map(len, self._lines))
+        return RecordError(f"{happened}; the records are in {self._path}")
 
     def _append(self, line: bytes) -> None:
         try:
@@ -93,7 +146,7 @@ class JsonFile(JsonLines):
             while written < len(line):
                 written += os.write(self._file, line[written:])
             os.fsync(self._file)
-        except OSError:
+        except (OSError, TimedOut):
             os.ftruncate(self._file, self._size)
             os.lseek(self._file, self._size, os.SEEK_SET)
             raise
@@ -103,6 +156,34 @@ class JsonFile(JsonLines):
         if self._reserve is not None:
             os.close(self._reserve)
             self._reserve = None
+
+
+def save_lines(path: Path, lines: Sequence[bytes]) -> tuple[int, Path]:
+    """Write lines to a new file, because ``path`` is lost; return its descriptor and its path.
+
+    It is in the same directory, else next to that, else in the one for temporary files.
+
+    Raises:
+        OSError: it can be written to none of them.
+    """
+    for folder in (path.parent, path.parent.parent):
+        with suppress(OSError):
+            return _saved(folder, path, lines)
+    return _saved(Path(tempfile.gettempdir()), path, lines)
+
+
+def _saved(folder: Path, path: Path, lines: Sequence[bytes]) -> tuple[int, Path]:
+    prefix = f"{path.stem}-of-{path.absolute().parent.name}-"
+    file, name = tempfile.mkstemp(path.suffix, prefix, folder)
+    try:
+        os.fchmod(file, 0o644)
+        with os.fdopen(os.dup(file), "wb") as copy:
+            copy.writelines(lines)
+    except OSError:
+        os.close(file)
+        Path(name).unlink()
+        raise
+    return file, Path(name)
 
 
 def _reserve(directory: Path) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import RecordError
 from kvpipe.records.run import RunFinished
 from kvpipe.report.run import PAGE_FILE, Run, run_of
 from kvpipe.sinks import Collector
@@ -22,6 +22,11 @@ class ReportFile(Collector):
         write: :func:`write_timeline` or :func:`write_page`.
     """
 
+    @property
+    def name(self) -> str:
+        """The function that writes the file."""
+        return self._write.__name__
+
     def __init__(self, run_dir: Path, write: Callable[[Run, Path], Path]) -> None:
         super().__init__()
         self._run_dir = run_dir
@@ -31,7 +36,7 @@ class ReportFile(Collector):
         """Write the file.
 
         Raises:
-            KvpipeError: it cannot be written.
+            RecordError: it cannot be written.
         """
         self._write(run_of(self._run_dir.name, [*self._records, record]), self._run_dir)
 
@@ -55,10 +60,10 @@ def written(path: Path, content: bytes) -> Path:
     """Write a file of a report and return its path.
 
     Raises:
-        KvpipeError: it cannot be written.
+        RecordError: it cannot be written.
     """
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise KvpipeError(f"{path}: cannot write the report: {error.strerror}") from error
+        raise RecordError(f"{path}: cannot write the report: {error.strerror}") from error
     return path

@@ -11,14 +11,16 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+import psutil
 
 from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import TrackingError
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
 
 SAMPLES_DIR = "wandb_samples"
 _PREFLIGHT_TIMEOUT_S = 5.0
+# W&B enforces its limits in its service, which may itself be stuck; it gets this much longer.
+_SERVICE_S = 5.0
+_SERVICE = "wandb-core"
+# A key of the summary that the start has set.
+_ACKNOWLEDGED = "wandb/id"
 # W&B's service flushes rows every 15 s by default, and loses the pending ones if it is killed.
 _FLUSH_INTERVAL_S = 1.0
 
@@ -49,11 +56,15 @@ class WandbSink(Sink):
         api_key: the W&B API key, required for ``online``; passed to wandb and nowhere else.
     """
 
+    # Its limits are those of ``tracking``.
+    limited = False
+
     def __init__(self, tracking: TrackingConfig, run_dir: Path, api_key: str | None) -> None:
         self._tracking = tracking
         self._run_dir = run_dir.absolute()
         self._api_key = api_key
         self._run: wandb.Run | None = None
+        self._unusable = False
         self._samples: list[Sample] = []
         self._prompt_file: str | None = None
         self._rows = 0
@@ -85,11 +96,14 @@ class WandbSink(Sink):
                 raise
             reason = str(error)
             self._run = self._begin(TrackingMode.offline, config)
-        fields = _started(self._tracking, self._run, reason)
-        with self._loud("did not take the summary"):
-            self._run.summary.update({"wandb/url": fields["url"], "wandb/id": fields["id"]})
+        run, fields = self._run, _started(self._tracking, self._run, reason)
+
+        def describe() -> None:
+            run.summary.update({"wandb/url": fields["url"], _ACKNOWLEDGED: fields["id"]})
             # W&B's own step would count log calls, not phases.
-            self._run.define_metric("*", step_metric="phase/idx")
+            run.define_metric("*", step_metric="phase/idx")
+
+        self._call("did not take the summary", describe)
         return fields
 
     def run_planned(self, record: RunPlanned) -> None:
@@ -98,14 +112,17 @@ class WandbSink(Sink):
         Raises:
             TrackingError: W&B rejected it.
         """
-        if self._run is None:
+        if (run := self._run) is None:
             return
-        with self._loud("did not take the plan"):
+
+        def log() -> None:
             fit = {f"plan/{key}": value for key, value in asdict(record.fit).items()}
-            self._run.summary.update(fit)
+            run.summary.update(fit)
             # Logged with the row of the next phase.
             table = self._new_table(*plan_table(record))
-            self._run.log({"plan/phases": table}, step=self._next_step, commit=False)
+            run.log({"plan/phases": table}, step=self._next_step, commit=False)
+
+        self._call("did not take the plan", log)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Log the phase's metrics, and its texts if it has any.
@@ -113,23 +130,24 @@ class WandbSink(Sink):
         Raises:
             TrackingError: W&B rejected them.
         """
-        if self._run is None:
+        if (run := self._run) is None:
             return
         samples = new_samples(record, self._samples)
         self._samples += samples
         self._rows += 1
         self._next_step = record.idx + 1
         self._phases.append(phase_row(record))
-        with self._loud(f"did not take the row of {record.phase!r}"):
+
+        def log() -> None:
             # Without commit a row waits for the next one, and is lost if there is none.
-            self._run.log(
-                metrics(record) | self._media(samples), step=record.idx, commit=not samples
-            )
+            run.log(metrics(record) | self._media(samples), step=record.idx, commit=not samples)
             if samples:
                 # Separately, because online W&B asks its server about a table, which may fail.
-                self._run.log({"sample_texts": self._table()}, step=record.idx, commit=True)
-            self._upload(self._run, samples)
-            self._run.summary.update(self._summary(record, samples))
+                run.log({"sample_texts": self._table()}, step=record.idx, commit=True)
+            self._upload(run, samples)
+            run.summary.update(self._summary(record, samples))
+
+        self._call(f"did not take the row of {record.phase!r}", log)
 
     def run_finished(self, record: RunFinished) -> None:
         """Log the table of phases and the result, alert if the run failed, and upload the rest.
@@ -137,38 +155,50 @@ class WandbSink(Sink):
         Raises:
             TrackingError: that failed, or took longer than ``tracking.finish_timeout_s``.
         """
-        if self._run is None:
+        run, self._run = self._run, None
+        if self._unusable:
+            # That was reported when it happened, and another call would only wait again.
+            _stop_service(stuck=True)
             return
-        not_taken = self._log_end(self._run, record)
+        if run is None:
+            return
         try:
-            with self._loud("did not finish the run"):
-                end = {"run/status": record.status, "run/exit_code": record.exit_code}
-                self._run.summary.update(end)
-                self._run.finish(exit_code=record.exit_code)
-                if lost := upload_errors(_sync_dir(self._run)):
-                    raise TrackingError(f"{len(lost)} uploads failed: {lost[0]}")
+            not_taken = self._log_end(run, record)
+            self._finish(run, record)
         except TrackingError:
             _stop_service()
             raise
-        finally:
-            self._run = None
         if not_taken:
             raise not_taken
 
     def _log_end(self, run: "wandb.Run", record: RunFinished) -> TrackingError | None:
         """Log the table of phases, and alert if the run failed; the run is finished afterwards."""
+
+        def log() -> None:
+            if alert := alert_of(self._experiment, record):
+                run.alert(*alert, level="ERROR")
+            # W&B asks its server about a table first, which may hang if the server is lost.
+            run.log(self._by_phase(), step=self._next_step, commit=True)
+
+        limit_s = self._tracking.finish_timeout_s
         try:
-            with self._loud("did not take the tables of the phases"):
-                if alert := alert_of(self._experiment, record):
-                    run.alert(*alert, level="ERROR")
-                # W&B asks its server about a table first, which may hang if the server is lost.
-                _within(
-                    self._tracking.finish_timeout_s,
-                    lambda: run.log(self._by_phase(), step=self._next_step, commit=True),
-                )
+            self._loud(run, "did not take the tables of the phases", log, limit_s)
         except TrackingError as error:
             return error
         return None
+
+    def _finish(self, run: "wandb.Run", record: RunFinished) -> None:
+        def finish() -> None:
+            end = {"run/status": record.status, "run/exit_code": record.exit_code}
+            run.summary.update(end)
+            run.finish(exit_code=record.exit_code)
+            if not any(_sync_dir(run).glob("*.wandb")):
+                raise TrackingError("somebody has removed or moved its files during the run")
+            if lost := upload_errors(_sync_dir(run)):
+                raise TrackingError(f"{len(lost)} uploads failed: {lost[0]}")
+
+        limit_s = self._tracking.finish_timeout_s + _SERVICE_S
+        self._loud(run, "did not finish the run", finish, limit_s)
 
     def _begin(self, mode: TrackingMode, config: dict[str, Any]) -> "wandb.Run":
         if mode is TrackingMode.online and not self._api_key:
@@ -178,11 +208,17 @@ class WandbSink(Sink):
             )
         import wandb
 
-        base_url = _base_url()
-        try:
+        # A signal may interrupt the start, which then goes on in its thread.
+        self._unusable = True
+        limit_s = self._tracking.init_timeout_s + _SERVICE_S
+        base_url = "its server"
+
+        def begin() -> "wandb.Run":
+            nonlocal base_url
+            base_url = _base_url()
             if mode is TrackingMode.online:
                 _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
-            run = wandb.init(
+            return wandb.init(
                 project=self._tracking.project,
                 name=self._tracking.name,
                 entity=self._tracking.entity,
@@ -193,7 +229,13 @@ class WandbSink(Sink):
                 reinit="create_new",
                 settings=self._settings(mode),
             )
-        except Exception as error:
+
+        try:
+            run = _within(limit_s, begin)
+        except TrackingError:
+            raise
+        except (Exception, SystemExit) as error:
+            _stop_service(stuck=isinstance(error, TimeoutError))
             raise TrackingError(
                 f"tracking.mode={mode.value}: W&B at {base_url} did not begin the run: "
                 f"{_first_line(error)}; check the network, {API_KEY} and tracking.project, "
@@ -205,6 +247,7 @@ class WandbSink(Sink):
                 f"tracking.mode=online: {base_url} answered, but not as W&B does; "
                 f"check WANDB_BASE_URL, or set tracking.mode=offline"
             )
+        self._unusable = False
         return run
 
     def _settings(self, mode: TrackingMode) -> "wandb.Settings":
@@ -287,16 +330,28 @@ class WandbSink(Sink):
             summary["determinism/same_output"] = record.fields["same_output"]
         return summary
 
-    @contextmanager
-    def _loud(self, what: str) -> Iterator[None]:
+    def _call(self, what: str, work: Callable[[], None]) -> None:
+        """Call wandb, and wait until its service has taken what it was sent."""
+        run = self._run
+        assert run is not None
+
+        def acknowledged() -> None:
+            work()
+            # wandb only sends, and notices a service that has ended with a later call. Its service
+            # answers in order, so its answer shows that it has taken everything before.
+            run.summary[_ACKNOWLEDGED]
+
+        self._loud(run, what, acknowledged, self._tracking.log_timeout_s)
+
+    def _loud(self, run: "wandb.Run", what: str, work: Callable[[], None], limit_s: float) -> None:
         """Convert any exception of wandb to an error that says what may be lost."""
         try:
-            yield
-        except Exception as error:
-            assert self._run is not None
+            _within(limit_s, work)
+        except (Exception, SystemExit) as error:
+            self._unusable = isinstance(error, TimeoutError)
             raise TrackingError(
                 f"W&B {what}: {_first_line(error)}; up to {self._rows} rows may be missing there; "
-                f"to upload what is on disk, run: wandb sync {_sync_dir(self._run)}"
+                f"to upload what is on disk, run: wandb sync {_sync_dir(run)}"
             ) from error
 
 
@@ -330,21 +385,23 @@ def _started(
     }
 
 
-def _within(timeout_s: float, work: Callable[[], None]) -> None:
+def _within[T](timeout_s: float, work: Callable[[], T]) -> T:
     """Call ``work``; raise TimeoutError if it takes longer than ``timeout_s``."""
-    done: Future[None] = Future()
+    done: Future[T] = Future()
 
     def do() -> None:
         try:
             done.set_result(work())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             done.set_exception(error)
 
     # A daemon thread, so that a hanging call cannot keep this process alive.
     threading.Thread(target=do, name="kvpipe::wandb", daemon=True).start()
     try:
-        done.result(timeout_s)
+        return done.result(timeout_s)
     except TimeoutError:
+        if done.done():
+            raise
         raise TimeoutError(f"no answer in {timeout_s:g} s") from None
 
 
@@ -352,7 +409,7 @@ def _sync_dir(run: "wandb.Run") -> Path:
     return Path(run.dir).parent
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Return wandb's message without the Python code that it suggests."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -371,17 +428,32 @@ def _base_url() -> str:
         ) from error
 
 
-def _stop_service() -> None:
-    """Stop W&B's service after a failure, so that this process's next run gets a new one."""
+def _stop_service(stuck: bool = False) -> None:
+    """Stop W&B's service after a failure, so that this process's next run gets a new one.
+
+    Args:
+        stuck: kill it at once; without this it may write what it has.
+    """
     import wandb
 
+    if stuck:
+        _kill_service()
     # The failure has been reported, and how a broken service stops adds nothing. wandb calls
     # sys.exit if the service is dead, which would end this process before its last record.
     with suppress(Exception, SystemExit):
-        wandb.teardown()
+        _within(_SERVICE_S, wandb.teardown)
+    # wandb would wait for it when this process exits.
+    _kill_service()
     # A killed service leaves its socket's directory behind, named after this process.
     for left in Path(tempfile.gettempdir()).glob(f"wandb-{os.getpid()}-*"):
         shutil.rmtree(left)
+
+
+def _kill_service() -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(_SERVICE):
+                child.kill()
 
 
 def _reach(base_url: str, timeout_s: float) -> None:

@@ -21,11 +21,16 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kvpipe.config.schema import OutputFormat
+from kvpipe.errors import InputError
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock
 
 SWEEP_CONFIG = "multirun.yaml"
-_HYDRA_CONFIG = Path(".hydra") / "hydra.yaml"
+HYDRA_DIR = ".hydra"
+"""Directory of the composed config, in that of a run."""
+_HYDRA_CONFIG = Path(HYDRA_DIR) / "hydra.yaml"
 # The config group of predefined sweeps; choosing one makes every command a sweep.
 _GROUP = "sweep"
+_SWEEP_KEY = "hydra.sweep.dir"
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,57 @@ class Begun:
     output: OutputFormat
 
 
+class Refused(BaseException):
+    """Carry the refusal of a callback through Hydra, which would turn an Exception into a warning."""
+
+    def __init__(self, refusal: InputError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 class NoteSweep(Callback):
-    """Record the sweep that Hydra starts, so that it is known even if its launcher then fails.
+    """Record what Hydra starts: the sweep, even if its launcher then fails, or a run's directory.
 
     Attributes:
         begun: the sweep; None for a single run.
+        lock: keeps other sweeps out of its directory; None for a single run.
+        made: directories that Hydra makes for a single run, the deepest first.
     """
 
     begun: ClassVar[Begun | None] = None
+    lock: ClassVar[Lock | None] = None
+    made: ClassVar[Sequence[Path]] = ()
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Record which directories Hydra is about to make."""
+        directory = Path(config.hydra.run.dir).absolute()
+        NoteSweep.made = [p for p in (directory, *directory.parents) if not p.exists()]
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Record the sweep."""
-        NoteSweep.begun = Begun(Path(config.hydra.sweep.dir).absolute(), config.output)
+        """Record the sweep, and own its directory.
+
+        Raises:
+            Refused: another sweep holds the directory, or an earlier one has left its jobs there.
+        """
+        directory = Path(config.hydra.sweep.dir).absolute()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = Lock(directory / LOCK_FILE, _SWEEP_KEY)
+            lock.acquire()
+            NoteSweep.lock = lock
+        except InputError as refusal:
+            raise Refused(refusal) from None
+        except OSError as error:
+            message = f"{_SWEEP_KEY}: cannot write in {directory}: {error.strerror}"
+            raise Refused(InputError(message)) from None
+        if is_sweep(directory) and not (config.sweep.resume or config.runner.overwrite):
+            message = (
+                f"{_SWEEP_KEY}: {directory} has the jobs of an earlier sweep; choose another "
+                "directory, or set sweep.resume=true to run only those that have not passed, or "
+                "runner.overwrite=true to lose their records"
+            )
+            raise Refused(InUse(message))
+        NoteSweep.begun = Begun(directory, config.output)
 
 
 @dataclass(frozen=True)

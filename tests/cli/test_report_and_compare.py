@@ -103,7 +103,7 @@ def test_what_report_and_compare_cannot_read_is_told_in_one_line(
 def test_a_report_that_cannot_be_written_is_told_in_one_line(kvpipe, tmp_path):
     (run_dir(tmp_path / "run") / "report.html").mkdir()
     answer = kvpipe("report", "run")
-    assert answer.code == 1
+    assert answer.code == 3
     assert answer.err == "kvpipe: run/report.html: cannot write the report: Is a directory\n"
 
 

@@ -1,10 +1,14 @@
+import os
 import re
 import sys
+
+from omegaconf import OmegaConf
 
 from kvpipe.cli import run
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.parent import supervisor
 from kvpipe.sweeps.group import grouped
+from kvpipe.system.lock import Lock
 from tests import command
 from tests.in_process import Answer, files
 from tests.sinks.pipeline_records import passed
@@ -72,7 +76,7 @@ def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpi
         assert kvpipe(*sweep, *arguments).code == 0
     groups = [tracking.group for tracking in begun]
     assert groups[0] == groups[1]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", groups[0])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d{6}", groups[0])
     assert groups[2:] == ["mine", "mine"]
     assert begun[0].tags == ["+experiment=tiny", "engine.max_total_tokens=512"]
     assert begun[-1].tags[0] == "a"
@@ -106,10 +110,76 @@ def test_a_run_that_is_refused_writes_no_records_and_starts_no_engine(tmp_path):
     done = command.kvpipe(tmp_path, JAX_PLATFORMS="tpu")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("kvpipe: engine.device is 'cpu', but the environment has ")
-    (run_dir,) = (tmp_path / "outputs/tiny").iterdir()
-    assert files(run_dir) == [
+    assert files(tmp_path) == []
+
+
+def begin_only(monkeypatch):
+    """Let each run end as soon as it has begun; return the directories of those that began."""
+    begun = []
+
+    def carry_out(self):
+        begun.append(self.run_dir)
+        finished = passed(self.run_dir)
+        self.sinks.run_finished(finished)
+        return finished
+
+    monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
+    return begun
+
+
+def test_runs_of_one_second_have_directories_of_their_own_with_their_configs(kvpipe, monkeypatch):
+    begun = begin_only(monkeypatch)
+    for tokens in (512, 1024, 512):
+        assert kvpipe(f"engine.max_total_tokens={tokens}").code == 0
+    assert len(set(begun)) == 3
+    written = [OmegaConf.load(path / ".hydra/config.yaml") for path in begun]
+    assert [config.engine.max_total_tokens for config in written] == [512, 1024, 512]
+    assert files(begun[0])[:4] == [
         ".hydra",
         ".hydra/config.yaml",
         ".hydra/hydra.yaml",
         ".hydra/overrides.yaml",
     ]
+    assert OmegaConf.load(begun[0] / ".hydra/overrides.yaml") == ["engine.max_total_tokens=512"]
+
+
+def test_a_second_run_in_a_directory_is_refused_and_changes_nothing_there(
+    kvpipe, monkeypatch, tmp_path
+):
+    begun = begin_only(monkeypatch)
+    again = ["engine.max_total_tokens=512", "hydra.run.dir=mine"]
+    assert kvpipe("hydra.run.dir=mine").code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = kvpipe(*again)
+    assert (refused.code, refused.out, len(begun)) == (2, "", 1)
+    assert refused.err.startswith(f"kvpipe: hydra.run.dir: {tmp_path}/mine/records.jsonl is of an")
+    assert {path: path.read_bytes() for path in before} == before
+    assert kvpipe(*again, "runner.overwrite=true").code == 0
+    assert OmegaConf.load("mine/.hydra/config.yaml").engine.max_total_tokens == 512
+
+
+def test_a_refused_run_leaves_an_empty_directory_that_it_did_not_make(kvpipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for directory in ("mine", "new/one"):
+        assert kvpipe(f"hydra.run.dir={directory}", "engine.tp_size=3").code == 2
+    assert files(tmp_path) == ["mine"]
+
+
+def test_a_sweep_owns_its_directory_and_does_not_overwrite_an_earlier_one(
+    kvpipe, monkeypatch, tmp_path
+):
+    begun = begin_only(monkeypatch)
+    sweep = ["-m", "engine.max_total_tokens=512,1024", "hydra.sweep.dir=mine"]
+    assert kvpipe(*sweep).code == 0
+    again = kvpipe(*sweep)
+    assert (again.code, again.out, len(begun)) == (2, "", 2)
+    assert again.err.startswith(f"kvpipe: hydra.sweep.dir: {tmp_path}/mine has the jobs of an ")
+    assert kvpipe(*sweep, "runner.overwrite=true").code == 0
+    assert len(begun) == 4
+    lock = Lock(tmp_path / "mine/run.lock", "hydra.sweep.dir")
+    lock.acquire()
+    in_use = kvpipe(*sweep, "runner.overwrite=true")
+    lock.release()
+    assert (in_use.code, len(begun)) == (2, 4)
+    assert f"mine is in use by another run (process {os.getpid()} on " in in_use.err
+    assert not (tmp_path / "mine/run.lock").exists()

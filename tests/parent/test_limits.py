@@ -1,4 +1,6 @@
 import os
+import select
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +93,21 @@ def test_a_real_pipe_that_says_nothing_is_waited_for_until_the_limit(pipe):
     limits.begin("a")
     with pytest.raises(TimedOut):
         limits.wait(pipe[0])
+
+
+@pytest.mark.parametrize("options", [{"phase_timeout_s": 0.05}, {"run_timeout_s": 0.05}])
+def test_a_step_in_this_process_that_hangs_is_interrupted_at_the_limit(pipe, options):
+    limits = Limits(RunnerConfig(**options))
+    limits.begin("wandb_init")
+    with pytest.raises(TimedOut, match=r"'?wandb_init'?") as caught, limits.in_parent():
+        select.select([pipe[0]], [], [], 5)
+    assert f"runner.{next(iter(options))} = 0.05 s" in str(caught.value)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_step_in_this_process_without_a_limit_sets_no_timer():
+    with Limits(RunnerConfig()).in_parent():
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_each_step_has_its_own_clock_and_all_have_that_of_the_run(clock):

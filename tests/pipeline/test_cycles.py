@@ -50,6 +50,28 @@ def test_a_stretch_that_is_not_in_the_pipeline_is_refused(first, last, message):
         repeated(PIPELINE, RepeatConfig(first, last, 2))
 
 
+def test_more_steps_than_can_be_read_are_refused_before_they_are_made():
+    last = RepeatConfig("generate", "flush", 49_998)
+    assert len(repeated(PIPELINE, last)) == 100_000
+    with pytest.raises(InputError) as caught:
+        repeated(PIPELINE, RepeatConfig("generate", "flush", 10**12))
+    assert str(caught.value) == (
+        "repeat.times is 1000000000000: the pipeline has 2,000,000,000,004 steps, at most 100,000 "
+        "can run"
+    )
+    with pytest.raises(InputError, match="pipeline: the pipeline has 100,001 steps"):
+        repeated([str(step) for step in range(100_001)], None)
+
+
+def test_what_the_order_check_keeps_of_a_step_does_not_grow_with_the_cycles():
+    """Each step had a copy of the outputs before it: 10,000 cycles took 7 GB, and did not end."""
+    plain = compose_plain("+experiment=tiny_cycles", "repeat.times=50")
+    planned = check_order(build_steps(config_of(plain)))
+    assert len(planned) == 7 + 50 * 4
+    assert planned[-1].facts == planned[-5].facts == planned[10].facts
+    assert max(len(step.facts) for step in planned) < 12
+
+
 def test_a_count_of_cycles_below_one_is_refused():
     with pytest.raises(InputError, match=r"repeat\.times is 0"):
         RepeatConfig("a", "b", 0)

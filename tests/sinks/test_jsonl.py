@@ -2,13 +2,17 @@ import errno
 import io
 import json
 import os
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from pipeline_records import OUTPUT, passed, phase, pipeline, started
+from pipeline_records import OUTPUT, failed, passed, phase, pipeline, started
 
-from kvpipe.errors import KvpipeError, RecordError
+from kvpipe.errors import KvpipeError, RecordError, TimedOut
 from kvpipe.records.progress import GENERATING, Progress
+from kvpipe.sinks import Sinks
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 
 
@@ -113,3 +117,118 @@ def test_on_a_full_disk_the_file_keeps_whole_lines_and_has_room_for_the_end(tmp_
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     expected = [phase(1), phase(2), passed()]
     assert lines == [json.loads(record.line) for record in expected]
+
+
+def replace_file(path):
+    copy = path.with_name("copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+def replace_directory(path):
+    shutil.copytree(path.parent, path.parent.with_name("copy"))
+    shutil.rmtree(path.parent)
+    path.parent.with_name("copy").rename(path.parent)
+
+
+def append(path):
+    with path.open("a") as file:
+        file.write("{}\n")
+
+
+HARM = {
+    "removed": lambda path: path.unlink(),
+    "replaced": replace_file,
+    "emptied": lambda path: path.write_bytes(b""),
+    "appended to": append,
+    "changed": lambda path: path.write_bytes(path.read_bytes().replace(b"wandb", b"WANDB")),
+    "directory removed": lambda path: shutil.rmtree(path.parent),
+    "directory replaced": replace_directory,
+    "directory and the one above removed": lambda path: shutil.rmtree(path.parent.parent),
+}
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("harm", HARM)
+def test_records_that_are_lost_during_the_run_are_saved_and_that_is_an_error(
+    tmp_path, monkeypatch, harm, at_the_end
+):
+    """A change that keeps the size is found at the end, when the whole file is read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / "outputs/run/records.jsonl"
+    path.parent.mkdir(parents=True)
+    errors = []
+    with JsonFile(path) as sink:
+        for number, act in enumerate(
+            (
+                lambda: sink.phase_finished(phase(0)),
+                lambda: at_the_end or sink.phase_finished(phase(1)),
+                lambda: sink.run_finished(passed()),
+            )
+        ):
+            try:
+                act()
+            except RecordError as error:
+                errors.append(str(error))
+            if number == 0:
+                HARM[harm](path)
+    (error,) = errors
+    said = f"{path} was removed, replaced or changed during the run; the records are in "
+    assert error.startswith(said)
+    lines = Path(error.removeprefix(said)).read_text().splitlines()
+    expected = [phase(0), *([] if at_the_end else [phase(1)])]
+    assert lines[:-1] == [record.line for record in expected]
+    end = json.loads(lines[-1])
+    # What failed before is in the record of the run already, which the parent makes.
+    noticed_last = at_the_end or harm == "changed"
+    assert (end["exit_code"], end["error"]) == ((3, error) if noticed_last else (0, None))
+
+
+@pytest.mark.parametrize("name", ["outputs/renamed/records.jsonl", "outputs/run/mine.jsonl"])
+def test_records_that_are_moved_during_the_run_go_on_where_they_are(tmp_path, name):
+    path = tmp_path / "outputs/run/records.jsonl"
+    path.parent.mkdir(parents=True)
+    with JsonFile(path) as sink:
+        sink.phase_finished(phase(0))
+        if "renamed" in name:
+            path.parent.rename(tmp_path / "outputs/renamed")
+        else:
+            path.rename(tmp_path / name)
+        with pytest.raises(RecordError) as caught:
+            sink.phase_finished(phase(1))
+        sink.run_finished(failed())
+    assert str(caught.value) == (
+        f"{path} was moved during the run; the records are in {tmp_path / name}"
+    )
+    lines = [record.line for record in (phase(0), phase(1), failed())]
+    assert (tmp_path / name).read_text().splitlines() == lines
+
+
+def test_lost_records_that_can_be_saved_nowhere_are_an_error_too(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with JsonFile(path) as sink:
+        sink.phase_finished(phase(0))
+        path.unlink()
+        monkeypatch.setattr(tempfile, "mkstemp", refuse)
+        with pytest.raises(RecordError, match="its lines cannot be saved: Read-only file system"):
+            sink.run_finished(passed())
+
+
+def test_a_reader_that_does_not_read_is_given_up_after_the_limit():
+    """The pipe is full, so that a write would wait for ever, and so would the end of the process."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(1 << 16))
+    os.set_blocking(write_end, True)
+    with os.fdopen(write_end, "w") as stream:
+        sinks = Sinks([JsonLines(stream)], 0.05)
+        with pytest.raises(TimedOut, match=r"took longer than runner.sink_timeout_s = 0.05 s for"):
+            sinks.phase_finished(phase(1))
+        sinks.run_finished(passed())
+    os.close(read_end)

@@ -1,14 +1,16 @@
+import select
+
 import pytest
 from pipeline_records import failed, passed, phase, plan, started
 
-from kvpipe.errors import KvpipeError, TrackingError
+from kvpipe.errors import KvpipeError, TimedOut, TrackingError
 from kvpipe.records.progress import GENERATING, Progress
-from kvpipe.sinks import Sinks
+from kvpipe.sinks import Sink, Sinks
 
 PROGRESS = Progress("jax_ready", GENERATING, 1.0, {"tokens": 1}, {"tokens": 2})
 
 
-class Recorder:
+class Recorder(Sink):
     def __init__(self, error=None):
         self.calls = []
         self.error = error
@@ -96,3 +98,42 @@ def test_a_run_that_had_failed_keeps_its_exit_code_and_its_error():
     ((_, record),) = last.calls
     assert record.exit_code == given.exit_code
     assert record.error == f"{given.error}; then: rows are lost"
+
+
+class Hangs(Recorder):
+    """Waits long for each record, and is told when it is given up."""
+
+    def _take(self, *call):
+        super()._take(*call)
+        select.select([], [], [], 5)
+
+    def hung(self):
+        self.calls.append(("hung",))
+
+
+def test_a_sink_that_hangs_is_given_up_and_the_others_get_the_record():
+    hangs, other = Hangs(), Recorder()
+    sinks = Sinks([hangs, other], 0.05)
+    said = "Hangs took longer than runner.sink_timeout_s = 0.05 s for a record"
+    with pytest.raises(TimedOut, match=said):
+        sinks.phase_finished(phase(1))
+    with pytest.raises(TimedOut, match=said):
+        sinks.run_finished(passed())
+    assert [call[0] for call in hangs.calls] == ["phase_finished", "hung", "run_finished", "hung"]
+    first, last = (record for _, record in other.calls)
+    assert first == phase(1)
+    assert (last.status, last.exit_code, last.error) == ("failed", 5, said)
+
+
+def test_a_sink_with_limits_of_its_own_is_not_interrupted():
+    class Slow(Recorder):
+        limited = False
+
+        def _take(self, *call):
+            # Longer than the limit.
+            select.select([], [], [], 0.1)
+            super()._take(*call)
+
+    slow = Slow()
+    Sinks([slow], 0.01).phase_finished(phase(1))
+    assert slow.calls == [("phase_finished", phase(1))]

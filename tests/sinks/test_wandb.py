@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from pipeline_records import (
     sha256,
     started,
 )
+from wandb.sdk.lib.service import service_process
 
 from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import InputError, TrackingError
@@ -42,6 +44,7 @@ from kvpipe.sinks.wandb_tables import alert_of
 # A thread of wandb that watches the network may outlive a teardown, and then says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
+STUCK_SERVICE = Path(__file__).parents[1] / "stuck/wandb-core"
 KEY = "a1b2" * 10
 LIMIT = 100
 CONFIG = {
@@ -546,6 +549,43 @@ def test_a_killed_service_is_loud_and_the_next_run_of_the_process_works(tmp_path
                 sink.phase_finished(phase(1))
             with pytest.raises(TrackingError, match="up to 2 rows may be missing"):
                 sink.run_finished(passed())
+
+
+def test_a_service_that_hangs_at_the_start_ends_it_within_the_limit_and_is_gone(
+    tmp_path, wandb_process, monkeypatch
+):
+    """W&B itself would wait for its service longer than the limit, and at the end for ever."""
+    monkeypatch.setattr(service_process, "get_core_path", lambda: str(STUCK_SERVICE))
+    sink = WandbSink(TrackingConfig(init_timeout_s=0.1), tmp_path, None)
+    with pytest.raises(TrackingError, match=r"did not begin the run: no answer in 5\.1 s"):
+        sink.start(CONFIG)
+    sink.run_finished(failed())
+    assert services() == []
+
+
+def test_a_service_that_hangs_later_is_named_with_the_row_and_not_waited_for_again(
+    tmp_path, wandb_process
+):
+    sink = WandbSink(TrackingConfig(log_timeout_s=20), tmp_path, None)
+    sink.start(CONFIG)
+    sink.phase_finished(phase(0))
+    sink._tracking = TrackingConfig(log_timeout_s=0.5)
+    (service,) = services()
+    service.suspend()
+    try:
+        said = r"the row of 'jax_ready': no answer in 0\.5 s; up to 2"
+        with pytest.raises(TrackingError, match=said):
+            sink.phase_finished(phase(1))
+        sink.run_finished(failed())
+        assert services() == []
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            service.kill()
+
+
+def services():
+    children = psutil.Process().children()
+    return [child for child in children if child.name().startswith("wandb-core")]
 
 
 def names_once_written(directory):

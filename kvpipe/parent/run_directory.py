@@ -1,0 +1,53 @@
+"""Own the directory of a run: one run at a time, and never over the records of an earlier one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvpipe.config.hosts import own_file
+from kvpipe.config.schema import EngineConfig
+from kvpipe.errors import InputError
+from kvpipe.parent.supervisor import ENGINE_LOG
+from kvpipe.records.run import RECORDS_FILE
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock
+
+_KEY = "hydra.run.dir"
+
+
+@contextmanager
+def owned(
+    run_dir: Path, engine: EngineConfig, overwrite: bool, tell: Callable[[str], None]
+) -> Iterator[None]:
+    """Hold the directory; several hosts of one run share it, each with files of its own.
+
+    Args:
+        run_dir: the directory.
+        engine: says which host this is.
+        overwrite: allow a directory that has the records of an earlier run.
+        tell: writes a message for the person at the terminal.
+
+    Raises:
+        InUse: another run holds it, or an earlier run has left its records there.
+        InputError: it cannot be written to.
+    """
+    lock = Lock(run_dir / own_file(LOCK_FILE, engine), _KEY)
+    try:
+        locked = lock.acquire()
+    except OSError as error:
+        raise InputError(f"{_KEY}: cannot write in {run_dir}: {error.strerror}") from None
+    if not locked:
+        tell(
+            f"kvpipe: {run_dir} is on a file system without file locks, so nothing keeps a second "
+            "run out of it\n"
+        )
+    try:
+        for name in (RECORDS_FILE, ENGINE_LOG):
+            path = run_dir / own_file(name, engine)
+            if path.exists() and not overwrite:
+                raise InUse(
+                    f"{_KEY}: {path} is of an earlier run; choose another directory, or set "
+                    "runner.overwrite=true to lose the records there"
+                )
+        yield
+    finally:
+        lock.release()
