@@ -27,9 +27,11 @@ def limited(seconds: float | None, message: str) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, expire)
     # A timer of zero seconds would never fire.
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    outer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        # A timer of whoever called goes on.
+        signal.setitimer(signal.ITIMER_REAL, *outer)

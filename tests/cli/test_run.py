@@ -161,7 +161,7 @@ def test_a_second_run_in_a_directory_is_refused_and_changes_nothing_there(
 def test_a_refused_run_leaves_an_empty_directory_that_it_did_not_make(kvpipe, tmp_path):
     (tmp_path / "mine").mkdir()
     for directory in ("mine", "new/one"):
-        assert kvpipe(f"hydra.run.dir={directory}", "engine.tp_size=3").code == 2
+        assert kvpipe(f"hydra.run.dir={directory}", "prompt.text=").code == 2
     assert files(tmp_path) == ["mine"]
 
 
