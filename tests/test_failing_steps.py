@@ -39,7 +39,7 @@ def ending_by(*phases):
     ctx = WorkerContext(Kvpipe(), "Hello")
     events = loop.Callbacks(*[lambda *told: None] * 5)
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
-    return loop.run(jobs, ctx, events, time.time())
+    return loop.run(jobs, ctx, events, time.monotonic())
 
 
 def test_a_check_that_does_not_hold_fails_the_run_under_its_steps_name():

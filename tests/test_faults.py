@@ -193,6 +193,7 @@ CELLS = {
         overrides=("runner.run_timeout_s=0.5", UNTRACKED),
         failing="run_planned",
     ),
+    "the clock is set back": Cell(*(3, "ValueError: a fault", "set_the_clock_back"), cleaned=True),
     # The disk, and who reads.
     "a full disk": Cell(3, "No space left on device", "fill_disk", disk_bytes=64 << 20),
     "a reader that has gone": Cell(
@@ -298,6 +299,22 @@ def test_the_run_after_all_faults_passes_as_if_nothing_had_been(after_all):
     _, (_, left_before), run = after_all
     assert (run.exit_code, run.stderr, run.end["status"]) == (0, "", "passed")
     assert (run.survivors, run.temporary) == ([], left_before)
+
+
+def test_the_times_of_a_run_do_not_follow_the_clock(matrix):
+    """It goes back an hour whenever it is read, in both processes."""
+    elapsed = [record["elapsed_s"] for record in matrix.run("the clock is set back").records[1:]]
+    assert elapsed[0] >= 0
+    assert elapsed == sorted(elapsed)
+
+
+def test_no_step_has_more_resident_memory_than_its_process_had_at_its_peak(matrix):
+    steps = matrix.run("the clock is set back").records[1:-1]
+    measured = [(step["memory"], step["peak"]) for step in steps if "memory" in step]
+    assert len(measured) == 4
+    for memory, peak in measured:
+        within = peak["process_rss_bytes"] if peak else 0
+        assert max(memory["process_rss_bytes"], within) <= memory["process_peak_rss_bytes"]
 
 
 def test_ctrl_c_twice_waits_for_nothing(matrix):

@@ -94,7 +94,7 @@ class Run:
     command: str = ""
     secrets: Sequence[str] = ()
     redactor: Redactor = field(default_factory=Redactor)
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
     _signals: DeferredSignals = field(default_factory=DeferredSignals)
     _current: str = ""
@@ -138,7 +138,7 @@ class Run:
             status=self._status(ending.exit_code),
             exit_code=ending.exit_code,
             run_dir=str(self.run_dir),
-            elapsed_s=round(time.time() - self.began, 6),
+            elapsed_s=round(time.monotonic() - self.began, 6),
             checks=tuple(self.checks),
             error=ending.error and self.redactor.text(ending.error),
             failing_phase=failing or None,
@@ -224,7 +224,7 @@ class Run:
             phase=step,
             use=use_of(step, self.config),
             idx=idx,
-            elapsed_s=round(time.time() - self.began, 6),
+            elapsed_s=round(time.monotonic() - self.began, 6),
             duration_s=round(duration_s, 6),
             memory=memory or process_memory(),
             checks=result.checks,
