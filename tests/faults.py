@@ -185,11 +185,19 @@ def child(ctx):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell_secrets(ctx):
-    token = os.environ["HF_TOKEN"]
-    print(f"a log with {token}", flush=True)
+def secrets():
     key = (Path.cwd() / ".env").read_text().partition("=")[2].strip()
-    raise ValueError(f"{token} and {key}")
+    names = ("HF_TOKEN", "STORAGE_KEY", "DB_PASSWORD", "DATABASE_URL")
+    return " and ".join([*(os.environ[name] for name in names), key])
+
+
+def record_secrets(ctx):
+    return Result({"told": secrets(), secrets(): 1})
+
+
+def tell_secrets(ctx):
+    print(f"a log with {secrets()}", flush=True)
+    raise ValueError(secrets())
 
 
 def spoil_the_model(ctx):

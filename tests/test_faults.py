@@ -326,27 +326,39 @@ def test_ctrl_c_twice_waits_for_nothing(matrix):
     assert run.exit_code == 130
 
 
+GIVEN = {
+    "HF_TOKEN": TOKEN,
+    "STORAGE_KEY": "k3y/with+signs=",
+    "DB_PASSWORD": 'p4ss "word"',
+    "DATABASE_URL": "postgres://me:w0rd-of-url@host/db",
+}
+
+
 def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_path):
-    """One is in the environment, one in .env; a phase prints one and raises both."""
+    """They are in the environment and in .env; phases print them, record them and raise them."""
     env_file = tmp_path / ".env"
     env_file.write_text(f"WANDB_API_KEY={FAKE_KEY}\n")
     env_file.chmod(0o600)
-    overrides = ["pipeline=without_engine", "phases.fault.how=tell_secrets", *ONLINE]
+    hows = ["phases.before.how=record_secrets", "phases.fault.how=tell_secrets"]
+    overrides = ["pipeline=without_engine", *hows, *ONLINE]
     with wandb_server.serve() as served:
-        run = start(WITHOUT_ENGINE, overrides, site, tmp_path, served, WANDB_API_KEY="")
+        given = {"WANDB_API_KEY": "", **GIVEN}
+        run = start(WITHOUT_ENGINE, overrides, site, tmp_path, served, **given)
         stdout, stderr = run.process.communicate(timeout=PATIENCE_S)
-        asked = len(served.requests)
+        asked = [body for _, body in served.requests]
     assert run.process.returncode == 3
-    assert "[redacted] and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
-    assert asked > 0
-    env_file.unlink()
-    for secret in (FAKE_KEY, TOKEN):
-        assert secret not in stdout + stderr
-        for path in tmp_path.rglob("*"):
-            if path.is_file():
-                assert secret.encode() not in path.read_bytes(), path
+    told = "[redacted] and [redacted] and [redacted] and postgres://me:[redacted]@host/db"
+    assert f"{told} and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
     (log,) = tmp_path.glob("outputs/tiny/*/engine.log")
-    assert "a log with [redacted]" in log.read_text()
+    assert f"a log with {told}" in log.read_text()
+    env_file.unlink()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [path for path in written if path.suffix == ".wandb"]
+    texts = [stdout.encode(), stderr.encode(), *map(str.encode, map(str, written)), *asked]
+    for secret in (FAKE_KEY, TOKEN, "k3y/with+signs=", 'p4ss "word"', "w0rd-of-url"):
+        for form in {secret, json.dumps(secret)[1:-1]}:
+            found = [text for text in [*texts, *written.values()] if form.encode() in text]
+            assert found == []
 
 
 def test_a_run_in_one_process_records_the_failure_of_a_step_like_any_other(site, tmp_path):

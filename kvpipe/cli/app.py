@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from kvpipe.cli.common import PLANNERS, input_error, shown_format, tell
 from kvpipe.cli.verbs import RUN, VERBS, split_paths, split_verb, without_verb
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, uncaught
+from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.errors import DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.records.sweep import SweepFinished
@@ -116,6 +117,8 @@ def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
             hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
+    except Refused as refused:
+        raise refused.error from None
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         if task.codes:
             raise
