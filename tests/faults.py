@@ -56,6 +56,7 @@ class Fault(ParentPhase):
 '''
 FAULTS = """
 import ctypes
+import itertools
 import os
 import resource
 import signal
@@ -75,6 +76,9 @@ def declare(how):
     # Both processes ask for a phase's effect; only the worker's command ends in a descriptor.
     if how == "hang_in_the_plan" and sys.argv[-1].isdecimal():
         hang()
+    if how == "set_the_clock_back":
+        hours = itertools.count()
+        time.time = lambda now=time.time: now() - 3600 * next(hours)
 
 
 def nothing(ctx):
@@ -87,6 +91,10 @@ def leave_a_mark(ctx):
 
 def exception(ctx):
     raise ValueError("a fault of the tests")
+
+
+def set_the_clock_back(ctx):
+    exception(ctx)
 
 
 def exception_on_host_1(ctx):
@@ -177,11 +185,19 @@ def child(ctx):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell_secrets(ctx):
-    token = os.environ["HF_TOKEN"]
-    print(f"a log with {token}", flush=True)
+def secrets():
     key = (Path.cwd() / ".env").read_text().partition("=")[2].strip()
-    raise ValueError(f"{token} and {key}")
+    names = ("HF_TOKEN", "STORAGE_KEY", "DB_PASSWORD", "DATABASE_URL")
+    return " and ".join([*(os.environ[name] for name in names), key])
+
+
+def record_secrets(ctx):
+    return Result({"told": secrets(), secrets(): 1})
+
+
+def tell_secrets(ctx):
+    print(f"a log with {secrets()}", flush=True)
+    raise ValueError(secrets())
 
 
 def spoil_the_model(ctx):

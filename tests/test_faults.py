@@ -208,6 +208,7 @@ CELLS = {
         overrides=("runner.run_timeout_s=0.5", UNTRACKED),
         failing="run_planned",
     ),
+    "the clock is set back": Cell(*(3, "ValueError: a fault", "set_the_clock_back"), cleaned=True),
     # The disk, and who reads.
     "a full disk": Cell(3, "No space left on device", "fill_disk", disk_bytes=64 << 20),
     "a reader that has gone": Cell(
@@ -325,6 +326,24 @@ def test_the_run_after_all_faults_passes_as_if_nothing_had_been(after_all):
     assert (run.survivors, run.temporary) == ([], left_before)
 
 
+@pytest.mark.parametrize("name", ["the clock is set back"])
+def test_the_times_of_a_run_do_not_follow_the_clock(name, matrix):
+    """It goes back an hour whenever it is read, in both processes."""
+    elapsed = [record["elapsed_s"] for record in matrix.run(name).records[1:]]
+    assert elapsed[0] >= 0
+    assert elapsed == sorted(elapsed)
+
+
+@pytest.mark.parametrize("name", ["the clock is set back"])
+def test_no_step_has_more_resident_memory_than_its_process_had_at_its_peak(name, matrix):
+    steps = matrix.run(name).records[1:-1]
+    measured = [(step["memory"], step["peak"]) for step in steps if "memory" in step]
+    assert len(measured) == 4
+    for memory, peak in measured:
+        within = peak["process_rss_bytes"] if peak else 0
+        assert max(memory["process_rss_bytes"], within) <= memory["process_peak_rss_bytes"]
+
+
 def test_ctrl_c_twice_waits_for_nothing(matrix):
     """W&B alone would have been given longer than the test waits for the end."""
     run = matrix.run("SIGINT twice")
@@ -332,27 +351,39 @@ def test_ctrl_c_twice_waits_for_nothing(matrix):
     assert run.exit_code == 130
 
 
+GIVEN = {
+    "HF_TOKEN": TOKEN,
+    "STORAGE_KEY": "k3y/with+signs=",
+    "DB_PASSWORD": 'p4ss "word"',
+    "DATABASE_URL": "postgres://me:w0rd-of-url@host/db",
+}
+
+
 def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_path):
-    """One is in the environment, one in .env; a phase prints one and raises both."""
+    """They are in the environment and in .env; phases print them, record them and raise them."""
     env_file = tmp_path / ".env"
     env_file.write_text(f"WANDB_API_KEY={FAKE_KEY}\n")
     env_file.chmod(0o600)
-    overrides = ["pipeline=without_engine", "phases.fault.how=tell_secrets", *ONLINE]
+    hows = ["phases.before.how=record_secrets", "phases.fault.how=tell_secrets"]
+    overrides = ["pipeline=without_engine", *hows, *ONLINE]
     with wandb_server.serve() as served:
-        run = start(WITHOUT_ENGINE, overrides, site, tmp_path, served, WANDB_API_KEY="")
+        given = {"WANDB_API_KEY": "", **GIVEN}
+        run = start(WITHOUT_ENGINE, overrides, site, tmp_path, served, **given)
         stdout, stderr = run.process.communicate(timeout=PATIENCE_S)
-        asked = len(served.requests)
+        asked = [body for _, body in served.requests]
     assert run.process.returncode == 3
-    assert "[redacted] and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
-    assert asked > 0
-    env_file.unlink()
-    for secret in (FAKE_KEY, TOKEN):
-        assert secret not in stdout + stderr
-        for path in tmp_path.rglob("*"):
-            if path.is_file():
-                assert secret.encode() not in path.read_bytes(), path
+    told = "[redacted] and [redacted] and [redacted] and postgres://me:[redacted]@host/db"
+    assert f"{told} and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
     (log,) = tmp_path.glob("outputs/tiny/*/engine.log")
-    assert "a log with [redacted]" in log.read_text()
+    assert f"a log with {told}" in log.read_text()
+    env_file.unlink()
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [path for path in written if path.suffix == ".wandb"]
+    texts = [stdout.encode(), stderr.encode(), *map(str.encode, map(str, written)), *asked]
+    for secret in (FAKE_KEY, TOKEN, "k3y/with+signs=", 'p4ss "word"', "w0rd-of-url"):
+        for form in {secret, json.dumps(secret)[1:-1]}:
+            found = [text for text in [*texts, *written.values()] if form.encode() in text]
+            assert found == []
 
 
 def test_a_run_in_one_process_records_the_failure_of_a_step_like_any_other(site, tmp_path):

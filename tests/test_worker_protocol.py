@@ -27,7 +27,7 @@ def worker(tmp_path, monkeypatch):
     module, log = "tests.without_engine.worker", tmp_path / "log"
     with start_child(module, log, environment(tmp_path, site), 60.0) as child:
         scratch = str(child.scratch)
-        child.send({"config": config, "run_began": time.time(), "scratch": scratch})
+        child.send({"config": config, "run_began": time.monotonic(), "scratch": scratch})
         yield child
 
 

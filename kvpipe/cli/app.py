@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 from kvpipe.cli.common import PLANNERS, input_error, shown_format, tell
 from kvpipe.cli.verbs import RUN, VERBS, split_paths, split_verb, without_verb
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, uncaught
+from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.errors import DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.records.sweep import SweepFinished
 from kvpipe.sweeps import slurm
-from kvpipe.sweeps.jobs import NoteSweep, Refused, is_sweep, jobs_of
+from kvpipe.sweeps.jobs import NoteSweep, is_sweep, jobs_of
 
 # Variable in which a shell passes the line to complete.
 _COMP_LINE = "COMP_LINE"
@@ -121,7 +122,7 @@ def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
     except COMPOSITION_ERRORS:
         raise
     except Refused as refused:
-        raise refused.refusal from None
+        raise refused.error from None
     except (AssertionError, AttributeError, OSError, ValueError) as error:
         if task.codes:
             raise

@@ -12,13 +12,13 @@ from kvpipe.config.hosts import check_hosts
 from kvpipe.config.hydra_errors import one_message
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
-from kvpipe.config.schema import Kvpipe, OutputFormat
+from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
 from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import check_order
-from kvpipe.system.secrets import API_KEY, redactor
+from kvpipe.system.secrets import API_KEY, known_secrets, redactor, refuse_secret
 
 PLANNERS = Planners(secrets=(API_KEY,))
 """The planning child processes of this process, kept from one job of a sweep to the next."""
@@ -35,7 +35,9 @@ def checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
     check_mesh(config.engine)
     check_hosts(config)
     check_model(config)
-    read_prompt(config.prompt)
+    online = config.tracking.mode is TrackingMode.online
+    prompt = read_prompt(config.prompt)
+    refuse_secret("prompt.file", prompt, known_secrets(Path.cwd(), os.environ, online))
     return steps
 
 

@@ -1,6 +1,5 @@
 """``kvpipe run``, the default: execute the pipeline, alone or as a job of a sweep."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_r
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
+from kvpipe.config.wandb_environment import variable_messages, with_wandb_variables
 from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import owned
@@ -42,10 +42,9 @@ def act(composed: DictConfig) -> int:
     """Execute a run, after refusing everything that can be wrong with the input."""
     written = None
     try:
-        plain = to_plain(composed)
+        plain = _completed(to_plain(composed))
         _refuse_secrets(plain)
         written = composed
-        plain = _completed(plain)
         return _run(from_plain(plain), plain, composed)
     except (InputError, *COMPOSITION_ERRORS) as error:
         if not _is_job():
@@ -56,8 +55,8 @@ def act(composed: DictConfig) -> int:
 
 
 def _completed(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with what Hydra does not compose: the host's rank, the sweep's group."""
-    plain = with_node_rank(plain, os.environ)
+    """Return the config with what Hydra does not compose: the host's rank, names for W&B."""
+    plain = with_wandb_variables(with_node_rank(plain, os.environ), os.environ)
     if not _is_job():
         return plain
     hydra_config = HydraConfig.get()
@@ -74,7 +73,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     first = is_first(config.engine)
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)
-    started = _started(config, json.loads(redact.text(json.dumps(plain))), steps)
+    started = _started(config, plain, steps)
     resume = _is_job() and config.sweep.resume
     with owned(run_dir, config.engine, config.runner.overwrite or resume, tell):
         _write_config(composed, run_dir)
@@ -90,7 +89,9 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
                     steps,
                     run_dir,
                     sinks,
-                    start_tracking=partial(tracker.start, plain) if first else dict,
+                    start_tracking=(
+                        partial(_start_tracking, tracker, plain, config) if first else dict
+                    ),
                     command=_command(),
                     secrets=(API_KEY,),
                     redactor=redact,
@@ -126,6 +127,14 @@ def _remove_made() -> None:
     with suppress(OSError):
         for directory in NoteSweep.made:
             directory.rmdir()
+
+
+def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -> dict[str, Any]:
+    """Start the W&B run, after saying which variables of the environment are read for it."""
+    if config.tracking.mode is not TrackingMode.disabled:
+        for line in variable_messages(config.tracking, os.environ):
+            tell(f"kvpipe: {line}\n")
+    return tracker.start(plain)
 
 
 @contextmanager
@@ -195,11 +204,13 @@ def _is_job() -> bool:
 def _refuse_secrets(plain: dict[str, Any]) -> None:
     """Refuse a config that contains a secret, and remove the sweep's copy that Hydra has written.
 
+    Hydra's callback sees a sweep's jobs only by their overrides, not by the files that they choose.
+
     Raises:
         InputError: it contains one.
     """
     try:
-        refuse_secrets(plain, _api_key(plain))
+        refuse_secrets(plain, redactor(os.environ, _api_key(plain)))
     except InputError:
         if _is_job():
             (Path(HydraConfig.get().sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)

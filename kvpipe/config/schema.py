@@ -313,10 +313,10 @@ class TrackingConfig(Section, section="tracking"):
     Attributes:
         mode: ``online``, ``offline`` or ``disabled``.
         project: W&B project.
-        name: name of the run.
-        entity: W&B team or user; None means the account's default.
-        group: name that groups related runs; None means no group, or the sweep's name for a job of
-            a sweep.
+        name: name of the run; None means WANDB_NAME, or one that W&B makes up.
+        entity: W&B team or user; None means WANDB_ENTITY, or the account's default.
+        group: name that groups related runs; None means WANDB_RUN_GROUP, or no group, or the sweep's
+            name for a job of a sweep.
         tags: tags of the run; a job of a sweep also gets its overrides.
         fallback_offline: continue offline, with a message, if W&B cannot be reached.
         init_timeout_s: limit of the start, in seconds.

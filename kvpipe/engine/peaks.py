@@ -10,10 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-import psutil
-
 from kvpipe.records.run import Memory, Peak
 from kvpipe.system.periodic_thread import PeriodicThread
+from kvpipe.system.process_memory import process_memory
 
 # Not more often: each wake-up takes the GIL from the phase. Not less often: a peak may be short.
 _LEAST_S, _MOST_S = 0.01, 2.0
@@ -42,7 +41,6 @@ class PeakSampler:
     def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:
         self._has_devices = has_devices
         self._share = share
-        self._process = psutil.Process()
         self._ticker = PeriodicThread("peaks", self._tick)
         # Held for a whole sample, so that each sample belongs to one phase.
         self._lock = threading.Lock()
@@ -96,7 +94,7 @@ class PeakSampler:
         return min(max(spent / self._share, _LEAST_S), _MOST_S)
 
     def _take_one(self) -> None:
-        rss = self._process.memory_info().rss
+        rss = process_memory().process_rss_bytes
         used: tuple[int, ...] = ()
         if self._has_devices():
             from kvpipe.engine import memory

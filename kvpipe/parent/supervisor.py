@@ -94,7 +94,7 @@ class Run:
     command: str = ""
     secrets: Sequence[str] = ()
     redactor: Redactor = field(default_factory=Redactor)
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
     _signals: DeferredSignals = field(default_factory=DeferredSignals)
     _current: str = ""
@@ -134,19 +134,21 @@ class Run:
             except KvpipeError as error:
                 ending = replace(ending, error=f"{ending.error}; then: {error}")
         failing = (ending.failing_phase or self._current) if ending.exit_code else None
-        return RunFinished(
+        finished = RunFinished(
             status=self._status(ending.exit_code),
             exit_code=ending.exit_code,
             run_dir=str(self.run_dir),
-            elapsed_s=round(time.time() - self.began, 6),
+            elapsed_s=round(time.monotonic() - self.began, 6),
             checks=tuple(self.checks),
-            error=ending.error and self.redactor.text(ending.error),
+            error=ending.error,
             failing_phase=failing or None,
             ledger=self._ledger(failing),
             planned=self._planned(failing),
-            command=self.redactor.text(self.command),
+            command=self.command,
             fields={"wandb": self._tracking} if self._tracking else {},
         )
+        clean = self.redactor.text(finished.line)
+        return RunFinished.from_json(json.loads(clean))
 
     def _status(self, exit_code: int) -> str:
         if exit_code > errors.SIGNALLED:
@@ -224,7 +226,7 @@ class Run:
             phase=step,
             use=use_of(step, self.config),
             idx=idx,
-            elapsed_s=round(time.time() - self.began, 6),
+            elapsed_s=round(time.monotonic() - self.began, 6),
             duration_s=round(duration_s, 6),
             memory=memory or process_memory(),
             checks=result.checks,

@@ -31,7 +31,7 @@ from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
-from kvpipe.system.secrets import API_KEY, refuse_secrets
+from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets
 
 if TYPE_CHECKING:
     import wandb
@@ -45,6 +45,22 @@ _SERVICE = "wandb-core"
 _ACKNOWLEDGED = "wandb/id"
 # W&B's service flushes rows every 15 s by default, and loses the pending ones if it is killed.
 _FLUSH_INTERVAL_S = 1.0
+# Settings of wandb that describe a run; those that the config does not give must be empty.
+_OF_A_RUN = (
+    "config_paths",
+    "fork_from",
+    "ignore_globs",
+    "launch",
+    "resume",
+    "resume_from",
+    "run_group",
+    "run_id",
+    "run_job_type",
+    "run_name",
+    "run_notes",
+    "run_tags",
+    "sweep_id",
+)
 
 
 class WandbSink(Sink):
@@ -63,6 +79,7 @@ class WandbSink(Sink):
         self._tracking = tracking
         self._run_dir = run_dir.absolute()
         self._api_key = api_key
+        self._redactor = redactor(os.environ, api_key)
         self._run: wandb.Run | None = None
         self._unusable = False
         self._samples: list[Sample] = []
@@ -84,7 +101,7 @@ class WandbSink(Sink):
         """
         if self._tracking.mode is TrackingMode.disabled:
             return _started(self._tracking, None, None)
-        refuse_secrets(config, self._api_key)
+        refuse_secrets(config, self._redactor)
         self._prompt_file = config["prompt"]["file"]
         self._experiment = config["experiment"]
         reason = None
@@ -350,8 +367,8 @@ class WandbSink(Sink):
         except (Exception, SystemExit) as error:
             self._unusable = isinstance(error, TimeoutError)
             raise TrackingError(
-                f"W&B {what}: {_first_line(error)}; up to {self._rows} rows may be missing there; "
-                f"to upload what is on disk, run: wandb sync {_sync_dir(run)}"
+                f"W&B {what}: {self._redactor.text(_first_line(error))}; up to {self._rows} rows may "
+                f"be missing there; to upload what is on disk, run: wandb sync {_sync_dir(run)}"
             ) from error
 
 
@@ -415,12 +432,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _base_url() -> str:
-    """Return the address of W&B's server from wandb's own settings."""
+    """Return the address of W&B's server from wandb's own settings.
+
+    Nothing that describes a run stays in them: they are from the environment and from wandb's files.
+    """
     import wandb
 
     try:
         # Silent: anything that wandb would print is either raised here or irrelevant.
-        return wandb.setup(wandb.Settings(silent=True)).settings.base_url
+        # SageMaker's jobs would get their run id from wandb, the same for all jobs of a sweep.
+        wanted = wandb.Settings(silent=True, sagemaker_disable=True)
+        settings = wandb.setup(wanted).settings
+        for name in _OF_A_RUN:
+            setattr(settings, name, wandb.Settings.model_fields[name].default)
+        return settings.base_url
     except Exception as error:
         raise TrackingError(
             f"W&B refuses its own settings, in the environment's WANDB_* or in its files: "

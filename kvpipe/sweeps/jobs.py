@@ -20,6 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.schema import OutputFormat
 from kvpipe.errors import InputError
 from kvpipe.system.lock import LOCK_FILE, InUse, Lock
@@ -39,14 +40,6 @@ class Begun:
 
     directory: Path
     output: OutputFormat
-
-
-class Refused(BaseException):
-    """Carry the refusal of a callback through Hydra, which would turn an Exception into a warning."""
-
-    def __init__(self, refusal: InputError) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
 
 
 class NoteSweep(Callback):

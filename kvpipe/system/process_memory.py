@@ -1,15 +1,17 @@
 """Memory of processes and of the host, as the operating system counts it."""
 
+import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from kvpipe.records.run import Memory
 
-_PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
+_RSS = re.compile(r"^VmHWM:\s+(?P<peak>\d+) kB\nVmRSS:\s+(?P<rss>\d+) kB$", re.MULTILINE)
 _VMSTAT = Path("/proc/vmstat")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
@@ -17,7 +19,7 @@ _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 def process_memory() -> Memory:
     """Return this process's RSS and peak RSS in bytes, without the devices."""
-    return Memory(psutil.Process().memory_info().rss, _peak(resource.RUSAGE_SELF))
+    return _memory(os.getpid(), resource.RUSAGE_SELF)
 
 
 def child_memory(pid: int) -> Memory:
@@ -25,17 +27,23 @@ def child_memory(pid: int) -> Memory:
 
     The peak of a child that has ended and was reaped is that of the largest child so far.
     """
-    try:
+    return _memory(pid, resource.RUSAGE_CHILDREN)
+
+
+def _memory(pid: int, who: int) -> Memory:
+    """Return the RSS and peak RSS of a process.
+
+    Linux gives both in one reading. Its other sources contradict it: ``ru_maxrss`` lags behind, and
+    the one of a child begins at its parent's RSS.
+    """
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if found := _RSS.search(Path(f"/proc/{pid}/status").read_text()):
+            return Memory(int(found["rss"]) * 1024, int(found["peak"]) * 1024)
+    rss = 0
+    with suppress(psutil.NoSuchProcess):
         rss = psutil.Process(pid).memory_info().rss
-        found = _PEAK.search(Path(f"/proc/{pid}/status").read_text())
-    except (psutil.NoSuchProcess, FileNotFoundError):
-        rss, found = 0, None
-    return Memory(rss, int(found[1]) * 1024 if found else max(rss, _peak(resource.RUSAGE_CHILDREN)))
-
-
-def _peak(who: int) -> int:
-    """Return the peak RSS of this process, or of its largest child, in bytes."""
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Memory(rss, max(rss, peak))
 
 
 def oom_kills() -> int:

@@ -7,7 +7,8 @@ reach the config, which is recorded and uploaded, nor records, logs or messages.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ from kvpipe.errors import InputError
 API_KEY = "WANDB_API_KEY"
 REDACTED = "[redacted]"
 _OTHERS_BITS = 0o077
-# W&B keys have at least 40 characters; a much shorter value would match in any text.
-_SHORTEST_KEY = 20
+# A value counts as a secret from this length on, or from the shorter one with letters and digits:
+# "test", "1" and "offline" would match in any text, and a number in any record.
+_SHORTEST = 20
+_SHORTEST_MIXED = 8
 _LINE = re.compile(r"(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*(?P<value>.*)")
 _QUOTED = re.compile(r"""(?P<quote>['"])(?P<value>.*?)(?P=quote)\s*(?:\#.*)?""")
 # "token" counts only as the whole name or its last word: max_new_tokens is not a secret.
-_SECRET_NAME = re.compile(
+_SECRET_OPTION = re.compile(
     r"(?:^|_)(?:(?:api|access|private|secret)_?key|token|secret|passw(?:or)?d|credentials?)$"
 )
+_SECRET_VARIABLE = re.compile(
+    r"(?:^|_)(?:(?:api)?key|token|secret|passw(?:or)?d|passphrase|credentials?)$|_(?:pat|pwd)$"
+)
+_URL_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 
 
 def wandb_api_key(directory: Path, environ: Mapping[str, str]) -> str | None:
@@ -40,36 +47,27 @@ def wandb_api_key(directory: Path, environ: Mapping[str, str]) -> str | None:
     return _read_env_file(path).get(API_KEY) or None
 
 
-def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
-    """Refuse a config that contains a secret.
-
-    Raises:
-        InputError: an option with a secret's name has a value, or a value contains the API key.
-    """
-    key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
-    for path, value in _leaves(config, ""):
-        named_so = value not in (None, "") and _names_a_secret(re.split(r"[.\[]", path)[-1])
-        if named_so or (key and key in str(value)):
-            raise InputError(
-                f"{path}: this looks like a secret, and the config is recorded and uploaded; "
-                f"give it through the environment instead (W&B: {API_KEY})"
-            )
-
-
 @dataclass(frozen=True)
 class Redactor:
-    """Redacts secrets in texts and files.
+    """Finds and redacts secrets in texts and files.
 
     Attributes:
-        secrets: their values.
+        secrets: value → the variable that has it.
     """
 
-    secrets: tuple[str, ...] = ()
+    secrets: Mapping[str, str] = field(default_factory=dict)
+
+    def variable_in(self, text: str) -> str | None:
+        """Return the variable whose value, or a reference to it, is in ``text``; None if none is."""
+        for secret, variable in self.secrets.items():
+            if secret in text or re.search(rf"\boc\.env:\s*{re.escape(variable)}\b", text):
+                return variable
+        return None
 
     def text(self, text: str) -> str:
         """Return ``text`` with each secret replaced by a mark; the text may be JSON."""
-        for secret in self.secrets:
-            text = text.replace(secret, REDACTED).replace(json.dumps(secret)[1:-1], REDACTED)
+        for form in self._forms():
+            text = text.replace(form, REDACTED)
         return text
 
     def file(self, path: Path) -> None:
@@ -81,25 +79,81 @@ class Redactor:
         if not (self.secrets and path.is_file()):
             return
         content = before = path.read_bytes()
-        for secret in self.secrets:
-            content = content.replace(secret.encode(), REDACTED.encode())
+        for form in self._forms():
+            content = content.replace(form.encode(), REDACTED.encode())
         if content != before:
             path.write_bytes(content)
+
+    def _forms(self) -> Iterator[str]:
+        """Yield each secret as it is and as JSON writes it."""
+        for secret in self.secrets:
+            yield secret
+            yield json.dumps(secret)[1:-1]
 
 
 def redactor(environ: Mapping[str, str], api_key: str | None) -> Redactor:
     """Return a redactor for the API key and every secret of the environment.
 
-    A variable is a secret if its name says so, e.g. ``HF_TOKEN``, and its value is not much shorter
-    than a key: a short value would match in any text.
+    A variable is a secret if its name says so, e.g. ``HF_TOKEN``; the password within a URL is one
+    too. A value that is short or a plain word would match in any text, so it is not looked for.
     """
-    named = (value.strip() for name, value in environ.items() if _names_a_secret(name))
-    found = {value for value in (api_key or "", *named) if len(value) >= _SHORTEST_KEY}
-    return Redactor(tuple(sorted(found, key=len, reverse=True)))
+    found = [(api_key or "", API_KEY)]
+    for name, value in environ.items():
+        if _SECRET_VARIABLE.search(_as_words(name)):
+            found.append((value.strip(), name))
+        found += [(password, name) for password in _URL_PASSWORD.findall(value)]
+    found.sort(key=lambda pair: len(pair[0]), reverse=True)
+    return Redactor({value: name for value, name in found if _can_be_found(value)})
 
 
-def _names_a_secret(name: str) -> bool:
-    return _SECRET_NAME.search(name.lower().replace("-", "_")) is not None
+def known_secrets(directory: Path, environ: Mapping[str, str], online: bool) -> Redactor:
+    """Return a redactor for every secret that a run in ``directory`` would have.
+
+    An ``.env`` that has to be refused counts as empty: whoever needs its key refuses it.
+    """
+    key = None
+    if online:
+        with suppress(InputError):
+            key = wandb_api_key(directory, environ)
+    return redactor(environ, key or environ.get(API_KEY))
+
+
+def refuse_secrets(config: Mapping[str, Any], redact: Redactor) -> None:
+    """Refuse a config that contains a secret, in a key or in a value.
+
+    Raises:
+        InputError: an option with a secret's name has a value, or a text contains a secret.
+    """
+    for path, value in _leaves(config, ""):
+        refuse_secret(redact.text(path), f"{path} {value}", redact)
+        option = re.split(r"[.\[]", path)[-1]
+        if isinstance(value, str) and value and _SECRET_OPTION.search(_as_words(option)):
+            raise InputError(
+                f"{path}: this looks like a secret, and the config is recorded and uploaded; "
+                f"give it through the environment instead (W&B: {API_KEY})"
+            )
+
+
+def refuse_secret(where: str, text: str, redact: Redactor) -> None:
+    """Refuse a text that contains a secret.
+
+    Raises:
+        InputError: it does; the message names ``where`` and the variable, and shows no value.
+    """
+    if variable := redact.variable_in(text):
+        raise InputError(
+            f"{where}: this contains the secret in the variable {variable}, and would be recorded and "
+            f"uploaded; take it out, or unset {variable} if it is none"
+        )
+
+
+def _can_be_found(value: str) -> bool:
+    mixed = re.search(r"[^\W\d]", value) and re.search(r"\d", value)
+    return len(value) >= (_SHORTEST_MIXED if mixed else _SHORTEST)
+
+
+def _as_words(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -138,11 +192,11 @@ def _parse(text: str, where: str) -> tuple[str, str]:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of each scalar in nested mappings and lists."""
-    if isinstance(value, Mapping):
+    """Yield the path and value of each scalar or empty container in nested mappings and lists."""
+    if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and value:
         for index, item in enumerate(value):
             yield from _leaves(item, f"{path}[{index}]")
     else:

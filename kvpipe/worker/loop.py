@@ -85,7 +85,7 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
         jobs: the steps.
         ctx: their common context.
         callbacks: callbacks for starts and records.
-        run_began: ``time.time()`` when the run began, for the elapsed time.
+        run_began: ``time.monotonic()`` when the run began, for the elapsed time.
     """
     ending = Ending()
     stopped = False
@@ -255,7 +255,7 @@ class _Loop:
             off["total"] = ledger.total_bytes - job.planned.total_bytes
         return PhaseRecord(
             **own.timed,
-            elapsed_s=round(time.time() - self._run_began, 6),
+            elapsed_s=round(time.monotonic() - self._run_began, 6),
             memory=whole.measured.memory,
             peak=whole.peak,
             ledger=ledger.totals() if ledger else {},

@@ -54,7 +54,7 @@ def execute(
     Args:
         config: the config to run.
         callbacks: callbacks for starts and records.
-        run_began: ``time.time()`` when the run began.
+        run_began: ``time.monotonic()`` when the run began.
         may_begin: blocks until the parent's own steps are done.
         load: imports the engine, or what replaces it; returns the planner.
     """
@@ -105,7 +105,7 @@ def work(
 
     Args:
         plain: the config to run, as plain values.
-        run_began: ``time.time()`` when the run began.
+        run_began: ``time.monotonic()`` when the run began.
         descriptor: receives starts, records and the ending, one JSON line each.
         next_order: blocks until the parent's next line: first that its own steps are done, then,
             each time, that it knows which step begins, or has written the record of one.
@@ -156,7 +156,7 @@ def _planned_jobs(
 
     def make() -> Plan:
         plan = planner(steps, config, ctx.model_dir)
-        callbacks.planned(replace(plan.record, elapsed_s=round(time.time() - run_began, 6)))
+        callbacks.planned(replace(plan.record, elapsed_s=round(time.monotonic() - run_began, 6)))
         if config.plan.enforce:
             check_fit(plan.record)
         return plan

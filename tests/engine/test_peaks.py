@@ -155,7 +155,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
         progressed=told.append,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
-    assert loop.run(jobs, ctx, events, time.time()) == Ending()
+    assert loop.run(jobs, ctx, events, time.monotonic()) == Ending()
     engine.flush()
     return {"records": records, "told": told}
 

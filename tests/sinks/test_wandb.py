@@ -120,7 +120,24 @@ class Offline:
         for folder in (self.home, self.run_dir):
             folder.mkdir()
         # None of these may win over the config.
-        hostile = {"WANDB_MODE": "online", "WANDB_PROJECT": "wrong", "WANDB_DIR": str(self.home)}
+        hostile = {
+            "WANDB_MODE": "online",
+            "WANDB_DISABLED": "true",
+            "WANDB_PROJECT": "wrong",
+            "WANDB_NAME": "wrong",
+            "WANDB_RUN_GROUP": "wrong",
+            "WANDB_TAGS": "wrong",
+            "WANDB_DIR": str(self.home),
+            "WANDB_IGNORE_GLOBS": "*",
+            "WANDB_NOTES": "wrong",
+            "WANDB_JOB_TYPE": "wrong",
+            "WANDB_RUN_ID": "wrong",
+            "WANDB_RESUME": "allow",
+            "WANDB_SWEEP_ID": "wrong",
+            "WANDB_LAUNCH": "true",
+            "WANDB_CONFIG": '{"experiment": "wrong"}',
+            "TRAINING_JOB_NAME": "wrong",
+        }
         self.process = python(
             OFFLINE_RUN,
             *(str(self.run_dir), json.dumps(CONFIG), KEY, str(LIMIT)),
@@ -180,6 +197,22 @@ def phase_rows(file):
 def files_with(secret, *folders):
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return [path for path in files if secret in path.read_bytes()]
+
+
+def test_no_variable_of_the_environment_says_what_the_run_is(offline):
+    """A sweep's id or a launch would make wandb drop the project, SageMaker give all jobs one id."""
+    described = ("project", "group", "tags", "notes", "job_type", "sweep_id")
+    assert {name: offline.file[name] for name in described} == {
+        "project": "kv",
+        "group": "g",
+        "tags": ["a"],
+        "notes": "",
+        "job_type": "",
+        "sweep_id": "",
+    }
+    assert offline.file["config"]["experiment"] == "tiny"
+    assert offline.file["id"] == offline.started["id"] != "wrong"
+    assert offline.started["name"] == "run 1"
 
 
 def test_each_phase_is_a_row_with_its_metrics(offline):
@@ -408,7 +441,7 @@ def test_a_pipeline_without_wandb_init_has_no_run(tmp_path):
 
 
 def test_a_config_with_a_secret_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"prompt\.text: this looks like a secret") as caught:
+    with pytest.raises(InputError, match=r"^prompt\.text: .* variable WANDB_API_KEY,") as caught:
         online(tmp_path).start({**CONFIG, "prompt": {"text": f"hi {KEY}", "file": None}})
     assert KEY not in str(caught.value)
 

@@ -42,8 +42,9 @@ def values(items):
 def read(path):
     """Return what the file says.
 
-    They are the rows of the history, summary, files, config, exit code, the run's group and tags,
-    alerts as title and text, and step metrics by the metric's pattern.
+    They are the rows of the history, summary, files, config, exit code, the run's id, project, group,
+    tags, notes, type of job and sweep, alerts as title and text, and step metrics by the metric's
+    pattern.
     """
     found = {
         "history": [],
@@ -51,8 +52,13 @@ def read(path):
         "files": [],
         "config": {},
         "exit_code": None,
+        "id": "",
+        "project": "",
         "group": "",
         "tags": [],
+        "notes": "",
+        "job_type": "",
+        "sweep_id": "",
         "alerts": [],
         "step_metrics": {},
     }
@@ -66,7 +72,10 @@ def read(path):
                 found["files"] += [file.path for file in record.files.files]
             case "run":
                 found["config"] |= values(record.run.config.update)
+                found["id"], found["project"] = record.run.run_id, record.run.project
                 found["group"], found["tags"] = record.run.run_group, list(record.run.tags)
+                for name in ("notes", "job_type", "sweep_id"):
+                    found[name] = getattr(record.run, name)
             case "alert":
                 found["alerts"].append((record.alert.title, record.alert.text))
             case "metric":

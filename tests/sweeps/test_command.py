@@ -30,11 +30,11 @@ def site(tmp_path_factory):
     return directory
 
 
-def kvpipe(site, cwd, *overrides):
+def kvpipe(site, cwd, *overrides, **variables):
     return subprocess.run(
         [sys.executable, "-m", "kvpipe", "--config-dir", str(site / "conf"), "-m", *overrides],
         cwd=cwd,
-        env=environment(cwd, site),
+        env=environment(cwd, site) | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -51,9 +51,10 @@ def statuses(end):
 
 @pytest.fixture(scope="module")
 def swept(site, tmp_path_factory):
-    """A sweep of three jobs, the first of which is refused for what it asks."""
+    """A sweep of three jobs, the first refused for what it asks, where one W&B run is resumed."""
     cwd = tmp_path_factory.mktemp("sweep")
-    return cwd, kvpipe(site, cwd, "pipeline=tracked", f"{SWEPT}=0,1,2")
+    resumed = {"WANDB_RUN_ID": "same", "WANDB_RESUME": "allow", "WANDB_ENTITY": "team"}
+    return cwd, kvpipe(site, cwd, "pipeline=tracked", f"{SWEPT}=0,1,2", **resumed)
 
 
 def test_a_job_over_several_hosts_is_refused(site, tmp_path):
@@ -105,6 +106,22 @@ def test_the_jobs_of_a_sweep_are_one_group_in_wandb(swept):
     files = sorted(cwd.glob("multirun/*/*/wandb/*/*.wandb"))
     groups = {wandb_file.read(file)["group"] for file in files}
     assert (len(files), groups) == (2, {Path(end_of(done)["sweep_dir"]).name})
+
+
+def test_each_job_of_a_sweep_is_a_wandb_run_of_its_own_whatever_the_environment_says(swept):
+    cwd, done = swept
+    ids = {wandb_file.read(file)["id"] for file in cwd.glob("multirun/*/*/wandb/*/*.wandb")}
+    assert len(ids - {"same"}) == 2
+    told = "kvpipe: not read: WANDB_RESUME, WANDB_RUN_ID; each run is a new W&B run\n"
+    assert done.stderr.count(told) == 2
+
+
+def test_a_name_from_the_environment_is_in_the_recorded_config(swept):
+    cwd, done = swept
+    files = cwd.glob("multirun/*/[12]/records.jsonl")
+    started = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    assert [record["config"]["tracking"]["entity"] for record in started] == ["team", "team"]
+    assert done.stderr.count("kvpipe: tracking.entity is 'team', from WANDB_ENTITY\n") == 2
 
 
 def test_resume_runs_only_what_has_not_passed_and_says_what_it_took_over(swept, site):
@@ -166,9 +183,11 @@ def test_what_ran_with_another_config_or_version_or_cannot_be_read_is_not_taken_
 def test_a_secret_in_a_job_is_written_nowhere(site, tmp_path):
     done = kvpipe(site, tmp_path, "pipeline=tracked", f"model.id={FAKE_KEY},b", "tracking=disabled")
     assert done.returncode == 2
-    assert "this looks like a secret" in done.stderr
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path for path in left if FAKE_KEY.encode() in path.read_bytes()] == []
+    assert done.stderr == (
+        "kvpipe: model.id: this contains the secret in the variable WANDB_API_KEY, and would be "
+        "recorded and uploaded; take it out, or unset WANDB_API_KEY if it is none\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_over_experiments_has_one_directory_and_a_pipe_gets_a_table_if_it_asks(

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from kvpipe.errors import InputError
-from kvpipe.system.secrets import redactor, refuse_secrets, wandb_api_key
+from kvpipe.system.secrets import known_secrets, redactor, refuse_secrets, wandb_api_key
 
 KEY = "a1b2" * 10
+TOKEN = "hf_" + "t0ken" * 6
 
 
 def write_env(directory, content, mode=0o600):
@@ -96,7 +97,8 @@ def test_a_file_that_is_not_utf_8_is_refused_without_showing_it(tmp_path):
 
 def test_a_config_without_secrets_passes():
     engine = {"max_total_tokens": 4096, "max_new_tokens": 64, "random_seed": 0}
-    refuse_secrets({"engine": engine, "hf_token": None, "text": "my token", "list": [1, "a"]}, KEY)
+    config = {"engine": engine, "hf_token": None, "text": "my token", "list": [1, "a"], "map": {}}
+    refuse_secrets(config, redactor({}, KEY))
 
 
 @pytest.mark.parametrize(
@@ -104,20 +106,80 @@ def test_a_config_without_secrets_passes():
 )
 def test_an_option_that_is_named_like_a_secret_is_refused(name):
     with pytest.raises(InputError, match=rf"^phases\.a\.{name}: this looks like a secret"):
-        refuse_secrets({"phases": {"a": {name: "x"}}}, None)
+        refuse_secrets({"phases": {"a": {name: "x"}}}, redactor({}, None))
 
 
-def test_the_key_itself_is_refused_wherever_it_stands():
-    with pytest.raises(InputError, match=r"^tracking\.tags\[1\]: ") as caught:
-        refuse_secrets({"tracking": {"tags": ["a", f"key={KEY}"]}}, KEY)
+def test_a_number_under_such_a_name_is_a_misspelled_option_and_no_secret():
+    refuse_secrets({"phases": {"generate": {"max_new_token": 8}}}, redactor({}, None))
+
+
+def test_the_key_itself_is_refused_wherever_it_is():
+    with pytest.raises(
+        InputError, match=r"^tracking\.tags\[1\]: .* variable WANDB_API_KEY,"
+    ) as caught:
+        refuse_secrets({"tracking": {"tags": ["a", f"key={KEY}"]}}, redactor({}, KEY))
     assert KEY not in str(caught.value)
 
 
-def test_what_is_too_short_for_a_key_is_not_looked_for():
-    refuse_secrets({"prompt": {"text": "Hello"}}, "e")
+@pytest.mark.parametrize("empty", [{}, [], None, 8])
+def test_a_secret_in_a_key_is_refused_and_not_shown(empty):
+    redact = redactor({"HF_TOKEN": TOKEN}, None)
+    with pytest.raises(InputError, match=r"^phases\.a_\[redacted\]: .* variable HF_TOKEN,"):
+        refuse_secrets({"phases": {f"a_{TOKEN}": empty}}, redact)
 
 
-TOKEN = "hf_" + "t0ken" * 6
+def test_a_reference_to_a_secret_is_refused_like_its_value():
+    """Hydra resolves it only where it is used, for example in the name of a directory."""
+    redact = redactor({"HF_TOKEN": TOKEN}, None)
+    assert redact.variable_in("outputs/${oc.env: HF_TOKEN}") == "HF_TOKEN"
+    assert redact.variable_in("${oc.env:HF_TOKEN_PATH} ${my_oc.env:HF_TOKENS}") is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "secret"),
+    [
+        ("GITHUB_PAT", "ghp_123456", "ghp_123456"),
+        ("OPENAI_API_KEY", "sk-proj-1", "sk-proj-1"),
+        ("STORAGE_KEY", TOKEN, TOKEN),
+        ("APIKEY", "abcdefgh1", "abcdefgh1"),
+        ("AWS_SECRET_ACCESS_KEY", f" {TOKEN}\n", TOKEN),
+        ("client_secret", "x1234567", "x1234567"),
+        ("DB_PASSWORD", "hunter2-hunter2", "hunter2-hunter2"),
+        ("MYSQL_PWD", "hunter2-hunter2", "hunter2-hunter2"),
+        ("SSH_PASSPHRASE", "correct horse battery staple", "correct horse battery staple"),
+        ("HTTPS_PROXY", "http://me:hunter2-hunter2@proxy:80", "hunter2-hunter2"),
+    ],
+)
+def test_a_variable_is_a_secret_by_its_name_or_as_the_password_of_a_url(variable, value, secret):
+    assert redactor({variable: value}, None).secrets == {secret: variable}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HF_TOKEN_PATH", TOKEN),
+        ("MONKEY", TOKEN),
+        ("PWD", "/home/me/a/directory/of/2026"),
+        ("MY_TOKEN", "1"),
+        ("MY_TOKEN", "test"),
+        ("MY_TOKEN", "bfloat1"),
+        ("MY_TOKEN", "kv_cache_dropped"),
+        ("MY_TOKEN", "17179869184"),
+        ("MY_TOKEN", ""),
+        ("HTTP_PROXY", "http://proxy:8080/a@b"),
+    ],
+)
+def test_a_short_value_a_word_and_a_number_are_not_looked_for(variable, value):
+    """They would match in any text: a record could not be written without being damaged."""
+    assert redactor({variable: value}, None).secrets == {}
+
+
+def test_the_key_of_a_dot_env_counts_if_a_run_would_read_it(tmp_path):
+    write_env(tmp_path, f"WANDB_API_KEY={KEY}")
+    assert known_secrets(tmp_path, {}, online=True).secrets == {KEY: "WANDB_API_KEY"}
+    assert known_secrets(tmp_path, {}, online=False).secrets == {}
+    (tmp_path / ".env").chmod(0o644)
+    assert known_secrets(tmp_path, {}, online=True).secrets == {}
 
 
 def test_the_secrets_of_the_environment_are_taken_out_of_a_text_and_of_json():

@@ -66,7 +66,7 @@ def run(*phases, **options):
         finished=records.append,
     )
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
-    ending = loop.run(jobs, ctx, events, time.time())
+    ending = loop.run(jobs, ctx, events, time.monotonic())
     return records + ([ending.error] if ending.error else []), told
 
 
