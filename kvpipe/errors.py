@@ -64,6 +64,14 @@ class RecordError(PhaseError):
     """A record could not be written, e.g. because the disk is full."""
 
 
+class OutputError(PhaseError):
+    """Standard output cannot be written: its disk is full, its reader has gone, or it is closed."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        super().__init__(f"{name}: cannot write the output: {error.strerror}")
+        self.strerror = error.strerror
+
+
 class OutOfMemory(KvpipeError):
     """A device or the host has no memory left."""
 

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from kvpipe.checkpoints.model_dir import check_cache_dir
 from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
 from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
@@ -23,6 +24,7 @@ from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain,
 from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
 from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import misspelled_option
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
@@ -61,6 +63,8 @@ def _completed(plain: dict[str, Any]) -> dict[str, Any]:
 
 def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
     steps = checked_steps(config)
+    if config.model.generate is not None:
+        check_cache_dir(config)
     check_node_rank(config.engine, os.environ)
     jax_environment(config.engine, os.environ)
     if _is_job():
@@ -87,6 +91,8 @@ def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
             redactor=redact,
         )
         finished = work.carry_out()
+    if finished.exit_code and first and not _shown_live(config):
+        tell(f"kvpipe: {finished.error}\n")
     return finished.exit_code
 
 
@@ -161,14 +167,15 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     """
     try:
         refuse_secrets(plain, _api_key(plain))
-    except InputError:
+    except InputError as refused:
         hydra_config = HydraConfig.get()
         written = Path(hydra_config.runtime.output_dir) / ".hydra"
         if written.is_dir():
             shutil.rmtree(written)
         if _is_job():
             (Path(hydra_config.sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
-        raise
+        # max_new_token is no secret, but nearly an option's name.
+        raise misspelled_option(from_plain(plain)) or refused from None
 
 
 def _records_file(run_dir: Path) -> JsonFile:
@@ -224,7 +231,11 @@ def _screen(output: OutputFormat) -> Sink:
 
 def _heartbeat(config: Kvpipe) -> list[Sink]:
     """Return the heartbeat on stderr, unless a terminal shows the run live."""
-    live = config.output is not OutputFormat.json and sys.stdout.isatty()
-    if live or config.runner.heartbeat_s is None:
+    if _shown_live(config) or config.runner.heartbeat_s is None:
         return []
     return [Heartbeat(sys.stderr, config.runner.heartbeat_s)]
+
+
+def _shown_live(config: Kvpipe) -> bool:
+    """Whether a terminal shows the run, with its error, as it goes on."""
+    return config.output is not OutputFormat.json and sys.stdout.isatty()

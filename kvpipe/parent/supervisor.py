@@ -299,7 +299,7 @@ class Run:
         if not stacks:
             return "its threads wrote no stacks"
         path = self._file(STACKS_FILE)
-        path.write_text(stacks)
+        path.write_text(stacks, encoding="utf-8")
         return f"the stacks of its threads are in {path}"
 
     def _start_worker(self) -> AbstractContextManager[Child]:
@@ -369,7 +369,7 @@ class Run:
 def _died(child: Child, step: str, memory_was_short: bool, hosts: Sequence[str]) -> KvpipeError:
     """Return the error of a worker that died before it reported how its part ended."""
     tail = child.log_tail()
-    if other := who_ended(child.log.read_text(errors="replace"), hosts):
+    if other := who_ended(child.log.read_text("utf-8", "replace"), hosts):
         return EngineError(
             f"{other}, so jax ended the engine's process here, in step {step!r}; its log "
             f"{child.log} ends with:\n{tail}"

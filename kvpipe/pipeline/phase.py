@@ -56,6 +56,12 @@ class Effect:
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("needs", "forbids", "adds", "removes", "runs"):
+            # A comma that is missing in ("kv_live",) would make each letter a fact.
+            if not isinstance(value := getattr(self, name), tuple):
+                raise TypeError(f"{name} is {value!r}, not a tuple; write ({value!r},)")
+
     def after(self, before: frozenset[str]) -> frozenset[str]:
         """Return the facts after a phase with this effect."""
         return (before - frozenset(self.removes)) | frozenset(self.adds)

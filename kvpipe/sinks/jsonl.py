@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Self, TextIO
 
-from kvpipe.errors import RecordError
+from kvpipe.errors import OutputError, RecordError
 from kvpipe.records.run import PhaseRecord, Record
 from kvpipe.sinks import Sink
 
@@ -35,10 +35,9 @@ class JsonLines(Sink):
         """
         try:
             self._put(f"{record.line}\n")
-        except (OSError, UnicodeEncodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except (OSError, OutputError) as error:
             phase = record.phase if isinstance(record, PhaseRecord) else record.tag
-            message = f"{self.name}: cannot write the record of {phase!r}: {reason}"
+            message = f"{self.name}: cannot write the record of {phase!r}: {error.strerror}"
             raise RecordError(message) from error
 
     def _put(self, line: str) -> None:

@@ -21,11 +21,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kvpipe.config.schema import OutputFormat
+from kvpipe.system.places import CONF
 
 SWEEP_CONFIG = "multirun.yaml"
 _HYDRA_CONFIG = Path(".hydra") / "hydra.yaml"
 # The config group of predefined sweeps; choosing one makes every command a sweep.
 _GROUP = "sweep"
+# Hydra's name for the source that a program itself brings.
+_MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def _parser(hydra: DictConfig) -> OverridesParser:
     Plugins.instance()  # registers the kinds of config sources
     path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
-        path.append(source.provider, f"{source.schema}://{source.path}")
+        # The configs that ship with kvpipe may lie elsewhere now, on another machine for example.
+        own = source.provider == _MAIN
+        path.append(source.provider, str(CONF) if own else f"{source.schema}://{source.path}")
     return OverridesParser.create(ConfigLoaderImpl(path))
 
 

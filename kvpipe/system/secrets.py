@@ -48,7 +48,9 @@ def refuse_secrets(config: Mapping[str, Any], api_key: str | None) -> None:
     """
     key = api_key if api_key and len(api_key) >= _SHORTEST_KEY else None
     for path, value in _leaves(config, ""):
-        named_so = value not in (None, "") and _names_a_secret(re.split(r"[.\[]", path)[-1])
+        # A step may be called "my_token", and have a time limit; a limit is a float.
+        can_be = value not in (None, "") and not isinstance(value, float)
+        named_so = can_be and _names_a_secret(re.split(r"[.\[]", path)[-1])
         if named_so or (key and key in str(value)):
             raise InputError(
                 f"{path}: this looks like a secret, and the config is recorded and uploaded; "
