@@ -23,7 +23,7 @@ EXIT_CODES = {
     str(HELD): "all that was asked for held",
     str(CHECK_FAILED): "a check failed",
     str(BAD_INPUT): "wrong input; the engine was not started",
-    str(FAILED): "a phase failed: the engine, W&B, the disk",
+    str(FAILED): "a phase failed: the engine, W&B, the disk; or the output cannot be written",
     str(OUT_OF_MEMORY): "out of memory, on a device or on the host",
     str(TIMED_OUT): "a time limit was reached",
     str(DEFECT): "a defect of kvpipe",

@@ -63,12 +63,12 @@ def _completed(plain: dict[str, Any]) -> dict[str, Any]:
 
 def _run(config: Kvpipe, plain: dict[str, Any]) -> int:
     steps = checked_steps(config)
-    if config.model.generate is not None:
-        check_cache_dir(config)
     check_node_rank(config.engine, os.environ)
     jax_environment(config.engine, os.environ)
     if _is_job():
         _refuse_hosts_in_a_sweep(config)
+    if config.model.generate is not None:
+        check_cache_dir(config)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     first = is_first(config.engine)
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
