@@ -90,9 +90,13 @@ class Task:
 def _all_written(arguments: Sequence[str]) -> int:
     """Act, and flush stdout: it may be full, and a code of success must not hide that."""
     try:
-        return _compose_and_act(arguments)
-    finally:
+        code = _compose_and_act(arguments)
+    except SystemExit:
         sys.stdout.flush()
+        raise
+    if code == HELD:
+        sys.stdout.flush()
+    return code
 
 
 def _compose_and_act(arguments: Sequence[str]) -> int:
