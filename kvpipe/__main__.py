@@ -5,9 +5,21 @@ import sys
 
 def main() -> None:
     """Entry of the ``kvpipe`` command; ends the process with the exit code of what it did."""
-    from kvpipe.cli import app
+    # Imports take most of a second, in which Ctrl-C may come.
+    try:
+        from kvpipe.system import streams
 
-    sys.exit(app.main(sys.argv))
+        streams.prepare()
+        try:
+            from kvpipe.cli import app
+
+            code = app.main(sys.argv)
+        finally:
+            streams.end()
+    except KeyboardInterrupt:
+        print("kvpipe: interrupted by Ctrl-C", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ EXIT_CODES = {
     str(HELD): "all that was asked for held",
     str(CHECK_FAILED): "a check failed",
     str(BAD_INPUT): "wrong input; the engine was not started",
-    str(FAILED): "a phase failed: the engine, W&B, the disk",
+    str(FAILED): "a phase failed: the engine, W&B, the disk; or the output cannot be written",
     str(OUT_OF_MEMORY): "out of memory, on a device or on the host",
     str(TIMED_OUT): "a time limit was reached",
     str(DEFECT): "a defect of kvpipe",
@@ -62,6 +62,14 @@ class TrackingError(PhaseError):
 
 class RecordError(PhaseError):
     """A record could not be written, e.g. because the disk is full."""
+
+
+class OutputError(PhaseError):
+    """Standard output cannot be written: its disk is full, its reader has gone, or it is closed."""
+
+    def __init__(self, name: str, error: OSError) -> None:
+        super().__init__(f"{name}: cannot write the output: {error.strerror}")
+        self.strerror = error.strerror
 
 
 class OutOfMemory(KvpipeError):

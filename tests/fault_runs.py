@@ -294,7 +294,7 @@ def start(command, overrides, site, cwd, served=None, **more):
     """Start a command with overrides; its temporary files are in ``cwd/tmp``."""
     (cwd / "tmp").mkdir(exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", command, "--config-dir", str(site / "conf"), *overrides],
+        [sys.executable, "-m", command, "--config-dir", str(site / "mine"), *overrides],
         cwd=cwd,
         env=environment(cwd, site, served) | more,
         stdout=subprocess.PIPE,

@@ -1,11 +1,13 @@
-"""Phases that fail on purpose, for a directory that a test puts before the real ``phases``."""
+"""Phases that fail on purpose, in a copy of ``phases/`` beside which kvpipe is linked."""
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
-import phases
+from tests.helpers_config import ROOT
 
+CACHED = shutil.ignore_patterns("__pycache__")
 PIPELINES = {
     "without_engine": ["wandb_init", "before", "fault", "after", "cleaning"],
     "in_the_parent": ["wandb_init", "fault_parent", "before"],
@@ -212,17 +214,22 @@ def generate_while_dropped(ctx):
 
 
 def write_site(directory: Path) -> None:
-    """Write phases, the real ones too, and pipelines of them; for PYTHONPATH and --config-dir."""
-    (directory / "phases").mkdir(parents=True)
-    for path in Path(phases.__path__[0]).glob("*.py"):
-        (directory / "phases" / path.name).write_bytes(path.read_bytes())
+    """Write phases, the real ones too, for PYTHONPATH, and pipelines of them for --config-dir."""
+    link_kvpipe(directory)
     for kind, on_failure in ON_FAILURE.items():
         path = directory / f"phases/fault_{kind}.py"
         path.write_text(PHASE.replace("{on_failure}", on_failure))
     (directory / "phases/fault_parent.py").write_text(PARENT_PHASE)
     (directory / "what_goes_wrong.py").write_text(textwrap.dedent(FAULTS))
-    (directory / "conf/pipeline").mkdir(parents=True)
+    (directory / "mine/pipeline").mkdir(parents=True)
     for name, steps in PIPELINES.items():
         options = {step: {"use": USED[step]} for step in steps if step in USED}
         text = json.dumps({"pipeline": steps, "phases": options})
-        (directory / f"conf/pipeline/{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+        (directory / f"mine/pipeline/{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+
+
+def link_kvpipe(directory: Path) -> None:
+    """Link kvpipe and its configs into a directory, with a copy of the phases to add others to."""
+    shutil.copytree(ROOT / "phases", directory / "phases", ignore=CACHED)
+    for name in ("kvpipe", "conf"):
+        (directory / name).symlink_to(ROOT / name)

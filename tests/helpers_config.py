@@ -1,22 +1,25 @@
 """Compose configs as the command line does, in this process and without a run directory."""
 
 import pickle
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import (
     ImportlibResourcesConfigSource,
 )
-from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.config.schema import Kvpipe, from_plain, to_plain
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
+from kvpipe.system.places import CONF
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
@@ -30,7 +33,7 @@ def compose_plain(*overrides: str) -> dict[str, Any]:
 @cache
 def _composed(*overrides: str) -> dict[str, Any]:
     store_schema()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return to_plain(compose("config", overrides=list(overrides)))
 
 
@@ -42,18 +45,26 @@ def _default_phases() -> tuple[list[str], dict[str, dict[str, Any]]]:
 
 def read_shipped_files_once(patch: pytest.MonkeyPatch) -> None:
     """Let Hydra parse conf/ and its own files once; they are a third of what composing costs."""
-    patch.setattr(ImportlibResourcesConfigSource, "load_config", _shipped)
+    for kind, parse in _parse.items():
+        patch.setattr(kind, "load_config", _remembering(parse))
 
 
-_parse = ImportlibResourcesConfigSource.load_config
+_parse = {kind: kind.load_config for kind in (FileConfigSource, ImportlibResourcesConfigSource)}
 _parsed: dict[tuple[str, str], bytes] = {}
 
 
-def _shipped(source: ImportlibResourcesConfigSource, config_path: str) -> ConfigResult:
-    key = (source.path, config_path)
-    if key not in _parsed:
-        _parsed[key] = pickle.dumps(_parse(source, config_path))
-    return pickle.loads(_parsed[key])
+def _remembering(
+    parse: Callable[[Any, str], ConfigResult],
+) -> Callable[[ConfigSource, str], ConfigResult]:
+    def load(source: ConfigSource, config_path: str) -> ConfigResult:
+        if source.scheme() == "file" and source.path != str(CONF):
+            return parse(source, config_path)
+        key = (source.path, config_path)
+        if key not in _parsed:
+            _parsed[key] = pickle.dumps(parse(source, config_path))
+        return pickle.loads(_parsed[key])
+
+    return load
 
 
 def default_names() -> list[str]:

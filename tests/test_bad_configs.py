@@ -12,7 +12,7 @@ from functools import cache
 from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,8 @@ from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, one_message
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.config.schema import Kvpipe, from_plain, to_plain
 from kvpipe.errors import InputError
-from kvpipe.pipeline.steps import option_types, phase_class
+from kvpipe.pipeline.phase_files import option_types, phase_class
+from kvpipe.system.places import CONF
 from tests.helpers_config import default_names, read_shipped_files_once
 from tests.refusal import refusal
 from tests.test_layers import RUN_CLI, python
@@ -281,7 +282,7 @@ def composed():
     default_names()  # composes too, which cannot be done inside another composition
     store_schema()
     with (
-        initialize_config_module("conf", version_base="1.3"),
+        initialize_config_dir(str(CONF), version_base="1.3"),
         pytest.MonkeyPatch.context() as patch,
     ):
         read_shipped_files_once(patch)

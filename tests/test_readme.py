@@ -82,7 +82,7 @@ def as_run_here(line, cwd):
         return checked.removeprefix(".venv/bin/") if checked != command else ":"
     if line == "source .venv/bin/activate":
         return f"test -f '{ROOT}/.venv/bin/activate'"
-    if line == "uv tool install .":
+    if line == '"$(.ci/env.sh uv)" tool install .':
         return f"(cd '{ROOT}' && {WHEEL.format(cwd=cwd)})"
     return checked_on_cpu(line)
 

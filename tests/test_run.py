@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped."""
+    """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped.
+
+    It runs in the directory of a project with packages and configs of its own.
+    """
     cwd = tmp_path_factory.mktemp("elsewhere")
+    for package in ("conf", "phases", "tests"):
+        (cwd / package).mkdir()
+        (cwd / package / "__init__.py").write_text("raise AssertionError('executed')\n")
+    (cwd / "conf/config.yaml").write_text("lr: 0.1\n")
+    (cwd / "phases/generate.py").write_text("raise AssertionError('executed')\n")
     options = ("engine.tp_size=4", "sampling.max_new_tokens=32", QUIET)
     return kvpipe(cwd, "+experiment=tiny", *options, site=installed)
 
@@ -60,7 +69,11 @@ def test_the_wheel_runs_all_phases_in_order_and_passes(run: Finished) -> None:
 
 
 def test_the_installed_wheel_is_what_ran(installed: Path, tmp_path: Path) -> None:
-    where = "import kvpipe, conf, phases; print(kvpipe.__file__, conf.__file__, phases.__file__)"
+    where = (
+        "import inspect, kvpipe; from kvpipe.system import places; "
+        "from kvpipe.pipeline.phase_files import phase_class; "
+        "print(kvpipe.__file__, places.CONF, inspect.getfile(phase_class('generate')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", where],
         cwd=tmp_path,
@@ -70,6 +83,21 @@ def test_the_installed_wheel_is_what_ran(installed: Path, tmp_path: Path) -> Non
         check=True,
     )
     assert done.stdout.count(str(installed)) == 3
+
+
+def test_the_wheel_has_no_package_but_kvpipe_and_all_of_conf_and_phases(installed: Path) -> None:
+    """One called ``conf`` or ``phases`` would replace files of other projects that have one."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    packages = ["kvpipe", f"kvpipe-{version}.dist-info"]
+    assert sorted(path.name for path in installed.iterdir()) == packages
+    for name in ("conf", "phases"):
+        shipped = _files_in(installed / f"kvpipe/_{name}")
+        assert shipped == _files_in(ROOT / name) != []
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder) for path in files if "__pycache__" not in path.parts)
 
 
 def test_the_records_file_holds_the_very_lines_of_stdout(run: Finished) -> None:

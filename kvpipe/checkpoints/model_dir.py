@@ -3,21 +3,50 @@
 import json
 import os
 import tempfile
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import InputError
+from kvpipe.errors import InputError, RecordError
 from kvpipe.suggest import nearest
+from kvpipe.system.places import CONF
+
+_CONFIGS = CONF / "model" / "configs"
 
 
 def cache_dir(config: Kvpipe) -> Path:
-    """Return the directory of generated checkpoints."""
-    if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+    """Return the directory of generated checkpoints.
+
+    Raises:
+        InputError: it begins with ``~``, and there is no such home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "kvpipe"
+    given = config.cache_dir if config.cache_dir is not None else f"{base}/kvpipe"
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise InputError(f"cache_dir: {given}: there is no such home directory") from None
+
+
+def check_cache_dir(config: Kvpipe) -> None:
+    """Refuse a cache in which nothing can be written, unless the generated model is there.
+
+    Raises:
+        InputError: it cannot be written in.
+    """
+    directory = cache_dir(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except (OSError, ValueError) as error:
+        from kvpipe.checkpoints import tiny
+
+        spec = config.model.generate
+        if spec is None or not tiny.directory_of(spec, directory).is_dir():
+            reason = getattr(error, "strerror", error)
+            raise InputError(
+                f"cache_dir: cannot write in {directory}: {reason}; set cache_dir to a directory "
+                "that can be written"
+            ) from None
 
 
 def check_model(config: Kvpipe) -> None:
@@ -43,6 +72,7 @@ def find_model(config: Kvpipe) -> Path:
 
     Raises:
         InputError: it is not there, or the hub cannot be reached.
+        RecordError: the generated model cannot be written, e.g. because the disk is full.
     """
     check_model(config)
     model = config.model
@@ -51,7 +81,12 @@ def find_model(config: Kvpipe) -> Path:
     if model.generate is not None:
         from kvpipe.checkpoints import tiny
 
-        return tiny.ensure(model.generate, cache_dir(config))
+        directory = cache_dir(config)
+        try:
+            return tiny.ensure(model.generate, directory)
+        except OSError as error:
+            message = f"cache_dir: cannot write a model in {directory}: {error.strerror}"
+            raise RecordError(message) from error
     return _from_hub(config)
 
 
@@ -93,18 +128,14 @@ def shape_dir(config: Kvpipe, scratch: Path) -> Path:
 
         text = json.dumps(tiny.config_json(model.generate))
     else:
-        text = (_configs() / str(model.config)).read_text(encoding="utf-8")
+        text = (_CONFIGS / str(model.config)).read_text(encoding="utf-8")
     directory = Path(tempfile.mkdtemp(dir=scratch))
     (directory / "config.json").write_text(text, encoding="utf-8")
     return directory
 
 
-def _configs() -> Traversable:
-    return resources.files("conf") / "model" / "configs"
-
-
 def _shipped() -> list[str]:
-    return sorted(file.name for file in _configs().iterdir())
+    return sorted(file.name for file in _CONFIGS.iterdir())
 
 
 def _from_hub(config: Kvpipe) -> Path:

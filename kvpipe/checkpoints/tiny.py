@@ -47,7 +47,7 @@ def ensure(spec: TinyModel, cache_dir: Path) -> Path:
     The directory gets its final name only when it is complete, so several processes may ask for
     the same one at once.
     """
-    final = cache_dir.resolve() / _directory_name(spec)
+    final = directory_of(spec, cache_dir)
     if final.is_dir():
         return final
     unfinished = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
@@ -63,10 +63,11 @@ def ensure(spec: TinyModel, cache_dir: Path) -> Path:
     return final
 
 
-def _directory_name(spec: TinyModel) -> str:
+def directory_of(spec: TinyModel, cache_dir: Path) -> Path:
+    """Return the absolute path of the spec's directory, whether or not it is there."""
     identity = json.dumps({"format": FORMAT_VERSION, **asdict(spec)}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return f"tiny-{ARCHITECTURES[spec.architecture]}-{digest}"
+    return cache_dir.resolve() / f"tiny-{ARCHITECTURES[spec.architecture]}-{digest}"
 
 
 def _write_directory(spec: TinyModel, directory: Path) -> None:

@@ -24,6 +24,7 @@ from kvpipe.errors import DEFECT, HELD, SIGNALLED, InputError, KvpipeError
 from kvpipe.records.sweep import SweepFinished
 from kvpipe.sweeps import slurm
 from kvpipe.sweeps.jobs import NoteSweep, is_sweep, jobs_of
+from kvpipe.system.places import CONF
 
 # Variable in which a shell passes the line to complete.
 _COMP_LINE = "COMP_LINE"
@@ -37,12 +38,13 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         SystemExit: help was asked for, a flag is unknown, or a signal ended a job of a sweep.
+        KeyboardInterrupt: Ctrl-C came, and no run had begun.
     """
     # Hydra would print its own message and exit 1; its errors are reported here, like all others.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with PLANNERS:
         try:
-            return _exit_code(lambda: _compose_and_act(argv[1:]))
+            return _exit_code(lambda: _all_written(argv[1:]))
         except Exception:
             # A defect must not look like a mistake of the person at the terminal: print the
             # traceback.
@@ -86,6 +88,18 @@ class Task:
         return act(composed, self.paths) if verb.takes_paths else act(composed)
 
 
+def _all_written(arguments: Sequence[str]) -> int:
+    """Act, and flush stdout: it may be full, and a code of success must not hide that."""
+    try:
+        code = _compose_and_act(arguments)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    if code == HELD:
+        sys.stdout.flush()
+    return code
+
+
 def _compose_and_act(arguments: Sequence[str]) -> int:
     """Let Hydra compose each config and run the verb with it; return the overall exit code."""
     verb, rest = split_verb(arguments)
@@ -118,7 +132,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
 def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
     try:
         with slurm.jobs(tell):
-            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(task)()
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
     except Refused as refused:

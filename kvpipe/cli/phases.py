@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
 from kvpipe.errors import HELD
 from kvpipe.pipeline.description import describe
-from kvpipe.pipeline.steps import phase_names
+from kvpipe.pipeline.phase_files import phase_names
 from kvpipe.report import phases as report
 
 

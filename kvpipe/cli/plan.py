@@ -4,7 +4,7 @@ import json
 
 from omegaconf import DictConfig
 
-from kvpipe.checkpoints.model_dir import check_shape
+from kvpipe.checkpoints.model_dir import check_cache_dir, check_shape
 from kvpipe.cli.common import PLANNERS, checked_steps, open_output
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
 from kvpipe.errors import HELD, KvpipeError
@@ -23,6 +23,8 @@ def act(composed: DictConfig) -> int:
     config = from_plain(plain)
     checked_steps(config)
     check_shape(config)
+    if config.plan.compile:
+        check_cache_dir(config)
     record = PLANNERS.plan(config, plain, find_target(config.plan.target, config.engine))
     with open_output("plan.file", config.plan.file) as out:
         match config.plan.format:

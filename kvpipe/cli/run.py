@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from kvpipe.checkpoints.model_dir import check_cache_dir
 from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
 from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
@@ -23,6 +24,7 @@ from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import owned
 from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import misspelled_option
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
@@ -69,6 +71,8 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     jax_environment(config.engine, os.environ)
     if _is_job():
         _refuse_hosts_in_a_sweep(config)
+    if config.model.generate is not None:
+        check_cache_dir(config)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     first = is_first(config.engine)
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
@@ -81,24 +85,24 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
             return HELD
         tracker = WandbSink(config.tracking, run_dir, api_key)
         with _sinks(config, run_dir, tracker) as sinks:
-            return (
-                supervisor.Run(
-                    config,
-                    plain,
-                    started,
-                    steps,
-                    run_dir,
-                    sinks,
-                    start_tracking=(
-                        partial(_start_tracking, tracker, plain, config) if first else dict
-                    ),
-                    command=_command(),
-                    secrets=(API_KEY,),
-                    redactor=redact,
-                )
-                .carry_out()
-                .exit_code
+            work = supervisor.Run(
+                config,
+                plain,
+                started,
+                steps,
+                run_dir,
+                sinks,
+                start_tracking=(
+                    partial(_start_tracking, tracker, plain, config) if first else dict
+                ),
+                command=_command(),
+                secrets=(API_KEY,),
+                redactor=redact,
             )
+            finished = work.carry_out()
+    if finished.exit_code and first and not _shown_live(config):
+        tell(f"kvpipe: {finished.error}\n")
+    return finished.exit_code
 
 
 def _write_config(composed: DictConfig, run_dir: Path) -> None:
@@ -211,10 +215,11 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     """
     try:
         refuse_secrets(plain, redactor(os.environ, _api_key(plain)))
-    except InputError:
+    except InputError as refused:
         if _is_job():
             (Path(HydraConfig.get().sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
-        raise
+        # max_new_token is no secret, but nearly an option's name.
+        raise misspelled_option(from_plain(plain)) or refused from None
 
 
 def _records_file(run_dir: Path) -> JsonFile:
@@ -277,7 +282,11 @@ def _screen(output: OutputFormat) -> Sink:
 
 def _heartbeat(config: Kvpipe) -> list[Sink]:
     """Return the heartbeat on stderr, unless a terminal shows the run live."""
-    live = config.output is not OutputFormat.json and sys.stdout.isatty()
-    if live or config.runner.heartbeat_s is None:
+    if _shown_live(config) or config.runner.heartbeat_s is None:
         return []
     return [Heartbeat(sys.stderr, config.runner.heartbeat_s)]
+
+
+def _shown_live(config: Kvpipe) -> bool:
+    """Whether a terminal shows the run, with its error, as it goes on."""
+    return config.output is not OutputFormat.json and sys.stdout.isatty()

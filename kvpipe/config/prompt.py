@@ -1,11 +1,11 @@
 """Read the configured prompt, and check its SHA-256."""
 
 import hashlib
-from importlib import resources
 from pathlib import Path
 
 from kvpipe.config.schema import PromptConfig
 from kvpipe.errors import InputError
+from kvpipe.system.places import CONF
 
 _SHIPPED = "pkg://conf/prompt/"
 
@@ -46,7 +46,7 @@ def _encode(text: str) -> bytes:
 
 def _read(name: str) -> bytes:
     if name.startswith(_SHIPPED):
-        path = resources.files("conf") / "prompt" / name.removeprefix(_SHIPPED)
+        path = CONF / "prompt" / name.removeprefix(_SHIPPED)
     else:
         path = Path(name)
     try:

@@ -56,7 +56,7 @@ def cached(
         cache_dir: kvpipe's cache.
         make: compiles the programs; an exception from it is not cached.
     """
-    model = json.loads((model_dir / "config.json").read_text())
+    model = json.loads((model_dir / "config.json").read_text("utf-8"))
     content = {**content, "model": model, "versions": _versions()}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = cache_dir / "programs" / f"{key}.json"

@@ -22,6 +22,8 @@ import psutil
 from kvpipe.system.pipes import STACKS_FILE, remove_tree, send
 
 _LOG_TAIL_LINES = 8
+# Of the child's log, whatever this process's streams have: a text or a path may not be encodable.
+_LOG_ENCODING = "utf-8:backslashreplace"
 _READ_BYTES = 1 << 16
 _POLL_S = 0.01
 # A child that has closed its pipe is about to exit.
@@ -109,7 +111,7 @@ class Child:
     def log_text(self) -> str:
         """Return its log; a note in its place if somebody has removed it during the run."""
         try:
-            return self.log.read_text(errors="replace")
+            return self.log.read_text("utf-8", "replace")
         except FileNotFoundError:
             return "(somebody has removed the log)"
 
@@ -126,7 +128,7 @@ class Child:
         deadline, text = time.monotonic() + _STACKS_S, ""
         while time.monotonic() < deadline:
             time.sleep(10 * _POLL_S)
-            before, text = text, stacks.read_text(errors="replace")
+            before, text = text, stacks.read_text("utf-8", "replace")
             if text and text == before:
                 break
         return text
@@ -173,11 +175,11 @@ def start_child(
         try:
             with log.open("w") as log_file:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", module, str(write_fd)],
+                    [sys.executable, *_path_flags(), "-m", module, str(write_fd)],
                     stdin=subprocess.PIPE,
                     stdout=log_file,
                     stderr=subprocess.STDOUT,
-                    env=dict(environ) | {"TMPDIR": str(scratch)},
+                    env=dict(environ) | {"TMPDIR": str(scratch), "PYTHONIOENCODING": _LOG_ENCODING},
                     pass_fds=(write_fd,),
                     start_new_session=True,
                     text=True,
@@ -198,6 +200,14 @@ def start_child(
     finally:
         os.close(read_fd)
         remove_tree(scratch)
+
+
+def _path_flags() -> list[str]:
+    """Return the flag that keeps the working directory off the child's path, if it is not on ours.
+
+    ``-m`` would put it first, and a ``random.py`` that lies there would be imported.
+    """
+    return [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
 
 
 def _ends_within(process: subprocess.Popen[str], seconds: float) -> bool:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import yaml
 
-import kvpipe
 from kvpipe.config.schema import ComparePlansConfig
 from kvpipe.errors import InputError
 from kvpipe.records.run import RunPlanned
 from kvpipe.report.comparison import PlanChange
 from kvpipe.report.side import Side, plan_side
+from kvpipe.system.places import PACKAGE, place_of
 
 _PACKAGES = ("kvpipe", "phases", "conf")
 
@@ -44,7 +44,10 @@ class Revision:
 
     def experiments(self) -> list[str]:
         """Return the names of its experiments."""
-        return sorted(path.stem for path in (self.root / "conf/experiment").glob("*.yaml"))
+        return sorted(
+            path.stem
+            for path in (place_of("conf", self.root / "kvpipe") / "experiment").glob("*.yaml")
+        )
 
     def plan(self, experiments: Sequence[str]) -> dict[str, Side]:
         """Return each experiment's side of the comparison.
@@ -130,7 +133,7 @@ def changes(
 def _side(key: str, revision: str | None, arguments: Sequence[str], scratch: Path) -> Revision:
     """Return the files of the git revision that is the value of ``key``, or of this process."""
     if revision is None:
-        return Revision("the files here", Path(kvpipe.__file__).parents[1], arguments)
+        return Revision("the files here", PACKAGE.parent, arguments)
     top = _git("rev-parse", "--show-toplevel").decode().strip()
     commit = _commit(key, revision, top)
     archive = _git("-C", top, "archive", commit, *_PACKAGES)

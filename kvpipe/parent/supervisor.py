@@ -35,7 +35,7 @@ from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.deferred_signals import DeferredSignals
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline.context import ParentContext
-from kvpipe.pipeline.phase import ParentPhase, Phase, Result
+from kvpipe.pipeline.phase import ParentPhase, Phase, Result, result_of
 from kvpipe.pipeline.steps import use_of
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
@@ -205,7 +205,7 @@ class Run:
             began = time.monotonic()
             try:
                 with self._signals.allowed(), self._limits.in_parent():
-                    result = step.run(ParentContext(self.config, self._start_tracking))
+                    result = result_of(step, ParentContext(self.config, self._start_tracking))
             except Exception as error:
                 if isinstance(error, KvpipeError):
                     raise
@@ -304,7 +304,7 @@ class Run:
             return "its threads wrote no stacks"
         path = self._file(STACKS_FILE)
         try:
-            path.write_text(stacks)
+            path.write_text(stacks, encoding="utf-8")
         except OSError as error:
             return f"the stacks of its threads cannot be written to {path}: {error.strerror}"
         return f"the stacks of its threads are in {path}"

@@ -4,7 +4,6 @@ Options are the fields of its dataclass, with the meanings of its docstring; its
 the plan folds. So the description cannot differ from what runs.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, get_args
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.phase import Effect, Phase
-from kvpipe.pipeline.steps import PHASES_PACKAGE, option_types, phase_class
+from kvpipe.pipeline.phase_files import effect_of, module_of, option_types, phase_class
 
 _ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 
@@ -66,12 +65,11 @@ def describe(use: str, config: Kvpipe) -> PhaseDoc:
         InputError: there is no such phase.
     """
     cls = phase_class(use)
-    module = importlib.import_module(f"{PHASES_PACKAGE}.{use}")
     options = tuple(_options(cls, config))
     given = {o.name: o.name.upper() if o.required else o.default for o in options}
     return PhaseDoc(
         name=use,
-        summary=_first_paragraph(module.__doc__),
+        summary=_first_paragraph(module_of(cls).__doc__),
         runs_in=cls.runs_in,
         options=options,
         effect=_effect(cls, given),
@@ -114,7 +112,7 @@ def _type_name(kind: Any) -> str:
 
 def _effect(cls: type[Phase], options: Mapping[str, Any]) -> Effect:
     """Return the effect of a phase after a swap of some slot, with every pool that it changes."""
-    effect = cls(step="STEP", **options).effect_given(frozenset({facts.shared("SLOT")}))
+    effect = effect_of(cls(step="STEP", **options), frozenset({facts.shared("SLOT")}))
     before = frozenset(effect.needs)
     return replace(
         effect, pools={**facts.changed_pools(before, effect.after(before)), **effect.pools}

@@ -7,6 +7,7 @@ only through facts, so that no phase needs to know another phase.
 from dataclasses import dataclass
 
 from kvpipe.pipeline.ledger import KV, PARAMS, TRAINER_SETS, KvTokens, PoolSize, Size, slot_pool
+from kvpipe.suggest import nearest
 
 WANDB = "wandb"
 JAX = "jax"
@@ -160,7 +161,7 @@ def meaning(fact: str) -> Meaning:
     """Return the meaning of ``fact``.
 
     Raises:
-        KeyError: it is not in the vocabulary.
+        ValueError: it is not in the vocabulary.
     """
     kind, _, name = fact.partition(":")
     if kind == "slot":
@@ -179,4 +180,6 @@ def meaning(fact: str) -> Meaning:
     if kind == "shared":
         what = f"an engine on the arrays of slot {name!r}"
         return Meaning(what, f"swap slot {name!r} in", f"release slot {name!r} before it")
+    if fact not in _MEANINGS:
+        raise ValueError(f"there is no fact {fact!r}; {nearest(fact, _MEANINGS)}")
     return _MEANINGS[fact]

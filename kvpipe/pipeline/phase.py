@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, dataclass_transform
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline.context import ParentContext, WorkerContext
 from kvpipe.pipeline.cycles import Cycle
+from kvpipe.pipeline.facts import meaning
 from kvpipe.pipeline.ledger import Change, PoolSize
 from kvpipe.records.run import Check, check_equal
 
@@ -55,6 +56,14 @@ class Effect:
     removes: tuple[str, ...] = ()
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("needs", "forbids", "adds", "removes"):
+            # A comma that is missing in ("engine",) would make each letter a fact.
+            if not isinstance(named := getattr(self, name), tuple):
+                raise TypeError(f"{name} is {named!r}, not a tuple; write ({named!r},)")
+            for fact in named:
+                meaning(fact)
 
     def after(self, before: frozenset[str]) -> frozenset[str]:
         """Return the facts after a phase with this effect."""
@@ -162,3 +171,15 @@ class ParentPhase(Phase):
     def run(self, ctx: ParentContext) -> Result:
         """Run the phase in the parent process."""
         raise NotImplementedError
+
+
+def result_of(phase: WorkerPhase | ParentPhase, ctx: Any) -> Result:
+    """Run a phase and return its result.
+
+    Raises:
+        TypeError: it returned something else.
+    """
+    result: object = phase.run(ctx)
+    if not isinstance(result, Result):
+        raise TypeError(f"run returned {result!r}, not a Result")
+    return result

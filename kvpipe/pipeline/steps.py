@@ -4,57 +4,23 @@ The options of a step are the fields of the phase's dataclass, so the run uses e
 checked here. Nothing here may import jax.
 """
 
-import importlib
-import inspect
-import pkgutil
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from kvpipe.config.schema import Kvpipe, refuse_wrong
 from kvpipe.errors import InputError
 from kvpipe.pipeline.cycles import CYCLE_MARK, Cycle, base_name, cycle_of, repeated, repeated_steps
 from kvpipe.pipeline.phase import ParentPhase, Phase
+from kvpipe.pipeline.phase_files import blamed_on, option_types, phase_class
 from kvpipe.records.run import RUN_RECORDS
 from kvpipe.suggest import nearest
 
-PHASES_PACKAGE = "phases"
-
-
-def phase_names() -> list[str]:
-    """Return the names that ``use`` accepts: the files in ``phases/``."""
-    package = importlib.import_module(PHASES_PACKAGE)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-
-
-@cache
-def phase_class(use: str) -> type[Phase]:
-    """Return the one phase class of ``phases/<use>.py``.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    if use not in phase_names():
-        raise InputError(f"there is no phases/{use}.py; {nearest(use, phase_names())}")
-    module = importlib.import_module(f"{PHASES_PACKAGE}.{use}")
-    found = [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Phase) and cls.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"phases/{use}.py must define one phase class, it defines {len(found)}")
-    return found[0]
-
-
-@cache
-def option_types(cls: type[Phase]) -> dict[str, Any]:
-    """Return the name and type of each option of a phase."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls) if f.name != "step"}
+# How similar two names are of which one is the other misspelled; hf_token and max_new_tokens: 0.55.
+_MISSPELLED = 0.75
 
 
 def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
@@ -89,6 +55,26 @@ def use_of(step: str, config: Kvpipe) -> str:
     """
     name = base_name(step)
     return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
+
+
+def misspelled_option(config: Kvpipe) -> InputError | None:
+    """Return the error of an option that is not there, if its name is nearly that of one that is."""
+    for step, given in config.phases.items():
+        try:
+            use = use_of(step, config)
+            types = option_types(phase_class(use))
+        except InputError:
+            continue
+        for option in given.keys() - types.keys() - {"use"}:
+            if difflib.get_close_matches(option, types, cutoff=_MISSPELLED):
+                return _no_option(step, option, use, types)
+    return None
+
+
+def _no_option(step: str, option: str, use: str, types: Mapping[str, Any]) -> InputError:
+    return InputError(
+        f"phases.{step}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
+    )
 
 
 def _check_names(config: Kvpipe) -> None:
@@ -135,26 +121,27 @@ def _build_step(name: str, config: Kvpipe) -> Phase:
     types = option_types(cls)
     for option, value in given.items():
         if option not in types:
-            raise InputError(
-                f"phases.{name}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
-            )
+            raise _no_option(name, option, use, types)
         given[option] = _typed(value, types[option], f"phases.{name}.{option}")
     required = {f.name for f in fields(cls) if f.default is f.default_factory} - {"step"}
-    options: Mapping[str, Any] = {**cls.defaults(config), **given}
-    if missing := sorted(required - set(options)):
-        raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
-    try:
-        phase = cls(step=name, **options)
-        refuse_wrong(phase)
-    except InputError as error:
-        raise InputError(f"phases.{name}.{error}") from None
-    return phase
+    with blamed_on(cls):
+        options: Mapping[str, Any] = {**cls.defaults(config), **given}
+        if missing := sorted(required - set(options)):
+            raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
+        try:
+            phase = cls(step=name, **options)
+            refuse_wrong(phase)
+        except InputError as error:
+            raise InputError(f"phases.{name}.{error}") from None
+        return phase
 
 
 def _in_later_cycle(step: str, first: Mapping[str, Phase], stretch: frozenset[str]) -> Phase:
     """Return a step of a later cycle, made from the same step of the first."""
     name = base_name(step)
-    return replace(first[name], step=step).in_later_cycle(name, Cycle(cycle_of(step), stretch))
+    phase = first[name]
+    with blamed_on(type(phase)):
+        return replace(phase, step=step).in_later_cycle(name, Cycle(cycle_of(step), stretch))
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

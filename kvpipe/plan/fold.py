@@ -11,6 +11,7 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import changed_pools, is_history, meaning
 from kvpipe.pipeline.ledger import KvTokens, Ledger, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Effect, Phase
+from kvpipe.pipeline.phase_files import effect_of
 from kvpipe.records.run import PlannedPhase, RunPlanned
 
 
@@ -54,7 +55,7 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
     removed_by: dict[str, str] = {}
     planned = []
     for step in steps:
-        effect = step.effect_given(facts)
+        effect = effect_of(step, facts)
         for fact in effect.needs:
             if fact not in facts and fact not in history:
                 raise InputError(_missing(step.step, fact, removed_by.get(fact)))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self, TextIO
 
-from kvpipe.errors import RecordError, TimedOut
+from kvpipe.errors import OutputError, RecordError, TimedOut
 from kvpipe.records.run import PhaseRecord, Record, RunFinished
 from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.lock import is_at, place_of
@@ -39,10 +39,9 @@ class JsonLines(Sink):
         """
         try:
             self._put(f"{record.line}\n")
-        except (OSError, UnicodeEncodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except (OSError, OutputError) as error:
             phase = record.phase if isinstance(record, PhaseRecord) else record.tag
-            message = f"{self.name}: cannot write the record of {phase!r}: {reason}"
+            message = f"{self.name}: cannot write the record of {phase!r}: {error.strerror}"
             raise RecordError(message) from error
 
     def hung(self) -> None:

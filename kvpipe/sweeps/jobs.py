@@ -24,6 +24,7 @@ from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.schema import OutputFormat
 from kvpipe.errors import InputError
 from kvpipe.system.lock import LOCK_FILE, InUse, Lock
+from kvpipe.system.places import CONF
 
 SWEEP_CONFIG = "multirun.yaml"
 HYDRA_DIR = ".hydra"
@@ -32,6 +33,8 @@ _HYDRA_CONFIG = Path(HYDRA_DIR) / "hydra.yaml"
 # The config group of predefined sweeps; choosing one makes every command a sweep.
 _GROUP = "sweep"
 _SWEEP_KEY = "hydra.sweep.dir"
+# Hydra's name for the source that a program itself brings.
+_MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,9 @@ def _parser(hydra: DictConfig) -> OverridesParser:
     Plugins.instance()  # registers the kinds of config sources
     path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
-        path.append(source.provider, f"{source.schema}://{source.path}")
+        # The configs that ship with kvpipe may lie elsewhere now, on another machine for example.
+        own = source.provider == _MAIN
+        path.append(source.provider, str(CONF) if own else f"{source.schema}://{source.path}")
     return OverridesParser.create(ConfigLoaderImpl(path))
 
 

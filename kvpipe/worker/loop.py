@@ -18,7 +18,7 @@ from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import Ending, KvpipeError, ending_of, failure_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger, differences
-from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
+from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase, result_of
 from kvpipe.records import progress
 from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
@@ -197,7 +197,7 @@ class _Loop:
         """Run a step on this host and measure after it."""
         result, error, measured = Result(), None, None
         try:
-            result = job.phase.run(self.ctx)
+            result = result_of(job.phase, self.ctx)
         except Exception as raised:
             error = raised
         timed = self._timed(job)

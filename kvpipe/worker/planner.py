@@ -105,7 +105,7 @@ def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
     Raises:
         InputError: with the largest size that would fit the model and the devices.
     """
-    heads = json.loads((model_dir / "config.json").read_text()).get("num_attention_heads")
+    heads = json.loads((model_dir / "config.json").read_text("utf-8")).get("num_attention_heads")
     tp_size = engine.tp_size or devices // engine.dp_size
     if heads is None or heads % tp_size == 0:
         return

@@ -5,7 +5,8 @@ import pytest
 
 from kvpipe.cli import check
 from kvpipe.config.schema import Kvpipe
-from kvpipe.pipeline.steps import build_steps, phase_names
+from kvpipe.pipeline.phase_files import phase_names
+from kvpipe.pipeline.steps import build_steps
 from kvpipe.suggest import nearest
 from tests import command
 from tests.helpers_config import EXPERIMENTS, compose_plain, config_of, default_names

@@ -1,16 +1,22 @@
+import errno
 import os
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
+from kvpipe.checkpoints import model_dir, tiny
 from kvpipe.cli import run
-from kvpipe.config.schema import Kvpipe, from_plain
+from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel, from_plain
 from kvpipe.parent import supervisor
 from kvpipe.sweeps.group import grouped
 from kvpipe.system.lock import Lock
 from tests import command
 from tests.in_process import Answer, files
+from tests.refusal import refusal
 from tests.sinks.pipeline_records import passed
 
 
@@ -58,6 +64,80 @@ def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(m
         assert len(run._heartbeat(config)) == beats
         config.runner.heartbeat_s = None
         assert run._heartbeat(config) == []
+
+
+def test_the_reason_of_a_failed_run_is_on_stderr_unless_a_terminal_shows_it(kvpipe, monkeypatch):
+    def carry_out(self):
+        return replace(passed(self.run_dir), exit_code=3, error="it cannot be done")
+
+    monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
+    told = Answer(3, "", "kvpipe: it cannot be done\n")
+    assert kvpipe() == kvpipe("output=table") == told
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert kvpipe("output=json") == told
+    assert kvpipe() == Answer(3, "", "")
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        ("/proc/x", "cannot write in /proc/x: No such file or directory; set cache_dir to"),
+        ("file/x", "cannot write in file/x: Not a directory; set"),
+        ("link", "cannot write in link: File exists; set"),
+        ("x" * 300, "File name too long; set cache_dir to a directory that can be written"),
+        ("~nosuch/x", "~nosuch/x: there is no such home directory"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_started(
+    kvpipe, tmp_path, cache, reason
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nosuch")
+    done = kvpipe(f"cache_dir={cache}")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("kvpipe: cache_dir: ")
+    assert reason in done.err
+
+
+def test_a_cache_that_cannot_be_written_will_do_if_the_model_is_in_it(monkeypatch, tmp_path):
+    config = Kvpipe(model=ModelConfig("tiny", generate=TinyModel()), cache_dir=str(tmp_path))
+
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(model_dir.tempfile, "TemporaryFile", read_only)
+    assert "Read-only file system" in refusal(model_dir.check_cache_dir, config)
+    tiny.directory_of(config.model.generate, tmp_path).mkdir()
+    model_dir.check_cache_dir(config)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "phases.generate_result.max_new_token=8",
+        "phases.generate_result.max_new_token=eight",
+        "phases.weights_swapped_from_mllm.probe_token=8",
+        "phases.generate_result.max_new_secret=8",
+        "phases.generate_result.hf_token=8",
+    ],
+)
+def test_an_option_that_is_misspelled_is_no_secret(kvpipe, given):
+    step, option = given.removeprefix("phases.").partition("=")[0].split(".")
+    done = kvpipe(given)
+    meant = {"max_new_token": "max_new_tokens", "probe_token": "probe_tokens"}.get(option)
+    told = f"{option!r}; did you mean {meant!r}?" if meant else "this looks like a secret"
+    assert done.err.startswith(f"kvpipe: phases.{step}.{option}: ")
+    assert told in done.err
+    assert "eight" not in done.err
+    assert [path for path in files(Path.cwd()) if ".hydra" in path] == []
+
+
+def test_a_step_may_be_called_like_a_secret_and_have_a_time_limit(kvpipe, monkeypatch):
+    monkeypatch.setattr(supervisor.Run, "carry_out", lambda self: passed(self.run_dir))
+    own = ("pipeline.4=param_token", "++phases.param_token={use: param_dict, slot: param_dict}")
+    drop = "~phases.sglang_param_dict_ready"
+    done = kvpipe(*own, drop, "runner.phase_timeouts.param_token=30")
+    assert "secret" not in done.err
 
 
 def test_the_jobs_of_a_sweep_share_a_group_and_have_their_overrides_as_tags(kvpipe, monkeypatch):

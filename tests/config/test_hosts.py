@@ -83,7 +83,7 @@ def start_pair(where, overrides, second=(), site=None):
     """Start the command on both; ``second`` is what only the second has typed."""
     address = f"127.0.0.1:{free_port()}"
     several = ["engine.nnodes=2", f"engine.dist_init_addr={address}", f"engine.tp_size={DEVICES}"]
-    config_dir = ["--config-dir", str(site / "conf")] if site else []
+    config_dir = ["--config-dir", str(site / "mine")] if site else []
     hosts = []
     for rank in range(2):
         cwd = where / f"host{rank}"

@@ -45,6 +45,26 @@ def test_each_job_is_answered_and_what_the_child_prints_stands_in_its_log(start)
     assert child.log_tail() == "noise of the engine\nnoise of the engine"
 
 
+def test_a_module_that_lies_in_the_working_directory_does_not_take_the_place_of_another(
+    start, tmp_path, monkeypatch
+):
+    """``python -m`` looks there first; the installed command ``kvpipe`` does not look there."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise AssertionError('executed')\n")
+    monkeypatch.chdir(elsewhere)
+    with start(ECHO) as child:
+        child.send({"a": 1})
+        assert next(child.messages()) == {"got": {"a": 1}}
+
+
+def test_the_log_takes_any_text_whatever_the_encoding_of_the_parents_output(start, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with start("print('zwölf 世 \\udcff', flush=True)\n") as child:
+        assert list(child.messages()) == []
+    assert child.log_tail() == "zwölf 世 \\udcff"
+
+
 def test_the_end_of_the_jobs_ends_the_messages(start):
     with start(ECHO) as child:
         child.send({"a": 1})

@@ -13,7 +13,7 @@ from kvpipe.pipeline import facts
 from kvpipe.pipeline.description import Option, describe, meanings
 from kvpipe.pipeline.ledger import KV, KvTokens
 from kvpipe.pipeline.phase import Effect
-from kvpipe.pipeline.steps import option_types, phase_class, phase_names
+from kvpipe.pipeline.phase_files import option_types, phase_class, phase_names
 from kvpipe.report.phases import as_json, as_markdown, effect_rows
 from tests.command import environment
 from tests.in_process import Answer, files

@@ -11,7 +11,8 @@ from kvpipe.config.schema import Kvpipe, SamplingConfig
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, WorkerPhase
-from kvpipe.pipeline.steps import build_steps, option_types, phase_class, phase_names, use_of
+from kvpipe.pipeline.phase_files import option_types, phase_class, phase_names
+from kvpipe.pipeline.steps import build_steps, use_of
 from kvpipe.records.run import RUN_RECORDS
 from tests.helpers_config import ROOT, build, default_names
 from tests.refusal import refusal as refusal_of
@@ -35,7 +36,7 @@ def test_every_file_in_phases_is_a_name_for_use_and_defines_one_phase():
     for use in FILES:
         cls = phase_class(use)
         assert issubclass(cls, WorkerPhase | ParentPhase)
-        assert cls.__module__ == f"phases.{use}"
+        assert cls.__module__ == f"kvpipe_phase_{use}"
 
 
 def test_a_phase_is_frozen_without_a_decorator():

@@ -164,7 +164,7 @@ def started_waiting(cluster, cwd, name, *overrides):
     return start(
         cluster,
         cwd,
-        *(sys.executable, "-m", "kvpipe", "--config-dir", "site/conf", "-m"),
+        *(sys.executable, "-m", "kvpipe", "--config-dir", "site/mine", "-m"),
         *("hydra/launcher=slurm", f"hydra.launcher.name={name}", *overrides),
         *("pipeline=no_wandb", "phases.fault.how=wait", "engine.max_total_tokens=512,1024,2048"),
     )

@@ -25,14 +25,14 @@ def site(tmp_path_factory):
     """Phases that fail on purpose, and a pipeline whose one phase begins the W&B run."""
     directory = tmp_path_factory.mktemp("site")
     faults.write_site(directory)
-    pipeline = directory / "conf/pipeline/tracked.yaml"
+    pipeline = directory / "mine/pipeline/tracked.yaml"
     pipeline.write_text("# @package _global_\npipeline: [wandb_init]\nphases: {}\n")
     return directory
 
 
 def kvpipe(site, cwd, *overrides, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "kvpipe", "--config-dir", str(site / "conf"), "-m", *overrides],
+        [sys.executable, "-m", "kvpipe", "--config-dir", str(site / "mine"), "-m", *overrides],
         cwd=cwd,
         env=environment(cwd, site) | variables,
         capture_output=True,
@@ -76,7 +76,7 @@ def test_a_refused_job_does_not_end_the_sweep_and_the_exit_code_is_1(swept, site
     assert refused["exit_code"] == 2
     assert refused["error"] == f"{SWEPT} is 0, it must be at least 1"
     assert refused["values"] == {SWEPT: "0"}
-    words = ["--config-dir", str(site / "conf"), "pipeline=tracked", f"{SWEPT}=0"]
+    words = ["--config-dir", str(site / "mine"), "pipeline=tracked", f"{SWEPT}=0"]
     assert refused["command"] == shlex.join(["python", "-m", "kvpipe", *words])
     assert f"kvpipe: {SWEPT} is 0" in done.stderr
 
@@ -213,7 +213,7 @@ def test_what_hydra_calls_can_be_sent_to_another_process():
 def test_ctrl_c_ends_a_sweep_and_leaves_what_there_is(site, tmp_path):
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", WITHOUT_ENGINE, "--config-dir", str(site / "conf"), "-m"),
+            *(sys.executable, "-m", WITHOUT_ENGINE, "--config-dir", str(site / "mine"), "-m"),
             *("pipeline=without_engine", "phases.fault.how=wait"),
             *(f"{SWEPT}=1,2", "tracking=disabled"),
         ],

@@ -4,10 +4,11 @@ import logging
 import re
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 
 from kvpipe.config.hydra_store import store_schema
 from kvpipe.sweeps.slurm_queue import QueueWatcher
+from kvpipe.system.places import CONF
 from tests.command import kvpipe
 from tests.test_guide import table
 
@@ -72,7 +73,7 @@ def test_a_queue_that_does_not_answer_ends_no_job(watcher, monkeypatch, tmp_path
 
 def test_the_guide_tells_the_defaults_of_the_launcher():
     store_schema()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
     rows = table("cluster.md", "key, below `hydra.launcher`")
     told = {key: row[1] for cell, row in rows.items() for key in re.findall(r"\w+", cell)}

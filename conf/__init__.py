@@ -1,1 +1,0 @@
-"""The configuration that ships with kvpipe: YAML files only."""
