@@ -7,7 +7,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from kvpipe.config.schema import Kvpipe
+from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
@@ -29,8 +29,11 @@ def check_model(config: Kvpipe) -> None:
     model = config.model
     if model.path is None:
         return
-    if model.generate is not None:
-        raise InputError("model: give one of model.path and model.generate, and not both")
+    if model.generate not in (None, TinyModel()):
+        raise InputError(
+            "model: give one of model.path and a shape for model.generate, and not both; "
+            "model.path needs no model.generate=null"
+        )
     path = Path(model.path)
     if not path.is_dir():
         raise InputError(f"model.path: {path.absolute()} is not a directory")
@@ -59,23 +62,12 @@ def check_shape(config: Kvpipe) -> None:
     """Refuse a model whose shape is not known without the hub.
 
     Raises:
-        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it, or
-            ``model.config`` names no file that ships with kvpipe.
+        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it,
+            ``model.config`` is no file, or it is the config of another model than ``model.id``.
     """
     check_model(config)
-    model = config.model
-    if model.path is not None or model.generate is not None:
-        return
-    if model.config is None:
-        raise InputError(
-            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; name a "
-            f"file of conf/model/configs ({', '.join(_shipped())}) or set model.path"
-        )
-    if model.config not in _shipped():
-        raise InputError(
-            f"model.config: there is no {model.config!r} in conf/model/configs; "
-            f"{nearest(model.config, _shipped())}"
-        )
+    if config.model.path is None and config.model.generate is None:
+        _config_file(config.model)
 
 
 def shape_dir(config: Kvpipe, scratch: Path) -> Path:
@@ -93,10 +85,39 @@ def shape_dir(config: Kvpipe, scratch: Path) -> Path:
 
         text = json.dumps(tiny.config_json(model.generate))
     else:
-        text = (_configs() / str(model.config)).read_text(encoding="utf-8")
+        text = _config_file(model).read_text(encoding="utf-8")
     directory = Path(tempfile.mkdtemp(dir=scratch))
     (directory / "config.json").write_text(text, encoding="utf-8")
     return directory
+
+
+def _config_file(model: ModelConfig) -> Traversable:
+    """Return the config.json of a model that has no directory here.
+
+    The config follows ``model.id``: a name that an experiment gave would stay when only the id is
+    overridden, and the plan would be another model's.
+    """
+    own, shipped = f"{model.id.rpartition('/')[2].lower()}.json", _shipped()
+    name = model.config or own
+    if name in shipped:
+        if name != own and own in shipped:
+            raise InputError(
+                f"model.config is {name!r}, but the config of {model.id!r} is {own!r}; leave "
+                "model.config out"
+            )
+        return _configs() / name
+    if model.config is None:
+        raise InputError(
+            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; give "
+            f"the path of its config.json, or a name of conf/model/configs ({', '.join(shipped)}), "
+            "or set model.path"
+        )
+    if Path(name).is_file():
+        return Path(name)
+    raise InputError(
+        f"model.config: there is no {name!r} in conf/model/configs, and no file of this path; "
+        f"{nearest(name, shipped)}"
+    )
 
 
 def _configs() -> Traversable:

@@ -244,4 +244,5 @@ def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
         yield Finding(Level.BAD, "plan", answer["why_not_fit"])
     elif answer["peak_bytes"] is not None:
         peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
-        yield Finding(Level.OK, "plan", f"{config.experiment} fits, {peak}")
+        level = Level.WARN if answer["warning"] else Level.OK
+        yield Finding(level, "plan", f"{config.experiment} fits, {peak}", answer["warning"] or "")

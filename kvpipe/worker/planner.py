@@ -91,7 +91,7 @@ def plan_for(
         fit=fit.fit_of(planned, ledgers, target.hbm_bytes, capacity, temporaries),
         programs=programs,
     )
-    return fold.Plan(record, ledgers)
+    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers)
 
 
 def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
