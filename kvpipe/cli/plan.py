@@ -21,7 +21,7 @@ def act(composed: DictConfig) -> int:
     """
     plain = to_plain(composed)
     config = from_plain(plain)
-    checked_steps(config)
+    checked_steps(config, whole=False)
     check_shape(config)
     target = find_target(config.plan.target, config.engine)
     if config.plan.compile and target.name == CPU:
