@@ -14,6 +14,7 @@ BAD_INPUT = 2
 FAILED = 3
 OUT_OF_MEMORY = 4
 TIMED_OUT = 5
+WRONG_WEIGHTS = 6
 # EX_SOFTWARE of sysexits.h.
 DEFECT = 70
 # A process ended by signal n exits with 128 + n, as in shells.
@@ -26,6 +27,9 @@ EXIT_CODES = {
     str(FAILED): "a phase failed: the engine, W&B, the disk; or the output cannot be written",
     str(OUT_OF_MEMORY): "out of memory, on a device or on the host",
     str(TIMED_OUT): "a time limit was reached",
+    str(
+        WRONG_WEIGHTS
+    ): "the engine refused weights: a value is not finite, or a tree is another model's",
     str(DEFECT): "a defect of kvpipe",
     f"{SIGNALLED} + n": "interrupted by signal n: 130 Ctrl-C, 143 terminated",
 }
@@ -54,6 +58,12 @@ class PhaseError(KvpipeError):
 
 class EngineError(PhaseError):
     """The engine refused, failed or died."""
+
+
+class WeightsError(EngineError):
+    """Weights are not the model's, or not finite: what headers and configs do not show."""
+
+    exit_code: ClassVar[int] = WRONG_WEIGHTS
 
 
 class TrackingError(PhaseError):

@@ -33,7 +33,12 @@ class EngineReadyDummy(WorkerPhase):
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
         real = () if self.load_format == "dummy" else (WEIGHTS_REAL,)
-        return Effect(needs=(JAX,), forbids=(ENGINE,), adds=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real))
+        return Effect(
+            needs=(JAX,),
+            forbids=(ENGINE,),
+            adds=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real),
+            reads_weights=bool(real),
+        )
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

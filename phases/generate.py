@@ -92,6 +92,7 @@ class Generate(WorkerPhase):
             forbids=(facts.KV_STALE,),
             adds=(facts.KV_WRITTEN, facts.output(self.step)),
             pools={PROGRAM: Size.PROGRAM},
+            new_tokens=self.max_new_tokens,
         )
 
     @override

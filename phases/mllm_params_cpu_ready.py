@@ -5,6 +5,7 @@ from typing import override
 
 from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.config.schema import checked, one_of
+from kvpipe.errors import InputError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import host
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
@@ -23,9 +24,14 @@ class MllmParamsCpuReady(WorkerPhase):
     dtype: str | None = checked(None, one_of(*HOST_DTYPES))
     orbax: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.orbax is not None and not Path(self.orbax).expanduser().is_dir():
+            raise InputError(f"orbax is {self.orbax!r}, which is no directory")
+
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
-        return Effect(forbids=(host(self.name),), adds=(host(self.name),))
+        tree = (host(self.name),)
+        return Effect(forbids=tree, adds=tree, reads_weights=self.orbax is None)
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

@@ -34,6 +34,8 @@ class WeightsStreamed(WorkerPhase):
             adds=(WEIGHTS_LIVE, WEIGHTS_REAL),
             removes=(*facts.PREFIX_CACHE, WEIGHTS_OFFLOADED),
             pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
+            new_tokens=self.probe_tokens,
+            reads_weights=self.source is None,
         )
 
     @override

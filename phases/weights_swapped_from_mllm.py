@@ -35,6 +35,7 @@ class WeightsSwappedFromMllm(WorkerPhase):
             adds=(WEIGHTS_LIVE, WEIGHTS_REAL, shared, *stale),
             removes=(facts.WEIGHTS_OFFLOADED, *(f for f in facts.shared_in(before) if f != shared)),
             pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
+            new_tokens=self.probe_tokens,
         )
 
     @override

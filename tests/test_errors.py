@@ -14,6 +14,7 @@ from kvpipe.errors import (
     KvpipeError,
     OutOfMemory,
     TimedOut,
+    WeightsError,
     ending_of,
 )
 
@@ -33,6 +34,7 @@ def caused_by(error, cause):
         (EngineError("it died"), 3, "it died"),
         (OutOfMemory("no room"), 4, "no room"),
         (TimedOut("too long"), 5, "too long"),
+        (WeightsError("a NaN"), 6, "a NaN"),
         (HostFailed("host 1: no room", 4), 4, "host 1: no room"),
         (Interrupted(signal.SIGTERM), 143, "SIGTERM ended the run"),
         (KeyError("k"), 70, "KeyError: 'k'"),

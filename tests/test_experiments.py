@@ -10,7 +10,7 @@ from operator import getitem
 import pytest
 from omegaconf import OmegaConf
 
-from kvpipe.checkpoints.model_dir import check_model
+from kvpipe.checkpoints.model_dir import check_model, shape_dir
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import TinyModel, schema, to_plain
@@ -39,7 +39,6 @@ def changed(plain, changes):
 # The model of the SOP, on a TPU.
 QWEN25_3B = {
     "model.id": "Qwen/Qwen2.5-3B-Instruct",
-    "model.config": "qwen2.5-3b-instruct.json",
     "model.generate": None,
     "engine.device": "tpu",
     "engine.tp_size": None,  # the device count
@@ -153,7 +152,6 @@ def test_qwen3_4b_is_the_sop_with_another_model():
     changes = {
         "experiment": "qwen3_4b",
         "model.id": "Qwen/Qwen3-4B",
-        "model.config": "qwen3-4b.json",
         "tracking.project": "sglang-jax-qwen3-4b-kv-drop-rebuild",
         "tracking.name": None,
     }
@@ -178,9 +176,9 @@ def test_every_experiment_is_called_by_the_name_of_its_file_and_starts_with_its_
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "tiny" not in name])
-def test_every_model_of_a_tpu_experiment_ships_the_config_that_planning_needs(name):
-    model = compose_plain(f"+experiment={name}")["model"]
-    shipped = json.loads((ROOT / "conf/model/configs" / model["config"]).read_text())
+def test_every_model_of_a_tpu_experiment_ships_the_config_that_planning_needs(name, tmp_path):
+    directory = shape_dir(config_of(compose_plain(f"+experiment={name}")), tmp_path)
+    shipped = json.loads((directory / "config.json").read_text())
     assert shipped["architectures"][0] in {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 

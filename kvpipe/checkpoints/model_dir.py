@@ -3,9 +3,15 @@
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
-from kvpipe.config.schema import Kvpipe
+from kvpipe.checkpoints import INDEX_NAME
+from kvpipe.checkpoints.json_object import read_object
+from kvpipe.checkpoints.model_check import Needs, check_config, check_directory
+from kvpipe.checkpoints.model_config import Model
+from kvpipe.checkpoints.tiny_config import config_json
+from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel
 from kvpipe.errors import InputError, RecordError
 from kvpipe.suggest import nearest
 from kvpipe.system.places import CONF
@@ -58,8 +64,11 @@ def check_model(config: Kvpipe) -> None:
     model = config.model
     if model.path is None:
         return
-    if model.generate is not None:
-        raise InputError("model: give one of model.path and model.generate, and not both")
+    if model.generate not in (None, TinyModel()):
+        raise InputError(
+            "model: give one of model.path and a shape for model.generate, and not both; "
+            "model.path needs no model.generate=null"
+        )
     path = Path(model.path)
     if not path.is_dir():
         raise InputError(f"model.path: {path.absolute()} is not a directory")
@@ -90,26 +99,94 @@ def find_model(config: Kvpipe) -> Path:
     return _from_hub(config)
 
 
+def key_of(model: ModelConfig) -> str:
+    """Return the config key that says where the model comes from."""
+    if model.path is not None:
+        return "model.path"
+    return "model.generate" if model.generate is not None else "model.id"
+
+
+def known_directory(config: Kvpipe) -> Path | None:
+    """Return the model's directory if it was made by others and is on this machine."""
+    key = key_of(config.model)
+    if key == "model.path":
+        return Path(str(config.model.path)).absolute()
+    return snapshot(config) if key == "model.id" else None
+
+
+def check_known(
+    config: Kvpipe, needs: Needs, supported: Collection[str], whole: bool
+) -> Model | None:
+    """Return the model, if its config.json is on this machine.
+
+    Args:
+        config: the config.
+        needs: what a directory must have beside config.json.
+        supported: the architectures of the installed engine; empty if unknown.
+        whole: whether ``model.path`` must have it all; else, as in the hub's cache, only what is
+            there is checked.
+
+    Raises:
+        InputError: naming everything that is wrong with it.
+    """
+    check_model(config)
+    model, key, directory = config.model, key_of(config.model), known_directory(config)
+    if directory is not None:
+        if key == "model.id" or not whole:
+            needs = _there(directory, needs)
+        return check_directory(key, directory, needs, supported)
+    if model.generate is not None:
+        made = config_json(model.generate)
+        return Model(model.generate.architecture, made)
+    file = _config_file(model)
+    return None if file is None else check_config("model.config", file, str(file), supported)
+
+
+def snapshot(config: Kvpipe) -> Path | None:
+    """Return the model's directory in the hub's cache, complete or not; None if it is not there."""
+    from huggingface_hub import constants
+
+    model = config.model
+    cache = Path(config.engine.download_dir or constants.HF_HUB_CACHE).expanduser()
+    repository = cache / f"models--{model.id.replace('/', '--')}"
+    revision = model.revision or constants.DEFAULT_REVISION
+    reference = repository / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    directory = repository / "snapshots" / commit
+    return directory if (directory / "config.json").is_file() else None
+
+
+def _there(directory: Path, needs: Needs) -> Needs:
+    """Return what is needed and in a directory that need not be complete."""
+    weights = any(directory.glob("*.safetensors")) and not _lacks_files(directory / INDEX_NAME)
+    tokenizer = (directory / "tokenizer.json").is_file()
+    return Needs(weights=needs.weights and weights, tokenizer=needs.tokenizer and tokenizer)
+
+
+def _lacks_files(index: Path) -> bool:
+    """Whether an index names files that are not there."""
+    try:
+        files = read_object(index).get("weight_map")
+    except InputError:
+        return False
+    names = files.values() if isinstance(files, dict) else ()
+    return not all((index.parent / str(name)).is_file() for name in names)
+
+
 def check_shape(config: Kvpipe) -> None:
     """Refuse a model whose shape is not known without the hub.
 
     Raises:
-        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it, or
-            ``model.config`` names no file that ships with kvpipe.
+        InputError: none of ``model.path``, ``model.generate`` and ``model.config`` gives it,
+            ``model.config`` is no file, or it is the config of another model than ``model.id``.
     """
     check_model(config)
     model = config.model
-    if model.path is not None or model.generate is not None:
-        return
-    if model.config is None:
+    if key_of(model) == "model.id" and _config_file(model) is None:
         raise InputError(
-            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; name a "
-            f"file of conf/model/configs ({', '.join(_shipped())}) or set model.path"
-        )
-    if model.config not in _shipped():
-        raise InputError(
-            f"model.config: there is no {model.config!r} in conf/model/configs; "
-            f"{nearest(model.config, _shipped())}"
+            f"model.config: a plan needs the shape of {model.id!r} and never asks the hub; give "
+            "the path of its config.json, or a name of conf/model/configs "
+            f"({', '.join(_shipped())}), or set model.path"
         )
 
 
@@ -124,14 +201,39 @@ def shape_dir(config: Kvpipe, scratch: Path) -> Path:
     if model.path is not None:
         return Path(model.path).absolute()
     if model.generate is not None:
-        from kvpipe.checkpoints import tiny
-
-        text = json.dumps(tiny.config_json(model.generate))
+        text = json.dumps(config_json(model.generate))
     else:
-        text = (_CONFIGS / str(model.config)).read_text(encoding="utf-8")
+        file = _config_file(model)
+        assert file is not None, "check_shape accepts no model without one"
+        text = file.read_text(encoding="utf-8")
     directory = Path(tempfile.mkdtemp(dir=scratch))
     (directory / "config.json").write_text(text, encoding="utf-8")
     return directory
+
+
+def _config_file(model: ModelConfig) -> Path | None:
+    """Return the config.json of a model that has no directory here, if it is known.
+
+    The config follows ``model.id``: a name that an experiment gave would stay when only the id is
+    overridden, and the plan would be another model's.
+    """
+    own, shipped = f"{model.id.rpartition('/')[2].lower()}.json", _shipped()
+    name = model.config or own
+    if name in shipped:
+        if name != own and own in shipped:
+            raise InputError(
+                f"model.config is {name!r}, but the config of {model.id!r} is {own!r}; leave "
+                "model.config out"
+            )
+        return _CONFIGS / name
+    if model.config is None:
+        return None
+    if Path(name).is_file():
+        return Path(name)
+    raise InputError(
+        f"model.config: there is no {name!r} in conf/model/configs, and no file of this path; "
+        f"{nearest(name, shipped)}"
+    )
 
 
 def _shipped() -> list[str]:

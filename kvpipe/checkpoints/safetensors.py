@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from kvpipe.checkpoints import INDEX_NAME
+from kvpipe.checkpoints.json_object import parse_object
 from kvpipe.checkpoints.mapped import map_bytes
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _LENGTH_BYTES = 8
 _METADATA_KEY = "__metadata__"
@@ -108,7 +108,7 @@ def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's map from tensor name to file name."""
-    index = _parse_json(path.read_bytes(), where=str(path))
+    index = parse_object(path.read_bytes(), where=str(path))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
@@ -159,7 +159,7 @@ def _map_file(path: Path) -> Tensors:
     _check_header(path)
     mapped = map_bytes(path)
     data_start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES].tobytes(), "little")
-    header = _parse_json(mapped[_LENGTH_BYTES:data_start].tobytes(), where=f"{path}, header")
+    header = parse_object(mapped[_LENGTH_BYTES:data_start].tobytes(), where=f"{path}, header")
     data = mapped[data_start:]
     return {
         name: _view(f"{path}: tensor {name!r}", entry, data)
@@ -175,25 +175,8 @@ def _check_header(path: Path) -> None:
             pass
     except SafetensorError as error:
         raise InputError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
-
-
-def _parse_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{where} should be a JSON object, got a {type(parsed).__name__}")
-    return parsed
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    parsed = dict(pairs)
-    if len(parsed) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"it has these keys more than once: {', '.join(twice)}")
-    return parsed
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _view(where: str, entry: Mapping[str, Any], data: NDArray[Any]) -> NDArray[Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpipe.checkpoints import safetensors
+from kvpipe.checkpoints.tiny_config import config_json
 from kvpipe.config.schema import ARCHITECTURES, TinyModel
 
 FORMAT_VERSION = 1
@@ -269,6 +270,14 @@ def _tokenizer(spec: TinyModel, vocabulary: dict[str, int], merges: list[str]) -
     }
 
 
+def tokenizer(spec: TinyModel) -> Any:
+    """Return the tokenizer of the spec's model, without the model."""
+    from tokenizers import Tokenizer
+
+    merges = _merges(spec.vocab_size)
+    return Tokenizer.from_str(json.dumps(_tokenizer(spec, _vocabulary(merges), merges)))
+
+
 def _tokenizer_config(spec: TinyModel) -> dict[str, Any]:
     return {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -292,30 +301,3 @@ def _end_of_text() -> dict[str, Any]:
         "single_word": False,
         "special": True,
     }
-
-
-# --- Model config ---
-
-
-def config_json(spec: TinyModel) -> dict[str, Any]:
-    """Return the content of `config.json`, the only part of the model that a plan needs."""
-    config: dict[str, Any] = {
-        "architectures": [spec.architecture],
-        "model_type": ARCHITECTURES[spec.architecture],
-        **{
-            key: value for key, value in asdict(spec).items() if key not in ("seed", "architecture")
-        },
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": spec.vocab_size - 1,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "use_cache": True,
-    }
-    if spec.architecture == "Qwen2ForCausalLM":
-        config |= {"use_sliding_window": False, "max_window_layers": spec.num_hidden_layers}
-    else:
-        config |= {"attention_bias": False, "rope_scaling": None}
-    return config

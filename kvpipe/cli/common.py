@@ -7,25 +7,41 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from kvpipe.checkpoints.model_dir import check_model
 from kvpipe.config.hosts import check_hosts
 from kvpipe.config.hydra_errors import one_message
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
+from kvpipe.engine.architectures import supported
 from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import check_order
+from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.secrets import API_KEY, known_secrets, redactor, refuse_secret
 
 PLANNERS = Planners(secrets=(API_KEY,))
 """The planning child processes of this process, kept from one job of a sweep to the next."""
 
 
-def checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
+def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     """Return the steps after every input check that needs no jax.
+
+    Args:
+        config: the config.
+        whole: whether the model's directory must have all that a run needs.
+
+    Raises:
+        InputError: a check failed.
+    """
+    steps = ordered_steps(config)
+    check_inputs(config, check_order(steps), supported(), whole=whole)
+    return steps
+
+
+def ordered_steps(config: Kvpipe) -> tuple[Phase, ...]:
+    """Return the steps after the checks that need no file of the model.
 
     Raises:
         InputError: a check failed.
@@ -34,7 +50,6 @@ def checked_steps(config: Kvpipe) -> tuple[Phase, ...]:
     check_order(steps)
     check_mesh(config.engine)
     check_hosts(config)
-    check_model(config)
     online = config.tracking.mode is TrackingMode.online
     prompt = read_prompt(config.prompt)
     refuse_secret("prompt.file", prompt, known_secrets(Path.cwd(), os.environ, online))

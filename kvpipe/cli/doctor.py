@@ -4,7 +4,7 @@ import os
 
 from omegaconf import DictConfig
 
-from kvpipe.cli.common import checked_steps
+from kvpipe.cli.common import ordered_steps
 from kvpipe.config.schema import from_plain, to_plain
 from kvpipe.errors import CHECK_FAILED, HELD
 from kvpipe.parent import doctor
@@ -16,7 +16,7 @@ def act(composed: DictConfig) -> int:
     """Print the state of this machine; return 1 if the experiment could not run on it."""
     plain = to_plain(composed)
     config = from_plain(plain)
-    steps = checked_steps(config)
+    steps = ordered_steps(config)
     could_run = True
     for finding in doctor.examine(config, plain, steps, find_server, (API_KEY,)):
         print(redactor(os.environ, None).text(str(finding)), flush=True)

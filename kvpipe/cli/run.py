@@ -71,7 +71,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     jax_environment(config.engine, os.environ)
     if _is_job():
         _refuse_hosts_in_a_sweep(config)
-    if config.model.generate is not None:
+    if config.model.path is None and config.model.generate is not None:
         check_cache_dir(config)
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     first = is_first(config.engine)

@@ -178,11 +178,11 @@ class ModelConfig:
     Attributes:
         id: name for records and, without ``path`` and ``generate``, the Hugging Face repository.
         path: directory with config.json, safetensors and tokenizer; absolute, or relative to the
-            working directory of the command.
+            working directory of the command. It takes the place of a generated model.
         revision: revision of the Hugging Face repository, if it is downloaded.
-        config: name of a config.json that ships with kvpipe (``conf/model/configs``), for planning
-            without the hub.
-        generate: shape of a checkpoint to generate; replaces ``path``.
+        config: the model's config.json for planning without the hub: a path, or a name of
+            ``conf/model/configs``; None is the one there that is named after ``id``.
+        generate: shape of a checkpoint to generate.
     """
 
     id: str = MISSING
@@ -460,7 +460,8 @@ class CompareConfig(Section, section="compare"):
         file: file to write; None means stdout.
         budget_bytes: allowed growth of parameters, KV cache or a slot, in bytes over all devices.
         allowance_bytes: allowed growth of the values that no plan predicts exactly, in bytes: the
-            total, the programs, other arrays, the peak inside a phase.
+            total, the programs, other arrays, the peak inside a phase. Peaks are sampled, so up to
+            1.5 times another one they count as the same.
         outputs: whether a different output exceeds the allowance.
         duration_factor: allowed factor on a phase's duration; None means any. Phases shorter than
             0.1 s do not count.

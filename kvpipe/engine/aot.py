@@ -5,6 +5,7 @@ paddings, batches and jitted step are the ones that a run uses. ``jax.experiment
 describes the TPU and libtpu compiles for it.
 """
 
+import math
 import os
 import re
 import time
@@ -77,8 +78,11 @@ def target_mesh(config: EngineConfig, topology: str) -> Mesh:
 
 def _devices(topology: str) -> list[Any]:
     os.environ.update(_NO_TPU_HERE)
-    chip = topology.partition(":")[0]
-    options = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
+    chip, _, shape = topology.partition(":")
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
+    # A host has 2 x 2 chips, or fewer: libtpu refuses a topology that its hosts do not fill.
+    x, y, _ = map(int, shape.split("x"))
+    options["chips_per_host_bounds"] = (math.gcd(x, 2), math.gcd(y, 2), 1)
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     return list(described.devices)
 

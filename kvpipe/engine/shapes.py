@@ -7,6 +7,7 @@ wrong as soon as a version shards a leaf differently, as 0.0.2 and bd09a87 do wi
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from kvpipe.engine.kv_capacity import abstract, pool_size
 from kvpipe.engine.params import param_paths, path_name
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of, weight_mappings
-from kvpipe.errors import InputError
+from kvpipe.errors import InputError, KvpipeError, is_out_of_memory
 from kvpipe.pipeline.ledger import KvTokens, PerDevice, PoolSize, Size
 
 # More than any device has, so that the engine's profiling never cuts the KV cache down here.
-_BOUNDLESS = 1 << 60
+_BOUNDLESS = 1 << 80
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ class EngineShapes:
             capacities: further capacities of the KV cache, in tokens, to compute the bytes of.
 
         Raises:
-            InputError: the engine cannot have such a capacity.
+            InputError: the engine cannot have such a capacity, or such a mesh.
         """
         pool = self.runner.token_to_kv_pool
-        found: dict[PoolSize, PerDevice] = {
-            Size.PARAMS: memory.bytes_of(self.params.values()),
-            Size.KV: memory.bytes_of(pool.kv_buffer),
-        }
+        try:
+            found: dict[PoolSize, PerDevice] = {
+                Size.PARAMS: memory.bytes_of(self.params.values()),
+                Size.KV: memory.bytes_of(pool.kv_buffer),
+            }
+        except ValueError as error:  # of an axis that a mesh of this size does not divide
+            raise InputError(
+                f"engine.tp_size: the model cannot be divided over the mesh: {error}"
+            ) from error
         for tokens in capacities:
             pool.size = pool_size(tokens, self.runner.token_to_kv_pool_allocator)
             abstract(type(pool)._create_buffers)(pool)
@@ -128,15 +134,28 @@ def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: s
             (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
             (model_runner.ModelRunner, "initialize_jit", _placing_shapes(model_runner.ModelRunner)),
             (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
+            # It would list every free slot, which takes four bytes a token.
+            *((cls, "clear", lambda pool: None) for cls in _allocators()),
         ):
             stack.enter_context(compat.replaced(owner, name, value))
         try:
             return worker_class(arguments, mesh=mesh)
-        except (AssertionError, ValueError) as error:
+        except Exception as error:  # its checks of a model raise whatever Python raises
+            if isinstance(error, KvpipeError) or is_out_of_memory(error):
+                raise
+            traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
             raise InputError(
                 f"the engine refuses this model, mesh or capacity: {reason}"
             ) from error
+
+
+def _allocators() -> list[Any]:
+    """Return the engine's classes of KV allocators that reset themselves."""
+    from sgl_jax.srt.mem_cache import allocator
+
+    found = (value for value in vars(allocator).values() if inspect.isclass(value))
+    return [cls for cls in found if "clear" in vars(cls) and not inspect.isabstract(cls)]
 
 
 def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:

@@ -5,7 +5,7 @@ headers and cost nothing; finding a non-finite value takes one pass at memory sp
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -13,18 +13,14 @@ import ml_dtypes
 import numpy as np
 
 from kvpipe.checkpoints import mapped
+from kvpipe.checkpoints.tensor_names import EMBEDDING, HEAD, computed, differences, listed
 from kvpipe.engine.params import Param
 from kvpipe.engine.transfer import in_lane
 from kvpipe.engine.weight_map import HostArray, Leaf
-from kvpipe.errors import EngineError
-from kvpipe.suggest import nearest
+from kvpipe.errors import WeightsError
 
 _FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
-_NAMED = 8  # names of each kind listed in the message
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Buffers that old checkpoints contain and every model computes itself.
-_COMPUTED = ".rotary_emb.inv_freq"
 
 
 def check_weights(
@@ -38,7 +34,7 @@ def check_weights(
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: naming every weight that is missing, unexpected, misshapen, of a non-float
+        WeightsError: naming every weight that is missing, unexpected, misshapen, of a non-float
             dtype, or with a value that is not finite in the engine's dtype.
     """
     check_shapes(leaves, blueprint, weights)
@@ -62,53 +58,36 @@ def check_shapes(
         weights: arrays by Hugging Face name, in Hugging Face layout.
 
     Raises:
-        EngineError: naming every weight that is missing, unexpected, misshapen or not a float.
+        WeightsError: naming every weight that is missing, unexpected, misshapen or not a float.
     """
     sources = {leaf.source for leaf in leaves.values()}
-    missing = sorted(sources - set(weights))
-    unexpected = [n for n in weights if n not in sources and not _is_spare(n, weights, sources)]
     misshapen = [_misshapen(leaf, blueprint[leaf.path], weights) for leaf in leaves.values()]
-    _refuse(
-        (f"{len(missing)} of {len(sources)} weights are missing", _hinted(missing, weights)),
-        (f"{len(unexpected)} are not the engine's", _hinted(unexpected, sources)),
-        ("of another shape or type", [text for text in misshapen if text]),
-    )
+    wrong = [text for text in misshapen if text]
+    _refuse(differences(sources, weights, wrong, _spare(weights, sources)))
 
 
 def refuse_infinite(names: list[str]) -> None:
     """Refuse the named weights, if any: they have values that are not finite.
 
     Raises:
-        EngineError: with the names.
+        WeightsError: with the names.
     """
-    _refuse(("with values that are not finite", [repr(name) for name in names]))
+    if names:
+        _refuse([listed("with values that are not finite", [repr(name) for name in names])])
 
 
-def _refuse(*kinds: tuple[str, list[str]]) -> None:
-    texts = []
-    for kind, names in kinds:
-        if names:
-            rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            texts.append(f"{kind}: {', '.join(names[:_NAMED])}{rest}")
-    if texts:
-        raise EngineError(f"the weights are refused; {'; '.join(texts)}")
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise WeightsError(f"the weights are refused; {'; '.join(faults)}")
 
 
-def _hinted(names: list[str], valid: Iterable[str]) -> list[str]:
-    """Return the names quoted, the first with the nearest valid names."""
-    if not names:
-        return []
-    first, *rest = names
-    return [f"{first!r} ({nearest(first, valid)})", *map(repr, rest)]
-
-
-def _is_spare(name: str, weights: Mapping[str, Any], sources: set[str]) -> bool:
-    """Whether a weight that no parameter uses is allowed, because it adds no information."""
-    if name.endswith(_COMPUTED):
-        return True
-    if name != _HEAD or _EMBEDDING not in weights or _HEAD in sources:
-        return False
-    return np.array_equal(weights[_HEAD], weights[_EMBEDDING])  # a tied head, written out
+def _spare(weights: Mapping[str, Any], sources: set[str]) -> set[str]:
+    """Return the weights that no parameter uses and that are allowed: they add no information."""
+    spare = computed(weights)
+    both = HEAD not in sources and {EMBEDDING, HEAD} <= weights.keys()
+    if both and np.array_equal(weights[HEAD], weights[EMBEDDING]):  # a tied head, written out
+        spare.add(HEAD)
+    return spare
 
 
 def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, Any]) -> str:

@@ -18,15 +18,17 @@ from typing import Any
 
 import psutil
 
-from kvpipe.checkpoints.model_dir import check_shape, shape_dir
+from kvpipe.checkpoints.model_dir import check_shape, known_directory, shape_dir, snapshot
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, RunnerConfig, TrackingMode
+from kvpipe.engine.architectures import supported
 from kvpipe.errors import InputError, KvpipeError, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.phase import Phase
 from kvpipe.plan.fold import check_order
+from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.libtpu_lock import LOCK_FILE, holder
 from kvpipe.system.secrets import API_KEY, wandb_api_key
 from kvpipe.system.versions import version_of
@@ -89,6 +91,7 @@ def examine(
     yield from _versions()
     yield _disk()
     yield from _wandb(config, steps, find_server)
+    yield _model(config, steps)
     yield from _hugging_face(config)
     lock = _libtpu_lock(config.engine.device)
     yield lock
@@ -172,6 +175,16 @@ def _wandb(
         yield Finding(short, "W&B", f"{state}, no server: {error}", "or tracking=offline")
 
 
+def _model(config: Kvpipe, steps: Sequence[Phase]) -> Finding:
+    """Check the model's files that are here, and the request against its context."""
+    try:
+        check_inputs(config, check_order(steps), supported())
+    except InputError as error:
+        return Finding(Level.BAD, "model", str(error))
+    here = known_directory(config)
+    return Finding(Level.OK, "model", f"{config.model.id}, {here}" if here else config.model.id)
+
+
 def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
     """Check the source of the model and the presence of a token, without showing the token."""
     import huggingface_hub
@@ -184,10 +197,8 @@ def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
     if model.path is not None or model.generate is not None:
         yield Finding(Level.OK, "Hugging Face", f"{state}; the model does not come from it")
         return
-    known = huggingface_hub.try_to_load_from_cache(
-        model.id, "config.json", cache_dir=cache, revision=model.revision
-    )
-    if isinstance(known, str) and list(Path(known).parent.glob("*.safetensors")):
+    known = snapshot(config)
+    if known is not None and list(known.glob("*.safetensors")):
         yield Finding(Level.OK, "Hugging Face", f"{state}; {model.id} is in the cache")
     elif constants.HF_HUB_OFFLINE:
         found = f"{state}; {model.id} is not in the cache, and HF_HUB_OFFLINE is set"
@@ -244,4 +255,5 @@ def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
         yield Finding(Level.BAD, "plan", answer["why_not_fit"])
     elif answer["peak_bytes"] is not None:
         peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
-        yield Finding(Level.OK, "plan", f"{config.experiment} fits, {peak}")
+        level = Level.WARN if answer["warning"] else Level.OK
+        yield Finding(level, "plan", f"{config.experiment} fits, {peak}", answer["warning"] or "")

@@ -48,6 +48,8 @@ class Effect:
             (:func:`kvpipe.pipeline.facts.pools`).
         runs: the programs that it runs, by their names in a plan; their temporaries count while it
             runs. Empty for a phase that runs the engine's steps, or none.
+        new_tokens: the most tokens that it generates for the prompt; 0 if it generates none.
+        reads_weights: whether it reads the files of the model's weights.
     """
 
     needs: tuple[str, ...] = ()
@@ -56,6 +58,8 @@ class Effect:
     removes: tuple[str, ...] = ()
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
+    new_tokens: int = 0
+    reads_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("needs", "forbids", "adds", "removes"):

@@ -278,6 +278,7 @@ class RunPlanned(JsonRecord):
         phases: the prediction after each phase.
         fit: whether it fits.
         programs: the engine's steps compiled for the target; empty if they were not compiled.
+        warning: why a plan that fits may not fit after all; None if it leaves a margin.
         elapsed_s: seconds since the run began.
     """
 
@@ -289,6 +290,7 @@ class RunPlanned(JsonRecord):
     phases: Sequence[PlannedPhase]
     fit: Fit
     programs: Sequence[Program] = ()
+    warning: str | None = None
     elapsed_s: float = 0.0
 
     @property

@@ -13,6 +13,7 @@ from kvpipe.report.chart import Chart
 from kvpipe.report.chart import Row as ChartRow
 from kvpipe.report.comparison import (
     FULLEST,
+    PEAK,
     PROGRAMS,
     SECONDS,
     SHORTEST_S,
@@ -26,7 +27,7 @@ from kvpipe.report.figures import pools_bar
 from kvpipe.report.palette import pool_keys, pool_name, pool_roles
 from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
-from kvpipe.report.tables import NONE, Cell, Table, number
+from kvpipe.report.tables import NONE, Cell, Table, at_least, number
 from kvpipe.report.tokens import Omitted, Stretch, shortened
 
 _MOST_NAMES = 3
@@ -179,7 +180,8 @@ def _size_row(group: Sequence[Row]) -> list[Cell]:
     codes = [one.phase for one in group[:_MOST_NAMES]]
     names = Cell(f"and {more} more" if more > 0 else "", codes=codes)
     grown = [_growth(row, index) for index in range(1, len(row.values))]
-    return [Cell(pool_name(row.name)), names, *map(number, row.values), *grown]
+    cells = map(at_least if row.name == PEAK else number, row.values)
+    return [Cell(pool_name(row.name)), names, *cells, *grown]
 
 
 def _growth(row: Row, index: int) -> Cell:

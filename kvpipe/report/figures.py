@@ -46,7 +46,7 @@ def memory_keys(run: Run) -> list[Key]:
         said = "pale: planned, not reached" if memory_chart(run).dense else "thin and pale: planned"
         keys.append(Key("pool-total", said, "thin"))
     if any(phase.peak_bytes for phase in run.phases):
-        keys.append(Key("peak", "whisker and (bytes): peak inside the phase", "whisker"))
+        keys.append(Key("peak", "whisker and (bytes): peak inside the phase, sampled", "whisker"))
     return keys
 
 

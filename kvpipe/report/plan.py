@@ -7,6 +7,7 @@ changes: no times, no dates, and of a plan for this host not the host's own memo
 from collections.abc import Sequence
 from typing import Any
 
+from kvpipe.plan.fit import left_out
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import RunPlanned
 
@@ -19,7 +20,8 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
     known = plan.to_json()
     if not plan.programs:
         del known["fit"]["temp_bytes"]
-    return {key: known[key] for key in ("target", "devices", "sglang_jax", "phases", "fit")}
+    shown = ("target", "devices", "sglang_jax", "phases", "fit", "warning")
+    return {key: known[key] for key in shown}
 
 
 def as_markdown(experiment: str, plan: RunPlanned) -> str:
@@ -35,6 +37,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         ]
         for phase in plan.phases
     ]
+    warned = plan.warning if plan.target != CPU else None
     return "\n".join(
         [
             f"# Plan of `{experiment}`",
@@ -44,6 +47,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
             "",
             f"{verdict(plan)}.",
             "",
+            *([f"Warning: {warned}.", ""] if warned else []),
             *(f"- {line}" for line in compiled(plan)),
             *([""] if plan.programs else []),
             *markdown_table(heading, rows),
@@ -71,13 +75,13 @@ def verdict(plan: RunPlanned) -> str:
     if plan.target == CPU:
         return (
             f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes a device after "
-            f"`{peak.name}`"
+            f"`{peak.name}`; {left_out(plan)}"
         )
     temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     return (
         f"It {fits}: the peak is {peak.max_device_bytes:,}{temporaries} of a device's "
         f"{fit.hbm_bytes:,} bytes after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
-        f"{fit.max_total_tokens}"
+        f"{fit.max_total_tokens}; {left_out(plan)}"
     )
 
 

@@ -34,6 +34,8 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     # The terminal wraps, not rich: people copy names and numbers.
     line = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")
     console.print(line, style="" if plan.fit.fits else "red", soft_wrap=True, highlight=False)
+    if plan.warning:
+        console.print(f"Warning: {plan.warning}", style="yellow", soft_wrap=True, highlight=False)
 
 
 def _cells(phase: PlannedPhase, kinds: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvpipe.report.chart import NARROW, WIDE
 from kvpipe.report.drawing import Drawing
 from kvpipe.report.palette import DARK, FADED, LIGHT, pool_name
-from kvpipe.report.tables import NONE
+from kvpipe.report.tables import NONE, at_least
 from kvpipe.units import sized
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _environment() -> "Environment":
         "breakable": _breakable,
         "short": _short,
         "sized": sized,
+        "at_least": lambda value: at_least(value).text,
         "pool_name": pool_name,
     }
     environment.globals |= {

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvpipe.report.plan import markdown_table
+from kvpipe.units import sized
 
 NONE = "–"
 
@@ -58,3 +59,8 @@ class Table:
 def number(value: int | None, note: str = "", tone: str = "") -> Cell:
     """Return the cell of an exact number."""
     return Cell(NONE if value is None else f"{value:,}", note=note, tone=tone)
+
+
+def at_least(value: int | None) -> Cell:
+    """Return the cell of a sampled peak, which may be more than the largest sample."""
+    return Cell(NONE if value is None else f"≥ {sized(value)}")

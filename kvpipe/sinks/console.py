@@ -104,6 +104,9 @@ class ConsoleTable(Sink):
             soft_wrap=True,
             highlight=False,
         )
+        if record.warning:
+            line = f"warning: {record.warning}"
+            self._console.print(line, style="yellow", soft_wrap=True, highlight=False)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Show the step in the live line, with a clock of its own."""

@@ -37,6 +37,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
             "patches": compat.in_force(),
             "why_not_fit": None,
             "peak_bytes": None,
+            "warning": None,
         }
         if job["model_dir"] is None:
             return found
@@ -46,7 +47,11 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
             traceback.print_exc()
         return asdict(ending_of(error))
     peak = max(phase.max_device_bytes for phase in record.phases)
-    return found | {"why_not_fit": fit.why_not_fit(record), "peak_bytes": peak}
+    return found | {
+        "why_not_fit": fit.why_not_fit(record),
+        "peak_bytes": peak,
+        "warning": record.warning,
+    }
 
 
 if __name__ == "__main__":

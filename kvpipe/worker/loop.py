@@ -15,7 +15,14 @@ from kvpipe.config.schema import CONTINUE, PlanConfig
 from kvpipe.engine import multihost
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
-from kvpipe.errors import Ending, KvpipeError, ending_of, failure_of
+from kvpipe.errors import (
+    Ending,
+    InputError,
+    KvpipeError,
+    WeightsError,
+    ending_of,
+    failure_of,
+)
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger, differences
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase, result_of
@@ -216,6 +223,9 @@ class _Loop:
         self._memory = measured.memory
         peak = self._sampler.take(measured.memory) if self._sampler else None
         host_result = HostResult(measured, peak, checks, self.ctx.engine_lives, positions)
+        if isinstance(error, InputError) and self.ctx.started is not None:
+            # Wrong input is refused before the engine starts; only weights are read later.
+            error = WeightsError(f"step {job.phase.step!r}: {error}")
         if error is not None and not isinstance(error, KvpipeError):
             error = failure_of(job.phase.step, error)
         return _Attempt(timed, host_result, result.fields, error)

@@ -5,7 +5,6 @@ parent's side.
 """
 
 import json
-import math
 import os
 import sys
 import traceback
@@ -14,14 +13,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from kvpipe.checkpoints.model_check import check_config
 from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.config.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.engine import devices, shapes, training
-from kvpipe.errors import EngineError, InputError, KvpipeError, ending_of
+from kvpipe.engine.architectures import supported
+from kvpipe.errors import EngineError, KvpipeError, ending_of
 from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan import fit, fold
+from kvpipe.plan.inputs import check_split
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU, Target
 from kvpipe.records.run import Program, RunPlanned
@@ -40,7 +42,7 @@ def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> fold.P
     devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
     target = Target(config.engine.device, count, devices.memory_bytes())
-    check_heads(config.engine, model_dir, count)
+    _check_model(config.engine, model_dir, count)
     return plan_for(target, steps, config, model_dir)
 
 
@@ -91,29 +93,13 @@ def plan_for(
         fit=fit.fit_of(planned, ledgers, target.hbm_bytes, capacity, temporaries),
         programs=programs,
     )
-    return fold.Plan(record, ledgers)
+    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers)
 
 
-def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the model's attention heads.
-
-    Args:
-        engine: how the engine will be started.
-        model_dir: directory with the model's config.json.
-        devices: number of devices of the mesh.
-
-    Raises:
-        InputError: with the largest size that would fit the model and the devices.
-    """
-    heads = json.loads((model_dir / "config.json").read_text("utf-8")).get("num_attention_heads")
-    tp_size = engine.tp_size or devices // engine.dp_size
-    if heads is None or heads % tp_size == 0:
-        return
-    most = math.gcd(heads, devices)
-    raise InputError(
-        f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it must "
-        f"divide; {devices} devices take engine.tp_size={most} engine.dp_size={devices // most}"
-    )
+def _check_model(engine: EngineConfig, model_dir: Path, devices: int) -> None:
+    """Refuse a config.json that is not right, or a mesh over which the model cannot be divided."""
+    file = model_dir / "config.json"
+    check_split(engine, check_config("model", file, str(file), supported()), devices)
 
 
 def trains(planned: Sequence[fold.PlannedStep]) -> bool:
@@ -167,7 +153,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         steps = build_steps(config)
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
-        check_heads(config.engine, model_dir, target.devices)
+        _check_model(config.engine, model_dir, target.devices)
         programs = _programs(job, steps, config, target)
         record = plan_for(target, steps, config, model_dir, programs).record
     except KvpipeError as error:

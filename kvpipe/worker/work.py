@@ -17,12 +17,14 @@ from typing import Any
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
+from kvpipe.engine.architectures import supported
 from kvpipe.errors import Ending, EngineError, ending_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import build_steps, use_of
 from kvpipe.plan.fit import check_fit
-from kvpipe.plan.fold import Plan
+from kvpipe.plan.fold import Plan, check_order
+from kvpipe.plan.inputs import check_inputs
 from kvpipe.records.run import PhaseRecord, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
@@ -149,12 +151,14 @@ def _planned_jobs(
     """Plan the run, report the plan, and return the worker's steps with their planned ledgers.
 
     Raises:
-        InputError: the plan does not fit the devices, and ``plan.enforce`` is set.
+        InputError: the model's files are not right, or the plan does not fit the devices and
+            ``plan.enforce`` is set.
     """
     config = ctx.config
     steps = build_steps(config)
 
     def make() -> Plan:
+        check_inputs(config, check_order(steps), supported(), ctx.model_dir)
         plan = planner(steps, config, ctx.model_dir)
         callbacks.planned(replace(plan.record, elapsed_s=round(time.monotonic() - run_began, 6)))
         if config.plan.enforce:

@@ -62,10 +62,16 @@ def test_a_relative_path_is_told_with_the_directory_it_starts_from(tmp_path, mon
 
 
 def test_a_path_and_a_model_to_generate_contradict_each_other(tmp_path):
-    wrong = config(path=str(tmp_path), generate=TinyModel())
+    wrong = config(path=str(tmp_path), generate=TinyModel(seed=1))
     assert refusal(check_model, wrong) == (
-        "model: give one of model.path and model.generate, and not both"
+        "model: give one of model.path and a shape for model.generate, and not both; "
+        "model.path needs no model.generate=null"
     )
+
+
+def test_a_path_wins_over_the_generated_model_of_the_default(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(config(path=str(tmp_path), generate=TinyModel())) == tmp_path
 
 
 def test_a_path_is_found_as_an_absolute_one(tmp_path, monkeypatch):

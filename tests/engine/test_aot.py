@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from kvpipe.checkpoints.tiny import TinyModel, ensure
+from kvpipe.config.schema import EngineConfig
+from kvpipe.plan.targets import find_target
 from kvpipe.records.run import Program
 from tests.command import Finished, kvpipe
 from tests.conftest import DEVICES, SMALL_ENGINE, engine_config
 
+# The largest take libtpu seconds, and differ in nothing but size.
+ACCELERATORS = ["v4-8", "v5p-16", "v5e-4", "v5litepod-8", "v6e-16"]
 SGL_JAX = Path(str(distribution("sglang-jax").locate_file("sgl_jax")))
 # HEAD's attention kernel is for v5 and later.
 KERNEL_OF_HEAD = SGL_JAX / "srt/kernels/ragged_paged_attention/ragged_paged_attention_v3.py"
@@ -44,6 +48,19 @@ def compiled(four_devices: None, plan: Finished, model_dir: Path) -> tuple[Progr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
         return program_cache.compiled(engine_config(), model_dir, TARGET, 100, plan.cwd)
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e-1", "v6e-1", "v5e:1x2", "v4:2x1x1", "v5e:3x2", *ACCELERATORS]
+)
+def test_libtpu_describes_every_target_that_is_named_as_valid(
+    four_devices: None, name: str
+) -> None:
+    """Those of a single chip failed: their hosts have fewer chips than libtpu takes for granted."""
+    from kvpipe.engine import aot
+
+    target = find_target(name, EngineConfig())
+    assert len(aot._devices(target.name)) == target.devices
 
 
 def test_prefill_and_decode_compile_with_the_engines_own_paddings(

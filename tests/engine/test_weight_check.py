@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvpipe.engine.weight_check import check_weights, is_finite
 from kvpipe.engine.weight_map import EngineView, Heads, Leaf
-from kvpipe.errors import EngineError
+from kvpipe.errors import WRONG_WEIGHTS, EngineError, WeightsError
 
 FLOATS = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)]
 
@@ -112,6 +112,14 @@ def test_everything_that_is_wrong_with_names_and_shapes_is_listed_at_once():
     assert "1 of 2 weights are missing: 'model.layers.0.mlp.up_proj.weight'" in missing
     assert "1 are not the engine's: 'model.layers.0.mlp.up.weight'" in unexpected
     assert "'model.embed_tokens.weight' has shape (8, 5), which gives (8, 5)" in misshapen
+
+
+def test_a_value_that_is_not_finite_is_refused_with_an_exit_code_of_its_own():
+    weights = given_weights()
+    weights["model.embed_tokens.weight"][7, 3] = np.nan
+    with pytest.raises(WeightsError, match=r"not finite: 'model.embed_tokens.weight'") as caught:
+        check_weights(LEAVES, BLUEPRINT, weights)
+    assert caught.value.exit_code == WRONG_WEIGHTS
 
 
 def test_weights_that_are_no_floats_are_refused():

@@ -169,6 +169,7 @@ ANSWER = {
     "patches": ["a", "b"],
     "why_not_fit": None,
     "peak_bytes": 16 << 30,
+    "warning": None,
 }
 
 
@@ -184,6 +185,9 @@ def test_the_devices_the_patches_and_the_plan_are_told():
         Level.OK,
         "tiny fits, peak 16.00 of 32.00 GiB a device",
     )
+    assert str(told(warning="only 5 bytes stay free")[2]) == (
+        "warn  plan          tiny fits, peak 16.00 of 32.00 GiB a device; only 5 bytes stay free"
+    )
     assert told(why_not_fit="it does not fit")[2].level is Level.BAD
     assert told(peak_bytes=None) == [devices, patches]
     (error,) = told(error="no devices")
@@ -191,10 +195,10 @@ def test_the_devices_the_patches_and_the_plan_are_told():
 
 
 def test_a_shape_that_only_the_hub_knows_is_a_warning_in_the_words_of_the_plan():
-    plain = compose_plain(BIGKV, "model.config=null")
+    plain = compose_plain(BIGKV, "model.id=Qwen/Qwen2.5-7B-Instruct")
     finding = next(doctor._devices(config_of(plain), plain, ()))
     assert (finding.level, finding.about) == (Level.WARN, "plan")
-    assert finding.found.startswith("model.config: a plan needs the shape of 'Qwen/Qwen2.5-3B")
+    assert finding.found.startswith("model.config: a plan needs the shape of 'Qwen/Qwen2.5-7B")
 
 
 def test_the_tiny_experiment_could_run_here(tmp_path):

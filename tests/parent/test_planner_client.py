@@ -12,7 +12,7 @@ from kvpipe.errors import EngineError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.plan.targets import Target
 from tests.config.test_jax_environment import MEMORY
-from tests.helpers_config import compose_plain, config_of, default_names
+from tests.helpers_config import ROOT, compose_plain, config_of, default_names
 from tests.in_process import Answer
 from tests.refusal import refusal
 from tests.report.test_plan import MARKDOWN, PLAN
@@ -34,11 +34,20 @@ def planned(monkeypatch):
 REFUSED = {
     "plan.target=v5x:2x2": "plan.target is 'v5x:2x2'; did you mean ",
     "plan.target=v4:2x2x1": "engine.tp_size × engine.dp_size is 2 × 1, but v4:2x2x1 has 4 devices",
+    "plan.compile=true": "plan.compile compiles for a TPU, but plan.target is cpu; set plan.target",
     "plan.format=yaml": "plan.format: Invalid value 'yaml', expected one of [table, markdown, json]",
     "model.generate=null": "model.config: a plan needs the shape of 'kvpipe/tiny-qwen2' and never",
     "model.generate=null model.config=qwen2.5-3b.json": (
-        "model.config: there is no 'qwen2.5-3b.json' in conf/model/configs; did you mean "
+        "model.config: there is no 'qwen2.5-3b.json' in conf/model/configs, and no file of this "
+        "path; did you mean "
         "'qwen3-4b.json' or 'qwen2.5-3b-instruct.json'?"
+    ),
+    "+experiment=qwen25_3b_bigkv model.id=Qwen/Qwen2.5-7B-Instruct": (
+        "model.config: a plan needs the shape of 'Qwen/Qwen2.5-7B-Instruct' and never"
+    ),
+    "+experiment=qwen25_3b_bigkv model.id=Qwen/Qwen3-4B model.config=qwen2.5-3b-instruct.json": (
+        "model.config is 'qwen2.5-3b-instruct.json', but the config of 'Qwen/Qwen3-4B' is "
+        "'qwen3-4b.json'; leave model.config out"
     ),
     "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
     f"pipeline.{default_names().index('kv_cache_dropped')}=flush_cache": "pipeline: ",
@@ -102,11 +111,26 @@ def test_a_model_directory_wins_over_the_config_that_ships(tmp_path):
     assert shape_dir(config, tmp_path) == tmp_path
 
 
-def test_a_config_that_ships_is_found(tmp_path):
-    config = Kvpipe(model=ModelConfig(id="x", config="qwen2.5-3b-instruct.json"))
+@pytest.mark.parametrize(
+    ("model", "name", "shipped"),
+    [
+        ("someone/finetune", "qwen2.5-3b-instruct.json", "qwen2.5-3b-instruct.json"),
+        ("Qwen/Qwen2.5-3B-Instruct", None, "qwen2.5-3b-instruct.json"),
+        ("Qwen/Qwen3-4B", None, "qwen3-4b.json"),
+    ],
+)
+def test_a_config_that_ships_is_found_by_its_name_or_by_the_models(tmp_path, model, name, shipped):
+    config = Kvpipe(model=ModelConfig(id=model, config=name))
     check_shape(config)
     shape = json.loads((shape_dir(config, tmp_path) / "config.json").read_text())
-    assert shape["num_hidden_layers"] == 36
+    assert shape == json.loads((ROOT / "conf/model/configs" / shipped).read_text())
+
+
+def test_a_config_can_lie_in_a_directory_of_the_users_own(tmp_path):
+    (tmp_path / "mine.json").write_text('{"num_hidden_layers": 7}')
+    config = Kvpipe(model=ModelConfig(id="my/model", config=str(tmp_path / "mine.json")))
+    check_shape(config)
+    assert (shape_dir(config, tmp_path) / "config.json").read_text() == '{"num_hidden_layers": 7}'
 
 
 def test_a_name_that_leaves_the_folder_of_configs_is_refused():

@@ -25,6 +25,9 @@ def shown(*changes):
     return plans_as_markdown(changes, "main (1a2b3c4)", "the files here")
 
 
+LEFT_OUT = "compiled code, temporaries and the runtime's own memory are left out"
+
+
 def test_an_unchanged_experiment_is_named_and_no_more():
     assert shown(change(plan(), plan())) == (
         "# Plans compared\n\nBefore: main (1a2b3c4). After: the files here.\n\nUnchanged: `mine`.\n"
@@ -46,9 +49,9 @@ def test_changed_keys_bytes_and_verdicts_stand_before_and_after():
         "| fullest device | `b` | 300 | 1,500 | +1,200 |\n\n"
         "4 figures that are the same, or known of one side only.\n\n"
         "- Before: It fits: the peak is 300 of a device's 1,000 bytes after `b`; the largest "
-        "`engine.max_total_tokens` that fits is 64.\n"
+        f"`engine.max_total_tokens` that fits is 64; {LEFT_OUT}.\n"
         "- After: It does not fit: the peak is 1,500 of a device's 1,000 bytes after `b`; the "
-        "largest `engine.max_total_tokens` that fits is 64.\n"
+        f"largest `engine.max_total_tokens` that fits is 64; {LEFT_OUT}.\n"
     )
 
 

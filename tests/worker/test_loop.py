@@ -8,7 +8,7 @@ import pytest
 
 from kvpipe.config.schema import Kvpipe, RunnerConfig
 from kvpipe.engine import peaks
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import BAD_INPUT, WRONG_WEIGHTS, InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
@@ -54,9 +54,21 @@ class FailsToClean(Fails):
     on_failure = OnFailure.ALWAYS_RUN
 
 
+class ReadsAnotherTree(WorkerPhase):
+    def run(self, ctx):
+        raise InputError("it has no leaf 'a'")
+
+
 def run(*phases, **options):
     """Run the phases; return the records and what was told of their progress."""
-    ctx = WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello")
+    records, told, ending = run_in(
+        WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello"), phases
+    )
+    return records + ([ending.error] if ending.error else []), told
+
+
+def run_in(ctx, phases):
+    """Run the phases; return the records, what was told of their progress, and the ending."""
     records, told = [], []
     events = loop.Callbacks(
         joined=lambda hosts: None,
@@ -66,8 +78,28 @@ def run(*phases, **options):
         finished=records.append,
     )
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
-    ending = loop.run(jobs, ctx, events, time.monotonic())
-    return records + ([ending.error] if ending.error else []), told
+    return records, told, loop.run(jobs, ctx, events, time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("started", "exit_code", "error"),
+    [
+        (None, BAD_INPUT, "it has no leaf 'a'"),
+        (
+            SimpleNamespace(failure=SimpleNamespace(happened=False)),
+            WRONG_WEIGHTS,
+            "step 'reads': it has no leaf 'a'",
+        ),
+    ],
+)
+def test_input_that_is_wrong_once_the_engine_is_there_has_a_code_of_its_own(
+    started, exit_code, error
+):
+    """It ended with 2, which says that the engine was not started."""
+    ctx = WorkerContext(Kvpipe(runner=RunnerConfig(sample_peaks=False)), "Hello")
+    ctx.started = started
+    _, _, ending = run_in(ctx, [ReadsAnotherTree("reads")])
+    assert (ending.exit_code, ending.error) == (exit_code, error)
 
 
 def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second():

@@ -1,0 +1,164 @@
+"""What config, files and prompt show to be wrong before anything is started; no jax here.
+
+:func:`check_inputs` is the one check of a model for every verb. A run makes it again in the worker,
+once the model is generated or downloaded.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from kvpipe.checkpoints import model_dir
+from kvpipe.checkpoints.model_check import Needs, check_directory
+from kvpipe.checkpoints.model_config import Model
+from kvpipe.config.jax_environment import device_total
+from kvpipe.config.prompt import read_prompt
+from kvpipe.config.schema import EngineConfig, Kvpipe
+from kvpipe.errors import InputError
+from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
+from kvpipe.plan.fold import PlannedStep, kv_capacities
+from kvpipe.plan.pages import whole_pages
+
+# Tokens of a request that the engine keeps free, of the shorter of context and KV cache: beside the
+# prompt alone (max_req_input_len), and beside the prompt and all new tokens.
+_BESIDE_PROMPT, _BESIDE_ALL = 7, 2
+
+
+def check_inputs(
+    config: Kvpipe,
+    planned: Sequence[PlannedStep],
+    supported: Collection[str],
+    directory: Path | None = None,
+    whole: bool = True,
+) -> None:
+    """Refuse a model, a mesh, a capacity or a request that the engine cannot have.
+
+    Args:
+        config: the config.
+        planned: its steps.
+        supported: the architectures of the installed engine; empty if unknown.
+        directory: the model's directory; None takes what is on this machine, if it is.
+        whole: whether the directory must have all that the steps need, as for a run.
+
+    Raises:
+        InputError: naming what is wrong.
+    """
+    needs = Needs(
+        weights=any(item.effect.reads_weights for item in planned),
+        tokenizer=any(ENGINE in item.effect.adds for item in planned),
+    )
+    if directory is not None:
+        model = check_directory(model_dir.key_of(config.model), directory, needs, supported)
+    else:
+        model = model_dir.check_known(config, needs, supported, whole)
+        directory = model_dir.known_directory(config)
+    engine = config.engine
+    devices = device_total(engine)
+    if model is not None and devices is not None:
+        check_split(engine, model, devices)
+    for tokens in (engine.max_total_tokens, *sorted(kv_capacities(planned))):
+        _check_capacity(tokens, engine.page_size)
+    context = _context(engine, model)
+    prompt = read_prompt(config.prompt)
+    _check_requests(planned, engine, context, prompt, lambda: _count(config, prompt, directory))
+
+
+def check_split(engine: EngineConfig, model: Model, devices: int) -> None:
+    """Refuse a tensor-parallel size over which the model cannot be divided.
+
+    Args:
+        engine: how the engine will be started.
+        model: the model.
+        devices: number of devices of the mesh.
+
+    Raises:
+        InputError: with the largest size that would fit the model and the devices.
+    """
+    tp_size = engine.tp_size or devices // engine.dp_size
+    why = model.undivided_by(tp_size) if tp_size else f"there are {devices} devices"
+    if not why:
+        return
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    most = max(size for size in sizes if not model.undivided_by(size))
+    raise InputError(
+        f"engine.tp_size is {tp_size}, but {why}; {devices} devices take engine.tp_size={most} "
+        f"engine.dp_size={devices // most}"
+    )
+
+
+def _check_capacity(tokens: int, page_size: int) -> None:
+    if whole_pages(tokens, page_size) <= _BESIDE_PROMPT:
+        raise InputError(
+            f"engine.max_total_tokens: a KV cache of {tokens} tokens holds no request in whole pages "
+            f"of engine.page_size={page_size}; it needs more than {_BESIDE_PROMPT} tokens and a page"
+        )
+
+
+def _context(engine: EngineConfig, model: Model | None) -> int | None:
+    """Return the longest sequence of the engine in tokens; None if it is not known.
+
+    Raises:
+        InputError: it is longer than the model's.
+    """
+    own, asked = model and model.context, engine.context_length
+    if own is not None and asked is not None and asked > own:
+        raise InputError(
+            f"engine.context_length is {asked}, but the model has {own} positions "
+            "(max_position_embeddings)"
+        )
+    return asked or own
+
+
+def _check_requests(
+    planned: Sequence[PlannedStep],
+    engine: EngineConfig,
+    context: int | None,
+    prompt: str,
+    count: Callable[[], int | None],
+) -> None:
+    """Refuse a prompt, or a number of new tokens, beyond the context or the KV cache of a step.
+
+    A prompt has at most one token a byte, so it is counted only if so many would be too many.
+    """
+    most, exact = len(prompt.encode()) + 1, False
+    for item in planned:
+        new = item.effect.new_tokens
+        if not new:
+            continue
+        limit, key = _limit(item, engine, context)
+        if not exact and (most > limit - _BESIDE_PROMPT or most + new > limit - _BESIDE_ALL):
+            most, exact = count() or 1, True
+        step = f"step {item.step.step!r}"
+        if most > limit - _BESIDE_PROMPT:
+            raise InputError(
+                f"prompt: it has {most:,} tokens, but {key} is {limit:,}, which takes prompts of at "
+                f"most {limit - _BESIDE_PROMPT:,} ({step})"
+            )
+        if most + new > limit - _BESIDE_ALL:
+            raise InputError(
+                f"{step} asks for {new:,} tokens (sampling.max_new_tokens, or its own option) after "
+                f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
+                f"{limit - _BESIDE_ALL - most:,}"
+            )
+
+
+def _limit(item: PlannedStep, engine: EngineConfig, context: int | None) -> tuple[int, str]:
+    """Return the longest request of a step in tokens, and the key that limits it."""
+    own = own_kv_tokens(item.facts)
+    capacity = whole_pages(own or engine.max_total_tokens, engine.page_size)
+    key = "the rebuilt KV cache" if own else "engine.max_total_tokens"
+    if context is None or capacity < context:
+        return capacity, key
+    return context, "engine.context_length" if engine.context_length else "the model's context"
+
+
+def _count(config: Kvpipe, prompt: str, directory: Path | None) -> int | None:
+    """Return the number of tokens of the prompt; None if no tokenizer is known."""
+    from kvpipe.checkpoints import tokenizer
+
+    if directory is not None:
+        return tokenizer.count_tokens(prompt, directory)
+    if config.model.path is None and config.model.generate is not None:
+        from kvpipe.checkpoints import tiny
+
+        return tokenizer.count_with(tiny.tokenizer(config.model.generate), prompt)
+    return None
