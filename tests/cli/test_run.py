@@ -85,7 +85,7 @@ def test_the_reason_of_a_failed_run_is_on_stderr_unless_a_terminal_shows_it(kvpi
         ("file/x", "cannot write in file/x: Not a directory; set"),
         ("link", "cannot write in link: File exists; set"),
         ("x" * 300, "File name too long; set cache_dir to a directory that can be written"),
-        ("~nosuch/x", "~nosuch/x: there is no such home directory"),
+        ('"~nosuch/x"', "~nosuch/x: there is no such home directory"),
     ],
 )
 def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_started(
