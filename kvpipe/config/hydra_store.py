@@ -1,6 +1,8 @@
-"""Register the schema in the store from which Hydra reads typed configs."""
+"""Register the schema in the store from which Hydra reads typed configs, and a resolver."""
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from kvpipe.config.schema import schema
 
@@ -18,3 +20,13 @@ def store_schema() -> None:
     """
     ConfigStore.instance().store(name=_NAME, node=schema())
     ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _chosen(group: str, default: str) -> str:
+    """Return the name of the file that the command line chooses of a group, for ``conf/``."""
+    hydra = HydraConfig.instance().cfg
+    return (hydra and hydra.hydra.runtime.choices.get(group)) or default
+
+
+# When the module is imported: a launcher may unpickle the task of a job in another process.
+OmegaConf.register_new_resolver("chosen", _chosen, replace=True)

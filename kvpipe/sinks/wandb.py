@@ -184,7 +184,7 @@ class WandbSink(Sink):
                 _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
             run = wandb.init(
                 project=self._tracking.project,
-                name=self._tracking.name,
+                name=self._tracking.name or config["label"],
                 entity=self._tracking.entity,
                 group=self._tracking.group,
                 tags=self._tracking.tags,
