@@ -30,6 +30,7 @@ from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
 from kvpipe.system.secrets import API_KEY, refuse_secrets
+from kvpipe.units import counted
 
 if TYPE_CHECKING:
     import wandb
@@ -146,7 +147,7 @@ class WandbSink(Sink):
                 self._run.summary.update(end)
                 self._run.finish(exit_code=record.exit_code)
                 if lost := upload_errors(_sync_dir(self._run)):
-                    raise TrackingError(f"{len(lost)} uploads failed: {lost[0]}")
+                    raise TrackingError(f"{counted(len(lost), 'upload')} failed: {lost[0]}")
         except TrackingError:
             _stop_service()
             raise
@@ -295,8 +296,8 @@ class WandbSink(Sink):
         except Exception as error:
             assert self._run is not None
             raise TrackingError(
-                f"W&B {what}: {_first_line(error)}; up to {self._rows} rows may be missing there; "
-                f"to upload what is on disk, run: wandb sync {_sync_dir(self._run)}"
+                f"W&B {what}: {_first_line(error)}; up to {counted(self._rows, 'row')} may be missing "
+                f"there; to upload what is on disk, run: wandb sync {_sync_dir(self._run)}"
             ) from error
 
 

@@ -27,6 +27,7 @@ from kvpipe.plan.targets import CPU, Target
 from kvpipe.records.run import Program, RunPlanned
 from kvpipe.system.pipes import send
 from kvpipe.trainer.layout import lay_out
+from kvpipe.units import counted
 
 
 def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> fold.Plan:
@@ -112,7 +113,7 @@ def check_heads(engine: EngineConfig, model_dir: Path, devices: int) -> None:
     most = math.gcd(heads, devices)
     raise InputError(
         f"engine.tp_size is {tp_size}, but the model has {heads} attention heads, which it must "
-        f"divide; {devices} devices take engine.tp_size={most} engine.dp_size={devices // most}"
+        f"divide; {counted(devices, 'device')}: engine.tp_size={most} engine.dp_size={devices // most}"
     )
 
 

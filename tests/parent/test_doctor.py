@@ -182,7 +182,7 @@ def test_the_devices_the_patches_and_the_plan_are_told():
     assert patches.found == "a, b"
     assert (plan.level, plan.found) == (
         Level.OK,
-        "tiny fits, peak 16.00 of 32.00 GiB a device",
+        "tiny fits, peak 16.00 GiB of 32.00 GiB a device",
     )
     assert told(why_not_fit="it does not fit")[2].level is Level.BAD
     assert told(peak_bytes=None) == [devices, patches]
