@@ -5,11 +5,12 @@ from omegaconf import DictConfig
 from kvpipe.cli.common import checked_steps
 from kvpipe.config.schema import from_plain, to_plain
 from kvpipe.errors import HELD
+from kvpipe.units import counted
 
 
 def act(composed: DictConfig) -> int:
     """Check the order of the steps by folding their declared effects, and print the result."""
     config = from_plain(to_plain(composed))
     steps = checked_steps(config)
-    print(f"{config.experiment}: {len(steps)} steps, their order holds")
+    print(f"{config.experiment}: {counted(len(steps), 'step')}, their order holds")
     return HELD

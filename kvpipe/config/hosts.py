@@ -11,6 +11,7 @@ from typing import Any
 from kvpipe.config.jax_environment import device_total
 from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.errors import InputError
+from kvpipe.units import counted
 
 RANK_VARIABLES = ("KVPIPE_NODE_RANK", "TPU_WORKER_ID", "SLURM_PROCID")
 """Environment variables that give a host's rank without ``engine.node_rank``; the first set wins."""
@@ -90,7 +91,7 @@ def check_hosts(config: Kvpipe) -> None:
     devices = device_total(engine)
     if devices is not None and devices % engine.nnodes:
         raise InputError(
-            f"engine.nnodes is {engine.nnodes}, but the mesh has {devices} devices; each host must "
+            f"engine.nnodes is {engine.nnodes}, but the mesh has {counted(devices, 'device')}; each host must "
             "have the same number"
         )
     if engine.tp_size is not None and engine.tp_size % engine.nnodes:

@@ -23,11 +23,17 @@ from kvpipe.suggest import nearest
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 _FILE = re.compile(r"(In '(.+?)/.+'): \w+ raised while composing config")
+_NO_MERGE = "Cannot merge DictConfig with ListConfig"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)
 _NOT_CHOSEN = re.compile(
     r"Could not override '(.+)'\. No match in the defaults list\.\s"
     r"To append to your default list use (.+)"
 )
+_FORCED = re.compile(r"force-add of config groups is not supported: '\+\+(.+?)=(.*)'")
+_IN_PACKAGE = re.compile(r"(In '.+'): Could not override '\w+@")
+# Groups whose files set keys of the whole config.
+_GLOBAL = ("experiment", "pipeline", "sweep")
+_HEADER = "the file must begin with '# @package _global_'"
 # Config files of packages that only an extra of kvpipe installs.
 _OF_EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "slurm"}
 
@@ -47,12 +53,10 @@ def one_message(error: Exception) -> str:
     # Hydra chains some errors to OmegaConf's with "from", others by raising in the handler.
     value_error = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if isinstance(value_error, OmegaConfBaseException):
-        message = _wrong_value(value_error)
         if file := _FILE.match(str(error)):
-            message = f"{file[1]}: {message}"
-            if value_error.full_key == file[2] and "DictConfig" in message:
-                message += "; the file must begin with '# @package _global_'"
-        return message
+            return f"{file[1]}: {_misplaced(file[2], value_error) or _wrong_value(value_error)}"
+        message = _wrong_value(value_error)
+        return f"{message}; {_instead('pipeline')}" if message.endswith(_NO_MERGE) else message
     return _restated(str(error))
 
 
@@ -91,8 +95,22 @@ def _no_name(override: Override) -> str | None:
         return None
     return (
         f"{override.input_line} chooses a file of conf/{group} by its name, and a value of type "
-        f"{type(value).__name__} is no name; a value goes into an experiment file"
+        f"{type(value).__name__} is no name; {_instead(group)}"
     )
+
+
+def _instead(group: str) -> str:
+    """Return how to set what a person meant who gave a group something else than a file's name."""
+    if group == "pipeline":
+        return (
+            "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' "
+            "into DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME"
+        )
+    if group == "experiment":
+        return "a name of the run's own is label=NAME"
+    if keys := _section(group):
+        return f"its keys are set one by one: {group}.{keys[0]}=VALUE"
+    return "a value goes into an experiment file"
 
 
 def _optional_sections(cls: type, path: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -106,17 +124,39 @@ def _optional_sections(cls: type, path: str = "") -> Iterator[tuple[str, list[st
 
 
 def _no_such_file(error: MissingConfigException) -> str:
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    if not group:
+    file = error.missing_cfg_file or ""
+    # The name may be a path, such as Qwen/Qwen3-4B; Hydra's own groups have two parts.
+    group, _, name = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
+    if not name:
         return _first_line(error)
     if extra := _OF_EXTRAS.get(error.missing_cfg_file or ""):
         return f"{group}: it needs kvpipe's extra {extra!r}; in a clone: pip install '.[{extra}]'"
     if error.options is None:
         return (
-            f"{group}=[...] chooses files of conf/{group}, and {name!r} is none of them; a value "
-            "goes into an experiment file"
+            f"{group}=[...] chooses files of conf/{group}, and {name!r} is none of them; "
+            f"{_instead(group)}"
         )
-    return f"there is no {group} {name!r}; {nearest(name, error.options)}"
+    message = f"there is no {group} {name!r}; {nearest(name, error.options)}"
+    return (
+        f"{message}; {_instead(group)}" if "valid are" in message and _section(group) else message
+    )
+
+
+def _section(group: str) -> list[str]:
+    """Return the keys of the section of the config that a group fills; none of other groups."""
+    return _keys(get_type_hints(Kvpipe).get(group))
+
+
+def _misplaced(group: str, error: OmegaConfBaseException) -> str | None:
+    """Return what is wrong with a file of a group whose keys are all in the wrong place."""
+    first, second = [*str(error.full_key).split("."), ""][:2]
+    if group in _GLOBAL:
+        whole = error.msg and (_NO_MERGE in error.msg or "'DictConfig' to string" in error.msg)
+        inside = first == group == "sweep" and second in [*_keys(Kvpipe), "hydra"]
+        return _HEADER if whole or inside else None
+    if first == second == group:
+        return f"the file's keys are those of {group}, without '{group}:' above them"
+    return None
 
 
 def _unreadable(error: OverrideParseException) -> str:
@@ -147,7 +187,12 @@ def _restated(message: str) -> str:
             "write [...] for a list, or quote a text: 'KEY=\"A, B\"'"
         )
     if not_chosen := _NOT_CHOSEN.match(message):
-        return f"{not_chosen[1]} has no default to override; write {not_chosen[2]}"
+        said = f"{not_chosen[1]} has no default to override; write {not_chosen[2]}"
+        return f"{said}; {_instead('experiment')}" if not_chosen[1] == "experiment" else said
+    if forced := _FORCED.match(message):
+        return f"{forced[1]} chooses files of conf/{forced[1]}, without '++'; {_instead(forced[1])}"
+    if inside := _IN_PACKAGE.match(message):
+        return f"{inside[1]}: {_HEADER}"
     return " ".join(message.split())
 
 

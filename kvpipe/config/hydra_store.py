@@ -1,11 +1,12 @@
-"""Register the schema in the store from which Hydra reads typed configs, and bound its YAML files."""
+"""Register the schema and a resolver with Hydra, and bound the YAML files that it reads."""
 
 import math
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import _utils
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, _utils
 
 from kvpipe.config.schema import schema
 
@@ -63,3 +64,13 @@ def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
         items = [item for pair in node.value for item in pair] if pairs else node.value
         counted[id(node)] = 1 + sum(_values(item, counted) for item in items)
     return counted[id(node)]
+
+
+def _chosen(group: str, default: str) -> str:
+    """Return the name of the file that the command line chooses of a group, for ``conf/``."""
+    hydra = HydraConfig.instance().cfg
+    return (hydra and hydra.hydra.runtime.choices.get(group)) or default
+
+
+# When the module is imported: a launcher may unpickle the task of a job in another process.
+OmegaConf.register_new_resolver("chosen", _chosen, replace=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from kvpipe.config.schema import PromptConfig
 from kvpipe.errors import InputError
 from kvpipe.system.places import CONF
+from kvpipe.units import counted
 
 _SHIPPED = "pkg://conf/prompt/"
 
@@ -31,8 +32,8 @@ def read_prompt(config: PromptConfig) -> str:
     digest = hashlib.sha256(data).hexdigest()
     if config.sha256 is not None and digest != config.sha256:
         raise InputError(
-            f"prompt.sha256: the prompt ({config.file or 'prompt.text'}, {len(data)} bytes) has "
-            f"{digest}, not the expected {config.sha256}"
+            f"prompt.sha256: the prompt ({config.file or 'prompt.text'}, "
+            f"{counted(len(data), 'byte')}) has {digest}, not the expected {config.sha256}"
         )
     return prompt
 

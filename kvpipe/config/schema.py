@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
 }
 """Architecture of a model that kvpipe generates → ``model_type`` of its ``config.json``."""
+_NAME_BYTES = 100
 
 
 class TrackingMode(Enum):
@@ -95,6 +96,24 @@ def texts(key: str, values: list[Any]) -> None:
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
+
+
+def name(key: str, value: str | None) -> None:
+    """Refuse a name that is empty, too long, or not one line of printable characters."""
+    if value is not None and not (
+        value.strip() and value.isprintable() and len(value.encode()) <= _NAME_BYTES
+    ):
+        raise InputError(
+            f"{key} is {value!r}, it must be a name of 1 to {_NAME_BYTES} bytes in printable "
+            "characters"
+        )
+
+
+def directory_name(key: str, value: str) -> None:
+    """Refuse a name that is a path."""
+    name(key, value)
+    if "/" in value or not value.strip("."):
+        raise InputError(f"{key} is {value!r}, it must be the name of a directory, not a path")
 
 
 def checked(default: Any, refuse: Refusal) -> Any:
@@ -494,8 +513,8 @@ class SweepConfig:
 
     Attributes:
         resume: reuse the records of an earlier sweep's job instead of running it again, if that job
-            passed with the same config (apart from tracking and output) and the same versions.
-            Searches this sweep's directory and the ones next to it.
+            passed with the same config (apart from label, tracking and output) and the same
+            versions. Searches this sweep's directory and the ones next to it.
     """
 
     resume: bool = False
@@ -520,6 +539,7 @@ class Kvpipe:
 
     Attributes:
         experiment: name of the experiment, for records and the run directory.
+        label: name of the run's own, for its reports and, without ``tracking.name``, for W&B.
         pipeline: names of the steps, in order.
         phases: step name → options; ``use`` names the file in ``phases/``.
         repeat: range of steps to repeat; cycle k of a step is called ``name#k``.
@@ -527,7 +547,8 @@ class Kvpipe:
         cache_dir: directory of generated checkpoints; None means ``$XDG_CACHE_HOME/kvpipe``.
     """
 
-    experiment: str = "tiny"
+    experiment: str = checked("tiny", directory_name)
+    label: str | None = checked(None, name)
     pipeline: list[str] = MISSING
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
     repeat: RepeatConfig | None = None
@@ -546,6 +567,9 @@ class Kvpipe:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     output: OutputFormat = OutputFormat.auto
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        refuse_wrong(self)
 
 
 def schema() -> DictConfig:

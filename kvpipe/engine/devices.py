@@ -8,6 +8,7 @@ import psutil
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat
 from kvpipe.errors import InputError
+from kvpipe.units import counted
 
 
 def describe() -> dict[str, Any]:
@@ -33,8 +34,8 @@ def check_devices(config: EngineConfig) -> None:
     tp_size = config.tp_size or count // config.dp_size
     if tp_size * config.dp_size != count:
         raise InputError(
-            f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but there are "
-            f"{count} {platform} devices; the product must be {count}"
+            f"engine.tp_size × engine.dp_size is {tp_size} × {config.dp_size}, but jax has "
+            f"{counted(count, f'{platform} device')}; the product must be {count}"
         )
     if config.dp_size > 1 and not compat.shards_explicitly():
         raise InputError(

@@ -13,6 +13,7 @@ from kvpipe.engine import compat
 from kvpipe.engine.sglang import SglangEngine, pool_ranks
 from kvpipe.errors import EngineError, InputError
 from kvpipe.plan.pages import whole_pages
+from kvpipe.units import counted
 
 
 def pool_size(tokens: int, allocator: Any) -> int:
@@ -25,7 +26,7 @@ def pool_size(tokens: int, allocator: Any) -> int:
     """
     page_size = allocator.page_size
     if tokens < page_size:
-        raise InputError(f"max_total_tokens is {tokens}, a page has {page_size} tokens")
+        raise InputError(f"max_total_tokens is {tokens}, a page has {counted(page_size, 'token')}")
     return whole_pages(tokens, page_size) * pool_ranks(allocator)
 
 
@@ -56,7 +57,7 @@ def resize(engine: SglangEngine, tokens: int) -> None:
     _put(allocator, num_pages=pages, pages_per_rank=pages // ranks, size_per_rank=tokens)
     allocator.clear()
     if (free := allocator.available_size()) != tokens:
-        raise EngineError(f"the engine's allocator gives {free} tokens, not {tokens}")
+        raise EngineError(f"the engine's allocator gives {counted(free, 'token')}, not {tokens}")
     workers = (scheduler.tp_worker, scheduler.tp_worker.worker)
     for owner in (runner, scheduler, *workers, engine.engine.tokenizer_manager):
         _put(

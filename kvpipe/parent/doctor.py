@@ -32,7 +32,7 @@ from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.libtpu_lock import LOCK_FILE, holder
 from kvpipe.system.secrets import API_KEY, wandb_api_key
 from kvpipe.system.versions import version_of
-from kvpipe.units import gib
+from kvpipe.units import sized
 
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "flax", "libtpu", "transformers", "wandb", "hydra-core")
 _DEVICES_S = 180.0
@@ -119,7 +119,7 @@ def _versions() -> Iterator[Finding]:
 def _disk() -> Finding:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
-    found = f"{gib(free)} GiB free in {here}"
+    found = f"{sized(free)} free in {here}"
     if free < _NO_DISK or not os.access(here, os.W_OK):
         return Finding(Level.BAD, "disk", found, "a run writes here; go where it can")
     if free < _LITTLE_DISK:
@@ -129,7 +129,7 @@ def _disk() -> Finding:
 
 def _ram() -> Finding:
     memory = psutil.virtual_memory()
-    found = f"{gib(memory.available)} of {gib(memory.total)} GiB free"
+    found = f"{sized(memory.available)} of {sized(memory.total)} free"
     if memory.available < _LITTLE_RAM:
         return Finding(Level.WARN, "host memory", found, "end what else takes it")
     return Finding(Level.OK, "host memory", found)
@@ -247,13 +247,13 @@ def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
     devices, hbm = answer["devices"], answer["hbm_bytes"]
     found = (
         f"{devices['device_count']} × {devices['device_kind']} ({devices['platform']}), "
-        f"{gib(hbm)} GiB each"
+        f"{sized(hbm)} each"
     )
     yield Finding(Level.OK, "devices", found)
     yield Finding(Level.OK, "patches", ", ".join(answer["patches"]))
     if answer["why_not_fit"]:
         yield Finding(Level.BAD, "plan", answer["why_not_fit"])
     elif answer["peak_bytes"] is not None:
-        peak = f"peak {gib(answer['peak_bytes'])} of {gib(hbm)} GiB a device"
+        peak = f"peak {sized(answer['peak_bytes'])} of {sized(hbm)} a device"
         level = Level.WARN if answer["warning"] else Level.OK
         yield Finding(level, "plan", f"{config.experiment} fits, {peak}", answer["warning"] or "")

@@ -39,6 +39,7 @@ from kvpipe.pipeline.phase import ParentPhase, Phase, Result, result_of
 from kvpipe.pipeline.steps import use_of
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
+    ENGINE_LOG,
     FAILED,
     INTERRUPTED,
     PASSED,
@@ -60,7 +61,6 @@ from kvpipe.system.pipes import STACKS_FILE
 from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.system.secrets import Redactor
 
-ENGINE_LOG = "engine.log"
 _SAME_SIGNAL_S = 0.1
 
 

@@ -1,11 +1,12 @@
 """A generated output, and the comparisons of two of them on token ids."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvpipe.records.run import Check
+from kvpipe.units import counted
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,24 @@ def not_empty(output: Output) -> Check:
 def same_output(name: str, earlier: Output, later: Output) -> Check:
     """Return the check that two outputs have the same token ids, at least one."""
     a, b = earlier.token_ids, later.token_ids
-    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-    detail = ""
-    if not a:
-        detail = "the earlier output is empty"
-    elif differ:
-        i = differ[0]
-        detail = f"the first differing token is at index {i}: {a[i]} before, {b[i]} now"
-    elif len(a) != len(b):
-        detail = f"the first {min(len(a), len(b))} tokens agree, then one output ends"
+    detail = difference(a, b) or "" if a else "the earlier output is empty"
     return Check(name, list(a), list(b), bool(a) and a == b, detail)
+
+
+def difference(before: Sequence[int], now: Sequence[int]) -> str | None:
+    """Return how the token ids of an output differ from those of another; None if they do not."""
+    for i, (a, b) in enumerate(zip(before, now, strict=False)):
+        if a != b:
+            return f"the first differing token is at index {i}: {a} before, {b} now"
+    if not (more := len(now) - len(before)):
+        return None
+    same = counted(min(len(before), len(now)), "token")
+    rest = (
+        f"has {counted(more, 'token')} more"
+        if more > 0
+        else f"ends {counted(-more, 'token')} early"
+    )
+    return f"the same {same}, then it {rest}"
 
 
 def different_output(name: str, earlier: Output, later: Output, detail: str) -> Check:

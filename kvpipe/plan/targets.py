@@ -10,6 +10,7 @@ from kvpipe.config.jax_environment import cpu_devices
 from kvpipe.config.schema import EngineConfig
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
+from kvpipe.units import counted
 
 CPU = "cpu"
 DEFAULT_TPU = "v4:2x2x1"
@@ -73,7 +74,7 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
     if tp_size * engine.dp_size != target.devices:
         raise InputError(
             f"engine.tp_size × engine.dp_size is {tp_size} × {engine.dp_size}, but {target.name} "
-            f"has {target.devices} devices; the product must be {target.devices}"
+            f"has {counted(target.devices, 'device')}; the product must be {target.devices}"
         )
     return target
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from kvpipe.units import gib
+from kvpipe.units import unit_for
 
 LOADING, COMPILING, GENERATING = "loading", "compiling", "generating"
 LEAVES, BYTES, PROGRAMS, TOKENS = "leaves", "bytes", "programs", "tokens"
@@ -42,8 +42,11 @@ class Progress:
         return f"{self.activity} {', '.join(amounts)}, {self.elapsed_s:.1f} s"
 
     def _amount(self, unit: str, done: int) -> str:
-        write, name = (gib, "GiB") if unit == BYTES else (str, unit)
-        return f"{write(done)}/{write(self.total[unit])} {name}"
+        total = self.total[unit]
+        if unit != BYTES:
+            return f"{done}/{total} {unit}"
+        suited = unit_for(total)
+        return f"{suited.of(done)}/{suited.of(total)} {suited.name}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ RUN_FINISHED = "run_finished"
 RUN_RECORDS = (RUN_STARTED, RUN_PLANNED, RUN_FINISHED)
 """Names of the records that are not of a phase."""
 RECORDS_FILE = "records.jsonl"
+ENGINE_LOG = "engine.log"
+"""Log of the engine's process, in the run directory."""
 PASSED = "passed"
 FAILED = "failed"
 INTERRUPTED = "interrupted"

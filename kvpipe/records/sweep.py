@@ -7,6 +7,8 @@ from typing import ClassVar
 from kvpipe.records.json_record import JsonRecord
 
 SWEEP_FINISHED = "sweep_finished"
+SWEEP_PAGE = "sweep.html"
+"""Page of a sweep, in its directory."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 from kvpipe.config.schema import CompareConfig
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import is_contracted
+from kvpipe.pipeline.output import difference
 from kvpipe.records.run import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
 from kvpipe.report.side import Side
-from kvpipe.report.tokens import first_difference
+from kvpipe.units import counted
 
 TOTAL, PEAK, FULLEST = "total", "peak inside, sampled", "fullest device"
 SECONDS, PROGRAMS, TEXT = "seconds", "programs", "text"
@@ -130,13 +131,12 @@ class Comparison:
         return [row for row in rows if any(value is not None for value in row.values)]
 
     def difference(self, name: str, side: Side) -> str | None:
-        """Return where a side's output differs from the first side's; None if it does not."""
+        """Return how a side's output differs from the first side's; None if it does not."""
         base, other = self.sides[0].phase(name), side.phase(name)
         if None in (base.text_sha256, other.text_sha256):
             return None
         if base.token_ids is not None and other.token_ids is not None:
-            at = first_difference(base.token_ids, other.token_ids)
-            return None if at is None else f"the first different token is at index {at}"
+            return difference(base.token_ids, other.token_ids)
         return None if base.text_sha256 == other.text_sha256 else "the texts differ"
 
     def beyond(self, config: CompareConfig) -> list[str]:
@@ -222,7 +222,7 @@ class PlanChange:
             grown = new.peak.max_device_bytes - old.peak.max_device_bytes
             if grown > budget_bytes:
                 return (
-                    f"{self.experiment}: the peak of a device grew by {grown} bytes, the budget "
+                    f"{self.experiment}: the peak of a device grew by {counted(grown, 'byte')}, the budget "
                     f"(compare_plans.budget_bytes) is {budget_bytes}"
                 )
         if new and not new.fit.fits and (old is None or old.fit.fits):
@@ -242,7 +242,8 @@ def _grown_sizes(rows: Sequence[Row], index: int, config: CompareConfig) -> Iter
         if beyond:
             phase = max(beyond, key=beyond.__getitem__)
             more = f" and in {len(beyond) - 1} more" if len(beyond) > 1 else ""
-            yield f"{name} grew by {beyond[phase]:,} bytes after {phase!r}{more}, {key} is {budget:,}"
+            grew = f"{name} grew by {counted(beyond[phase], 'byte')}"
+            yield f"{grew} after {phase!r}{more}, {key} is {budget:,}"
 
 
 def _as_dicts(values: Sequence[Any] | None) -> list[Mapping[str, Any]] | None:

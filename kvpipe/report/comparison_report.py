@@ -29,6 +29,7 @@ from kvpipe.report.plan import verdict as plan_verdict
 from kvpipe.report.side import SidePhase
 from kvpipe.report.tables import NONE, Cell, Table, at_least, number
 from kvpipe.report.tokens import Omitted, Stretch, shortened
+from kvpipe.units import counted
 
 _MOST_NAMES = 3
 _UNKNOWN_POOLS = "bytes in use, pools not known"
@@ -151,7 +152,7 @@ def _sizes(comparison: Comparison) -> Content:
     else:
         yield "No phase differs in its bytes."
     if same := [row for row in rows if not _is_change(row)]:
-        summary = f"{len(same)} figures that are the same, or known of one side only"
+        summary = f"{counted(len(same), 'figure')} the same, or known of one side only"
         yield _sizes_table("Other bytes", comparison, same, summary)
     for label, side in comparison.labelled:
         if alone := comparison.only_in(side):
@@ -242,7 +243,7 @@ def _times(comparison: Comparison) -> Content:
     if rows:
         yield Table("Durations and compilations", columns, rows)
     if short:
-        count = f"{len(short)} phases of less than {SHORTEST_S} s"
+        count = f"{counted(len(short), 'phase')} of less than {SHORTEST_S} s"
         summary = f"{count} with the same number of programs"
         yield Table("Short phases", columns, short, summary=summary)
 
@@ -270,7 +271,7 @@ def _chart(comparison: Comparison, pools: Sequence[str]) -> Chart:
     labels = ", ".join(label for label, _ in comparison.labelled)
     return Chart(
         title="Device memory after each phase, side by side",
-        description=f"For each of {len(rows)} phases a bar for each side, in the order {labels}. "
+        description=f"For each of {counted(len(rows), 'phase')} a bar for each side, in the order {labels}. "
         "The table of bytes has every number.",
         rows=rows,
     )

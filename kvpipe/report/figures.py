@@ -9,7 +9,7 @@ from kvpipe.report.chart import Bar, Chart, Part, Row
 from kvpipe.report.drawing import Drawing, Line, Rect, Shape, Text
 from kvpipe.report.palette import Key, pool_keys, pool_roles
 from kvpipe.report.run import Run
-from kvpipe.units import sized
+from kvpipe.units import counted, sized
 
 # Bytes that the devices count beyond the live arrays: compiled programs, the runtime's own.
 BEYOND_ARRAYS = "in use beyond arrays"
@@ -111,7 +111,7 @@ def _memory_description(run: Run) -> str:
     fullest = max(run.phases, key=lambda phase: phase.bytes_in_use)
     last = run.phases[-1]
     return (
-        f"A bar for each of {len(run.phases)} phases, stacked by pool. The most after a phase is "
+        f"A bar for each of {counted(len(run.phases), 'phase')}, stacked by pool. The most after a phase is "
         f"{sized(fullest.bytes_in_use)}, after {fullest.phase}; at the end, after {last.phase}, it "
         f"is {sized(last.bytes_in_use)}. The table of planned and actual bytes has every number."
     )

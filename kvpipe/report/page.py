@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kvpipe.pipeline.ledger import is_contracted
+from kvpipe.pipeline.output import difference
 from kvpipe.records.run import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.config_changes import flat, value_text
 from kvpipe.report.figures import (
@@ -14,7 +15,8 @@ from kvpipe.report.figures import (
 )
 from kvpipe.report.run import UNFINISHED, Run
 from kvpipe.report.tables import Cell
-from kvpipe.report.tokens import first_difference, shortened
+from kvpipe.report.tokens import shortened
+from kvpipe.units import counted
 
 _SECTIONS = {
     "memory": "Memory after each phase",
@@ -37,7 +39,7 @@ def report_page(run: Run) -> str:
     return rendered(
         "run.html.j2",
         run=run,
-        title=f"{run.experiment}: {run.status}",
+        title=f"{run.title}: {run.status}",
         footer=f"Made by kvpipe from {RECORDS_FILE}.",
         sections={key: name for key, name in _SECTIONS.items() if key != "texts" or outputs},
         tone={PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad"),
@@ -67,8 +69,8 @@ def report_page(run: Run) -> str:
 def _reason(run: Run) -> str:
     held = sum(check.passed for _, check in run.checks)
     steps = len(run.started.steps) if run.started else len(run.phases)
-    ran = f"{len(run.phases)} of {steps} phases"
-    checks = f"{held} of {len(run.checks)} checks hold."
+    ran = f"{len(run.phases)} of {counted(steps, 'phase')}"
+    checks = f"{held} of {counted(len(run.checks), 'check')} passed."
     if run.finished is None:
         last = f" after {run.phases[-1].phase!r}" if run.phases else ""
         return f"The records end{last}: {ran}, {checks}"
@@ -87,7 +89,7 @@ def _bytes_verdict(phases: Sequence[PhaseRecord]) -> str:
         return f"Measured bytes are not the planned ones after {', '.join(off)}."
     exact = (
         f"Parameters, KV cache and slots held the planned bytes, exactly, after each of "
-        f"{len(compared)} phases."
+        f"{counted(len(compared), 'phase')}."
     )
     return exact if compared else ""
 
@@ -112,7 +114,6 @@ def _compared(phase: PhaseRecord, first: PhaseRecord) -> Cell:
         return Cell("the first")
     if fields["prompt_sha256"] != first.fields["prompt_sha256"]:
         return Cell("another prompt")
-    at = first_difference(first.fields["token_ids"], fields["token_ids"])
-    if at is None:
-        return Cell("the same token ids", tone="good")
-    return Cell(f"differs from token {at}", tone="bad")
+    if why := difference(first.fields["token_ids"], fields["token_ids"]):
+        return Cell(why, tone="bad")
+    return Cell("the same token ids", tone="good")

@@ -10,6 +10,7 @@ from typing import Any
 from kvpipe.plan.fit import left_out
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import RunPlanned
+from kvpipe.units import counted
 
 
 def as_json(plan: RunPlanned) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         [
             f"# Plan of `{experiment}`",
             "",
-            f"{plan.target}, {plan.devices} devices, sglang-jax {plan.sglang_jax}. Bytes over all "
+            f"{plan.target}, {counted(plan.devices, 'device')}, sglang-jax {plan.sglang_jax}. Bytes over all "
             "devices after each phase; the last column is of one device.",
             "",
             f"{verdict(plan)}.",
@@ -60,8 +61,8 @@ def compiled(plan: RunPlanned) -> list[str]:
     """Return one line for each of the engine's steps that was compiled for the target."""
     lines = []
     for program in plan.programs:
-        batch = f" of {program.requests} requests and {program.tokens} tokens"
-        sizes = f"{program.code_bytes:,} bytes of code and {program.temp_bytes:,} of temporaries"
+        batch = f" of {counted(program.requests, 'request')} and {counted(program.tokens, 'token')}"
+        sizes = f"{counted(program.code_bytes, 'byte')} of code and {program.temp_bytes:,} of temporaries"
         # A trainer's programs have no batch.
         named = f"`{program.name}`{batch if program.requests else ''}"
         lines.append(f"{named} compiles: {sizes} a device")

@@ -1,4 +1,4 @@
-"""A plan as a table for a terminal; sizes in GiB."""
+"""A plan as a table for a terminal, in the unit that suits its largest size."""
 
 from collections.abc import Sequence
 from typing import TextIO
@@ -10,14 +10,16 @@ from kvpipe.records.run import PlannedPhase, RunPlanned
 from kvpipe.report.palette import pool_kinds
 from kvpipe.report.plan import compiled, verdict
 from kvpipe.report.tables import NONE
-from kvpipe.units import gib
+from kvpipe.units import Unit, counted, unit_for
 
 
 def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
     """Print the ledger of an experiment's plan after each phase, and the verdict."""
     console = Console(file=out)
+    unit = unit_for(max(phase.total_bytes for phase in plan.phases))
+    devices = counted(plan.devices, "device")
     table = Table(
-        title=f"{experiment} on {plan.target}: GiB over {plan.devices} devices after each phase",
+        title=f"{experiment} on {plan.target}: {unit.name} over {devices} after each phase",
         title_justify="left",
         box=None,
     )
@@ -27,7 +29,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         table.add_column(name, justify="right", no_wrap=name != "fullest device")
     for phase in plan.phases:
         style = "bold" if phase.name == plan.fit.peak_phase else ""
-        table.add_row(phase.name, *_cells(phase, columns), style=style)
+        table.add_row(phase.name, *_cells(phase, columns, unit), style=style)
     console.print(table)
     for line in compiled(plan):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
@@ -38,7 +40,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         console.print(f"Warning: {plan.warning}", style="yellow", soft_wrap=True, highlight=False)
 
 
-def _cells(phase: PlannedPhase, kinds: Sequence[str]) -> list[str]:
+def _cells(phase: PlannedPhase, kinds: Sequence[str], unit: Unit) -> list[str]:
     held = pool_kinds(phase.pools)
-    shown = [gib(held[kind]) if kind in held else NONE for kind in kinds]
-    return [*shown, gib(phase.total_bytes), gib(phase.max_device_bytes)]
+    shown = [unit.of(held[kind]) if kind in held else NONE for kind in kinds]
+    return [*shown, unit.of(phase.total_bytes), unit.of(phase.max_device_bytes)]

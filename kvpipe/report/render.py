@@ -9,7 +9,7 @@ from kvpipe.report.chart import NARROW, WIDE
 from kvpipe.report.drawing import Drawing
 from kvpipe.report.palette import DARK, FADED, LIGHT, pool_name
 from kvpipe.report.tables import NONE, at_least
-from kvpipe.units import sized
+from kvpipe.units import counted, sized
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -49,6 +49,7 @@ def _environment() -> "Environment":
         "short": _short,
         "sized": sized,
         "at_least": lambda value: at_least(value).text,
+        "counted": counted,
         "pool_name": pool_name,
     }
     environment.globals |= {
@@ -73,6 +74,6 @@ def _short(value: object) -> str:
     """Return a value as text, cut off if it is long; the records have all of it."""
     if isinstance(value, list | tuple) and len(value) > 8:
         first = ", ".join(str(item) for item in value[:6])
-        return f"[{first}, …] ({len(value)} values)"
+        return f"[{first}, …] ({counted(len(value), 'value')})"
     text = f"{value:,}" if type(value) is int else str(value)
     return text if len(text) <= _MOST_CHARS else f"{text[:_MOST_CHARS]}… ({len(text)} characters)"

@@ -46,6 +46,12 @@ class Run:
         return self.started.experiment if self.started else self.name
 
     @property
+    def title(self) -> str:
+        """The name of the experiment, and the run's label."""
+        label = self.config.get("label")
+        return f"{self.experiment}, {label}" if label else self.experiment
+
+    @property
     def status(self) -> str:
         """The status in the last record; ``unfinished`` without one."""
         return self.finished.status if self.finished else UNFINISHED

@@ -17,7 +17,7 @@ from kvpipe.report.palette import Key
 from kvpipe.report.picture import framed
 from kvpipe.report.run import PAGE_FILE
 from kvpipe.report.tables import NONE, Cell, Table, number
-from kvpipe.units import sized
+from kvpipe.units import counted, sized
 
 TOKENS = "engine.max_total_tokens"
 _RESULTS = {PASSED: "held", SKIPPED: "skipped"}
@@ -68,7 +68,7 @@ def figure_of(sweep: SweepFinished) -> tuple[Chart | LinePlot, list[Key]] | None
         return _plot(sweep), [Key(_ROLE, "measured"), planned, Key("peak", "the plan", "line")]
     bars = Chart(
         title=f"Bytes of the KV cache of each job, {sweep.experiment}",
-        description=f"A bar for each of {len(jobs)} jobs; the table of the jobs has every number.",
+        description=f"A bar for each of {counted(len(jobs), 'job')}; the table of the jobs has every number.",
         rows=[Row(name_of(job), list(_bars(job))) for job in jobs],
     )
     return bars, [Key(_ROLE, "measured"), Key(_ROLE, "planned", "thin")]
@@ -96,7 +96,7 @@ def job_row(job: SweepJob) -> dict[str, Cell]:
         "planned": _planned(job),
         "freed": number(job.freed_bytes, _freed_note(job)),
         "fits": _fits(job),
-        "peak": Cell(NONE) if peak is None else Cell(sized(peak), note=f"{peak:,} bytes"),
+        "peak": Cell(NONE) if peak is None else Cell(sized(peak), note=counted(peak, "byte")),
         "rebuild": Cell(NONE if seconds is None else f"{seconds:.3f} s"),
         "same output": same[job.same_output],
     }
@@ -119,7 +119,7 @@ def counts(sweep: SweepFinished) -> str:
     taken = sum(job.taken_from is not None for job in sweep.jobs)
     over = f"; {taken} taken over from earlier sweeps" if taken else ""
     each = ", ".join(f"{count} {result}" for result, count in results.items())
-    return f"{len(sweep.jobs)} jobs: {each}{over}"
+    return f"{counted(len(sweep.jobs), 'job')}: {each}{over}"
 
 
 def reason_of(job: SweepJob) -> str:
@@ -187,7 +187,7 @@ def _plot(sweep: SweepFinished) -> LinePlot:
     each = f" {token} bytes a token." if token else ""
     return LinePlot(
         title=f"Bytes of the KV cache over its tokens, {sweep.experiment}",
-        description=f"{len(points)} jobs.{each} The table of the jobs has every number.",
+        description=f"{counted(len(points), 'job')}.{each} The table of the jobs has every number.",
         axis="capacity in tokens",
         points=points,
     )

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvpipe.records.run import PASSED, SKIPPED
-from kvpipe.records.sweep import SweepFinished
+from kvpipe.records.sweep import SWEEP_PAGE, SweepFinished
 from kvpipe.report.sweep import bytes_a_token, counts, job_row, name_of, reason_of
 from kvpipe.report.tables import NONE
 
@@ -71,3 +71,4 @@ def _below(sweep: SweepFinished) -> Iterator[Text]:
     ending = f" ({counts(sweep)}, exit code {sweep.exit_code})"
     yield Text.assemble((sweep.status, style), ending)
     yield Text.assemble(("sweep  ", "dim"), sweep.sweep_dir)
+    yield Text.assemble(("page   ", "dim"), f"{sweep.sweep_dir}/{SWEEP_PAGE}")

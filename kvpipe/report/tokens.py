@@ -29,12 +29,6 @@ class Omitted:
     count: int
 
 
-def first_difference(before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Return the index from which the outputs differ; None if they do not."""
-    common = _common_prefix(before, after)
-    return None if common == len(before) == len(after) else common
-
-
 def stretches(before: Sequence[int], after: Sequence[int]) -> list[Stretch]:
     """Return both outputs as stretches that agree and that do not, in order."""
     head = _common_prefix(before, after)

@@ -1,11 +1,13 @@
 """Show the run at a terminal: a line for the running phase, a row for each finished one.
 
 Rows are printed as phases finish and stay above the live line, so a run that is killed, and a
-window with fewer lines than the pipeline has steps, lose nothing. Sizes are GiB here and only here.
+window with fewer lines than the pipeline has steps, lose nothing. Sizes have the unit that suits
+each; the exact bytes are in the records.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.text import Text
 from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
+    ENGINE_LOG,
     PASSED,
     RECORDS_FILE,
     SKIPPED,
@@ -27,8 +30,9 @@ from kvpipe.records.run import (
     RunStarted,
 )
 from kvpipe.report.palette import pool_kinds
+from kvpipe.report.run import PAGE_FILE
 from kvpipe.sinks import Sink
-from kvpipe.units import gib
+from kvpipe.units import brief, counted, sized
 
 _NAME_WIDTH = 32
 _CLOCK_WIDTH = len("⠋ ") + len(" 0:00:00 ")
@@ -50,8 +54,9 @@ _COLUMNS = (
     _Column("params", 6),
     _Column("kv", 5),
     _Column("slots", 5),
-    _Column("other", 5),
+    _Column("other", 5, optional=True),
     _Column("total", 5),
+    _Column("planned", 7),
     _Column("peak", 5, optional=True),
     _Column("RSS", 5, optional=True),
     _Column("compiled", 8, optional=True),
@@ -83,23 +88,27 @@ class ConsoleTable(Sink):
         self._name_width = _NAME_WIDTH
         self._phases = 0
         self._step = ""
+        self._planned: Mapping[str, int] = {}
 
     def run_started(self, record: RunStarted) -> None:
         """Print the headings of the table and start the live line."""
         self._name_width = max([len("phase"), *(len(step) for step in record.steps)])
-        title = Text.assemble((f"kvpipe {record.experiment}", "bold"), (" (sizes in GiB)", "dim"))
+        label = record.config.get("label")
+        name = f"kvpipe {record.experiment}{f', {label}' if label else ''}"
+        title = Text.assemble((name, "bold"), (" (sizes in bytes; 1K is 1024)", "dim"))
         self._console.print(title)
         self._print_row("phase", [column.heading for column in _COLUMNS], "bold")
         self._live.start()
 
     def run_planned(self, record: RunPlanned) -> None:
         """Print the plan's verdict."""
+        self._planned = {phase.name: phase.total_bytes for phase in record.phases}
         fit = record.fit
         peak = max(phase.max_device_bytes for phase in record.phases)
         verdict = "fits" if fit.fits else "does not fit"
         self._console.print(
-            f"plan: {verdict} {record.target} × {record.devices}, peak {gib(peak)} of "
-            f"{gib(fit.hbm_bytes)} GiB a device in {fit.peak_phase}",
+            f"plan: {verdict} {record.target} × {record.devices}, peak {sized(peak)} of "
+            f"{sized(fit.hbm_bytes)} a device in {fit.peak_phase}",
             style="dim" if fit.fits else "red",
             soft_wrap=True,
             highlight=False,
@@ -130,7 +139,8 @@ class ConsoleTable(Sink):
         """Print the row of the phase."""
         self._clear()
         self._phases += 1
-        self._print_row(record.phase, _cells(record), "" if record.passed else "red")
+        cells = _cells(record, self._planned.get(record.phase))
+        self._print_row(record.phase, cells, "" if record.passed else "red")
         if record.peak and record.peak.error:
             self._console.print(Text(f"  its peak is not known: {record.peak.error}", "red"))
 
@@ -165,30 +175,32 @@ def _width(columns: Sequence[_Column]) -> int:
     return sum(1 + column.width for column in columns)
 
 
-def _cells(record: PhaseRecord) -> list[str]:
-    """Return the cells of a row, one for each of :data:`_COLUMNS`."""
+def _cells(record: PhaseRecord, planned: int | None) -> list[str]:
+    """Return the cells of a row, one for each of :data:`_COLUMNS`, given the planned total."""
     held, checks = pool_kinds(record.ledger), record.checks
     other = [held[kind] for kind in (OTHER, PROGRAM) if kind in held]
     return [
         f"{record.duration_s:.2f}",
-        *(_gib(held.get(kind)) for kind in (PARAMS, KV, "slots")),
-        _gib(sum(other) if other else None),
-        _gib(held.total() if held else None),
-        _gib(record.peak_bytes),
-        _gib(record.memory.process_rss_bytes),
+        *(_size(held.get(kind)) for kind in (PARAMS, KV, "slots")),
+        _size(sum(other) if other else None),
+        _size(held.total() if held else None),
+        _size(planned),
+        _size(record.peak_bytes),
+        _size(record.memory.process_rss_bytes),
         str(record.compilations or _NONE),
         f"{sum(check.passed for check in checks)}/{len(checks)}" if checks else _NONE,
     ]
 
 
-def _gib(size: int | None) -> str:
-    return _NONE if size is None else gib(size)
+def _size(size: int | None) -> str:
+    return _NONE if size is None else brief(size)
 
 
 def _summary(record: RunFinished, phases: int) -> Iterator[Text]:
     """Yield the lines below the table."""
     passed = sum(check.passed for check in record.checks)
-    counts = f"{phases} phases, {passed}/{len(record.checks)} checks, {record.elapsed_s:.1f} s"
+    checks = f"{passed}/{counted(len(record.checks), 'check')}"
+    counts = f"{counted(phases, 'phase')}, {checks}, {record.elapsed_s:.1f} s"
     style = {PASSED: "bold green", SKIPPED: "bold yellow"}.get(record.status, "bold red")
     yield Text()
     yield Text.assemble((record.status, style), f" ({counts}, exit code {record.exit_code})")
@@ -198,7 +210,15 @@ def _summary(record: RunFinished, phases: int) -> Iterator[Text]:
         if not check.passed:
             yield Text(f"✗ {check.name}", "red")
             yield from _pairs(_check_rows(check), indent="  ")
-    yield from _pairs({"run": record.run_dir} | _wandb_rows(record.fields.get("wandb")))
+    yield from _pairs(_places(record) | _wandb_rows(record.fields.get("wandb")))
+
+
+def _places(record: RunFinished) -> dict[str, str]:
+    """Return where a person looks next: the run, its page and, after a failure, the engine's log."""
+    files = {"page": PAGE_FILE} | ({"log": ENGINE_LOG} if record.exit_code else {})
+    paths = {name: Path(record.run_dir) / file for name, file in files.items()}
+    written = {name: str(path) for name, path in paths.items() if path.is_file()}
+    return {"run": record.run_dir} | written
 
 
 def _check_rows(check: Check) -> dict[str, str]:

@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 
 from kvpipe.config.schema import OutputFormat
-from kvpipe.records.sweep import SweepFinished
+from kvpipe.records.sweep import SWEEP_PAGE, SweepFinished
 from kvpipe.sinks.report import written
 
 JSON_FILE = "sweep.json"
-PAGE_FILE = "sweep.html"
 PICTURE_FILE = "sweep.png"
 
 
@@ -23,7 +22,7 @@ def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
 
     paths = [
         written(folder / JSON_FILE, f"{sweep.line}\n".encode()),
-        written(folder / PAGE_FILE, sweep_page(sweep, folder).encode()),
+        written(folder / SWEEP_PAGE, sweep_page(sweep, folder).encode()),
     ]
     # Without a measured KV cache there is nothing to draw.
     if drawing := picture(sweep):

@@ -32,6 +32,7 @@ from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets
+from kvpipe.units import counted
 
 if TYPE_CHECKING:
     import wandb
@@ -212,7 +213,7 @@ class WandbSink(Sink):
             if not any(_sync_dir(run).glob("*.wandb")):
                 raise TrackingError("somebody has removed or moved its files during the run")
             if lost := upload_errors(_sync_dir(run)):
-                raise TrackingError(f"{len(lost)} uploads failed: {lost[0]}")
+                raise TrackingError(f"{counted(len(lost), 'upload')} failed: {lost[0]}")
 
         limit_s = self._tracking.finish_timeout_s + _SERVICE_S
         self._loud(run, "did not finish the run", finish, limit_s)
@@ -237,7 +238,7 @@ class WandbSink(Sink):
                 _reach(base_url, min(self._tracking.init_timeout_s, _PREFLIGHT_TIMEOUT_S))
             return wandb.init(
                 project=self._tracking.project,
-                name=self._tracking.name,
+                name=self._tracking.name or config["label"],
                 entity=self._tracking.entity,
                 group=self._tracking.group,
                 tags=self._tracking.tags,
@@ -367,8 +368,9 @@ class WandbSink(Sink):
         except (Exception, SystemExit) as error:
             self._unusable = isinstance(error, TimeoutError)
             raise TrackingError(
-                f"W&B {what}: {self._redactor.text(_first_line(error))}; up to {self._rows} rows may "
-                f"be missing there; to upload what is on disk, run: wandb sync {_sync_dir(run)}"
+                f"W&B {what}: {self._redactor.text(_first_line(error))}; up to "
+                f"{counted(self._rows, 'row')} may be missing there; to upload what is on disk, run: "
+                f"wandb sync {_sync_dir(run)}"
             ) from error
 
 

@@ -15,6 +15,7 @@ _NOT_COMPARED = (
     "compare",
     "compare_plans",
     "describe",
+    "label",
     "output",
     "report",
     "sweep",

@@ -18,6 +18,12 @@ STEPS = ", ".join(phase_names())
 DROP = default_names().index("kv_cache_dropped")
 
 
+STEPS_IN_A_FILE = (
+    "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' into "
+    "DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME"
+)
+
+
 TOP_KEYS = ", ".join(sorted(field.name for field in fields(Kvpipe)))
 
 
@@ -32,19 +38,31 @@ def write_experiment(directory, text, group="experiment"):
 REFUSED = {
     "+experiment=tinny": f"there is no experiment 'tinny'; {nearest('tinny', EXPERIMENTS)}",
     "+experiment=zzz": f"there is no experiment 'zzz'; valid are: {', '.join(EXPERIMENTS)}",
-    "experiment=tiny": "experiment has no default to override; write +experiment=tiny",
+    "experiment=tiny": (
+        "experiment has no default to override; write +experiment=tiny; a name of the run's own is "
+        "label=NAME"
+    ),
+    "++experiment=mine": (
+        "experiment chooses files of conf/experiment, without '++'; a name of the run's own is "
+        "label=NAME"
+    ),
+    "model=Qwen/Qwen3-4B": (
+        "there is no model 'Qwen/Qwen3-4B'; valid are: qwen25_3b, qwen3_4b, tiny_qwen2; its keys "
+        "are set one by one: model.id=VALUE"
+    ),
+    "label=": "label is '', it must be a name of 1 to 100 bytes in printable characters",
     "engine=gpu": "there is no engine 'gpu'; did you mean 'tpu' or 'cpu'?",
     "hydra/launcher=joblib": (
         "there is no hydra/launcher 'joblib'; valid are: basic, slurm, submitit_local, "
         "submitit_slurm"
     ),
     "engine=3": (
-        "engine=3 chooses a file of conf/engine by its name, and a value of type int is no name; a "
-        "value goes into an experiment file"
+        "engine=3 chooses a file of conf/engine by its name, and a value of type int is no name; its "
+        "keys are set one by one: engine.device=VALUE"
     ),
     "pipeline=null": (
         "pipeline=null chooses a file of conf/pipeline by its name, and a value of type NoneType is "
-        "no name; a value goes into an experiment file"
+        f"no name; {STEPS_IN_A_FILE}"
     ),
     "repeat.times=3": (
         "repeat.times=3: repeat is null, which the command line cannot change; write repeat with "
@@ -62,8 +80,8 @@ REFUSED = {
     ),
     "tracking.tags=[[a]]": "tracking.tags: ['a'] is of type list, not str",
     "pipeline=[jax_ready,nosuch]": (
-        "pipeline=[...] chooses files of conf/pipeline, and 'nosuch' is none of them; a value goes "
-        "into an experiment file"
+        "pipeline=[...] chooses files of conf/pipeline, and 'nosuch' is none of them; "
+        f"{STEPS_IN_A_FILE}"
     ),
     "pipeline.1=nosuch": (
         f"pipeline step 'nosuch': there is no phases/nosuch.py; valid are: {STEPS}"
@@ -285,8 +303,23 @@ def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
         ),
         (
             "engine: {tp_size: 2}\n",
-            "In 'experiment/mine': experiment: Cannot convert 'DictConfig' to string: "
-            "'{'engine': {'tp_size': 2}}'; the file must begin with '# @package _global_'",
+            "In 'experiment/mine': the file must begin with '# @package _global_'",
+        ),
+        (
+            "defaults:\n  - override /pipeline: cycles\n",
+            "In 'experiment/mine': the file must begin with '# @package _global_'",
+        ),
+        (
+            "# @package _global_\nexperiment: ../../evil\n",
+            "experiment is '../../evil', it must be the name of a directory, not a path",
+        ),
+        (
+            "# @package _global_\nexperiment: ..\n",
+            "experiment is '..', it must be the name of a directory, not a path",
+        ),
+        (
+            "# @package _global_\nexperiment: ''\n",
+            "experiment is '', it must be a name of 1 to 100 bytes in printable characters",
         ),
         (
             "# @package _global_\nengine: {a\n b: ]\n",
@@ -299,6 +332,33 @@ def test_a_defect_of_an_experiment_file_is_told_in_one_line(kvpipe, tmp_path, te
     message = message.replace("{file}", str(tmp_path / "experiment/mine.yaml"))
     answer = kvpipe("check", *where, "+experiment=mine")
     assert answer == Answer(2, "", f"kvpipe: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "why"),
+    [
+        ("pipeline", "pipeline: [jax_ready]\n", "the file must begin with '# @package _global_'"),
+        ("pipeline", "", "the file must begin with '# @package _global_'"),
+        ("sweep", "engine: {page_size: 16}\n", "the file must begin with '# @package _global_'"),
+        (
+            "trainer",
+            "trainer: {dtype: float32}\n",
+            "the file's keys are those of trainer, without 'trainer:' above them",
+        ),
+    ],
+)
+def test_a_file_whose_keys_are_in_the_wrong_place_says_where_they_go(
+    kvpipe, tmp_path, group, text, why
+):
+    where = write_experiment(tmp_path, text, group)
+    plus = "+" if group == "sweep" else ""
+    answer = kvpipe("check", *where, f"{plus}{group}=mine")
+    assert answer == Answer(2, "", f"kvpipe: In '{group}/mine': {why}\n")
+
+
+def test_an_experiment_file_that_gives_no_name_gives_its_own(kvpipe, tmp_path):
+    where = write_experiment(tmp_path, "# @package _global_\n")
+    assert kvpipe("check", *where, "+experiment=mine") == Answer(0, accepted("mine"), "")
 
 
 def test_a_sweep_checks_each_job_and_leaves_nothing(kvpipe, tmp_path):

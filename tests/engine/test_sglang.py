@@ -35,8 +35,8 @@ def alone() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tp_size": 2}, "is 2 × 1, but there are 4 cpu devices"),
-        ({"tp_size": 4, "dp_size": 2}, "is 4 × 2, but there are 4 cpu devices"),
+        ({"tp_size": 2}, "is 2 × 1, but jax has 4 cpu devices"),
+        ({"tp_size": 4, "dp_size": 2}, "is 4 × 2, but jax has 4 cpu devices"),
         ({"device": "tpu"}, "engine.device is 'tpu', but jax runs on 'cpu'"),
     ],
 )

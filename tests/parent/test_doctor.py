@@ -183,7 +183,7 @@ def test_the_devices_the_patches_and_the_plan_are_told():
     assert patches.found == "a, b"
     assert (plan.level, plan.found) == (
         Level.OK,
-        "tiny fits, peak 16.00 of 32.00 GiB a device",
+        "tiny fits, peak 16.00 GiB of 32.00 GiB a device",
     )
     assert str(told(warning="only 5 bytes stay free")[2]) == (
         "warn  plan          tiny fits, peak 16.00 of 32.00 GiB a device; only 5 bytes stay free"

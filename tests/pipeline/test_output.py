@@ -5,7 +5,7 @@ import pytest
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.output import Output, different_output, not_empty, same_output
+from kvpipe.pipeline.output import Output, difference, different_output, not_empty, same_output
 from kvpipe.pipeline.steps import build_steps
 
 
@@ -18,7 +18,7 @@ def output(*token_ids, cached_tokens=0):
     [
         ((1, 2), (1, 2), True, ""),
         ((1, 2), (1, 3), False, "the first differing token is at index 1: 2 before, 3 now"),
-        ((1, 2), (1,), False, "the first 1 tokens agree, then one output ends"),
+        ((1, 2), (1,), False, "the same 1 token, then it ends 1 token early"),
         ((), (), False, "the earlier output is empty"),
     ],
 )
@@ -28,6 +28,20 @@ def test_outputs_are_the_same_if_their_token_ids_are_and_there_are_some(
     check = same_output("aa_control", output(*earlier), output(*later))
     assert (check.name, check.passed, check.detail) == ("aa_control", passed, detail)
     assert (check.expected, check.actual) == (list(earlier), list(later))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "how"),
+    [
+        ([1, 2], [1, 2], None),
+        ([1, 2, 3], [1, 9], "the first differing token is at index 1: 2 before, 9 now"),
+        ([1, 2], [1, 2, 3, 4], "the same 2 tokens, then it has 2 tokens more"),
+        ([1, 2, 3], [1, 2], "the same 2 tokens, then it ends 1 token early"),
+        ([], [1], "the same 0 tokens, then it has 1 token more"),
+    ],
+)
+def test_an_output_that_continues_or_ends_early_has_no_differing_token(before, now, how):
+    assert difference(before, now) == how
 
 
 def test_outputs_differ_if_their_token_ids_do():

@@ -116,7 +116,7 @@ def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_comp
     assert as_json(plan)["fit"]["temp_bytes"] == 9
     text = as_markdown("mine", plan)
     assert "the peak is 1,110 and 9 of temporaries of a device's 34,359,738,368 bytes" in text
-    assert "- `decode` of 1 requests and 1 tokens compiles: 50 bytes of code" in text
+    assert "- `decode` of 1 request and 1 token compiles: 50 bytes of code" in text
     assert "- `train_step` compiles: 60 bytes of code and 9 of temporaries a device" in text
     out = io.StringIO()
     print_plan("mine", replace(plan, phases=(replace(phases[0], pools=pools | _GIBS),)), out)

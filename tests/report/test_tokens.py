@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpipe.report.tokens import Omitted, Stretch, first_difference, shortened, stretches
+from kvpipe.report.tokens import Omitted, Stretch, shortened, stretches
 
 ids = st.lists(st.integers(0, 5), max_size=30)
 
@@ -21,15 +21,6 @@ def test_what_is_omitted_is_what_is_not_shown(before, after):
     assert [p for p in pieces if isinstance(p, Stretch) and not p.same] == [
         s for s in stretches(before, after) if not s.same
     ]
-
-
-@given(ids, ids)
-def test_the_first_difference_is_where_the_outputs_part(before, after):
-    at = first_difference(before, after)
-    assert (at is None) == (before == after)
-    if at is not None:
-        assert before[:at] == after[:at]
-        assert before[at : at + 1] != after[at : at + 1]
 
 
 def test_far_from_a_difference_tokens_are_counted_and_not_shown():

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pipeline_records import STEPS, failed, passed, phase, pipeline, started
+from pipeline_records import STEPS, failed, passed, phase, pipeline, plan, started
 from rich.console import Console
 
 from kvpipe.records.progress import GENERATING, Progress
 from kvpipe.sinks.console import ConsoleTable
+from kvpipe.units import brief
 
 OFFLINE = {
     "mode": "offline",
@@ -40,15 +41,15 @@ def row_of(lines, name):
 
 def test_each_phase_has_a_row():
     lines = shown(passed())
-    assert lines[0] == "kvpipe tiny (sizes in GiB)"
+    assert lines[0] == "kvpipe tiny (sizes in bytes; 1K is 1024)"
     assert [line.split()[0] for line in lines[1:18]] == ["phase", *STEPS]
 
 
-def test_a_row_has_the_sizes_in_gib_by_pool():
+def test_a_row_has_the_sizes_by_pool_each_in_its_unit():
     heading, *rows = shown(passed())[1:18]
-    names = "phase seconds params kv slots other total peak RSS compiled checks"
+    names = "phase seconds params kv slots other total planned peak RSS compiled checks"
     assert heading.split() == names.split()
-    cells = "1.25 5.820 9.000 5.820 0.000 20.64 24.64 3.000 2 –"
+    cells = "1.25 5.82G 9.00G 5.82G 154K 20.6G – 24.6G 3.00G 2 –"
     assert row_of(rows, "generate_result_after") == [STEPS[14], *cells.split()]
     assert row_of(rows, "kv_cache_dropped")[3] == "–"
     assert row_of(rows, "kv_cache_dropped")[-1] == "1/1"
@@ -70,7 +71,34 @@ def test_80_columns_are_enough_for_the_longest_name():
 def test_a_huge_size_does_not_break_the_columns():
     huge = phase(2, ledger={"params": 50 << 40, "kv": 123 << 30})
     line = row_of(shown(passed(), records=[huge]), "engine_ready_dummy")
-    assert line[2:4] == ["51200", "123.0"]
+    assert line[2:4] == ["50.0T", "123G"]
+
+
+def test_the_planned_total_is_beside_the_measured_one_once_there_is_a_plan():
+    out = io.StringIO()
+    sink = ConsoleTable(Console(file=out, width=120))
+    sink.run_started(started())
+    sink.run_planned(plan())
+    sink.phase_finished(phase(2))
+    heading, verdict, row = out.getvalue().splitlines()[1:]
+    planned = next(p.total_bytes for p in plan().phases if p.name == STEPS[2])
+    at = heading.split().index("planned")
+    assert row.split()[at - 1 : at + 1] == [brief(sum(phase(2).ledger.values())), brief(planned)]
+    assert verdict.startswith("plan: fits v4:2x2x1 × 4, peak ")
+
+
+def test_the_label_of_a_run_is_beside_its_experiment():
+    out = io.StringIO()
+    ConsoleTable(Console(file=out, width=120)).run_started(started({"label": "new mesh"}))
+    assert out.getvalue().startswith("kvpipe tiny, new mesh (")
+
+
+def test_the_end_names_the_page_and_after_a_failure_the_engines_log(tmp_path):
+    for name in ("report.html", "engine.log"):
+        (tmp_path / name).touch()
+    page, log = f"page  {tmp_path}/report.html", f"log   {tmp_path}/engine.log"
+    assert shown(passed(str(tmp_path)))[-2:] == [f"run   {tmp_path}", page]
+    assert shown(failed(str(tmp_path)))[-3:] == [f"run   {tmp_path}", page, log]
 
 
 def test_a_peak_that_is_not_known_is_said_below_its_row():
@@ -84,7 +112,7 @@ def test_a_run_that_passed_ends_with_its_verdict_and_its_places():
     lines = shown(passed("/runs/1", fields={"wandb": online}))
     assert lines[18:] == [
         "",
-        "passed (16 phases, 1/1 checks, 41.2 s, exit code 0)",
+        "passed (16 phases, 1/1 check, 41.2 s, exit code 0)",
         "run  /runs/1",
         "W&B  online https://wandb.ai/t/p/runs/1",
     ]
@@ -167,6 +195,7 @@ def test_a_real_terminal_has_its_cursor_back_at_the_end():
     code = """
 from pipeline_records import passed, phase, started
 from kvpipe.sinks.console import ConsoleTable
+from kvpipe.units import brief
 sink = ConsoleTable()
 sink.run_started(started())
 sink.phase_started("jax_ready", 1, 16)

@@ -49,6 +49,7 @@ KEY = "a1b2" * 10
 LIMIT = 100
 CONFIG = {
     "experiment": "tiny",
+    "label": None,
     "pipeline": STEPS,
     "phases": {"generate_result": {"max_new_tokens": 4}},
     "engine": {"max_total_tokens": 4096, "mem_fraction_static": 0.8, "tp_size": None},

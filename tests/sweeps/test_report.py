@@ -51,7 +51,7 @@ def test_the_table_has_a_row_for_each_job_and_the_bytes_of_a_token(monkeypatch):
     )
     assert "the KV cache takes 3,072 bytes a token\n" in text
     assert "passed (2 jobs: 2 held, exit code 0)\n" in text
-    assert text.endswith("sweep  /sweeps/1\n")
+    assert text.endswith("sweep  /sweeps/1\npage   /sweeps/1/sweep.html\n")
 
 
 def test_a_narrow_terminal_gets_every_number_but_the_peak(monkeypatch):
