@@ -5,6 +5,7 @@ worker has nothing to do with it. Only the sizes of the plan are missing.
 """
 
 import sys
+from importlib.machinery import PathFinder
 
 from kvpipe.plan import fold
 from kvpipe.records.run import Fit, RunPlanned
@@ -14,11 +15,22 @@ ENGINE = ("jax", "jaxlib", "sgl_jax")
 
 
 class NoEngine:
-    """Finder that fails an import of the engine, so that no test runs half of one."""
+    """Finder that fails an import of the engine, so that no test runs half of one.
+
+    Its files can still be found: the checks of the input read them.
+    """
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ENGINE:
-            raise ImportError(f"{name} is imported in the worker without an engine")
+        spec = PathFinder.find_spec(name, path) if name.partition(".")[0] in ENGINE else None
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} is imported in the worker without an engine")
+
+    def exec_module(self, module):
+        raise AssertionError("there is no module")
 
 
 def without_engine():
