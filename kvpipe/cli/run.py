@@ -1,6 +1,7 @@
 """``kvpipe run``, the default: execute the pipeline, alone or as a job of a sweep."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,6 @@ from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import owned
 from kvpipe.pipeline.phase import Phase
-from kvpipe.pipeline.steps import misspelled_option
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
@@ -111,8 +111,7 @@ def _write_config(composed: DictConfig, run_dir: Path) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    hydra_config = HydraConfig.instance().cfg
-    assert hydra_config is not None
+    hydra_config: Any = HydraConfig.instance().cfg
     parts = {
         "config.yaml": composed,
         "hydra.yaml": hydra_config,
@@ -206,7 +205,7 @@ def _is_job() -> bool:
 
 
 def _refuse_secrets(plain: dict[str, Any]) -> None:
-    """Refuse a config that contains a secret, and remove the sweep's copy that Hydra has written.
+    """Refuse a config that contains a secret, and remove the copies that Hydra has written.
 
     Hydra's callback sees a sweep's jobs only by their overrides, not by the files that they choose.
 
@@ -215,11 +214,13 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     """
     try:
         refuse_secrets(plain, redactor(os.environ, _api_key(plain)))
-    except InputError as refused:
+    except InputError:
+        hydra_config = HydraConfig.get()
+        if hydra_config.output_subdir is not None:
+            shutil.rmtree(Path(hydra_config.runtime.output_dir) / hydra_config.output_subdir)
         if _is_job():
-            (Path(HydraConfig.get().sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
-        # max_new_token is no secret, but nearly an option's name.
-        raise misspelled_option(from_plain(plain)) or refused from None
+            (Path(hydra_config.sweep.dir) / SWEEP_CONFIG).unlink(missing_ok=True)
+        raise
 
 
 def _records_file(run_dir: Path) -> JsonFile:

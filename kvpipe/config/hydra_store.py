@@ -68,8 +68,8 @@ def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
 
 def _chosen(group: str, default: str) -> str:
     """Return the name of the file that the command line chooses of a group, for ``conf/``."""
-    hydra = HydraConfig.instance().cfg
-    return (hydra and hydra.hydra.runtime.choices.get(group)) or default
+    config: Any = HydraConfig.instance().cfg
+    return (config and config.hydra.runtime.choices.get(group)) or default
 
 
 # When the module is imported: a launcher may unpickle the task of a job in another process.

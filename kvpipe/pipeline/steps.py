@@ -4,7 +4,6 @@ The options of a step are the fields of the phase's dataclass, so the run uses e
 checked here. Nothing here may import jax.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -18,9 +17,6 @@ from kvpipe.pipeline.phase import ParentPhase, Phase
 from kvpipe.pipeline.phase_files import blamed_on, option_types, phase_class
 from kvpipe.records.run import RUN_RECORDS
 from kvpipe.suggest import nearest
-
-# How similar two names are of which one is the other misspelled; hf_token and max_new_tokens: 0.55.
-_MISSPELLED = 0.75
 
 
 def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
@@ -55,26 +51,6 @@ def use_of(step: str, config: Kvpipe) -> str:
     """
     name = base_name(step)
     return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
-
-
-def misspelled_option(config: Kvpipe) -> InputError | None:
-    """Return the error of an option that is not there, if its name is nearly that of one that is."""
-    for step, given in config.phases.items():
-        try:
-            use = use_of(step, config)
-            types = option_types(phase_class(use))
-        except InputError:
-            continue
-        for option in given.keys() - types.keys() - {"use"}:
-            if difflib.get_close_matches(option, types, cutoff=_MISSPELLED):
-                return _no_option(step, option, use, types)
-    return None
-
-
-def _no_option(step: str, option: str, use: str, types: Mapping[str, Any]) -> InputError:
-    return InputError(
-        f"phases.{step}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
-    )
 
 
 def _check_names(config: Kvpipe) -> None:
@@ -121,7 +97,9 @@ def _build_step(name: str, config: Kvpipe) -> Phase:
     types = option_types(cls)
     for option, value in given.items():
         if option not in types:
-            raise _no_option(name, option, use, types)
+            raise InputError(
+                f"phases.{name}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
+            )
         given[option] = _typed(value, types[option], f"phases.{name}.{option}")
     required = {f.name for f in fields(cls) if f.default is f.default_factory} - {"step"}
     with blamed_on(cls):
