@@ -238,7 +238,7 @@ def test_the_readme_lists_every_exit_code():
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
 def test_every_file_that_is_linked_or_named_is_there(text):
-    linked = re.findall(r"\]\((?!https:)([^)]+)\)", text)
+    linked = re.findall(r"\]\((?!https:)([^)#]+)", text)
     named = re.findall(r"`((?:kvpipe|phases|conf|tests|docs)/[\w/]*[\w.]*)`", text)
     shown = {"conf/model/NAME.yaml", *named_files(text, "python")}
     assert [name for name in {*linked, *named} - shown if not (ROOT / name).exists()] == []
@@ -306,7 +306,9 @@ def tree(tmp_path_factory):
     pipeline = copy / "conf/pipeline/drop_rebuild.yaml"
     assert pipeline.read_text().count(before) == 1
     pipeline.write_text(pipeline.read_text().replace(before, lines))
-    (copy / "conf/model/own.yaml").write_text("id: Qwen/Qwen2.5-1.5B-Instruct\nconfig: own.json\n")
+    (copy / "conf/model/own.yaml").write_text("id: mine/Own-1B\n")
+    configs = copy / "conf/model/configs"
+    shutil.copy(configs / "qwen2.5-3b-instruct.json", configs / "own-1b.json")
     return copy
 
 
@@ -334,7 +336,7 @@ def test_the_order_of_the_phase_in_contributing_is_checked(tree):
     assert "'kv_cache_is_zero' needs the KV cache on the devices" in done.stderr
 
 
-def test_a_model_takes_one_file_of_yaml(tree):
+def test_a_model_takes_one_file_of_yaml_and_its_config_json(tree):
     assert kvpipe(tree, "check", "model=own", site=tree).exit_code == 0
 
 

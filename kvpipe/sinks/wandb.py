@@ -481,6 +481,8 @@ def _kill_service() -> None:
         with suppress(psutil.NoSuchProcess):
             if child.name().startswith(_SERVICE):
                 child.kill()
+                with suppress(psutil.TimeoutExpired):
+                    child.wait(_SERVICE_S)
 
 
 def _reach(base_url: str, timeout_s: float) -> None:

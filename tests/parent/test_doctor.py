@@ -186,7 +186,7 @@ def test_the_devices_the_patches_and_the_plan_are_told():
         "tiny fits, peak 16.00 GiB of 32.00 GiB a device",
     )
     assert str(told(warning="only 5 bytes stay free")[2]) == (
-        "warn  plan          tiny fits, peak 16.00 of 32.00 GiB a device; only 5 bytes stay free"
+        "warn  plan          tiny fits, peak 16.00 GiB of 32.00 GiB a device; only 5 bytes stay free"
     )
     assert told(why_not_fit="it does not fit")[2].level is Level.BAD
     assert told(peak_bytes=None) == [devices, patches]

@@ -119,7 +119,8 @@ def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_comp
     assert "- `decode` of 1 request and 1 token compiles: 50 bytes of code" in text
     assert "- `train_step` compiles: 60 bytes of code and 9 of temporaries a device" in text
     out = io.StringIO()
-    print_plan("mine", replace(plan, phases=(replace(phases[0], pools=pools | _GIBS),)), out)
+    large = replace(phases[0], pools=pools | _GIBS, total_bytes=4_000 + sum(_GIBS.values()))
+    print_plan("mine", replace(plan, phases=(large,)), out)
     row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["train_step"])
     assert row.split()[1:5] == ["0.000", "–", "–", "3.000"]
 

@@ -47,7 +47,7 @@ def test_changed_keys_bytes_and_verdicts_stand_before_and_after():
         "| bytes of | phase | before | after | after − before |\n"
         "| --- | --- | ---: | ---: | ---: |\n"
         "| fullest device | `b` | 300 | 1,500 | +1,200 |\n\n"
-        "4 figures that are the same, or known of one side only.\n\n"
+        "4 figures the same, or known of one side only.\n\n"
         "- Before: It fits: the peak is 300 of a device's 1,000 bytes after `b`; the largest "
         f"`engine.max_total_tokens` that fits is 64; {LEFT_OUT}.\n"
         "- After: It does not fit: the peak is 1,500 of a device's 1,000 bytes after `b`; the "
