@@ -19,7 +19,7 @@ from kvpipe import PAGE
 os.makedirs("outputs/tiny/1")
 checks = [{"name": "page", "expected": 8, "actual": PAGE, "passed": PAGE == 8, "detail": ""}]
 end = {"phase": "run_finished", "status": "passed" if PAGE == 8 else "failed", "elapsed_s": 1.0,
-       "exit_code": int(PAGE != 8), "run_dir": "outputs/tiny/1", "checks": checks}
+       "exit_code": 70 if PAGE == 70 else int(PAGE != 8), "run_dir": "outputs/tiny/1", "checks": checks}
 with open("outputs/tiny/1/records.jsonl", "w") as records:
     print(json.dumps(end), file=records)
 sys.exit(end["exit_code"])
@@ -43,6 +43,7 @@ def test_nothing():
 ELSEWHERE = "tests/test_it.py::test_the_page_that_a_process_elsewhere_sees"
 PAGE = ("PAGE = 8", "PAGE = 9")
 LINES = ("LINES = 3", "LINES = 4")
+BROKEN = ("PAGE = 8", "PAGE = 70")  # the run ends as with a NameError
 
 
 def repository(root: Path, tests: str = TESTS) -> Path:
@@ -81,13 +82,15 @@ def test_what_is_not_noticed_and_a_hole_that_is_closed_fail_and_the_rest_is_coun
     plant(root, "unnoticed_by_the_run", LINES, run="engine.tp_size=1")
     plant(root, "hole", LINES, tests=["tests/test_it.py"], run="a=1", hole="nobody counts lines")
     plant(root, "hole_that_is_closed", PAGE, tests=[ELSEWHERE], run="a=1", hole="it was one")
+    plant(root, "broken", BROKEN, run="a=1")
     code, summary = planted(root, capsys)
     assert code == 1
-    assert (summary["faults"], summary["noticed"]) == (6, 3)
+    assert (summary["faults"], summary["noticed"]) == (7, 3)
     assert summary["holes"] == ["hole", "hole_that_is_closed"]
     assert summary["failed"] == {
         "unnoticed": "no test noticed it",
         "unnoticed_by_the_run": "the run passed",
+        "broken": "the fault itself is broken: exit code 70 without a word",
         "hole_that_is_closed": "its hole is closed, delete 'hole': run: failed: page",
     }
     assert (root / "kvpipe/__init__.py").read_text() == PACKAGE

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from kvpipe.errors import InputError
+from kvpipe.errors import DEFECT, InputError
 from kvpipe.records.run import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
 
@@ -107,6 +107,8 @@ class Copy:
         code, output = self._python(cwd, "-m", "kvpipe", *shlex.split(arguments))
         if not code:
             return Answer()
+        if code == DEFECT:  # as a name that the product no longer has
+            return Answer(problem=f"the fault itself is broken: {output}")
         if (last := _last_record(cwd)) is None:
             return Answer(problem=f"the run left no last record: {output}")
         failed = dict.fromkeys(check.name for check in last.checks if not check.passed)
