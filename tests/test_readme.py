@@ -266,7 +266,7 @@ def lines_of(svg):
     for piece in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text"):
         rows.setdefault(float(piece.get("y")), []).append((float(piece.get("x")), piece.text))
     return [
-        "".join(text for _, text in sorted(rows[y])).replace("\xa0", " ").split()
+        " ".join(text for _, text in sorted(rows[y])).replace("\xa0", " ").split()
         for y in sorted(rows)
     ]
 

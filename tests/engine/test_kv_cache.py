@@ -96,7 +96,7 @@ def test_a_capacity_that_holds_no_request_is_refused_and_the_cache_can_be_rebuil
     kv_cache.drop(real_engine)
     for tokens, error, message in [
         (6, EngineError, "6 tokens hold no request; the least is 7"),
-        (0, InputError, "max_total_tokens is 0, a page has 1 tokens"),
+        (0, InputError, "max_total_tokens is 0, a page has 1 token"),
     ]:
         with pytest.raises(error, match=message):
             kv_cache.rebuild(real_engine, tokens)

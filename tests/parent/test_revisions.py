@@ -126,7 +126,7 @@ def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repo
         *("+experiment=tiny", f"compare_plans.budget_bytes={grown - 1}"),
     )
     assert done.exit_code == 1
-    assert f"tiny: the peak of a device grew by {grown} bytes, the budget" in done.stderr
+    assert f"tiny: the peak of a device grew by {grown:,} bytes, the budget" in done.stderr
     assert f"is {grown - 1}\n" in done.stderr
     assert "| `engine.max_total_tokens` | `2048` | `4096` |" in done.stdout
     ready = r"`engine_ready_dummy`.* \| 10,759,680 \| 13,905,408 \| \+"
