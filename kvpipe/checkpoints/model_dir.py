@@ -38,15 +38,20 @@ def check_cache_dir(config: Kvpipe) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except (OSError, ValueError) as error:
-        from kvpipe.checkpoints import tiny
+        if isinstance(error, OSError) and _has_model(config, directory):
+            return
+        reason = getattr(error, "strerror", error)
+        raise InputError(
+            f"cache_dir: cannot write in {directory}: {reason}; set cache_dir to a directory that "
+            "can be written"
+        ) from None
 
-        spec = config.model.generate
-        if spec is None or not tiny.directory_of(spec, directory).is_dir():
-            reason = getattr(error, "strerror", error)
-            raise InputError(
-                f"cache_dir: cannot write in {directory}: {reason}; set cache_dir to a directory "
-                "that can be written"
-            ) from None
+
+def _has_model(config: Kvpipe, directory: Path) -> bool:
+    from kvpipe.checkpoints import tiny
+
+    spec = config.model.generate
+    return spec is not None and os.access(tiny.directory_of(spec, directory), os.R_OK | os.X_OK)
 
 
 def check_model(config: Kvpipe) -> None:

@@ -82,7 +82,7 @@ def test_the_reason_of_a_failed_run_is_on_stderr_unless_a_terminal_shows_it(kvpi
         ("file/x", "cannot write in file/x: Not a directory; set"),
         ("link", "cannot write in link: File exists; set"),
         ("x" * 300, "File name too long; set cache_dir to a directory that can be written"),
-        ("~nosuch/x", "~nosuch/x: there is no such home directory"),
+        ('"~nosuch/x"', "~nosuch/x: there is no such home directory"),
     ],
 )
 def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_started(
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_will_do_if_the_model_is_in_it(monkeypatc
     "given",
     [
         "phases.generate_result.max_new_token=8",
-        "phases.generate_result.max_new_token=eight",
+        "phases.generate_result.max_new_token=many",
         "phases.weights_swapped_from_mllm.probe_token=8",
         "phases.generate_result.max_new_secret=8",
         "phases.generate_result.hf_token=8",
@@ -125,7 +125,7 @@ def test_an_option_that_is_misspelled_is_no_secret(kvpipe, given):
     told = f"{option!r}; did you mean {meant!r}?" if meant else "this looks like a secret"
     assert done.err.startswith(f"kvpipe: phases.{step}.{option}: ")
     assert told in done.err
-    assert "eight" not in done.err
+    assert "many" not in done.err
     assert [path for path in files(Path.cwd()) if ".hydra" in path] == []
 
 
