@@ -9,7 +9,7 @@ Phases never name each other: they meet through facts (:mod:`kvpipe.pipeline.fac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, Self, cast, dataclass_transform
 
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline.context import ParentContext, WorkerContext
@@ -179,7 +179,7 @@ def result_of(phase: WorkerPhase | ParentPhase, ctx: Any) -> Result:
     Raises:
         TypeError: it returned something else.
     """
-    result: object = phase.run(ctx)
+    result = cast(object, phase.run(ctx))
     if not isinstance(result, Result):
         raise TypeError(f"run returned {result!r}, not a Result")
     return result

@@ -14,7 +14,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.phase import Effect, OnFailure, ParentPhase, Phase, WorkerPhase
@@ -77,7 +77,7 @@ def effect_of(phase: Phase, before: frozenset[str]) -> Effect:
         InputError: the phase's own code fails, or returns something else.
     """
     with blamed_on(type(phase)):
-        effect = phase.effect_given(before)
+        effect = cast(object, phase.effect_given(before))
     if not isinstance(effect, Effect):
         reason = f"effect_given returned {effect!r}, not an Effect"
         raise _refusal(_file(type(phase)), _line_of(type(phase)), reason)
@@ -137,7 +137,7 @@ def _mistake(cls: type[Phase]) -> str | None:
         getattr(cls, "effect", None), Effect
     ):
         return "set effect = Effect(...), or override effect_given"
-    if not isinstance(cls.on_failure, OnFailure):
+    if not isinstance(cast(object, cls.on_failure), OnFailure):
         return f"on_failure is {cls.on_failure!r}, not a value of OnFailure"
     try:
         types = option_types(cls)

@@ -22,7 +22,10 @@ _PLAIN = str.maketrans("–−×·…✗", "--x.~x")
 
 
 class _Output(io.TextIOWrapper):
-    name = "<stdout>"
+    @property
+    @override
+    def name(self) -> str:
+        return "<stdout>"
 
     @override
     def write(self, text: str, /) -> int:
