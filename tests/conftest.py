@@ -106,8 +106,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 
 
 def pytest_runtest_setup() -> None:
-    """Undo what libtpu does when a test loads it: SIGHUP is ignored from then on, by children too."""
+    """Undo what libraries do to this process when a test, or its collection, loads them.
+
+    libtpu ignores SIGHUP, which children inherit. absl, which jax imports, closes the stream of its
+    log handler when Hydra sets logging up anew; that may be the stream with which pytest captures.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if absl_logging := sys.modules.get("absl.logging"):
+        absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -131,12 +137,8 @@ def four_devices() -> None:
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-    import absl.logging
     import jax
 
-    # absl, which the engine imports, closes the stream of its log handler when another test sets
-    # logging up anew; that stream would be the one with which pytest captures output.
-    absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     assert jax.device_count() == DEVICES, "another test imported jax before this fixture"
     os.environ.clear()
     os.environ.update(before)
