@@ -1,6 +1,6 @@
 """Weights on the host: files, parameter trees and the generated tiny model; never on a device."""
 
 # Here, because a check of the config imports no numpy: the name of a checkpoint's index, and the dtypes
-# that a host tree can be cast to.
+# that weights on the host may have.
 INDEX_NAME = "model.safetensors.index.json"
 HOST_DTYPES = ("bfloat16", "float16", "float32")

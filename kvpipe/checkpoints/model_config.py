@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvpipe.checkpoints.tensor_names import EMBEDDING, HEAD
 from kvpipe.config.schema import ARCHITECTURES
 from kvpipe.suggest import nearest
 
@@ -75,9 +76,9 @@ class Model:
         count = self.config["num_hidden_layers"]
         rows = (self.config["vocab_size"], self.config["hidden_size"])
         return {
-            "model.embed_tokens.weight": rows,
+            EMBEDDING: rows,
             "model.norm.weight": rows[1:],
-            **({} if self.tied else {"lm_head.weight": rows}),
+            **({} if self.tied else {HEAD: rows}),
             **{
                 f"model.layers.{index}.{name}": shape
                 for index in range(count)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.suggest import nearest
 
 _NAMED = 8  # names of each kind listed in a message
 # Buffers that old checkpoints contain and every model computes itself.
 COMPUTED = ".rotary_emb.inv_freq"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = ("bfloat16", "float16", "float32")
 
 
 def differences(
@@ -42,11 +42,16 @@ def listed(kind: str, names: Sequence[str]) -> str:
 
 def misshapen(name: str, shape: tuple[int, ...], tensor: Any) -> str:
     """Return why a tensor is not one of floats of ``shape``; empty if it is."""
-    if str(tensor.dtype) not in FLOATS:
-        return f"weight {name!r} has dtype {tensor.dtype}"
+    if wrong := wrong_dtype(name, tensor):
+        return wrong
     if tensor.shape == shape:
         return ""
     return f"weight {name!r} has shape {tensor.shape}, the config gives {shape}"
+
+
+def wrong_dtype(name: str, tensor: Any) -> str:
+    """Return why a tensor is not one of floats; empty if it is."""
+    return "" if str(tensor.dtype) in HOST_DTYPES else f"weight {name!r} has dtype {tensor.dtype}"
 
 
 def computed(names: Mapping[str, Any]) -> set[str]:

@@ -17,7 +17,7 @@ from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
-from kvpipe.plan.fold import check_order
+from kvpipe.plan.fold import PlannedStep, check_order
 from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.secrets import API_KEY, known_secrets, redactor, refuse_secret
 
@@ -35,25 +35,24 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     Raises:
         InputError: a check failed.
     """
-    steps = ordered_steps(config)
-    check_inputs(config, check_order(steps), supported(), whole=whole)
-    return steps
+    planned = ordered_steps(config)
+    check_inputs(config, planned, supported(), whole=whole)
+    return tuple(item.step for item in planned)
 
 
-def ordered_steps(config: Kvpipe) -> tuple[Phase, ...]:
-    """Return the steps after the checks that need no file of the model.
+def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
+    """Return the steps with their effects, after the checks that need no file of the model.
 
     Raises:
         InputError: a check failed.
     """
-    steps = build_steps(config)
-    check_order(steps)
+    planned = check_order(build_steps(config))
     check_mesh(config.engine)
     check_hosts(config)
     online = config.tracking.mode is TrackingMode.online
     prompt = read_prompt(config.prompt)
     refuse_secret("prompt.file", prompt, known_secrets(Path.cwd(), os.environ, online))
-    return steps
+    return planned
 
 
 @contextmanager

@@ -16,9 +16,9 @@ def act(composed: DictConfig) -> int:
     """Print the state of this machine; return 1 if the experiment could not run on it."""
     plain = to_plain(composed)
     config = from_plain(plain)
-    steps = ordered_steps(config)
+    planned = ordered_steps(config)
     could_run = True
-    for finding in doctor.examine(config, plain, steps, find_server, (API_KEY,)):
+    for finding in doctor.examine(config, plain, planned, find_server, (API_KEY,)):
         print(redactor(os.environ, None).text(str(finding)), flush=True)
         could_run &= finding.level is not doctor.Level.BAD
     print(f"{config.experiment} {'could' if could_run else 'could not'} run here")

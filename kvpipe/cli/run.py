@@ -23,7 +23,7 @@ from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain,
 from kvpipe.config.wandb_environment import variable_messages, with_wandb_variables
 from kvpipe.errors import HELD, InputError
 from kvpipe.parent import supervisor
-from kvpipe.parent.run_directory import owned
+from kvpipe.parent.run_directory import RUN_DIR, owned
 from kvpipe.pipeline.phase import Phase
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
@@ -35,7 +35,7 @@ from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
 from kvpipe.sweeps.jobs import HYDRA_DIR, SWEEP_CONFIG, NoteSweep, command_line
 from kvpipe.sweeps.resume import finished_run, take_over
-from kvpipe.system.lock import InUse
+from kvpipe.system.lock import InUse, cannot_write
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets, wandb_api_key
 from kvpipe.system.versions import installed_versions
 
@@ -122,7 +122,7 @@ def _write_config(composed: DictConfig, run_dir: Path) -> None:
         for name, part in parts.items():
             OmegaConf.save(part, run_dir / HYDRA_DIR / name)
     except OSError as error:
-        raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
+        raise cannot_write(RUN_DIR, run_dir, error) from None
 
 
 def _remove_made() -> None:
@@ -232,7 +232,7 @@ def _records_file(run_dir: Path) -> JsonFile:
     try:
         return JsonFile(run_dir / RECORDS_FILE)
     except OSError as error:
-        raise InputError(f"hydra.run.dir: cannot write in {run_dir}: {error.strerror}") from None
+        raise cannot_write(RUN_DIR, run_dir, error) from None
 
 
 def _record_refusal(error: Exception, composed: DictConfig | None) -> None:

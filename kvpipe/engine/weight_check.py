@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from kvpipe.checkpoints import mapped
-from kvpipe.checkpoints.tensor_names import EMBEDDING, HEAD, computed, differences, listed
+from kvpipe.checkpoints.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    computed,
+    differences,
+    listed,
+    wrong_dtype,
+)
 from kvpipe.engine.params import Param
 from kvpipe.engine.transfer import in_lane
 from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import WeightsError
 
-_FLOATS = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
 
 
@@ -94,8 +99,8 @@ def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, Any]) -> str:
     if leaf.source not in weights:
         return ""
     given = weights[leaf.source]
-    if given.dtype not in _FLOATS:
-        return f"weight {leaf.source!r} has dtype {given.dtype}"
+    if wrong := wrong_dtype(leaf.source, given):
+        return wrong
     fitted = leaf.fitted_shape(given.shape)
     if fitted == needed.shape:
         return ""

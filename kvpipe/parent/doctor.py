@@ -26,8 +26,7 @@ from kvpipe.errors import InputError, KvpipeError, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.limits import Limits
 from kvpipe.pipeline import facts
-from kvpipe.pipeline.phase import Phase
-from kvpipe.plan.fold import check_order
+from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.libtpu_lock import LOCK_FILE, holder
 from kvpipe.system.secrets import API_KEY, wandb_api_key
@@ -75,7 +74,7 @@ class Finding:
 def examine(
     config: Kvpipe,
     plain: Mapping[str, Any],
-    steps: Sequence[Phase],
+    planned: Sequence[PlannedStep],
     find_server: Callable[[float], str],
     secrets: Sequence[str] = (),
 ) -> Iterator[Finding]:
@@ -84,14 +83,14 @@ def examine(
     Args:
         config: the experiment's typed config, which has passed every check.
         plain: the same as plain values.
-        steps: its steps.
+        planned: its steps.
         find_server: contacts W&B's server within seconds and returns its address.
         secrets: environment variables that no child must see.
     """
     yield from _versions()
     yield _disk()
-    yield from _wandb(config, steps, find_server)
-    yield _model(config, steps)
+    yield from _wandb(config, planned, find_server)
+    yield _model(config, planned)
     yield from _hugging_face(config)
     lock = _libtpu_lock(config.engine.device)
     yield lock
@@ -148,11 +147,11 @@ def _libtpu_lock(device: str) -> Finding:
 
 
 def _wandb(
-    config: Kvpipe, steps: Sequence[Phase], find_server: Callable[[float], str]
+    config: Kvpipe, planned: Sequence[PlannedStep], find_server: Callable[[float], str]
 ) -> Iterator[Finding]:
     """Check W&B for the configured mode, without showing the key."""
     mode = config.tracking.mode
-    used = any(facts.WANDB in planned.effect.adds for planned in check_order(steps))
+    used = any(facts.WANDB in item.effect.adds for item in planned)
     needed = used and mode is TrackingMode.online
     short = Level.WARN if config.tracking.fallback_offline else Level.BAD
     try:
@@ -175,10 +174,10 @@ def _wandb(
         yield Finding(short, "W&B", f"{state}, no server: {error}", "or tracking=offline")
 
 
-def _model(config: Kvpipe, steps: Sequence[Phase]) -> Finding:
+def _model(config: Kvpipe, planned: Sequence[PlannedStep]) -> Finding:
     """Check the model's files that are here, and the request against its context."""
     try:
-        check_inputs(config, check_order(steps), supported())
+        check_inputs(config, planned, supported())
     except InputError as error:
         return Finding(Level.BAD, "model", str(error))
     here = known_directory(config)

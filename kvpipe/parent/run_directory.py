@@ -6,12 +6,12 @@ from pathlib import Path
 
 from kvpipe.config.hosts import own_file
 from kvpipe.config.schema import EngineConfig
-from kvpipe.errors import InputError
 from kvpipe.parent.supervisor import ENGINE_LOG
 from kvpipe.records.run import RECORDS_FILE
-from kvpipe.system.lock import LOCK_FILE, InUse, Lock
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write
 
-_KEY = "hydra.run.dir"
+RUN_DIR = "hydra.run.dir"
+"""Config key of the directory."""
 
 
 @contextmanager
@@ -30,11 +30,11 @@ def owned(
         InUse: another run holds it, or an earlier run has left its records there.
         InputError: it cannot be written to.
     """
-    lock = Lock(run_dir / own_file(LOCK_FILE, engine), _KEY)
+    lock = Lock(run_dir / own_file(LOCK_FILE, engine), RUN_DIR)
     try:
         locked = lock.acquire()
     except OSError as error:
-        raise InputError(f"{_KEY}: cannot write in {run_dir}: {error.strerror}") from None
+        raise cannot_write(RUN_DIR, run_dir, error) from None
     if not locked:
         tell(
             f"kvpipe: {run_dir} is on a file system without file locks, so nothing keeps a second "
@@ -45,7 +45,7 @@ def owned(
             path = run_dir / own_file(name, engine)
             if path.exists() and not overwrite:
                 raise InUse(
-                    f"{_KEY}: {path} is of an earlier run; choose another directory, or set "
+                    f"{RUN_DIR}: {path} is of an earlier run; choose another directory, or set "
                     "runner.overwrite=true to lose the records there"
                 )
         yield

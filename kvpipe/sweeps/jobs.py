@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.schema import OutputFormat
 from kvpipe.errors import InputError
-from kvpipe.system.lock import LOCK_FILE, InUse, Lock
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write
 from kvpipe.system.places import CONF
 
 SWEEP_CONFIG = "multirun.yaml"
@@ -78,8 +78,7 @@ class NoteSweep(Callback):
         except InputError as refusal:
             raise Refused(refusal) from None
         except OSError as error:
-            message = f"{_SWEEP_KEY}: cannot write in {directory}: {error.strerror}"
-            raise Refused(InputError(message)) from None
+            raise Refused(cannot_write(_SWEEP_KEY, directory, error)) from None
         if is_sweep(directory) and not (config.sweep.resume or config.runner.overwrite):
             message = (
                 f"{_SWEEP_KEY}: {directory} has the jobs of an earlier sweep; choose another "

@@ -23,6 +23,11 @@ class InUse(InputError):
     """Another process holds the lock, or the directory has the files of an earlier run."""
 
 
+def cannot_write(key: str, directory: Path, error: OSError) -> InputError:
+    """Return the error of a directory, chosen by a config key, in which nothing can be written."""
+    return InputError(f"{key}: cannot write in {directory}: {error.strerror}")
+
+
 class Lock:
     """An exclusive lock; its file names the process that holds it, and is removed with it.
 

@@ -9,6 +9,7 @@ import pytest
 from kvpipe.parent import doctor
 from kvpipe.parent.doctor import Level
 from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fold import check_order
 from kvpipe.system.libtpu_lock import Holder, holder
 from tests.command import FAKE_KEY, kvpipe
 from tests.helpers_config import compose_plain, config_of
@@ -36,7 +37,7 @@ def unreachable(timeout_s):
 
 def wandb(*overrides, find_server=reached):
     config = config_of(compose_plain(*overrides))
-    (finding,) = doctor._wandb(config, build_steps(config), find_server)
+    (finding,) = doctor._wandb(config, check_order(build_steps(config)), find_server)
     return finding
 
 
@@ -89,7 +90,7 @@ def test_a_server_that_is_not_there_is_told(here, monkeypatch):
 
 def test_a_pipeline_without_wandb_needs_none_of_it(here):
     config = config_of(compose_plain("tracking=online") | {"pipeline": ["jax_ready"], "phases": {}})
-    (finding,) = doctor._wandb(config, build_steps(config), unreachable)
+    (finding,) = doctor._wandb(config, check_order(build_steps(config)), unreachable)
     assert finding.level is Level.OK
     assert finding.found == "online, no API key; the pipeline does not use it"
 

@@ -10,6 +10,7 @@ from kvpipe.config.schema import TinyModel
 from kvpipe.parent import doctor
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fold import check_order
 from tests.helpers_config import compose_plain, config_of
 
 
@@ -149,7 +150,7 @@ def test_a_spoilt_model_is_refused_by_check_run_and_doctor(kvpipe, model, case):
         assert why in answer.err
         assert answer.err.count("\n") == 1
     config = config_of(compose_plain(f"model.path={model}"))
-    finding = doctor._model(config, build_steps(config))
+    finding = doctor._model(config, check_order(build_steps(config)))
     assert finding.level is doctor.Level.BAD
     assert why in finding.found
 
