@@ -154,8 +154,7 @@ def left_out(plan: RunPlanned) -> str:
 
 def warning(plan: RunPlanned) -> str | None:
     """Return why a plan that fits may not fit after all; None if it leaves the margin free."""
-    phase = max(plan.phases, key=lambda phase: phase.max_device_bytes)
-    free = plan.fit.hbm_bytes - phase.max_device_bytes - plan.fit.temp_bytes
+    free = plan.fit.hbm_bytes - plan.peak.max_device_bytes - plan.fit.temp_bytes
     margin, what = (_MARGIN_COMPILED if plan.programs else _MARGIN), left_out(plan)
     if plan.target == CPU:
         # Attention on a CPU copies the whole cache.

@@ -28,6 +28,14 @@ def test_a_plan_that_leaves_too_little_for_code_and_temporaries_warns() -> None:
     )
 
 
+def test_what_stays_free_is_that_of_the_step_with_the_peak_and_not_of_two_steps_together() -> None:
+    """A step without temporaries may hold more after it than the one that needs most while it runs."""
+    full = plan(8 * GIB, temp_bytes=5 * GIB, programs=(Program("decode", 1, 1, 0, 5 * GIB, 1.0),))
+    larger = PlannedPhase("two_sets", {"params": 44 * GIB}, 44 * GIB, 11 * GIB)
+    both = replace(full, phases=(*full.phases, larger))
+    assert warning(both) is None
+
+
 @pytest.mark.parametrize(
     ("peak", "warned"),
     [(V5E - (256 << 20), False), (V5E - (256 << 20) + 1, True), (V5E, True), (V5E + 1, False)],
