@@ -3,7 +3,7 @@
 Headers and configs are read, values are not: a value that is not finite is found at the swap.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,25 +21,18 @@ _OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pipeline needs of a model's directory, beside config.json.
+    """What a pipeline needs of a model's directory beside config.json.
 
-    Attributes:
-        weights: whether a step reads the checkpoint.
-        tokenizer: whether a step starts the engine.
+    It needs the ``weights`` if a step reads the checkpoint, the ``tokenizer`` if one starts the
+    engine.
     """
 
     weights: bool = False
     tokenizer: bool = False
 
 
-def check_config(key: str, file: Traversable, where: str, supported: Collection[str]) -> Model:
-    """Return the model of a config.json.
-
-    Args:
-        key: the config key that the file belongs to.
-        file: the file.
-        where: its name in messages.
-        supported: the architectures of the installed engine; empty if unknown.
+def check_config(key: str, file: Traversable, where: str) -> Model:
+    """Return the model of a config.json, which belongs to a config key; messages call it ``where``.
 
     Raises:
         InputError: naming everything that is wrong with it.
@@ -48,19 +41,13 @@ def check_config(key: str, file: Traversable, where: str, supported: Collection[
         config = read_object(file, where)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    if faults := model_config.find_faults(config, supported):
+    if faults := model_config.find_faults(config):
         raise InputError(f"{key}: {where}: {'; '.join(faults)}")
-    return Model(model_config.architecture_of(config, supported), config)
+    return Model(model_config.architecture_of(config), config)
 
 
-def check_directory(key: str, directory: Path, needs: Needs, supported: Collection[str]) -> Model:
-    """Return the model of a directory.
-
-    Args:
-        key: the config key that the directory belongs to.
-        directory: the directory.
-        needs: what else there must be, and must be right.
-        supported: the architectures of the installed engine; empty if unknown.
+def check_directory(key: str, directory: Path, needs: Needs) -> Model:
+    """Return the model of a directory, which belongs to a config key.
 
     Raises:
         InputError: naming everything that is wrong with it.
@@ -68,7 +55,7 @@ def check_directory(key: str, directory: Path, needs: Needs, supported: Collecti
     faults: list[str] = []
     model = None
     try:
-        model = check_config(key, directory / _CONFIG, _CONFIG, supported)
+        model = check_config(key, directory / _CONFIG, _CONFIG)
     except InputError as error:
         faults.append(str(error).removeprefix(f"{key}: "))
     faults += _other_faults(directory)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvpipe.checkpoints.architectures import supported
 from kvpipe.checkpoints.tensor_names import EMBEDDING, HEAD
 from kvpipe.config.schema import ARCHITECTURES
 from kvpipe.suggest import nearest
@@ -29,12 +30,7 @@ _QWEN2, _QWEN3, _LLAMA = ARCHITECTURES
 
 @dataclass(frozen=True)
 class Model:
-    """What a config.json without faults says.
-
-    Attributes:
-        architecture: name of the engine's class.
-        config: its content.
-    """
+    """A config.json without faults: the name of the engine's class, and the file's content."""
 
     architecture: str
     config: Mapping[str, Any]
@@ -87,15 +83,10 @@ class Model:
         }
 
 
-def find_faults(config: Mapping[str, Any], supported: Collection[str]) -> list[str]:
-    """Return everything that is wrong with a config.json, a text for each.
-
-    Args:
-        config: its content.
-        supported: the architectures of the installed engine; empty if unknown.
-    """
-    faults = list(_architecture_faults(config, supported))
-    architecture = architecture_of(config, supported)
+def find_faults(config: Mapping[str, Any]) -> list[str]:
+    """Return everything that is wrong with the content of a config.json, a text for each."""
+    faults = list(_architecture_faults(config))
+    architecture = architecture_of(config)
     known = architecture in ARCHITECTURES
     faults += _value_faults(config, _SIZES if known else ())
     if known and not faults:
@@ -103,21 +94,21 @@ def find_faults(config: Mapping[str, Any], supported: Collection[str]) -> list[s
     return faults
 
 
-def architecture_of(config: Mapping[str, Any], supported: Collection[str]) -> str:
+def architecture_of(config: Mapping[str, Any]) -> str:
     """Return the architecture that the engine takes: the first that it has; empty if none."""
     named = config.get("architectures")
     names = named if isinstance(named, list) else []
-    valid = supported or names
+    valid = supported() or names
     return next((name for name in names if isinstance(name, str) and name in valid), "")
 
 
-def _architecture_faults(config: Mapping[str, Any], supported: Collection[str]) -> Iterator[str]:
+def _architecture_faults(config: Mapping[str, Any]) -> Iterator[str]:
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not all(isinstance(n, str) for n in named):
         shown = "is missing" if named is None else f"is {named!r}"
         yield f"architectures {shown}; it names the model's class, e.g. ['{_QWEN2}']"
-    elif not architecture_of(config, supported):
-        yield f"the engine has no {' or '.join(named)}; {nearest(named[0], supported)}"
+    elif not architecture_of(config):
+        yield f"the engine has no {' or '.join(named)}; {nearest(named[0], supported())}"
     if not isinstance(kind := config.get("model_type"), str):
         shown = "is missing" if kind is None else f"is {kind!r}"
         yield f"model_type {shown}; it is the name of the config's class, e.g. 'qwen2'"

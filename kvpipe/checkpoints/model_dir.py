@@ -3,7 +3,6 @@
 import json
 import os
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 
 from kvpipe.checkpoints import INDEX_NAME
@@ -119,17 +118,11 @@ def known_directory(config: Kvpipe) -> Path | None:
     return snapshot(config) if key == "model.id" else None
 
 
-def check_known(
-    config: Kvpipe, needs: Needs, supported: Collection[str], whole: bool
-) -> Model | None:
+def check_known(config: Kvpipe, needs: Needs, whole: bool) -> Model | None:
     """Return the model, if its config.json is on this machine.
 
-    Args:
-        config: the config.
-        needs: what a directory must have beside config.json.
-        supported: the architectures of the installed engine; empty if unknown.
-        whole: whether ``model.path`` must have it all; else, as in the hub's cache, only what is
-            there is checked.
+    With ``whole`` the directory ``model.path`` must have all that is needed; else, as in the hub's
+    cache, only what is there is checked.
 
     Raises:
         InputError: naming everything that is wrong with it.
@@ -139,12 +132,11 @@ def check_known(
     if directory is not None:
         if key == "model.id" or not whole:
             needs = _there(directory, needs)
-        return check_directory(key, directory, needs, supported)
+        return check_directory(key, directory, needs)
     if model.generate is not None:
-        made = config_json(model.generate)
-        return Model(model.generate.architecture, made)
+        return Model(model.generate.architecture, config_json(model.generate))
     file = _config_file(model)
-    return None if file is None else check_config("model.config", file, str(file), supported)
+    return None if file is None else check_config("model.config", file, str(file))
 
 
 def snapshot(config: Kvpipe) -> Path | None:
@@ -196,11 +188,9 @@ def check_shape(config: Kvpipe) -> None:
 
 
 def shape_dir(config: Kvpipe, scratch: Path) -> Path:
-    """Return a directory that contains at least the model's config.json.
+    """Return a directory that contains at least the model's config.json, if need be in ``scratch``.
 
-    Args:
-        config: as :func:`check_shape` accepts it.
-        scratch: directory to write to, for a model that has no directory.
+    The config is one that :func:`check_shape` accepts.
     """
     model = config.model
     if model.path is not None:

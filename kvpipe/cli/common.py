@@ -12,31 +12,28 @@ from kvpipe.config.hydra_errors import one_message
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
-from kvpipe.engine.architectures import supported
 from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import PlannedStep, check_order
 from kvpipe.plan.inputs import check_inputs
-from kvpipe.system.secrets import API_KEY, known_secrets, redactor, refuse_secret
+from kvpipe.system.secrets import known_secrets, redactor, refuse_secret
 
-PLANNERS = Planners(secrets=(API_KEY,))
+PLANNERS = Planners()
 """The planning child processes of this process, kept from one job of a sweep to the next."""
 
 
 def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     """Return the steps after every input check that needs no jax.
 
-    Args:
-        config: the config.
-        whole: whether the model's directory must have all that a run needs.
+    With ``whole`` the model's directory must have all that a run needs.
 
     Raises:
         InputError: a check failed.
     """
     planned = ordered_steps(config)
-    check_inputs(config, planned, supported(), whole=whole)
+    check_inputs(config, planned, whole=whole)
     return tuple(item.step for item in planned)
 
 

@@ -9,7 +9,7 @@ from kvpipe.config.schema import from_plain, to_plain
 from kvpipe.errors import CHECK_FAILED, HELD
 from kvpipe.parent import doctor
 from kvpipe.sinks.wandb import find_server
-from kvpipe.system.secrets import API_KEY, redactor
+from kvpipe.system.secrets import redactor
 
 
 def act(composed: DictConfig) -> int:
@@ -18,7 +18,7 @@ def act(composed: DictConfig) -> int:
     config = from_plain(plain)
     planned = ordered_steps(config)
     could_run = True
-    for finding in doctor.examine(config, plain, planned, find_server, (API_KEY,)):
+    for finding in doctor.examine(config, plain, planned, find_server):
         print(redactor(os.environ, None).text(str(finding)), flush=True)
         could_run &= finding.level is not doctor.Level.BAD
     print(f"{config.experiment} {'could' if could_run else 'could not'} run here")

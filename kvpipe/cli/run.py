@@ -96,7 +96,6 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
                     partial(_start_tracking, tracker, plain, config) if first else dict
                 ),
                 command=_command(),
-                secrets=(API_KEY,),
                 redactor=redact,
             )
             finished = work.carry_out()

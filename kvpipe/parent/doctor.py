@@ -21,7 +21,6 @@ import psutil
 from kvpipe.checkpoints.model_dir import check_shape, known_directory, shape_dir, snapshot
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, RunnerConfig, TrackingMode
-from kvpipe.engine.architectures import supported
 from kvpipe.errors import InputError, KvpipeError, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.limits import Limits
@@ -29,7 +28,7 @@ from kvpipe.pipeline import facts
 from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.libtpu_lock import LOCK_FILE, holder
-from kvpipe.system.secrets import API_KEY, wandb_api_key
+from kvpipe.system.secrets import API_KEY, wandb_api_key, without_key
 from kvpipe.system.versions import version_of
 from kvpipe.units import sized
 
@@ -52,14 +51,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        level: its level.
-        about: the thing inspected.
-        found: its state.
-        todo: the remedy; empty if none is needed.
-    """
+    """One line of the report: a thing, its state, and the remedy, empty if none is needed."""
 
     level: Level
     about: str
@@ -76,16 +68,10 @@ def examine(
     plain: Mapping[str, Any],
     planned: Sequence[PlannedStep],
     find_server: Callable[[float], str],
-    secrets: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """Yield the findings, one by one.
+    """Yield the findings about an experiment's config, typed and plain, and its steps.
 
-    Args:
-        config: the experiment's typed config, which has passed every check.
-        plain: the same as plain values.
-        planned: its steps.
-        find_server: contacts W&B's server within seconds and returns its address.
-        secrets: environment variables that no child must see.
+    ``find_server`` contacts W&B's server within some seconds and returns its address.
     """
     yield from _versions()
     yield _disk()
@@ -95,7 +81,7 @@ def examine(
     lock = _libtpu_lock(config.engine.device)
     yield lock
     if lock.level is not Level.BAD:
-        yield from _devices(config, plain, secrets)
+        yield from _devices(config, plain)
     yield _ram()
 
 
@@ -177,7 +163,7 @@ def _wandb(
 def _model(config: Kvpipe, planned: Sequence[PlannedStep]) -> Finding:
     """Check the model's files that are here, and the request against its context."""
     try:
-        check_inputs(config, planned, supported())
+        check_inputs(config, planned)
     except InputError as error:
         return Finding(Level.BAD, "model", str(error))
     here = known_directory(config)
@@ -208,22 +194,20 @@ def _hugging_face(config: Kvpipe) -> Iterator[Finding]:
         yield Finding(Level.WARN, "Hugging Face", found, todo)
 
 
-def _devices(config: Kvpipe, plain: Mapping[str, Any], secrets: Sequence[str]) -> Iterator[Finding]:
+def _devices(config: Kvpipe, plain: Mapping[str, Any]) -> Iterator[Finding]:
     """Ask a child process for jax's devices, and plan the experiment for them."""
     with tempfile.TemporaryDirectory(prefix="kvpipe-doctor-") as directory:
         scratch = Path(directory)
-        environ = {k: v for k, v in os.environ.items() if k not in secrets}
-        environ |= jax_environment(config.engine, os.environ)
+        environ = without_key(os.environ) | jax_environment(config.engine, os.environ)
         try:
             check_shape(config)
             model_dir = str(shape_dir(config, scratch))
         except InputError as error:
             model_dir = None
             yield Finding(Level.WARN, "plan", str(error))
-        job = {"config": dict(plain), "model_dir": model_dir}
         module, log = "kvpipe.worker.doctor_probe", scratch / "probe.log"
         with start_child(module, log, environ, _SHUTDOWN_S) as child:
-            child.send(job)
+            child.send({"config": dict(plain), "model_dir": model_dir})
             yield from _told(_answer(child), config)
 
 

@@ -5,7 +5,6 @@ Keep the child for the next job of a sweep: it spends nearly all of its time on 
 
 import os
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
@@ -20,6 +19,7 @@ from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
 from kvpipe.records.run import RunPlanned
+from kvpipe.system.secrets import without_key
 
 _SHUTDOWN_TIMEOUT_S = 10.0
 _BYTES_PER_TOKEN = 3
@@ -27,14 +27,9 @@ _ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineE
 
 
 class Planners:
-    """The planning child processes, one per number of devices, started on demand.
+    """The planning child processes, one per number of devices, started on demand."""
 
-    Args:
-        secrets: environment variables that no child must see.
-    """
-
-    def __init__(self, secrets: Sequence[str] = ()) -> None:
-        self._secrets = secrets
+    def __init__(self) -> None:
         self._stack = ExitStack()
         self._children: dict[int, Child] = {}
 
@@ -48,12 +43,7 @@ class Planners:
         self.__dict__.pop("_scratch", None)
 
     def plan(self, config: Kvpipe, plain: dict[str, Any], target: Target) -> RunPlanned:
-        """Return the plan of a config for a target.
-
-        Args:
-            config: the typed config, which has passed every check.
-            plain: the same as plain values.
-            target: the machine to plan for.
+        """Return the plan for a target of a config, typed and plain, that has passed every check.
 
         Raises:
             InputError: the engine refuses the model, the mesh or the capacity.
@@ -80,8 +70,8 @@ class Planners:
 
     def _child(self, devices: int) -> Child:
         if devices not in self._children:
-            inherited = {k: v for k, v in os.environ.items() if k not in self._secrets}
-            environ = inherited | cpu_environment(devices, os.environ) | {"HF_HUB_OFFLINE": "1"}
+            environ = without_key(os.environ) | cpu_environment(devices, os.environ)
+            environ["HF_HUB_OFFLINE"] = "1"
             log = self._scratch / f"planner-{devices}.log"
             started = start_child("kvpipe.worker.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
             self._children[devices] = self._stack.enter_context(started)

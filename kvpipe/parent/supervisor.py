@@ -59,7 +59,7 @@ from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.libtpu_lock import libtpu_lock
 from kvpipe.system.pipes import STACKS_FILE
 from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
-from kvpipe.system.secrets import Redactor
+from kvpipe.system.secrets import Redactor, without_key
 
 _SAME_SIGNAL_S = 0.1
 
@@ -77,7 +77,6 @@ class Run:
         sinks: receivers of its records, including the tracker.
         start_tracking: starts the W&B run; returns the fields of its phase record.
         command: the command line that repeats this run.
-        secrets: environment variables that the worker must not see.
         redactor: removes secrets from records and logs.
         worker_module: the module that runs as the worker's process.
     """
@@ -92,7 +91,6 @@ class Run:
     sinks: Sink
     start_tracking: Callable[[], dict[str, Any]]
     command: str = ""
-    secrets: Sequence[str] = ()
     redactor: Redactor = field(default_factory=Redactor)
     began: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
@@ -310,11 +308,10 @@ class Run:
         return f"the stacks of its threads are in {path}"
 
     def _start_worker(self) -> AbstractContextManager[Child]:
-        inherited = {k: v for k, v in os.environ.items() if k not in self.secrets}
         return start_child(
             self.worker_module,
             self._file(ENGINE_LOG),
-            inherited | jax_environment(self.config.engine, os.environ),
+            without_key(os.environ) | jax_environment(self.config.engine, os.environ),
             self.config.runner.shutdown_timeout_s,
         )
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import own_kv_tokens
 from kvpipe.pipeline.ledger import KV, TRAINER_PROGRAMS, Ledger
 from kvpipe.pipeline.phase import Effect
@@ -163,13 +162,3 @@ def warning(plan: RunPlanned) -> str | None:
     if not plan.fit.fits or free >= margin:
         return None
     return f"only {free:,} bytes of a device stay free, less than {margin:,}: {what}"
-
-
-def check_fit(plan: RunPlanned) -> None:
-    """Refuse a plan that does not fit.
-
-    Raises:
-        InputError: with the peak, the memory of a device, and the largest capacity that would fit.
-    """
-    if why := why_not_fit(plan):
-        raise InputError(f"{why} (plan.enforce=false runs it anyway)")

@@ -4,7 +4,7 @@
 once the model is generated or downloaded.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvpipe.checkpoints import model_dir
@@ -26,18 +26,13 @@ _BESIDE_PROMPT, _BESIDE_ALL = 7, 2
 def check_inputs(
     config: Kvpipe,
     planned: Sequence[PlannedStep],
-    supported: Collection[str],
     directory: Path | None = None,
     whole: bool = True,
 ) -> None:
     """Refuse a model, a mesh, a capacity or a request that the engine cannot have.
 
-    Args:
-        config: the config.
-        planned: its steps.
-        supported: the architectures of the installed engine; empty if unknown.
-        directory: the model's directory; None takes what is on this machine, if it is.
-        whole: whether the directory must have all that the steps need, as for a run.
+    Without the model's ``directory``, what is known of it on this machine is checked. With
+    ``whole`` it must have all that the steps need, as for a run.
 
     Raises:
         InputError: naming what is wrong.
@@ -47,9 +42,9 @@ def check_inputs(
         tokenizer=any(ENGINE in item.effect.adds for item in planned),
     )
     if directory is not None:
-        model = check_directory(model_dir.key_of(config.model), directory, needs, supported)
+        model = check_directory(model_dir.key_of(config.model), directory, needs)
     else:
-        model = model_dir.check_known(config, needs, supported, whole)
+        model = model_dir.check_known(config, needs, whole)
         directory = model_dir.known_directory(config)
     engine = config.engine
     devices = device_total(engine)
@@ -64,11 +59,6 @@ def check_inputs(
 
 def check_split(engine: EngineConfig, model: Model, devices: int) -> None:
     """Refuse a tensor-parallel size over which the model cannot be divided.
-
-    Args:
-        engine: how the engine will be started.
-        model: the model.
-        devices: number of devices of the mesh.
 
     Raises:
         InputError: with the largest size that would fit the model and the devices.

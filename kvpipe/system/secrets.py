@@ -47,13 +47,14 @@ def wandb_api_key(directory: Path, environ: Mapping[str, str]) -> str | None:
     return _read_env_file(path).get(API_KEY) or None
 
 
+def without_key(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a child process, which must not see the W&B API key."""
+    return {name: value for name, value in environ.items() if name != API_KEY}
+
+
 @dataclass(frozen=True)
 class Redactor:
-    """Finds and redacts secrets in texts and files.
-
-    Attributes:
-        secrets: value → the variable that has it.
-    """
+    """Finds and redacts secrets, each the value of a variable, in texts and files."""
 
     secrets: Mapping[str, str] = field(default_factory=dict)
 

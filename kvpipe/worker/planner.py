@@ -17,10 +17,8 @@ from kvpipe.checkpoints.model_check import check_config
 from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.config.schema import EngineConfig, Kvpipe, from_plain
 from kvpipe.engine import devices, shapes, training
-from kvpipe.engine.architectures import supported
 from kvpipe.errors import EngineError, KvpipeError, ending_of
 from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, PoolSize, Size
-from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan import fit, fold
 from kvpipe.plan.inputs import check_split
@@ -31,24 +29,18 @@ from kvpipe.system.pipes import send
 from kvpipe.trainer.layout import lay_out
 
 
-def plan_here(steps: Sequence[Phase], config: Kvpipe, model_dir: Path) -> fold.Plan:
-    """Plan the steps for this machine's devices.
-
-    Args:
-        steps: all steps of the pipeline, in order.
-        config: options of the engine and the trainer.
-        model_dir: directory with the model's config.json.
-    """
+def plan_here(planned: Sequence[fold.PlannedStep], config: Kvpipe, model_dir: Path) -> fold.Plan:
+    """Plan all steps of a pipeline for this machine's devices."""
     devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
     target = Target(config.engine.device, count, devices.memory_bytes())
     _check_model(config.engine, model_dir, count)
-    return plan_for(target, steps, config, model_dir)
+    return plan_for(target, planned, config, model_dir)
 
 
 def plan_for(
     target: Target,
-    steps: Sequence[Phase],
+    planned: Sequence[fold.PlannedStep],
     config: Kvpipe,
     model_dir: Path,
     programs: Sequence[Program] = (),
@@ -57,13 +49,12 @@ def plan_for(
 
     Args:
         target: the machine to plan for.
-        steps: all steps of the pipeline, in order.
+        planned: all steps of the pipeline, in order.
         config: options of the engine and the trainer, with the device of this process.
         model_dir: directory with the model's config.json.
         programs: the engine's and the trainer's steps compiled for the target; without them the
             pools ``program`` and ``program:trainer`` are not planned.
     """
-    planned = fold.check_order(steps)
     engine = config.engine
     found = shapes.of_devices_here(engine, model_dir)
     sizes = found.sizes(fold.kv_capacities(planned)) | _code_sizes(programs, target.devices)
@@ -97,9 +88,13 @@ def plan_for(
 
 
 def _check_model(engine: EngineConfig, model_dir: Path, devices: int) -> None:
-    """Refuse a config.json that is not right, or a mesh over which the model cannot be divided."""
+    """Refuse a config.json that is not right, or devices over which the model cannot be divided.
+
+    The doctor and a plan come here without the check of the inputs that a run makes; and only here
+    the number of devices is known for certain.
+    """
     file = model_dir / "config.json"
-    check_split(engine, check_config("model", file, str(file), supported()), devices)
+    check_split(engine, check_config("model", file, str(file)), devices)
 
 
 def trains(planned: Sequence[fold.PlannedStep]) -> bool:
@@ -124,7 +119,7 @@ def main() -> None:
 
 
 def _programs(
-    job: Mapping[str, Any], steps: Sequence[Phase], config: Kvpipe, target: Target
+    job: Mapping[str, Any], planned: Sequence[fold.PlannedStep], config: Kvpipe, target: Target
 ) -> tuple[Program, ...]:
     """Return the compiled steps of the engine and of a trainer, if the job asks for them.
 
@@ -140,7 +135,7 @@ def _programs(
     programs = program_cache.compiled(
         config.engine, model_dir, target.name, job["prompt_tokens"], cache
     )
-    if trains(fold.check_order(steps)):
+    if trains(planned):
         programs += aot.compiled(config.engine, config.trainer, model_dir, target.name, cache)
     return programs
 
@@ -151,11 +146,11 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     # Here the target's devices are virtual CPU devices.
     config = replace(config, engine=replace(config.engine, device=CPU))
     try:
-        steps = build_steps(config)
+        planned = fold.check_order(build_steps(config))
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
         _check_model(config.engine, model_dir, target.devices)
-        programs = _programs(job, steps, config, target)
-        record = plan_for(target, steps, config, model_dir, programs).record
+        programs = _programs(job, planned, config, target)
+        record = plan_for(target, planned, config, model_dir, programs).record
     except KvpipeError as error:
         return asdict(ending_of(error))
     except Exception as error:

@@ -17,20 +17,19 @@ from typing import Any
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
-from kvpipe.engine.architectures import supported
-from kvpipe.errors import Ending, EngineError, ending_of
+from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.phase import Phase, WorkerPhase
+from kvpipe.pipeline.phase import WorkerPhase
 from kvpipe.pipeline.steps import build_steps, use_of
-from kvpipe.plan.fit import check_fit
-from kvpipe.plan.fold import Plan, check_order
+from kvpipe.plan.fit import why_not_fit
+from kvpipe.plan.fold import Plan, PlannedStep, check_order
 from kvpipe.plan.inputs import check_inputs
 from kvpipe.records.run import PhaseRecord, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
 
-Planner = Callable[[Sequence[Phase], Kvpipe, Path], Plan]
+Planner = Callable[[Sequence[PlannedStep], Kvpipe, Path], Plan]
 
 
 def with_engine() -> Planner:
@@ -155,21 +154,21 @@ def _planned_jobs(
             ``plan.enforce`` is set.
     """
     config = ctx.config
-    steps = build_steps(config)
+    planned = check_order(build_steps(config))
 
     def make() -> Plan:
-        check_inputs(config, check_order(steps), supported(), ctx.model_dir)
-        plan = planner(steps, config, ctx.model_dir)
+        check_inputs(config, planned, ctx.model_dir)
+        plan = planner(planned, config, ctx.model_dir)
         callbacks.planned(replace(plan.record, elapsed_s=round(time.monotonic() - run_began, 6)))
-        if config.plan.enforce:
-            check_fit(plan.record)
+        if config.plan.enforce and (why := why_not_fit(plan.record)):
+            raise InputError(f"{why} (plan.enforce=false runs it anyway)")
         return plan
 
     plan = multihost.in_stage(make)
     return [
-        loop.Job(idx, use_of(step.step, config), step, ledger)
-        for idx, (step, ledger) in enumerate(zip(steps, plan.ledgers, strict=True))
-        if isinstance(step, WorkerPhase)
+        loop.Job(idx, use_of(item.step.step, config), item.step, ledger)
+        for idx, (item, ledger) in enumerate(zip(planned, plan.ledgers, strict=True))
+        if isinstance(item.step, WorkerPhase)
     ]
 
 

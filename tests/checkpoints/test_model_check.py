@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kvpipe.checkpoints import safetensors
+from kvpipe.checkpoints.architectures import supported
 from kvpipe.checkpoints.model_check import Needs, check_directory
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import ensure
 from kvpipe.config.schema import ARCHITECTURES
-from kvpipe.engine.architectures import supported
 from tests.checkpoints.test_model_dir import SMALL
 from tests.refusal import refusal
 
@@ -36,7 +36,7 @@ def directory(good, tmp_path):
 
 def told(directory, needs=ALL):
     """Return what is wrong with a directory, after the directory's name."""
-    start, _, why = refusal(check_directory, "model.path", directory, needs, supported()).partition(
+    start, _, why = refusal(check_directory, "model.path", directory, needs).partition(
         f"{directory}: "
     )
     assert start == "model.path: "
@@ -57,7 +57,7 @@ def test_every_generated_model_is_right_and_asks_for_exactly_its_tensors(
 ):
     spec = replace(SMALL, architecture=architecture, tie_word_embeddings=tied)
     made = ensure(spec, tmp_path)
-    model = check_directory("model.path", made, ALL, supported())
+    model = check_directory("model.path", made, ALL)
     assert model.tensors == {name: a.shape for name, a in open_checkpoint(made).items()}
 
 
@@ -123,9 +123,9 @@ def test_a_wrong_value_of_the_config_and_what_the_engine_ignores_are_refused(dir
 def test_what_the_engine_applies_is_accepted(directory):
     llama3 = {"rope_type": "llama3", "factor": 8.0}
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": llama3}
-    check_directory("model.path", with_config(directory, **llama), Needs(), supported())
+    check_directory("model.path", with_config(directory, **llama), Needs())
     qwen = {"architectures": ["Qwen2ForCausalLM"], "rope_scaling": {"rope_type": "default"}}
-    check_directory("model.path", with_config(directory, **qwen), Needs(), supported())
+    check_directory("model.path", with_config(directory, **qwen), Needs())
 
 
 def test_everything_that_is_wrong_is_told_at_once(directory):
@@ -222,7 +222,7 @@ def test_a_tied_head_that_is_written_out_is_accepted_unless_it_has_another_shape
     change(tensors)
     safetensors.write(directory / "new", {name: np.array(a) for name, a in tensors.items()})
     (directory / "new").replace(directory / FILE)
-    check_directory("model.path", directory, ALL, supported())
+    check_directory("model.path", directory, ALL)
 
     def shorten(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:-1]
@@ -233,7 +233,7 @@ def test_a_tied_head_that_is_written_out_is_accepted_unless_it_has_another_shape
 def test_a_checkpoint_of_torch_alone_is_none(directory):
     (directory / FILE).rename(directory / "pytorch_model.bin")
     assert told(directory) == f"checkpoint {directory} holds no *.safetensors file"
-    check_directory("model.path", directory, Needs(tokenizer=True), supported())
+    check_directory("model.path", directory, Needs(tokenizer=True))
 
 
 def test_an_index_is_held_against_its_files(directory):
@@ -279,7 +279,7 @@ def test_a_tokenizer_that_is_missing_damaged_or_too_large_is_refused(directory, 
     spoil(directory)
     assert why in told(directory)
     if case != "config":
-        check_directory("model.path", directory, Needs(weights=True), supported())
+        check_directory("model.path", directory, Needs(weights=True))
 
 
 def test_the_engines_architectures_are_read_without_importing_it():
@@ -289,6 +289,6 @@ def test_the_engines_architectures_are_read_without_importing_it():
 
 def test_of_an_architecture_that_kvpipe_does_not_know_only_the_headers_are_checked(directory):
     moe = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
-    check_directory("model.path", with_config(directory, **moe), ALL, supported())
+    check_directory("model.path", with_config(directory, **moe), ALL)
     cut(directory)
     assert "is damaged, truncated or no safetensors file" in told(directory)

@@ -197,7 +197,7 @@ def test_the_devices_the_patches_and_the_plan_are_told():
 
 def test_a_shape_that_only_the_hub_knows_is_a_warning_in_the_words_of_the_plan():
     plain = compose_plain(BIGKV, "model.id=Qwen/Qwen2.5-7B-Instruct")
-    finding = next(doctor._devices(config_of(plain), plain, ()))
+    finding = next(doctor._devices(config_of(plain), plain))
     assert (finding.level, finding.about) == (Level.WARN, "plan")
     assert finding.found.startswith("model.config: a plan needs the shape of 'Qwen/Qwen2.5-7B")
 

@@ -38,11 +38,10 @@ def without_engine():
     return plan_nothing
 
 
-def plan_nothing(steps, config, model_dir):
-    planned = fold.check_order(steps)
+def plan_nothing(planned, config, model_dir):
     ledgers = fold.plan_ledgers(planned, {}, devices=1)
     phases = fold.planned_phases(planned, ledgers)
-    fit = Fit(True, 1 << 30, steps[0].step, config.engine.max_total_tokens)
+    fit = Fit(True, 1 << 30, planned[0].step.step, config.engine.max_total_tokens)
     return fold.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers)
 
 
