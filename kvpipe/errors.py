@@ -95,11 +95,7 @@ class TimedOut(KvpipeError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end.
-
-    Attributes:
-        exit_code: exit code of a process that the signal ended.
-    """
+    """A signal asked the run to end; the exit code is that of a process that the signal ended."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"{signal.Signals(signum).name} ended the run")

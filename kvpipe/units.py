@@ -5,12 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of sizes.
-
-    Attributes:
-        name: its symbol.
-        size: its bytes.
-    """
+    """A unit of sizes: its symbol and its bytes."""
 
     name: str
     size: int

@@ -3,32 +3,20 @@
 from dataclasses import asdict, replace
 from typing import override
 
-from kvpipe.config.schema import EngineConfig, Kvpipe
-from kvpipe.errors import InputError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, follows
 
 
 class EngineReadyDummy(WorkerPhase):
     """Start the engine.
 
     Attributes:
-        load_format: ``dummy`` for random weights, ``auto`` for the checkpoint's; follows ``engine.load_format``.
+        load_format: ``dummy`` for random weights, ``auto`` for the checkpoint's; follows
+            ``engine.load_format``.
     """
 
-    load_format: str
-
-    def __post_init__(self) -> None:
-        try:
-            EngineConfig(load_format=self.load_format)
-        except InputError as error:
-            raise InputError(str(error).removeprefix("engine.")) from None
-
-    @classmethod
-    @override
-    def defaults(cls, config: Kvpipe) -> dict[str, str]:
-        return {"load_format": config.engine.load_format}
+    load_format: str = follows("engine.load_format")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

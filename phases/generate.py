@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any, Self, override
+from typing import Self, override
 
-from kvpipe.config.schema import Kvpipe, SamplingConfig, checked, one_of
+from kvpipe.config.schema import SamplingConfig, checked, one_of
 from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
@@ -12,7 +12,7 @@ from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, WANDB, WEIGHTS_LIVE, WEIGHTS_REAL
 from kvpipe.pipeline.ledger import PROGRAM, Size
 from kvpipe.pipeline.output import Output, different_output, not_empty, same_output, sha256
-from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase, follows
 from kvpipe.records.run import Check, check_equal
 
 REAL, ANY = "real", "any"
@@ -40,9 +40,9 @@ class Generate(WorkerPhase):
         log_text: send prompt and text to W&B as media and files.
     """
 
-    max_new_tokens: int
-    temperature: float
-    ignore_eos: bool
+    max_new_tokens: int = follows("sampling.max_new_tokens")
+    temperature: float = follows("sampling.temperature")
+    ignore_eos: bool = follows("sampling.ignore_eos")
     same_output_as: str | None = None
     aa_control: bool = False
     different_output_from: str | None = None
@@ -54,10 +54,6 @@ class Generate(WorkerPhase):
     on_failure = OnFailure.MAY_CONTINUE
 
     def __post_init__(self) -> None:
-        try:
-            _ = self.sampling  # refuses here what the engine would refuse after ten minutes
-        except InputError as error:
-            raise InputError(str(error).removeprefix("sampling.")) from None
         if self.aa_control and self.same_output_as is None:
             raise InputError("aa_control is true, but same_output_as names no step to compare with")
 
@@ -65,11 +61,6 @@ class Generate(WorkerPhase):
     def sampling(self) -> SamplingConfig:
         """The sampling parameters of this step."""
         return SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
-
-    @classmethod
-    @override
-    def defaults(cls, config: Kvpipe) -> dict[str, Any]:
-        return asdict(config.sampling)
 
     @override
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:

@@ -8,11 +8,7 @@ from kvpipe.errors import InputError
 
 
 def read_object(file: Traversable, where: str = "") -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Args:
-        file: the file.
-        where: its name in messages; empty is its path.
+    """Return the JSON object in a file, which messages call ``where`` or, without it, by its path.
 
     Raises:
         InputError: it cannot be read, or :func:`parse_object` refuses it.

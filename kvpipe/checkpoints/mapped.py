@@ -19,9 +19,7 @@ from kvpipe.errors import InputError
 class MappedFile(mmap.mmap):
     """A read-only mapped file that can also be read without touching the map.
 
-    Attributes:
-        path: path at the time of opening.
-        descriptor: descriptor of the mapped file, whichever file the path names by now.
+    ``descriptor`` is that of the mapped file, whichever file the ``path`` names by now.
     """
 
     path: Path
@@ -58,14 +56,11 @@ def let_go(array: NDArray[Any]) -> None:
 
 
 def blocks(array: NDArray[Any], nbytes: int) -> Iterator[NDArray[Any]]:
-    """Yield a contiguous array's values in one-dimensional blocks, in memory order.
+    """Yield a contiguous array's values in one-dimensional blocks of ``nbytes``, in memory order.
 
-    Blocks of a mapped file are read into one buffer, which each block overwrites: faulting pages
-    into the map and releasing them takes longer than copying.
-
-    Args:
-        array: the array; transposed or not.
-        nbytes: bytes of a block; the last one may be shorter.
+    The array may be transposed, and the last block shorter. Blocks of a mapped file are read into
+    one buffer, which each block overwrites: faulting pages into the map and releasing them takes
+    longer than copying.
 
     Raises:
         InputError: the file has become shorter.

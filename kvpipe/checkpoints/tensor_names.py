@@ -17,11 +17,8 @@ def differences(
 ) -> list[str]:
     """Return one text for each kind of difference, with the first names of each.
 
-    Args:
-        needed: the names that there must be.
-        given: the names that there are.
-        misshapen: a text for each tensor of another shape or type.
-        spare: names that may be given although they are not needed.
+    ``misshapen`` has a text for each tensor of another shape or type; ``spare`` names may be given
+    although they are not needed.
     """
     names, there = set(needed), set(given)
     missing = sorted(names - there)

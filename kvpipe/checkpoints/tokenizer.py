@@ -18,9 +18,7 @@ _FAST, _VOCABULARY, _MERGES, _PIECES = (
 def find_faults(directory: Path, vocab_size: int | None) -> Iterator[str]:
     """Yield everything that is wrong with the tokenizer of a model's directory.
 
-    Args:
-        directory: the directory.
-        vocab_size: rows of the model's embedding; None if unknown.
+    ``vocab_size`` is the number of rows of the model's embedding; None if unknown.
     """
     there = [name for name in (_FAST, _VOCABULARY, _PIECES) if (directory / name).is_file()]
     if there == [_VOCABULARY] and not (directory / _MERGES).is_file():

@@ -31,10 +31,7 @@ _COMP_LINE = "COMP_LINE"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb of a command line and return the exit code.
-
-    Args:
-        argv: the program's name, then the verb if there is one, then Hydra's arguments.
+    """Run the verb of a command line, after the program's name, and return the exit code.
 
     Raises:
         SystemExit: help was asked for, a flag is unknown, or a signal ended a job of a sweep.

@@ -237,9 +237,7 @@ def _records_file(run_dir: Path) -> JsonFile:
 def _record_refusal(error: Exception, composed: DictConfig | None) -> None:
     """Write the record of a sweep's job that was refused before anything started.
 
-    Args:
-        error: the refusal.
-        composed: the job's config; None if it must not be written.
+    Its config is written too, unless it is None because it must not be.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if composed is not None:

@@ -28,11 +28,9 @@ _NOT_ALL_CAME = "RegisterTask"
 
 
 def with_node_rank(plain: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return a config of several hosts with this host's rank, if the environment gives it.
+    """Return a config of several hosts with this host's rank, if :data:`RANK_VARIABLES` give it.
 
-    Args:
-        plain: the config as plain values; a rank that it has stays.
-        environ: the environment, which may hold the rank (:data:`RANK_VARIABLES`).
+    A rank that the config has stays.
     """
     engine = plain["engine"]
     name = _rank_variable(environ)
@@ -128,9 +126,8 @@ def _check_address(engine: EngineConfig) -> None:
 def who_ended(log: str, names: Sequence[str]) -> str | None:
     """Return which other host ended, according to jax's coordination service; None if unknown.
 
-    Args:
-        log: the end of the log of a worker that has ended.
-        names: host names by rank; empty before the hosts have joined.
+    ``log`` is the end of the log of a worker that has ended, ``names`` are the hosts' names by
+    rank, none before the hosts have joined.
     """
     line = next((line for line in reversed(log.splitlines()) if _ENDED_BY_SERVICE in line), None)
     if line is None:

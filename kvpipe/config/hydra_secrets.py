@@ -14,11 +14,7 @@ from kvpipe.system.secrets import known_secrets, refuse_secret, refuse_secrets
 
 
 class Refused(BaseException):
-    """Ends Hydra from a callback, whose exceptions it turns into warnings.
-
-    Attributes:
-        error: why.
-    """
+    """Ends Hydra from a callback, whose exceptions it turns into warnings; ``error`` says why."""
 
     def __init__(self, error: InputError) -> None:
         super().__init__(str(error))

@@ -53,10 +53,6 @@ def check_mesh(engine: EngineConfig) -> None:
 def jax_environment(engine: EngineConfig, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that the engine's process needs in addition to those it inherits.
 
-    Args:
-        engine: the engine's options.
-        environ: the inherited environment.
-
     Raises:
         InputError: JAX_PLATFORMS differs from ``engine.device``, or the mesh is impossible.
     """

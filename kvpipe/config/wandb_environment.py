@@ -37,11 +37,9 @@ def with_wandb_variables(plain: Mapping[str, Any], environ: Mapping[str, str]) -
 
 
 def variable_messages(tracking: TrackingConfig, environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield a message for each variable that fills a key, or is not read and differs from the config.
+    """Yield a message for each variable that fills a key, or that differs from the config unread.
 
-    Args:
-        tracking: the config, after :func:`with_wandb_variables`.
-        environ: the environment.
+    The config is one that :func:`with_wandb_variables` has completed.
     """
     for variable, key in _DECIDED.items():
         text, used = environ.get(variable), getattr(tracking, key)

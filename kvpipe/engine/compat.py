@@ -150,9 +150,6 @@ def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
     Defect: the attention kernel chooses its block sizes, and the engine its code paths, by
     ``jax.devices()``, even when they are lowered for other devices.
     For: 0.0.2, bd09a87, HEAD. Goes when they read the mesh that they are lowered for.
-
-    Args:
-        devices: the target's devices, as a topology describes them.
     """
     with replaced(jax, "devices", lambda *args, **kwargs: list(devices)):
         yield

@@ -102,11 +102,7 @@ def offload(engine: SglangEngine) -> tuple[Change, HostKv]:
 
 
 def restore(engine: SglangEngine, kept: HostKv) -> Change:
-    """Rebuild the cache and put what was offloaded back into its places.
-
-    Args:
-        engine: the engine that it was offloaded from.
-        kept: what :func:`offload` returned; the prefix tree refers to its rows.
+    """Rebuild the cache and put what :func:`offload` returned back into its places.
 
     Raises:
         EngineError: the cache is there, or was flushed meanwhile.

@@ -33,9 +33,8 @@ def pool_size(tokens: int, allocator: Any) -> int:
 def resize(engine: SglangEngine, tokens: int) -> None:
     """Set the capacity of a KV cache whose buffers are dropped; its shapes follow.
 
-    Args:
-        engine: the engine; call on its scheduler's thread, with no token in use.
-        tokens: the new capacity of each data-parallel rank, rounded down to whole pages.
+    For the scheduler's own thread, with no token in use. ``tokens`` are those of each data-parallel
+    rank, rounded down to whole pages.
 
     Raises:
         EngineError: the capacity cannot hold any request.

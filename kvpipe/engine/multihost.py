@@ -33,11 +33,7 @@ _END = "end"
 
 
 class HostFailed(KvpipeError):
-    """A host failed; the message, the same on each host, names it.
-
-    Attributes:
-        exit_code: that of the failure.
-    """
+    """A host failed; the message, the same on each host, names it, and the exit code is its own."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -75,9 +71,7 @@ _hosts = _Hosts()
 def join(config: EngineConfig, common: Mapping[str, Any]) -> Sequence[str]:
     """Join the other hosts, before jax first queries its devices; return the host names by rank.
 
-    Args:
-        config: number of hosts, rank of this one, and address of the coordinator.
-        common: values that must be equal on all hosts.
+    ``common`` are values, by config key, that must be equal on all hosts.
 
     Raises:
         HostFailed: one of the common values differs.
@@ -218,9 +212,7 @@ def total(count: int) -> int:
 def of_first(value: Any, check: Callable[[], None]) -> Any:
     """Broadcast the JSON value of rank 0; the values of the other hosts are ignored.
 
-    Args:
-        value: the value, read on rank 0 only.
-        check: called while this host waits; raises if this host has failed.
+    ``check`` is called while this host waits; it raises if this host has failed.
 
     Raises:
         HostFailed: rank 0 failed before it published the value.
@@ -290,9 +282,7 @@ def _wait(other: int, tag: str, check: Callable[[], None] = lambda: None) -> Any
 def _wait_for_end(other: int, failed: Mapping[str, Any] | None) -> Any:
     """Wait for another host's result at the end of the stage.
 
-    Args:
-        other: its rank.
-        failed: this host's own failure, which limits the wait; None for no limit.
+    A failure of this host limits the wait.
 
     Raises:
         HostFailed: this host failed, and the other did not complete the stage in time.

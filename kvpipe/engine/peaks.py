@@ -59,20 +59,12 @@ class PeakSampler:
         self._ticker.stop()
 
     def begin(self, before: Memory | None) -> None:
-        """Reset the samples at the start of a phase.
-
-        Args:
-            before: the measurement before the phase; None if there is none.
-        """
+        """Reset the samples at the start of a phase; ``before`` is the last measurement before it."""
         with self._lock:
             self._reset(before)
 
     def take(self, after: Memory) -> Peak:
-        """Return the peak since :meth:`begin`.
-
-        Args:
-            after: the measurement after the phase.
-        """
+        """Return the peak since :meth:`begin`; ``after`` is the measurement after the phase."""
         with self._lock:
             return _peak(self._before, self._seen, after, self._samples, self._error)
 

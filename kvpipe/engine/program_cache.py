@@ -23,12 +23,7 @@ def compiled(
 ) -> tuple[Program, ...]:
     """Return the engine's steps compiled for a TPU topology, from the cache if present.
 
-    Args:
-        config: how the engine will be started.
-        model_dir: directory with the model's config.json.
-        topology: chip and shape, e.g. ``v4:2x2x1``.
-        prompt_tokens: length of the prompt.
-        cache_dir: kvpipe's cache; the results are files in its ``programs`` directory.
+    The arguments are those of :func:`kvpipe.engine.aot.compile_steps`, and the cache's directory.
 
     Raises:
         CompileFinding: a step does not compile for the target; a failure is not cached.
@@ -48,13 +43,9 @@ def cached(
     cache_dir: Path,
     make: Callable[[], tuple[Program, ...]],
 ) -> tuple[Program, ...]:
-    """Return what ``make`` compiles, from the cache if present.
+    """Return what ``make`` compiles, from the cache if present; an exception from it is not cached.
 
-    Args:
-        content: the cache key, apart from the model's config and the package versions.
-        model_dir: directory with the model's config.json.
-        cache_dir: kvpipe's cache.
-        make: compiles the programs; an exception from it is not cached.
+    ``content`` is the cache key, apart from the model's config and the package versions.
     """
     model = json.loads((model_dir / "config.json").read_text("utf-8"))
     content = {**content, "model": model, "versions": _versions()}

@@ -224,13 +224,7 @@ def _constructed(engine_class: Any, arguments: Any) -> Any:
 
 
 def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> dict[str, Any]:
-    """Return the engine's arguments under the names of the installed version.
-
-    Args:
-        config: how to start it.
-        model_dir: directory of the model; made absolute, as the engine needs it.
-        accepted: the ServerArgs dataclass of the installed version.
-    """
+    """Return the engine's arguments under the names that the installed ``ServerArgs`` accepts."""
     of_engine = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_THE_ENGINE}
     later = "disable_jax_precompile" not in accepted.__dataclass_fields__
     path = str(model_dir.resolve())

@@ -48,8 +48,7 @@ class EngineShapes:
     def sizes(self, capacities: Collection[int] = ()) -> dict[PoolSize, PerDevice]:
         """Return the bytes per device of one set of parameters and of the KV cache.
 
-        Args:
-            capacities: further capacities of the KV cache, in tokens, to compute the bytes of.
+        ``capacities`` are further capacities of the KV cache, in tokens, to compute the bytes of.
 
         Raises:
             InputError: the engine cannot have such a capacity, or such a mesh.
@@ -81,12 +80,7 @@ class EngineShapes:
 
 
 def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
-    """Return the engine's shapes on jax's current devices.
-
-    Args:
-        config: how the engine will be started.
-        model_dir: directory with the model's config.json.
-    """
+    """Return the engine's shapes on jax's current devices."""
     mesh = compat.device_mesh(config.tp_size or jax.device_count() // config.dp_size)
     return of_mesh(config, model_dir, mesh, config.device)
 

@@ -46,11 +46,7 @@ def source_shapes(
 
 
 def check(engine: SglangEngine, given: Mapping[str, HostArray]) -> None:
-    """Refuse host weights that the tree to train cannot begin with.
-
-    Args:
-        engine: the engine.
-        given: arrays by Hugging Face name, in Hugging Face layout.
+    """Refuse host weights, named and laid out as in a checkpoint, that a trainer cannot begin with.
 
     Raises:
         EngineError: they are not complete, not of the engine's shapes or not finite.
@@ -112,10 +108,7 @@ def lowered(
 ) -> dict[str, jax.stages.Lowered]:
     """Return the programs of a sync by the name of the first parameter that each is for.
 
-    Args:
-        leaves: the checkpoint tensor behind each of the engine's parameters, by path.
-        blueprint: required shape, dtype and sharding of each, by path.
-        trained: shape, dtype and sharding of each trained parameter, by Hugging Face name.
+    ``leaves`` and ``blueprint`` are by the engine's path, ``trained`` is by Hugging Face name.
     """
     kinds: dict[Any, jax.stages.Lowered] = {}
     names = {}

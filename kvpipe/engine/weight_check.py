@@ -57,10 +57,7 @@ def check_shapes(
 ) -> None:
     """Refuse weights, on the host or on the devices, that are incomplete or of wrong shapes.
 
-    Args:
-        leaves: the checkpoint tensor behind each parameter, by path.
-        blueprint: required shape, dtype and sharding of each parameter, by path.
-        weights: arrays by Hugging Face name, in Hugging Face layout.
+    The arguments are those of :func:`check_weights`.
 
     Raises:
         WeightsError: naming every weight that is missing, unexpected, misshapen or not a float.

@@ -119,11 +119,9 @@ def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
 
 
 def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
-    """Return the checkpoint tensor behind each parameter, by path.
+    """Return the checkpoint tensor behind each parameter of a model runner, by path.
 
-    Args:
-        runner: the engine's model runner; its model may hold shapes only.
-        shapes: shape of each of its parameters, by path.
+    The runner's model may hold shapes only; ``shapes`` are those of its parameters, by path.
 
     Raises:
         EngineError: the model has a parameter that its mapping does not name.

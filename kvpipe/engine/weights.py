@@ -47,11 +47,7 @@ def live_bytes(engine: SglangEngine) -> int:
 
 
 def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
-    """Place ``weights`` on the devices as a new parameter set; the engine keeps its own.
-
-    Args:
-        engine: the engine that the set is for.
-        weights: arrays by Hugging Face name, in Hugging Face layout.
+    """Place host weights on the devices as a new parameter set; the engine keeps its own.
 
     Raises:
         EngineError: the weights are not complete, not of the engine's shapes or not finite, or the
@@ -83,14 +79,11 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
 
 
 def stream(engine: SglangEngine, weights: HfWeights) -> Change:
-    """Replace the engine's parameters by ``weights`` leaf by leaf, and flush its prefix cache.
+    """Replace the engine's parameters by host weights leaf by leaf, and flush its prefix cache.
 
     Each old leaf is freed before its successor is placed, so the devices never hold more than one
-    set; of ``weights``, mapped files are read a few leaves at a time and released.
-
-    Args:
-        engine: the engine; its weights may be dropped or offloaded.
-        weights: arrays by Hugging Face name, in Hugging Face layout.
+    set; mapped files are read a few leaves at a time and released. The engine's weights may be
+    dropped or offloaded.
 
     Raises:
         EngineError: the weights are not complete, not of the engine's shapes or not finite, or the
@@ -158,12 +151,7 @@ def drop(engine: SglangEngine) -> Change:
 def release(engine: SglangEngine | None, sets: Iterable[Mapping[str, jax.Array]]) -> int:
     """Delete the arrays of parameter sets, except those that the engine computes with.
 
-    Args:
-        engine: the engine, if there is one.
-        sets: the parameter sets.
-
-    Returns:
-        The bytes of the deleted arrays over all devices.
+    Return the bytes of the deleted arrays over all devices.
     """
     in_use = {id(array) for array in parameters(engine).values()} if engine else set()
     own = [a for arrays in sets for a in arrays.values() if id(a) not in in_use]

@@ -30,12 +30,9 @@ _PACKAGES = ("kvpipe", "phases", "conf")
 
 @dataclass(frozen=True)
 class Revision:
-    """The files of one side, and how to plan them.
+    """One side: its name, e.g. ``origin/main (1a2b3c4)``, its folder, and how to plan it.
 
-    Attributes:
-        name: its name, e.g. ``origin/main (1a2b3c4)``.
-        root: folder with kvpipe, phases and conf.
-        arguments: overrides and flags of its plans.
+    The folder has kvpipe, phases and conf; the arguments are overrides and flags of its plans.
     """
 
     name: str
@@ -90,11 +87,8 @@ def sides(
 ) -> tuple[Revision, Revision]:
     """Return the files before and after the change.
 
-    Args:
-        config: which revisions and overrides.
-        overrides: overrides of both sides.
-        config_dir: directory of further configs of both sides.
-        scratch: folder to unpack revisions in.
+    Both sides have the same overrides and directory of further configs, but the overrides that
+    ``config`` has for the side after the change. Revisions are unpacked in ``scratch``.
 
     Raises:
         InputError: this is no git repository, or it has no such revision of kvpipe.
@@ -114,12 +108,7 @@ def sides(
 def changes(
     before: Revision, after: Revision, experiments: Sequence[str] | None
 ) -> list[PlanChange]:
-    """Return the change of each experiment; both sides are planned at the same time.
-
-    Args:
-        before: the one side.
-        after: the other.
-        experiments: names; None for all of both sides.
+    """Return the change of each named experiment, or of all; both sides are planned in parallel.
 
     Raises:
         InputError: one of them cannot be planned.

@@ -20,11 +20,8 @@ def owned(
 ) -> Iterator[None]:
     """Hold the directory; several hosts of one run share it, each with files of its own.
 
-    Args:
-        run_dir: the directory.
-        engine: says which host this is.
-        overwrite: allow a directory that has the records of an earlier run.
-        tell: writes a message for the person at the terminal.
+    With ``overwrite`` it may have the records of an earlier run. ``tell`` writes a message for the
+    person at the terminal.
 
     Raises:
         InUse: another run holds it, or an earlier run has left its records there.

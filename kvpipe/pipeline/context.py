@@ -109,10 +109,7 @@ class WorkerContext:
         return _present(self.outputs.get(step), failed)
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
-        """Return weights by Hugging Face name, in Hugging Face layout.
-
-        Args:
-            source: name of a host tree; None is the model's files.
+        """Return a host tree's weights, else those of the model's files, as Hugging Face has them.
 
         Raises:
             InputError: the checkpoint is missing or damaged.
@@ -133,11 +130,9 @@ def _present[T](value: T | None, if_missing: str) -> T:
 
 @dataclass(frozen=True)
 class ParentContext:
-    """State that the phases of the parent share.
+    """The config that runs, and how to begin the W&B run.
 
-    Attributes:
-        config: the config that runs.
-        start_tracking: begin the W&B run; returns its name and where it writes.
+    ``start_tracking`` returns the run's name and where it writes.
     """
 
     config: Kvpipe

@@ -28,12 +28,7 @@ def cycle_of(step: str) -> int:
 
 @dataclass(frozen=True)
 class Cycle:
-    """A cycle of the repeated stretch.
-
-    Attributes:
-        number: from 1.
-        steps: the steps of the stretch, by their names in the first cycle.
-    """
+    """A cycle, from 1, of the repeated steps, which have their names in the first cycle."""
 
     number: int
     steps: frozenset[str]

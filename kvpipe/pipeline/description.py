@@ -23,12 +23,8 @@ _ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 class Option:
     """An option of a phase.
 
-    Attributes:
-        name: its key below ``phases.<step>``.
-        type: its type as YAML has it, e.g. ``int`` or ``str or null``.
-        required: whether a step must give it.
-        default: what it is if a step does not give it; None if it is required.
-        meaning: what it is, with its unit.
+    ``type`` is its type as YAML has it, e.g. ``str or null``; ``default`` is None if a step must
+    give it; ``meaning`` is what its docstring says, with the unit.
     """
 
     name: str

@@ -43,11 +43,7 @@ TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENT
 
 @dataclass(frozen=True)
 class KvTokens:
-    """Size of a KV cache whose capacity is not ``engine.max_total_tokens``.
-
-    Attributes:
-        tokens: its capacity; the engine allocates whole pages of it.
-    """
+    """Size of a KV cache with a capacity of its own, in tokens; the engine allocates whole pages."""
 
     tokens: int
 

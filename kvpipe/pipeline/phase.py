@@ -7,9 +7,10 @@ Phases never name each other: they meet through facts (:mod:`kvpipe.pipeline.fac
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Self, cast, dataclass_transform
+from operator import attrgetter
+from typing import Any, ClassVar, Self, cast, dataclass_transform, get_type_hints
 
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline.context import ParentContext, WorkerContext
@@ -17,6 +18,14 @@ from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import meaning
 from kvpipe.pipeline.ledger import Change, PoolSize
 from kvpipe.records.run import Check, check_equal
+from kvpipe.suggest import nearest
+
+_KEYS = {
+    f"{section}.{each.name}": each
+    for section, cls in get_type_hints(Kvpipe).items()
+    if is_dataclass(cls)
+    for each in fields(cls)
+}
 
 
 class OnFailure(StrEnum):
@@ -97,17 +106,19 @@ def freed(check: str, change: Change, group: str | None = None) -> Result:
 def grown(check: str, change: Change, *others: Check, group: str | None = None) -> Result:
     """Return the result of a verb that placed arrays: exactly their bytes must have been added.
 
-    The bytes of arrays that they replaced are subtracted.
-
-    Args:
-        check: name of the check.
-        change: what the verb returned; the record gets its fields.
-        others: more checks.
-        group: key of the record that holds the fields; None puts them into the record itself.
+    The bytes of arrays that they replaced are subtracted. The arguments are those of :func:`freed`,
+    and more checks.
     """
     fields = {group: change.fields} if group else change.fields
     added = change.nbytes - change.replaced_bytes
     return Result(fields, (check_equal(check, added, change.changed_bytes), *others))
+
+
+def follows(key: str) -> Any:
+    """Return an option whose default and check are those of a config key, e.g. ``engine.dtype``."""
+    if key not in _KEYS:
+        raise ValueError(f"there is no config key {key!r}; {nearest(key, _KEYS)}")
+    return field(metadata={**_KEYS[key].metadata, "follows": key})
 
 
 @dataclass_transform(frozen_default=True)
@@ -142,16 +153,12 @@ class Phase(_Frozen):
 
     @classmethod
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:
-        """Return the option values that come from elsewhere in the config; a step overrides them."""
-        return {}
+        """Return the values of the options that follow the config; a step overrides them."""
+        keys = {each.name: each.metadata.get("follows") for each in fields(cls)}
+        return {name: attrgetter(key)(config) for name, key in keys.items() if key}
 
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        """Return the phase as it is in a later cycle of repeated steps.
-
-        Args:
-            first: the step's name in the first cycle.
-            cycle: the later cycle.
-        """
+        """Return the phase as it is in a later cycle; ``first`` is its name in the first one."""
         return self
 
     def effect_given(self, before: frozenset[str]) -> Effect:

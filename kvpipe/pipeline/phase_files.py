@@ -23,7 +23,7 @@ from kvpipe.system import places
 
 _MODULE = "kvpipe_phase_"
 _BASES = (WorkerPhase, ParentPhase)
-_METHODS = ("run", "effect_given", "defaults", "in_later_cycle")
+_METHODS = ("run", "effect_given", "in_later_cycle")
 _OPTION_TYPES = (bool, int, float, str)
 
 

@@ -67,11 +67,7 @@ def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
     """Return the bytes that a step needs on a device while it runs.
 
     A step that names the programs it runs needs the temporaries of these; any other may run the
-    engine's steps.
-
-    Args:
-        effect: what the step declares.
-        programs: what has been compiled for the target.
+    engine's steps. ``programs`` have been compiled for the target.
     """
     runs = effect.runs
     sizes = [

@@ -83,13 +83,7 @@ def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
 def plan_ledgers(
     planned: Sequence[PlannedStep], sizes: Mapping[PoolSize, PerDevice], devices: int
 ) -> tuple[Ledger, ...]:
-    """Return the ledger after each step.
-
-    Args:
-        planned: the checked steps.
-        sizes: bytes on each device for each size that a pool can have.
-        devices: number of devices of the mesh.
-    """
+    """Return the ledger after each step, given the bytes on each device for each size of a pool."""
     nothing: PerDevice = (0,) * devices
     ledgers = []
     for item in planned:

@@ -42,13 +42,7 @@ _TYPE = re.compile(r"(v\w+)-(\d+)")
 
 @dataclass(frozen=True)
 class Target:
-    """A machine to plan for.
-
-    Attributes:
-        name: ``cpu``, or chip and topology, e.g. ``v4:2x2x1``.
-        devices: number of devices.
-        hbm_bytes: bytes of memory that one device has.
-    """
+    """A machine to plan for: ``cpu`` or chip and topology, its devices, and the memory of each."""
 
     name: str
     devices: int
@@ -58,11 +52,9 @@ class Target:
 def find_target(name: str | None, engine: EngineConfig) -> Target:
     """Return the machine to plan for.
 
-    Args:
-        name: ``cpu`` for this host, a chip and its topology, e.g. ``v5e:2x2x1``, or an accelerator
-            type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and :data:`DEFAULT_TPU`
-            for ``tpu``.
-        engine: its mesh must cover all devices.
+    Its name is ``cpu`` for this host, a chip and its topology, e.g. ``v5e:2x2x1``, or an
+    accelerator type, e.g. ``v4-32``; None is ``cpu`` for ``engine.device=cpu`` and
+    :data:`DEFAULT_TPU` for ``tpu``.
 
     Raises:
         InputError: there is no such target, or tp × dp is not its number of devices.

@@ -53,11 +53,8 @@ class Progress:
 class Activity:
     """An activity in progress.
 
-    Attributes:
-        name: ``loading`` or ``generating``.
-        total: amount in total, by unit.
-        read: returns the completed amount, by unit; called from another thread.
-        began: monotonic time of its beginning, in seconds.
+    ``read`` returns the completed part of ``total``, by unit; it is called from another thread.
+    ``began`` is monotonic.
     """
 
     name: str

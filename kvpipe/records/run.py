@@ -346,12 +346,7 @@ Record = RunStarted | RunPlanned | PhaseRecord | RunFinished
 
 
 def record_from_json(data: Mapping[str, Any], line: str | None = None) -> Record:
-    """Return the record of any kind whose JSON object is ``data``.
-
-    Args:
-        data: the object of one line of ``records.jsonl``.
-        line: that line, which the record then keeps.
-    """
+    """Return the record of any kind whose JSON object is ``data``; it keeps ``line``, if given."""
     kinds = {kind.tag: kind for kind in (RunStarted, RunPlanned, RunFinished)}
     record = kinds.get(data["phase"], PhaseRecord).from_json(data)
     if line is not None:

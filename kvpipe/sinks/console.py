@@ -65,11 +65,7 @@ _COLUMNS = (
 
 
 class ConsoleTable(Sink):
-    """Shows the run at a terminal.
-
-    Args:
-        console: the console; None is stdout.
-    """
+    """Shows the run at a terminal, by default on stdout."""
 
     # Whoever pauses a terminal means to.
     limited = False

@@ -11,13 +11,10 @@ from kvpipe.sinks.jsonl import save_lines
 
 
 class FailedRecords(Collector):
-    """Print which host this is, and write the records of a failed run.
+    """Print which host this is, and write the records of a failed run to a file.
 
-    Rank 0 writes the records of every run. If that host is lost, these records remain.
-
-    Args:
-        path: the records file; overwritten, or not touched at all.
-        stream: text stream for people.
+    Rank 0 writes the records of every run. If that host is lost, these records remain. If the run
+    passes, the file is not touched.
     """
 
     def __init__(self, path: Path, stream: TextIO) -> None:

@@ -12,14 +12,10 @@ TIMELINE_FILE = "timeline.png"
 
 
 class ReportFile(Collector):
-    """Writes a file of a run's report once the run has ended.
+    """Writes a file of a run's report, by :func:`write_timeline` or :func:`write_page`, at the end.
 
     The picture comes before W&B, which logs it; the page after W&B, so that it shows a failure of
     W&B.
-
-    Args:
-        run_dir: directory of the run.
-        write: :func:`write_timeline` or :func:`write_page`.
     """
 
     @property

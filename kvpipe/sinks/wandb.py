@@ -67,10 +67,7 @@ _OF_A_RUN = (
 class WandbSink(Sink):
     """Logs the records of a run to W&B, in ``run_dir/wandb``.
 
-    Args:
-        tracking: mode, names and limits.
-        run_dir: directory of the run.
-        api_key: the W&B API key, required for ``online``; passed to wandb and nowhere else.
+    The API key, required for ``online``, is passed to wandb and nowhere else.
     """
 
     # Its limits are those of ``tracking``.
@@ -458,8 +455,7 @@ def _base_url() -> str:
 def _stop_service(stuck: bool = False) -> None:
     """Stop W&B's service after a failure, so that this process's next run gets a new one.
 
-    Args:
-        stuck: kill it at once; without this it may write what it has.
+    Unless it is stuck, it may first write what it has.
     """
     import wandb
 

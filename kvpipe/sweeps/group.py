@@ -8,13 +8,9 @@ _TAG_CHARS = 64  # W&B's limit
 
 
 def grouped(plain: Mapping[str, Any], sweep_dir: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a job's config with its tags and, unless it has a group, the sweep's.
+    """Return a job's config with its overrides as tags, and in the sweep's group if it has none.
 
-    Args:
-        plain: the job's config.
-        sweep_dir: directory of the sweep; its last part is the group's name.
-        overrides: the job's overrides; one that is too long for a tag is left out, because the
-            config has it anyway.
+    An override that is too long for a tag is left out, because the config has it anyway.
     """
     tracking = dict(plain["tracking"])
     tracking["group"] = tracking["group"] or Path(sweep_dir).name

@@ -91,13 +91,9 @@ class NoteSweep(Callback):
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a sweep.
+    """A job of a sweep: its number from 0, its overrides, the command line that repeats it alone.
 
-    Attributes:
-        number: from 0.
-        overrides: its overrides.
-        directory: directory of its records, if it has begun.
-        command: the command line that repeats it alone.
+    Its directory has its records, if it has begun.
     """
 
     number: int

@@ -49,9 +49,6 @@ def jobs(tell: Callable[[str], None]) -> Iterator[None]:
 
     A missing result or Ctrl-C is not an error here: all jobs have ended, and their records say how.
 
-    Args:
-        tell: writes a message for the person at the terminal.
-
     Raises:
         InputError: SLURM accepted none.
     """

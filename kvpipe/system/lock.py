@@ -31,9 +31,7 @@ def cannot_write(key: str, directory: Path, error: OSError) -> InputError:
 class Lock:
     """An exclusive lock; its file names the process that holds it, and is removed with it.
 
-    Args:
-        path: the file.
-        key: the config key that chose its directory, for messages.
+    Messages name the config key that chose the file's directory.
     """
 
     def __init__(self, path: Path, key: str) -> None:

@@ -23,12 +23,7 @@ def compiled(
 ) -> tuple[Program, ...]:
     """Return the trainer's programs compiled for a TPU topology, from the cache if present.
 
-    Args:
-        engine: how the engine will be started.
-        config: dtypes and optimizer of the trainer.
-        model_dir: directory with the model's config.json.
-        topology: chip and shape, e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
-        cache_dir: kvpipe's cache.
+    The topology is e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
 
     Raises:
         CompileFinding: a program does not compile for the target; a failure is not cached.

@@ -54,13 +54,7 @@ def optimizer(config: TrainerConfig) -> optax.GradientTransformation:
 
 
 def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerConfig) -> Layout:
-    """Return the layout of a trainer of these parameters.
-
-    Args:
-        shapes: shape of each parameter, by name.
-        mesh: the engine's devices, which the trainer shares.
-        config: dtypes and optimizer.
-    """
+    """Return the layout of a trainer on the engine's mesh, given its parameters' shapes by name."""
     # XLA chooses the shardings within the step, so the axes are Auto, not Explicit as in later
     # engines.
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)

@@ -73,8 +73,7 @@ class Trainer:
     def start(self, weights: Mapping[str, HostArray]) -> Change:
         """Place the parameters, cast to the trainer's dtype; gradients and moments are zeros.
 
-        Args:
-            weights: at least the arrays of its parameters, by Hugging Face name.
+        ``weights`` has at least the arrays of its parameters, by Hugging Face name.
         """
         before = memory.total_in_use()
         for name, like in self._layout.params.items():

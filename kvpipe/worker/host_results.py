@@ -29,12 +29,7 @@ class HostResult:
 
 
 def merge(results: Sequence[HostResult], labels: Sequence[str]) -> HostResult:
-    """Merge all hosts' results: rank 0's, with every host's devices and failed checks.
-
-    Args:
-        results: each host's result, by rank.
-        labels: the hosts' names in messages.
-    """
+    """Merge the hosts' results, by rank: rank 0's, with every host's devices and failed checks."""
     first, *others = results
     if not others:
         return first

@@ -46,13 +46,9 @@ class CheckFailed(KvpipeError):
 
 @dataclass(frozen=True)
 class Job:
-    """A step that the worker runs.
+    """A step that the worker runs: its position, its phase file, and the planned ledger after it.
 
-    Attributes:
-        idx: position in the pipeline, from 0.
-        use: name of the phase file.
-        phase: the step.
-        planned: the planned ledger after it; None once a failure has invalidated the plan.
+    No ledger is planned once a failure has invalidated the plan.
     """
 
     idx: int
@@ -88,11 +84,7 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
     end. Several hosts exchange their results at the end of each step, so all take the same
     decision.
 
-    Args:
-        jobs: the steps.
-        ctx: their common context.
-        callbacks: callbacks for starts and records.
-        run_began: ``time.monotonic()`` when the run began, for the elapsed time.
+    Elapsed times count from ``run_began``, of ``time.monotonic()``.
     """
     ending = Ending()
     stopped = False
@@ -243,14 +235,7 @@ class _Loop:
     def record(
         self, job: Job, own: _Attempt, host_results: Sequence[HostResult], error: KvpipeError | None
     ) -> PhaseRecord:
-        """Return the record of a step over all hosts, compared with the plan.
-
-        Args:
-            job: the step.
-            own: this host's result.
-            host_results: each host's measurements and checks.
-            error: why it failed; None if it failed on no host.
-        """
+        """Return the record of a step over all hosts, compared with the plan if no host failed."""
         labels = [multihost.label(host) for host in range(len(host_results))]
         whole = merge(host_results, labels)
         self.engine_lives = whole.engine_lives

@@ -13,12 +13,7 @@ from kvpipe.system.process_memory import process_memory
 
 @dataclass(frozen=True)
 class Measurement:
-    """Memory after a phase.
-
-    Attributes:
-        memory: for the record.
-        ledger: bytes per device, by pool; None before jax runs.
-    """
+    """Memory after a phase, for the record, and the ledger, which is None before jax runs."""
 
     memory: Memory
     ledger: Ledger | None
@@ -27,9 +22,7 @@ class Measurement:
 def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     """Measure the devices and this process.
 
-    Args:
-        ctx: the run's engine and slots.
-        settle: wait until the engine is idle; false after a failure, when it may never be.
+    With ``settle`` wait until the engine is idle; after a failure it may never be.
 
     Raises:
         EngineError: the engine failed or stayed busy, with ``settle``.

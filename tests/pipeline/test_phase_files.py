@@ -77,11 +77,13 @@ REFUSED = {
         ", line 4: class Own: effect_given has to accept (self, before): too many positional "
         "arguments",
     ),
-    "defaults that is no class method": (
+    "an option that follows no key": (
         own(
-            f"    effect = Effect()\n\n    def defaults(self, config):\n        return {{}}\n{RUN}"
+            f"    effect = Effect()\n    many: int = follows('sampling.max_tokens')\n{RUN}",
+            HEAD.replace("ParentPhase", "follows"),
         ),
-        ", line 4: class Own: defaults has to accept (config): missing a required argument: 'config'",
+        ", line 6: ValueError: there is no config key 'sampling.max_tokens'; did you mean "
+        "'sampling.max_new_tokens' or 'engine.max_total_tokens' or 'engine.max_prefill_tokens'?",
     ),
     "no effect": (
         own(RUN),
@@ -124,13 +126,6 @@ REFUSED = {
     "raises when it is made": (
         own(f"    effect = Effect()\n\n    def __post_init__(self):\n        None.x\n{RUN}"),
         ", line 8: AttributeError: 'NoneType' object has no attribute 'x'",
-    ),
-    "raises for its defaults": (
-        own(
-            "    effect = Effect()\n\n    @classmethod\n    def defaults(cls, config):\n"
-            f"        return config.nosuch\n{RUN}"
-        ),
-        ", line 9: AttributeError: 'Kvpipe' object has no attribute 'nosuch'",
     ),
     "raises for its effect": (
         own(f"    def effect_given(self, before):\n        return 1 / 0\n{RUN}"),
