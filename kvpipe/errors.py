@@ -120,12 +120,9 @@ class Ending:
 
 
 def ending_of(error: BaseException, step: str | None = None) -> Ending:
-    """Return the ending that an error means: its exit code and its message.
+    """Return the ending that an error of any class means: its exit code and its message.
 
-    Args:
-        error: the error, of any class; one that kvpipe did not raise on purpose is a defect, unless
-            it reports a failed allocation.
-        step: the step that failed.
+    One that kvpipe did not raise on purpose is a defect, unless it reports a failed allocation.
     """
     kind = type(error).__name__
     on_purpose = isinstance(error, KvpipeError | Interrupted)

@@ -104,11 +104,7 @@ class Generate(WorkerPhase):
         return Result(fields, checks)
 
     def checks(self, ctx: WorkerContext, output: Output) -> Iterator[Check]:
-        """Yield the check that ``output`` is not empty, then its comparisons with earlier ones.
-
-        Raises:
-            PhaseError: an earlier step has no output, because it failed.
-        """
+        """Yield the check that ``output`` is not empty, then its comparisons with earlier ones."""
         yield not_empty(output)
         if (step := self.same_output_as) is not None:
             name = "aa_control" if self.aa_control else "same_output"

@@ -50,11 +50,7 @@ def count_with(tokenizer: Any, prompt: str) -> int:
 
 
 def _ids(directory: Path) -> Iterator[int]:
-    """Yield the token ids of the files that there are.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
+    """Yield the token ids of the files that there are."""
     if (file := directory / _FAST).is_file():
         yield from _load(file).get_vocab(with_added_tokens=True).values()
     elif (file := directory / _VOCABULARY).is_file():

@@ -51,15 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass
 class Task:
-    """Callback for each config that Hydra composes: once, or once per job of a sweep.
+    """Callback for each config that Hydra composes: it runs a verb once, or for each job of a sweep.
 
     A launcher may call a copy of it in another process, so a sweep is summarised from records;
     ``codes`` covers this process only.
-
-    Attributes:
-        verb: the verb to run with the config.
-        paths: paths for the verb, if it reads any.
-        codes: the exit codes so far.
     """
 
     verb: str
@@ -146,11 +141,7 @@ def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
 
 
 def _sweep_finished(verb: str) -> SweepFinished | None:
-    """Write and show the summary of a sweep; None if there was no sweep, or no job started.
-
-    Raises:
-        KvpipeError: it cannot be written.
-    """
+    """Write and show the summary of a sweep; None if there was no sweep, or no job started."""
     begun = NoteSweep.begun
     if verb != RUN or begun is None or not is_sweep(begun.directory):
         return None

@@ -28,9 +28,6 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     """Return the steps after every input check that needs no jax.
 
     With ``whole`` the model's directory must have all that a run needs.
-
-    Raises:
-        InputError: a check failed.
     """
     planned = ordered_steps(config)
     check_inputs(config, planned, whole=whole)
@@ -38,11 +35,7 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
 
 
 def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
-    """Return the steps with their effects, after the checks that need no file of the model.
-
-    Raises:
-        InputError: a check failed.
-    """
+    """Return the steps with their effects, after the checks that need no file of the model."""
     planned = check_order(build_steps(config))
     check_mesh(config.engine)
     check_hosts(config)

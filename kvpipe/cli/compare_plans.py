@@ -38,6 +38,5 @@ def act(composed: DictConfig) -> int:
 
 
 def _common_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides common to both sides of a comparison."""
     own = ("compare_plans.", "experiment=")
     return [text for text in overrides if not text.lstrip("+~").startswith(own)]

@@ -36,11 +36,7 @@ def act(composed: DictConfig, paths: Sequence[Path]) -> int:
 
 
 def _report_folder(config: Kvpipe, own: Path) -> Path:
-    """Return the directory of a report: the configured one, else ``own``.
-
-    Raises:
-        InputError: there is no such directory.
-    """
+    """Return the directory of a report: the configured one, else ``own``."""
     folder = Path(config.report.dir) if config.report.dir else own
     if not folder.is_dir():
         raise InputError(f"report.dir: there is no directory {folder}")

@@ -105,11 +105,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
 
 
 def _write_config(composed: DictConfig, run_dir: Path) -> None:
-    """Write the composed config as Hydra does, but only once the run owns its directory.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write the composed config as Hydra does, but only once the run owns its directory."""
     hydra_config: Any = HydraConfig.instance().cfg
     parts = {
         "config.yaml": composed,
@@ -141,11 +137,7 @@ def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -
 
 @contextmanager
 def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
-    """Yield the receivers of the records: all sinks on rank 0, only failed records on other hosts.
-
-    Raises:
-        InputError: the records file cannot be created.
-    """
+    """Yield the receivers of the records: all sinks on rank 0, elsewhere those of a failed run."""
     if not is_first(config.engine):
         yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
         return
@@ -166,11 +158,7 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
 
 
 def _refuse_hosts_in_a_sweep(config: Kvpipe) -> None:
-    """Refuse a job over several hosts, because ranks after 0 write no records for the sweep.
-
-    Raises:
-        InputError: the job runs on several hosts.
-    """
+    """Refuse a job over several hosts, because ranks after 0 write no records for the sweep."""
     if config.engine.nnodes > 1:
         raise InputError(
             f"engine.nnodes is {config.engine.nnodes}, but a sweep's jobs run on one host each; "
@@ -199,7 +187,6 @@ def _taken_over(started: RunStarted, run_dir: Path) -> bool:
 
 
 def _is_job() -> bool:
-    """Whether this run is a job of a sweep."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
@@ -207,9 +194,6 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
     """Refuse a config that contains a secret, and remove the copies that Hydra has written.
 
     Hydra's callback sees a sweep's jobs only by their overrides, not by the files that they choose.
-
-    Raises:
-        InputError: it contains one.
     """
     try:
         refuse_secrets(plain, redactor(os.environ, _api_key(plain)))
@@ -223,11 +207,6 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
 
 
 def _records_file(run_dir: Path) -> JsonFile:
-    """Return the records file.
-
-    Raises:
-        InputError: it cannot be created.
-    """
     try:
         return JsonFile(run_dir / RECORDS_FILE)
     except OSError as error:

@@ -67,16 +67,11 @@ def _rank_variable(environ: Mapping[str, str]) -> str | None:
 
 
 def _is_rank(text: str, nnodes: int) -> bool:
-    """Whether a text is a rank among several hosts."""
     return nnodes > 1 and text.isdecimal() and int(text) < nnodes
 
 
 def check_hosts(config: Kvpipe) -> None:
-    """Refuse inconsistent host options, as far as the config alone shows.
-
-    Raises:
-        InputError: with the key.
-    """
+    """Refuse inconsistent host options, as far as the config alone shows."""
     engine = config.engine
     if engine.node_rank is not None and engine.node_rank >= engine.nnodes:
         raise InputError(

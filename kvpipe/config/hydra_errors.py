@@ -63,12 +63,9 @@ def one_message(error: Exception) -> str:
 def uncaught(error: Exception, arguments: Sequence[str]) -> str | None:
     """Return the message for an error of Hydra's or OmegaConf's own that names no key.
 
-    Two mistakes end in one: a value that cannot be the name of a file of a group, and a key below a
-    section that is null, which OmegaConf 2.3 cannot fill from the command line.
-
-    Args:
-        error: an error other than :data:`COMPOSITION_ERRORS`, from before any job.
-        arguments: the command line; flags and their values are passed over.
+    It is none of :data:`COMPOSITION_ERRORS`, and from before any job. Two mistakes end in one: a
+    value that cannot be the name of a file of a group, and a key below a section that is null,
+    which OmegaConf 2.3 cannot fill from the command line.
     """
     given = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     overrides = OverridesParser.create().parse_overrides(given)

@@ -46,11 +46,8 @@ def compile_steps(
 ) -> tuple[Program, ...]:
     """Compile the prefill of one prompt and the decode of one request for a TPU topology.
 
-    Args:
-        config: how the engine will be started.
-        model_dir: directory with the model's config.json.
-        topology: chip and shape, e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
-        prompt_tokens: length of the prompt; the engine pads it to one of its paddings.
+    The topology is e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices. The engine
+    pads the length of the prompt to one of its paddings.
 
     Raises:
         CompileFinding: a step does not compile for the target.

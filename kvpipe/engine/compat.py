@@ -143,28 +143,24 @@ def bit_width_of_dtypes() -> None:
         dtypes.bit_width = dtypes.itemsize_bits  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@contextmanager
-def kernel_sees(devices: Sequence[Any]) -> Iterator[None]:
+def kernel_sees(devices: Sequence[Any]) -> AbstractContextManager[None]:
     """Make ``jax.devices()`` return ``devices`` while the engine's code is traced.
 
     Defect: the attention kernel chooses its block sizes, and the engine its code paths, by
     ``jax.devices()``, even when they are lowered for other devices.
     For: 0.0.2, bd09a87, HEAD. Goes when they read the mesh that they are lowered for.
     """
-    with replaced(jax, "devices", lambda *args, **kwargs: list(devices)):
-        yield
+    return replaced(jax, "devices", lambda *args, **kwargs: list(devices))
 
 
-@contextmanager
-def failure_signals_stay_here() -> Iterator[None]:
+def failure_signals_stay_here() -> AbstractContextManager[None]:
     """Make psutil report this process as its own parent to the threads that the engine starts.
 
     Defect: a thread that fails sends SIGQUIT to the parent of its process, even when the engine
     runs in a single process; that parent is the user's shell or the run's supervisor.
     For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
     """
-    with replaced(psutil.Process, "parent", lambda self: self):
-        yield
+    return replaced(psutil.Process, "parent", lambda self: self)
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
@@ -179,16 +175,14 @@ def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
     engine.kill_process_tree = lambda *args, **kwargs: on_kill()
 
 
-@contextmanager
-def starts_no_second_runtime() -> Iterator[None]:
+def starts_no_second_runtime() -> AbstractContextManager[None]:
     """Turn the scheduler's start of jax's distributed runtime into a no-op: kvpipe has started it.
 
     Defect: the scheduler always starts the runtime itself, so no engine can start in a process that
     has already queried jax's devices or started the runtime with its own timeouts.
     For: 0.0.2, bd09a87, HEAD. Goes when the engine accepts a runtime that is already running.
     """
-    with replaced(jax.distributed, "initialize", lambda *args, **kwargs: None):
-        yield
+    return replaced(jax.distributed, "initialize", lambda *args, **kwargs: None)
 
 
 @contextmanager

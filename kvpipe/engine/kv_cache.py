@@ -16,6 +16,7 @@ import numpy as np
 
 from kvpipe.engine import memory, peaks, transfer
 from kvpipe.engine.kv_capacity import resize
+from kvpipe.engine.params import as_shape
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
 from kvpipe.pipeline.ledger import Change
@@ -75,10 +76,8 @@ def drop(engine: SglangEngine) -> Change:
 def rebuild(engine: SglangEngine, max_total_tokens: int | None = None) -> Change:
     """Make zeroed KV buffers in the places of the deleted ones and return when they exist.
 
-    Args:
-        engine: the engine whose KV cache is dropped.
-        max_total_tokens: the cache's capacity from now on; None is the one that it had. Another one
-            lets XLA compile the engine's steps again, since the cache is one of their arguments.
+    ``max_total_tokens`` is the cache's capacity from now on; None is the one that it had. Another
+    one lets XLA compile the engine's steps again, since the cache is one of their arguments.
 
     Raises:
         EngineError: the cache is there, its contents wait to be restored, or the capacity is too
@@ -177,10 +176,7 @@ def _delete(engine: SglangEngine, why: str) -> Change:
     engine.unavailable[KV] = why
     pool = engine.runner.token_to_kv_pool
     before = memory.total_in_use()
-    blueprint = tuple(
-        jax.ShapeDtypeStruct(buffer.shape, buffer.dtype, sharding=buffer.sharding)
-        for buffer in pool.kv_buffer
-    )
+    blueprint = tuple(as_shape(buffer) for buffer in pool.kv_buffer)
     for buffer in pool.kv_buffer:
         buffer.delete()
     pool.kv_buffer[:] = blueprint

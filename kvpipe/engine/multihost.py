@@ -141,11 +141,9 @@ def positions_here() -> tuple[int, ...]:
 
 
 def gather(value: Mapping[str, Any]) -> list[Any]:
-    """End a stage: publish this host's result, and return every host's result by rank.
+    """End a stage: publish this host's result, a JSON object, and return every host's by rank.
 
-    Args:
-        value: a JSON object. If ``failed`` in it is true, hosts that still wait for this one within
-            the stage stop waiting.
+    If ``failed`` in it is true, hosts that still wait for this one within the stage stop waiting.
     """
     if not several():
         return [value]
@@ -160,11 +158,7 @@ def gather(value: Mapping[str, Any]) -> list[Any]:
 
 
 def in_stage[T](action: Callable[[], T]) -> T:
-    """Run ``action`` as a stage: a failure on one host is raised on all.
-
-    Raises:
-        HostFailed: it failed on a host.
-    """
+    """Run ``action`` as a stage: a failure on one host is raised on all."""
     if not several():
         return action()
     try:
@@ -227,11 +221,7 @@ def of_first(value: Any, check: Callable[[], None]) -> Any:
 
 
 def raise_if_failed() -> None:
-    """Raise if another host has published a failure in this stage; cheap enough to poll.
-
-    Raises:
-        HostFailed: another host failed.
-    """
+    """Raise if another host has published a failure in this stage; cheap enough to poll."""
     if not several() or time.monotonic() - _hosts.looked_at < _LOOK_EVERY_S:
         return
     _hosts.looked_at = time.monotonic()
@@ -283,9 +273,6 @@ def _wait_for_end(other: int, failed: Mapping[str, Any] | None) -> Any:
     """Wait for another host's result at the end of the stage.
 
     A failure of this host limits the wait.
-
-    Raises:
-        HostFailed: this host failed, and the other did not complete the stage in time.
     """
     deadline = time.monotonic() + _FAILED_ALONE_S
     while (found := _look(_key(other, _END))) is None:

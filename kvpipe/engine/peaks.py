@@ -33,9 +33,8 @@ def mark() -> None:
 class PeakSampler:
     """Sample while the context is open; one instance at a time per process.
 
-    Args:
-        has_devices: whether jax has initialised its devices; until then only RSS is sampled.
-        share: largest share of one core's time that sampling may use.
+    Until ``has_devices``, whether jax has initialised its devices, only RSS is sampled. ``share``
+    is the largest share of one core's time that sampling may use.
     """
 
     def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:
@@ -59,7 +58,7 @@ class PeakSampler:
         self._ticker.stop()
 
     def begin(self, before: Memory | None) -> None:
-        """Reset the samples at the start of a phase; ``before`` is the last measurement before it."""
+        """Reset the samples at the start of a phase; ``before`` is the last measurement."""
         with self._lock:
             self._reset(before)
 

@@ -67,11 +67,7 @@ def _write(path: Path, programs: Sequence[Program]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages that determine the compiled result.
-
-    Raises:
-        InputError: libtpu is not installed; it has wheels for Linux on x86-64 only.
-    """
+    """Return the versions of the packages that determine the compiled result."""
     try:
         return {name: version_of(name) for name in _PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:

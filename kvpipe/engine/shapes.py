@@ -33,12 +33,9 @@ _BOUNDLESS = 1 << 80
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """The engine's shapes on a mesh.
+    """The engine's shapes on a mesh: its own model runner, and each parameter's shape by path.
 
-    Attributes:
-        mesh: the devices.
-        runner: the engine's own model runner, with shapes for weights and KV buffers.
-        params: shape, dtype and sharding of each parameter, by path.
+    The runner has shapes for weights and KV buffers; a parameter's has dtype and sharding.
     """
 
     mesh: Mesh
@@ -71,11 +68,7 @@ class EngineShapes:
 
     @property
     def sources(self) -> dict[str, Leaf]:
-        """The checkpoint tensor behind each parameter, by path.
-
-        Raises:
-            EngineError: the model has a parameter that its weight mapping does not name.
-        """
+        """The checkpoint tensor behind each parameter, by path."""
         return sources_of(self.runner, {path: leaf.shape for path, leaf in self.params.items()})
 
 

@@ -58,12 +58,9 @@ def check(engine: SglangEngine, given: Mapping[str, HostArray]) -> None:
 def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     """Replace the engine's parameters by trained ones leaf by leaf, and flush its prefix cache.
 
-    Each old leaf is freed before its successor is made, so the devices never hold a second set.
-
-    Args:
-        engine: the engine; its weights may be dropped or offloaded.
-        trained: arrays on the engine's devices, by Hugging Face name and in Hugging Face layout,
-            of any float dtype and any sharding.
+    Each old leaf is freed before its successor is made, so the devices never hold a second set. The
+    trained arrays are on the engine's devices, named and laid out as in Hugging Face's checkpoint,
+    of any float dtype and any sharding; the engine's weights may be dropped or offloaded.
 
     Raises:
         EngineError: they are not complete, not of the engine's shapes or not finite in its dtype,

@@ -17,16 +17,16 @@ import numpy as np
 
 from kvpipe.engine import memory, multihost
 from kvpipe.engine.params import Param
+from kvpipe.engine.weight_map import HostArray, Index
 
-Index = tuple[slice, ...]
-HostShards = dict[Index, np.ndarray[Any, np.dtype[Any]]]
+HostShards = dict[Index, HostArray]
 """An array on the host: each distinct shard of this host's devices, by its index."""
 
 
 class HostLeaf(Protocol):
     """A parameter on the host, in the engine's layout: an array, or a view that computes shards."""
 
-    def __getitem__(self, index: Any, /) -> np.ndarray[Any, np.dtype[Any]]:
+    def __getitem__(self, index: Any, /) -> HostArray:
         """Return the shard at ``index``."""
         ...
 

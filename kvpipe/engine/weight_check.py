@@ -69,11 +69,7 @@ def check_shapes(
 
 
 def refuse_infinite(names: list[str]) -> None:
-    """Refuse the named weights, if any: they have values that are not finite.
-
-    Raises:
-        WeightsError: with the names.
-    """
+    """Refuse the named weights, if any: they have values that are not finite."""
     if names:
         _refuse([listed("with values that are not finite", [repr(name) for name in names])])
 

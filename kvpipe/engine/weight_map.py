@@ -109,11 +109,7 @@ class EngineView:
 
 
 def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
-    """Return the checkpoint tensor behind each parameter, by path, from the model's weight mapping.
-
-    Raises:
-        EngineError: the model has a parameter that its mapping does not name.
-    """
+    """Return the checkpoint tensor behind each of the engine's parameters, by path."""
     shapes = {path: leaf.shape for path, leaf in table.params.items()}
     return sources_of(engine.runner, shapes)
 

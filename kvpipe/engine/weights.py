@@ -185,7 +185,7 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
     check_weights(leaves, blueprint, weights)
     built: dict[str, jax.Array] = {}
-    with _loading(blueprint, built):
+    with _loading(_sizes(blueprint), built):
         for path, leaf in leaves.items():
             source = weights[leaf.source]
             built[path] = transfer.begin(EngineView(source, leaf), blueprint[path]).wait()
@@ -231,42 +231,52 @@ def replace_leaves(
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()
     under_way: deque[tuple[str, Callable[[], jax.Array]]] = deque()
-    sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
-    largest = max(sizes, key=lambda path: sizes[path])
-    placed_bytes = 0
-    placed: list[str] = []
-
-    def finish() -> None:
-        nonlocal placed_bytes
-        path, wait = under_way.popleft()
-        table.put_in_step({path: wait()})
-        if path == largest:
-            peaks.mark()
-        done(path)
-        placed.append(path)
-        placed_bytes += sizes[path]
-        if placed_bytes > _LEAVES_UNTRIMMED * sizes[largest]:
-            memory.give_back_free_pages()
-            placed_bytes = 0
-
-    with _loading(blueprint, placed):
+    placed = _Placed(table, _sizes(blueprint), done)
+    with _loading(placed.sizes, placed.paths):
         for path, shape in sorted(blueprint.items(), key=_by_shape):
             if len(under_way) == _AT_ONCE:
-                finish()
+                placed.put(*under_way.popleft())
             table.put_in_step({path: shape})  # frees the old leaf
             under_way.append((path, begin(path, shape)))
         while under_way:
-            finish()
+            placed.put(*under_way.popleft())
     table.update_model()
     del engine.unavailable[WEIGHTS]
     return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
 
 
-def _loading(
-    blueprint: Mapping[str, Param], placed: Collection[str]
-) -> AbstractContextManager[None]:
-    """Tell the progress of a placement: of the leaves of ``blueprint`` those in ``placed``."""
-    sizes = {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
+class _Placed:
+    """The leaves that are in their places, of all whose ``sizes`` are given."""
+
+    def __init__(
+        self, table: ParamTable, sizes: Mapping[str, int], done: Callable[[str], Any]
+    ) -> None:
+        self.sizes = sizes
+        self.paths: list[str] = []
+        self._table = table
+        self._done = done
+        self._largest = max(sizes, key=sizes.__getitem__)
+        self._untrimmed_bytes = 0
+
+    def put(self, path: str, wait: Callable[[], jax.Array]) -> None:
+        """Put a leaf in its place once it is complete."""
+        self._table.put_in_step({path: wait()})
+        if path == self._largest:
+            peaks.mark()
+        self._done(path)
+        self.paths.append(path)
+        self._untrimmed_bytes += self.sizes[path]
+        if self._untrimmed_bytes > _LEAVES_UNTRIMMED * self.sizes[self._largest]:
+            memory.give_back_free_pages()
+            self._untrimmed_bytes = 0
+
+
+def _sizes(blueprint: Mapping[str, Param]) -> dict[str, int]:
+    return {path: sum(memory.bytes_of([leaf])) for path, leaf in blueprint.items()}
+
+
+def _loading(sizes: Mapping[str, int], placed: Collection[str]) -> AbstractContextManager[None]:
+    """Tell the progress of a placement: of the leaves with these sizes those in ``placed``."""
 
     def so_far() -> dict[str, int]:
         paths = list(placed)

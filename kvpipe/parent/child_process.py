@@ -80,9 +80,9 @@ class Child:
             *lines, pending = (pending + received).split(b"\n")
             yield from (line.decode() for line in lines)
 
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield the messages that the child sends until it closes the pipe."""
-        return map(json.loads, self.lines())
+    def messages(self, wait: Wait | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the messages that the child sends, as :meth:`lines` does."""
+        return map(json.loads, self.lines(wait))
 
     def ended_by(self) -> int | None:
         """Return the child's exit code, or -n if signal n ended it; None while it runs.

@@ -5,7 +5,6 @@ devices.
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -214,12 +213,12 @@ def _devices(config: Kvpipe, plain: Mapping[str, Any]) -> Iterator[Finding]:
 def _answer(child: Child) -> dict[str, Any]:
     limits = Limits(RunnerConfig(run_timeout_s=_DEVICES_S))
     try:
-        answer = next(child.lines(limits.wait), None)
+        answer = next(child.messages(limits.wait), None)
     except TimedOut:
         return {"error": f"jax has not found the devices within {_DEVICES_S:g} s"}
     if answer is None:
         return {"error": f"the probe ended by {child.how_it_ended()}: {child.log_tail()}"}
-    return json.loads(answer)
+    return answer
 
 
 def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:

@@ -68,17 +68,9 @@ _SAME_SIGNAL_S = 0.1
 class Run:
     """A run in progress.
 
-    Attributes:
-        config: the typed config.
-        plain: the same as plain values, for the worker.
-        started: the first record.
-        steps: the steps, in order.
-        run_dir: directory that the run writes to.
-        sinks: receivers of its records, including the tracker.
-        start_tracking: starts the W&B run; returns the fields of its phase record.
-        command: the command line that repeats this run.
-        redactor: removes secrets from records and logs.
-        worker_module: the module that runs as the worker's process.
+    Its config is typed and, for the worker, plain. The sinks include the tracker;
+    ``start_tracking`` starts the W&B run and returns the fields of its phase record.
+    ``worker_module`` runs as the worker's process.
     """
 
     worker_module: ClassVar[str] = "kvpipe.worker.entry"

@@ -65,46 +65,26 @@ class WorkerContext:
 
     @property
     def engine(self) -> "SglangEngine":
-        """The live engine.
-
-        Raises:
-            PhaseError: it has not been started.
-        """
+        """The live engine; a PhaseError if it has not been started."""
         return _present(self.started, "the engine has not been started")
 
     @property
     def trainer(self) -> "Trainer":
-        """The trainer, on the devices or offloaded.
-
-        Raises:
-            PhaseError: there is none.
-        """
+        """The trainer, on the devices or offloaded; a PhaseError if there is none."""
         return _present(self.made_trainer, "there is no trainer")
 
     @property
     def offloaded_kv(self) -> "HostKv":
-        """The offloaded KV cache.
-
-        Raises:
-            PhaseError: there is none.
-        """
+        """The offloaded KV cache; a PhaseError if there is none."""
         return _present(self.host_kv, "there is no offloaded KV cache")
 
     @property
     def offloaded_weights(self) -> "HostWeights":
-        """The engine's offloaded weights.
-
-        Raises:
-            PhaseError: there are none.
-        """
+        """The engine's offloaded weights; a PhaseError if there are none."""
         return _present(self.host_weights, "there are no offloaded weights")
 
     def output_of(self, step: str) -> Output:
-        """Return the output of ``step``.
-
-        Raises:
-            PhaseError: it has none, because it failed.
-        """
+        """Return the output of ``step``; a PhaseError if it has none, because it failed."""
         failed = f"step {step!r}, which failed, left no output to compare with"
         return _present(self.outputs.get(step), failed)
 

@@ -36,15 +36,10 @@ class Option:
 
 @dataclass(frozen=True)
 class PhaseDoc:
-    """A phase.
+    """A phase: its name in ``use``, its purpose, the process that runs it, its options and effect.
 
-    Attributes:
-        name: its name in ``use``.
-        summary: its purpose, in a sentence.
-        runs_in: ``worker`` (the engine's process) or ``parent``.
-        options: its options.
-        effect: its effect with its defaults, with every pool that it changes; ``SLOT`` and ``STEP``
-            stand for any.
+    The effect is that of its defaults, with every pool that it changes; ``SLOT`` and ``STEP`` stand
+    for any.
     """
 
     name: str

@@ -43,7 +43,7 @@ TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENT
 
 @dataclass(frozen=True)
 class KvTokens:
-    """Size of a KV cache with a capacity of its own, in tokens; the engine allocates whole pages."""
+    """Size of a KV cache with a capacity of its own, in tokens, of which whole pages count."""
 
     tokens: int
 
@@ -58,12 +58,7 @@ def slot_pool(name: str) -> str:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes per device for each pool; pools of no bytes are left out.
-
-    Attributes:
-        devices: number of devices; every tuple in ``pools`` has this length.
-        pools: bytes on each device, by pool.
-    """
+    """Bytes per device for each pool; pools of no bytes are left out."""
 
     devices: int
     pools: Mapping[str, PerDevice] = field(default_factory=dict)

@@ -86,11 +86,7 @@ def effect_of(phase: Phase, before: frozenset[str]) -> Effect:
 
 @contextmanager
 def blamed_on(cls: type[Phase]) -> Iterator[None]:
-    """Report an exception that the code of a phase's file raises as an error in that file.
-
-    Raises:
-        InputError: it raised one.
-    """
+    """Report an exception that the code of a phase's file raises as an InputError in that file."""
     try:
         yield
     except KvpipeError:
@@ -103,11 +99,6 @@ def blamed_on(cls: type[Phase]) -> Iterator[None]:
 
 
 def _load(path: Path) -> ModuleType:
-    """Execute a phase file.
-
-    Raises:
-        InputError: it cannot be executed.
-    """
     name = f"{_MODULE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -33,9 +33,6 @@ def check_inputs(
 
     Without the model's ``directory``, what is known of it on this machine is checked. With
     ``whole`` it must have all that the steps need, as for a run.
-
-    Raises:
-        InputError: naming what is wrong.
     """
     needs = Needs(
         weights=any(item.effect.reads_weights for item in planned),
@@ -84,11 +81,7 @@ def _check_capacity(tokens: int, page_size: int) -> None:
 
 
 def _context(engine: EngineConfig, model: Model | None) -> int | None:
-    """Return the longest sequence of the engine in tokens; None if it is not known.
-
-    Raises:
-        InputError: it is longer than the model's.
-    """
+    """Return the longest sequence of the engine in tokens; None if it is not known."""
     own, asked = model and model.context, engine.context_length
     if own is not None and asked is not None and asked > own:
         raise InputError(

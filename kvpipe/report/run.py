@@ -26,13 +26,7 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class Run:
-    """The records of a run by their kind; a run that was killed lacks the last ones.
-
-    Attributes:
-        name: name of its directory or file.
-        started, planned, finished: the records of the run as a whole; None if missing.
-        phases: the records of the phases, in order.
-    """
+    """The records of a run by their kind; a run that was killed lacks the last ones."""
 
     name: str
     started: RunStarted | None
@@ -141,11 +135,7 @@ def read_text(file: Path) -> str:
 
 
 def _json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return each line's place and object; a last line that was cut off by a kill is left out.
-
-    Raises:
-        InputError: a line is not a JSON object, or the file cannot be read.
-    """
+    """Return each line's place and object; a last line that was cut off by a kill is left out."""
     found = []
     # Not splitlines: it would split at U+2028 and the like, too.
     *lines, cut_off = read_text(file).split("\n")

@@ -56,9 +56,9 @@ class Table:
             yield from markdown_table(self.columns, rows, self.texts)
 
 
-def number(value: int | None, note: str = "", tone: str = "") -> Cell:
+def number(value: int | None, note: str = "") -> Cell:
     """Return the cell of an exact number."""
-    return Cell(NONE if value is None else f"{value:,}", note=note, tone=tone)
+    return Cell(NONE if value is None else f"{value:,}", note=note)
 
 
 def at_least(value: int | None) -> Cell:

@@ -68,15 +68,11 @@ class Collector(Sink):
 
 
 class Sinks(Sink):
-    """Composite of several sinks.
+    """Composite of several sinks, each with the limit ``runner.sink_timeout_s`` for a record.
 
     Every sink receives every call, even if another sink fails; then the first error is raised, with
-    the others as its notes. A sink that may fail at the end (W&B) must come first, so that the
-    last record of the sinks after it includes that failure.
-
-    Args:
-        sinks: the sinks.
-        timeout_s: limit of each sink for one record, ``runner.sink_timeout_s``.
+    the others as its notes. A sink that may fail at the end (W&B) must come first, so that the last
+    record of the sinks after it includes that failure.
     """
 
     def __init__(self, sinks: Sequence[Sink], timeout_s: float | None = None) -> None:

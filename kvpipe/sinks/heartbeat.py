@@ -16,12 +16,7 @@ _OLD_S = 5.0
 
 
 class Heartbeat(Sink):
-    """Write how long the phase has run, and its progress.
-
-    Args:
-        stream: output stream; never that of the records.
-        every_s: seconds between lines, and from the start of a phase to its first line.
-    """
+    """Write how long the phase has run, and its progress, every ``every_s`` seconds."""
 
     def __init__(self, stream: TextIO, every_s: float) -> None:
         self._stream = stream

@@ -61,12 +61,6 @@ class JsonFile(JsonLines):
     A line is in the file whole or not at all. Some disk space is reserved: if the disk fills up,
     the record that hit the limit and the ones after it still fit. If somebody removes, replaces or
     changes the file, that is an error, and the lines go on in another one.
-
-    Args:
-        path: the file; overwritten.
-
-    Raises:
-        OSError: it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:

@@ -29,11 +29,7 @@ class ReportFile(Collector):
         self._write = write
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the file.
-
-        Raises:
-            RecordError: it cannot be written.
-        """
+        """Write the file."""
         self._write(run_of(self._run_dir.name, [*self._records, record]), self._run_dir)
 
 

@@ -18,12 +18,9 @@ _SUMMARY_NAMES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A text of the run.
+    """A text of the run, with the SHA-256 of its UTF-8 bytes.
 
-    Attributes:
-        kind: ``prompt``, or ``output_<n>`` for the n-th output from 1.
-        text: the whole text.
-        sha256: SHA-256 of its UTF-8 bytes, in hexadecimal.
+    ``kind`` is ``prompt``, or ``output_<n>`` for the n-th output from 1.
     """
 
     kind: str
@@ -54,8 +51,7 @@ class Sample:
 
     def row(self, max_chars: int) -> list[Any]:
         """Return the row of the table of texts, in the order of :data:`TABLE_COLUMNS`."""
-        cut = len(self.text) > max_chars
-        return [self.kind, self.sha256, len(self.text), cut, self.shown(max_chars)]
+        return [self.kind, self.sha256, *self.sizes(max_chars).values(), self.shown(max_chars)]
 
 
 def new_samples(record: PhaseRecord, earlier: Sequence[Sample]) -> list[Sample]:

@@ -122,11 +122,7 @@ class WandbSink(Sink):
         return fields
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Write the plan's verdict to the summary, and log the plan as a table.
-
-        Raises:
-            TrackingError: W&B rejected it.
-        """
+        """Write the plan's verdict to the summary, and log the plan as a table."""
         if (run := self._run) is None:
             return
 
@@ -140,11 +136,7 @@ class WandbSink(Sink):
         self._call("did not take the plan", log)
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Log the phase's metrics, and its texts if it has any.
-
-        Raises:
-            TrackingError: W&B rejected them.
-        """
+        """Log the phase's metrics, and its texts if it has any."""
         if (run := self._run) is None:
             return
         samples = new_samples(record, self._samples)
@@ -304,7 +296,6 @@ class WandbSink(Sink):
         return media
 
     def _table(self) -> "wandb.Table":
-        """Return the table of all texts so far."""
         limit = self._tracking.text_max_chars
         return self._new_table(TABLE_COLUMNS, [sample.row(limit) for sample in self._samples])
 

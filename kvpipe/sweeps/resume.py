@@ -26,10 +26,8 @@ _NOT_COMPARED = (
 def finished_run(started: RunStarted, run_dir: Path, sweep_dir: Path) -> Path | None:
     """Return the directory of a run that passed with the config and versions of ``started``.
 
-    Args:
-        started: the first record that the job would write.
-        run_dir: the job's own directory, which may be that of an earlier attempt.
-        sweep_dir: the sweep's directory; the ones next to it are searched too, newest first.
+    The job's own directory may have an earlier attempt; then the sweep's directory and those next
+    to it are searched, the newest run first.
     """
     found = sweep_dir.absolute().parent.glob(f"*/*/{RECORDS_FILE}")
     newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

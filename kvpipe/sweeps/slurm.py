@@ -23,8 +23,7 @@ _LOG_LINES = 10
 class WatchQueue(Callback):
     """Hydra callback that makes submitit poll SLURM's queue (``conf/hydra/launcher/slurm.yaml``).
 
-    Attributes:
-        watcher: the poller; None if this process's jobs do not go to a cluster.
+    The ``watcher`` is None if this process's jobs do not go to a cluster.
     """
 
     watcher: "ClassVar[QueueWatcher | None]" = None

@@ -7,13 +7,9 @@ from collections.abc import Callable
 class PeriodicThread:
     """Call ``work`` periodically between start and stop, or while the context is open.
 
-    An exception from ``work`` ends the thread with a traceback on stderr, as in any thread; it
-    never reaches the thread that started it.
-
-    Args:
-        name: name of the thread.
-        work: the function; it returns the seconds until its next call.
-        first_s: seconds until the first call.
+    It returns the seconds until its next call; the first is after ``first_s`` seconds. An exception
+    from it ends the thread with a traceback on stderr, as in any thread; it never reaches the
+    thread that started it.
     """
 
     def __init__(self, name: str, work: Callable[[], float], first_s: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from contextlib import suppress
 
 # The packages that determine a run's bytes, programs and outputs.
 _PACKAGES = (
@@ -24,10 +25,8 @@ def installed_versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version_of(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -21,12 +21,9 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape, dtype and sharding of every array of a trainer.
+    """Shape, dtype and sharding of every array of a trainer, on a number of devices.
 
-    Attributes:
-        params, gradients: by the parameter's name in a Hugging Face checkpoint.
-        moments: the optimizer's state, nested as in optax.
-        devices: number of devices that hold them.
+    Parameters and gradients are by Hugging Face name, the moments nested as in optax.
     """
 
     params: Shapes

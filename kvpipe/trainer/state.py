@@ -10,29 +10,21 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 
 from kvpipe.checkpoints import mapped
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import memory, transfer
+from kvpipe.engine.weight_map import HostArray
 from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
 from kvpipe.trainer.layout import Layout, optimizer
 from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
 
-HostArray = np.ndarray[Any, np.dtype[Any]]
-
 
 @dataclass(frozen=True)
 class StepReport:
-    """Measurements of a training step; bytes are over all devices.
+    """Measurements of a training step: bytes over all devices, and fields for the phase's record.
 
-    Attributes:
-        set_bytes: bytes of parameters, gradients and moments.
-        in_place_bytes: bytes of those that were updated in their own memory.
-        peak_bytes: most bytes that were in use during the step.
-        fields: fields for the record of the phase: the number of the step, from 1, its seconds
-            without compiling, and the parts of the peak: bytes in use when it began, and
-            temporaries of the compiled step.
+    ``in_place_bytes`` are those of ``set_bytes`` that were updated in their own memory.
     """
 
     set_bytes: int
@@ -146,7 +138,6 @@ class Trainer:
         return compile_step(self._layout, self._config)
 
     def _zeros(self) -> dict[str, jax.Array]:
-        """Return new gradients."""
         shapes = self._layout.gradients
         return dict(zip(shapes, transfer.zeros(tuple(shapes.values())), strict=True))
 

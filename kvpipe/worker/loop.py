@@ -113,17 +113,14 @@ def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | N
     callbacks.started(step, job.idx)
     loop.begin(step)
     own = loop.attempt(job)
-    received = multihost.gather(
-        own.failed | {"host_result": asdict(own.host_result)} if multihost.several() else {}
-    )
-    host_results = [
-        own.host_result
-        if host == multihost.rank()
-        else decode(HostResult, received[host]["host_result"])
-        for host in range(len(received))
-    ]
-    error = own.error
+    host_results, error = [own.host_result], own.error
     if multihost.several():
+        failed = multihost.failure(error) if error else {}
+        received = multihost.gather({**failed, "host_result": asdict(own.host_result)})
+        host_results = [
+            own.host_result if host == multihost.rank() else decode(HostResult, at["host_result"])
+            for host, at in enumerate(received)
+        ]
         error = multihost.first_failure(received)
     record = loop.record(job, own, host_results, error)
     callbacks.finished(record)
@@ -134,24 +131,12 @@ def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | N
 
 @dataclass(frozen=True)
 class _Attempt:
-    """This host's result of a step.
-
-    Attributes:
-        timed: duration and compilations, by the record's field names.
-        host_result: its measurements and checks.
-        fields: values that the phase reports.
-        error: why it failed; None if it did not.
-    """
+    """This host's result of a step; duration and compilations by the record's field names."""
 
     timed: Mapping[str, Any]
     host_result: HostResult
     fields: Mapping[str, Any]
     error: KvpipeError | None
-
-    @property
-    def failed(self) -> dict[str, Any]:
-        """The failure, in the form that the other hosts receive."""
-        return multihost.failure(self.error) if self.error else {}
 
 
 class _Loop:

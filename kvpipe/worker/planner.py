@@ -121,11 +121,7 @@ def main() -> None:
 def _programs(
     job: Mapping[str, Any], planned: Sequence[fold.PlannedStep], config: Kvpipe, target: Target
 ) -> tuple[Program, ...]:
-    """Return the compiled steps of the engine and of a trainer, if the job asks for them.
-
-    Raises:
-        CompileFinding: a step does not compile for the target.
-    """
+    """Return the compiled steps of the engine and of a trainer, if the job asks for them."""
     if not config.plan.compile:
         return ()
     from kvpipe.engine import program_cache

@@ -147,12 +147,7 @@ def work(
 def _planned_jobs(
     ctx: WorkerContext, callbacks: loop.Callbacks, run_began: float, planner: Planner
 ) -> Sequence[loop.Job]:
-    """Plan the run, report the plan, and return the worker's steps with their planned ledgers.
-
-    Raises:
-        InputError: the model's files are not right, or the plan does not fit the devices and
-            ``plan.enforce`` is set.
-    """
+    """Plan the run, report the plan, and return the worker's steps with their planned ledgers."""
     config = ctx.config
     planned = check_order(build_steps(config))
 
