@@ -44,16 +44,11 @@ Tree = dict[str, Any]
 
 
 def tree_from_checkpoint(source: Mapping[str, NDArray[Any]], dtype: str | None = None) -> Tree:
-    """Return the tensors of `source` as MLLM-JAX's nested tree.
+    """Return tensors, under their Hugging Face names, as MLLM-JAX's nested tree.
 
-    Args:
-        source: tensors under their Hugging Face names, linear weights as `[out, in]`.
-        dtype: `bfloat16`, `float16` or `float32`: cast every leaf to it directly;
-            None keeps each tensor's dtype.
-
-    Returns:
-        `{"model": {"embed_tokens": {"embedding": ...}, "layers_0": ..., "norm": ...}, "lm_head":
-        ...}`; kernels are `[in, out]`. A leaf that keeps its dtype is a view of the source's array.
+    It is `{"model": {"embed_tokens": {"embedding": ...}, "layers_0": ..., "norm": ...}, "lm_head":
+    ...}`; its kernels are `[in, out]`, where linear weights are `[out, in]`. Every leaf is cast to
+    `dtype` directly; with None it keeps its own, and is a view of the source's array.
 
     Raises:
         InputError: a name has no place in the tree, a tensor has the wrong number of dimensions,

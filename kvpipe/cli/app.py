@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass
 class Task:
-    """Callback for each config that Hydra composes: it runs a verb once, or for each job of a sweep.
+    """Callback for each config that Hydra composes: for a run once, for a sweep once per job.
 
     A launcher may call a copy of it in another process, so a sweep is summarised from records;
     ``codes`` covers this process only.
@@ -69,15 +70,11 @@ class Task:
         """
         self.codes.append(0)
         # Hydra adds a line of its own to an exception from a job, so report the error here.
-        code = self.codes[-1] = _exit_code(lambda: self._act(composed))
+        work = partial(VERBS[self.verb].act, composed, self.paths)
+        code = self.codes[-1] = _exit_code(work)
         if code > SIGNALLED:
             sys.exit(code)
         return code
-
-    def _act(self, composed: DictConfig) -> int:
-        verb = VERBS[self.verb]
-        act = verb.load()
-        return act(composed, self.paths) if verb.takes_paths else act(composed)
 
 
 def _all_written(arguments: Sequence[str]) -> int:

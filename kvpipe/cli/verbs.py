@@ -2,9 +2,11 @@
 
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from omegaconf import DictConfig
 
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
@@ -27,9 +29,10 @@ class Verb:
     takes_paths: bool = False
     word_sets: str | None = None
 
-    def load(self) -> Callable[..., int]:
-        """Import the verb's module and return its ``act``."""
-        return importlib.import_module(self.module).act
+    def act(self, composed: DictConfig, paths: Sequence[Path]) -> int:
+        """Import the verb's module and execute the verb; return the exit code."""
+        act = importlib.import_module(self.module).act
+        return act(composed, paths) if self.takes_paths else act(composed)
 
 
 VERBS = {

@@ -33,10 +33,10 @@ def with_node_rank(plain: Mapping[str, Any], environ: Mapping[str, str]) -> dict
     A rank that the config has stays.
     """
     engine = plain["engine"]
-    name = _rank_variable(environ)
-    if name is None or engine["node_rank"] is not None:
+    name, nnodes = _rank_variable(environ), engine["nnodes"]
+    if name is None or nnodes == 1 or engine["node_rank"] is not None:
         return dict(plain)
-    if not _is_rank(environ[name], engine["nnodes"]):
+    if not environ[name].isdecimal() or int(environ[name]) >= nnodes:
         return dict(plain)
     return {**plain, "engine": engine | {"node_rank": int(environ[name])}}
 
@@ -64,10 +64,6 @@ def check_node_rank(engine: EngineConfig, environ: Mapping[str, str]) -> None:
 
 def _rank_variable(environ: Mapping[str, str]) -> str | None:
     return next((name for name in RANK_VARIABLES if environ.get(name)), None)
-
-
-def _is_rank(text: str, nnodes: int) -> bool:
-    return nnodes > 1 and text.isdecimal() and int(text) < nnodes
 
 
 def check_hosts(config: Kvpipe) -> None:

@@ -28,12 +28,10 @@ class RefuseSecrets(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check a run."""
+        """Check a run, or a sweep."""
         _check(OmegaConf.to_container(config))
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check a sweep."""
-        _check(OmegaConf.to_container(config))
+    on_multirun_start = on_run_start
 
 
 def _check(plain: Any) -> None:

@@ -151,12 +151,10 @@ class SglangEngine:
 
 
 def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> SglangEngine:
-    """Start the engine in this process.
+    """Start the engine in this process; a ``tp_size`` of None uses all devices.
 
-    Args:
-        config: how to start it; a ``tp_size`` of None uses all devices.
-        model_dir: directory with config.json, tokenizer and, unless dummy, safetensors.
-        idle_timeout_s: how long each later call waits for the engine to become idle, in seconds.
+    The model's directory has config.json, tokenizer and, unless dummy, safetensors. Each later call
+    waits up to ``idle_timeout_s`` seconds for the engine to become idle.
 
     Raises:
         InputError: tp × dp is not the device count.

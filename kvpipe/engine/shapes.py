@@ -97,11 +97,8 @@ def import_engine() -> Any:
 def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
     """Return the engine's own worker, with shapes on ``mesh`` for parameters and KV buffers.
 
-    Args:
-        config: how the engine will be started.
-        model_dir: directory with the model's config.json.
-        mesh: the target's devices; they need not exist on this machine.
-        device: the target's platform, by which the engine chooses its attention backend.
+    The mesh has the target's devices, which need not exist on this machine; by the platform
+    ``device`` the engine chooses its attention backend.
 
     Raises:
         InputError: the engine refuses the model on this mesh, or the capacity is too small.

@@ -33,10 +33,9 @@ def check_weights(
 ) -> None:
     """Refuse host weights that are incomplete, of wrong shapes, or not finite.
 
-    Args:
-        leaves: the checkpoint tensor behind each parameter, by path.
-        blueprint: required shape, dtype and sharding of each parameter, by path.
-        weights: arrays by Hugging Face name, in Hugging Face layout.
+    ``leaves`` and ``blueprint`` have, by path, the checkpoint tensor behind each parameter and the
+    shape, dtype and sharding that it needs; ``weights`` are named and laid out as in Hugging Face's
+    checkpoint.
 
     Raises:
         WeightsError: naming every weight that is missing, unexpected, misshapen, of a non-float

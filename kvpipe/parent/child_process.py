@@ -66,9 +66,8 @@ class Child:
     def lines(self, wait: Wait | None = None) -> Iterator[str]:
         """Yield the child's lines until it closes the pipe, except an incomplete last one.
 
-        Args:
-            wait: called with the pipe's descriptor, to block until it is readable; an exception
-                from it loses no line.
+        ``wait`` is called with the pipe's descriptor, to block until it is readable; an exception
+        from it loses no line.
         """
         pending = b""
         while True:
@@ -163,11 +162,9 @@ def start_child(
 ) -> Iterator[Child]:
     """Start ``python -m module FD``; on exit let it finish, then kill its whole process group.
 
-    Args:
-        module: the module to run; it reports on descriptor FD.
-        log: file for its stdout and stderr.
-        environ: its environment; TMPDIR is set to a new directory, removed at the end.
-        shutdown_timeout_s: seconds that it may take to exit once its input is closed.
+    It reports on the descriptor FD; ``log`` is for its stdout and stderr. TMPDIR in its environment
+    is a new directory, removed at the end. Once its input is closed it has ``shutdown_timeout_s``
+    to exit.
     """
     read_fd, write_fd = os.pipe()
     scratch = Path(tempfile.mkdtemp(prefix="kvpipe-"))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from kvpipe.config.hosts import own_file
 from kvpipe.config.schema import EngineConfig
-from kvpipe.parent.supervisor import ENGINE_LOG
-from kvpipe.records.run import RECORDS_FILE
+from kvpipe.records.run import ENGINE_LOG, RECORDS_FILE
 from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write
 
 RUN_DIR = "hydra.run.dir"

@@ -278,12 +278,7 @@ class Run:
         return message
 
     def _wait(self, descriptor: int) -> None:
-        """Wait until the worker has sent something or has ended.
-
-        Raises:
-            TimedOut: a time limit expired first.
-            Interrupted: a signal came.
-        """
+        """Wait until the worker has sent something or has ended; a limit or a signal breaks it off."""
         with self._signals.allowed():
             self._limits.wait(descriptor)
 

@@ -56,11 +56,12 @@ def describe(use: str, config: Kvpipe) -> PhaseDoc:
         InputError: there is no such phase.
     """
     cls = phase_class(use)
+    first_paragraph = (module_of(cls).__doc__ or "").partition("\n\n")[0]
     options = tuple(_options(cls, config))
     given = {o.name: o.name.upper() if o.required else o.default for o in options}
     return PhaseDoc(
         name=use,
-        summary=_first_paragraph(module_of(cls).__doc__),
+        summary=" ".join(first_paragraph.replace("``", "").split()),
         runs_in=cls.runs_in,
         options=options,
         effect=_effect(cls, given),
@@ -108,7 +109,3 @@ def _effect(cls: type[Phase], options: Mapping[str, Any]) -> Effect:
     return replace(
         effect, pools={**facts.changed_pools(before, effect.after(before)), **effect.pools}
     )
-
-
-def _first_paragraph(doc: str | None) -> str:
-    return " ".join((doc or "").partition("\n\n")[0].replace("``", "").split())

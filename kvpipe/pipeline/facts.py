@@ -100,13 +100,7 @@ def is_history(fact: str) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Meaning of a fact, for messages.
-
-    Attributes:
-        what: the fact in words.
-        if_missing: what to do when a step needs it and it is missing.
-        if_present: what to do when a step forbids it and it is present.
-    """
+    """A fact in words, and what to do when a step needs it in vain, or forbids it in vain."""
 
     what: str
     if_missing: str

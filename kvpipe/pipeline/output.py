@@ -11,14 +11,10 @@ from kvpipe.units import counted
 
 @dataclass(frozen=True)
 class Output:
-    """A generated text.
+    """A generated text, without the prompt, and the ids of its tokens.
 
-    Attributes:
-        text: the new text, without the prompt.
-        token_ids: ids of the new tokens.
-        prompt_tokens: length of the prompt in tokens.
-        cached_tokens: number of those that were found in the prefix cache.
-        raw: the engine's whole answer, JSON-serialisable.
+    Of the prompt's tokens ``cached_tokens`` were found in the prefix cache; ``raw`` is the engine's
+    whole answer, JSON-serialisable.
     """
 
     text: str

@@ -94,10 +94,7 @@ class Result:
 def freed(check: str, change: Change, group: str | None = None) -> Result:
     """Return the result of a verb that freed arrays: exactly their bytes must have come free.
 
-    Args:
-        check: name of the check.
-        change: what the verb returned; the record gets its fields.
-        group: key of the record that holds the fields; None puts them into the record itself.
+    The record gets the change's fields, below the key ``group`` if there is one.
     """
     fields = {group: change.fields} if group else change.fields
     return Result(fields, (check_equal(check, change.nbytes, change.freed_bytes),))
@@ -106,8 +103,8 @@ def freed(check: str, change: Change, group: str | None = None) -> Result:
 def grown(check: str, change: Change, *others: Check, group: str | None = None) -> Result:
     """Return the result of a verb that placed arrays: exactly their bytes must have been added.
 
-    The bytes of arrays that they replaced are subtracted. The arguments are those of :func:`freed`,
-    and more checks.
+    The bytes of arrays that they replaced are subtracted. The record gets the change's fields as
+    for :func:`freed`, and the other checks too.
     """
     fields = {group: change.fields} if group else change.fields
     added = change.nbytes - change.replaced_bytes

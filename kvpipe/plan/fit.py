@@ -54,11 +54,8 @@ def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> in
     loaded, less the share ``1 - mem_fraction_static`` of what was free before, and cuts a larger
     ``max_total_tokens`` down silently; kvpipe makes that an error, so a plan must know it.
 
-    Args:
-        memory_bytes: what the engine finds free before it loads: the HBM of a device; on the CPU,
-            which it does not divide among the virtual devices, the host's RAM.
-        params_bytes: what its parameters take of it.
-        fraction: ``engine.mem_fraction_static``.
+    It finds ``memory_bytes`` free before it loads: the HBM of a device; on the CPU, which it does
+    not divide among the virtual devices, the host's RAM.
     """
     return max(0, int(memory_bytes * Fraction(str(fraction))) - params_bytes)
 

@@ -13,10 +13,7 @@ class JsonRecord:
     """A record that is one JSON line: serialised once, or not at all if it was read.
 
     The object has the record's fields in their order; the keys of a field called ``fields`` follow
-    them.
-
-    Attributes:
-        tag: value of the object's first key ``phase``; empty for a phase, which has that field.
+    them. Its first key ``phase`` has the class's ``tag`` or, for a phase, the field of that name.
     """
 
     tag: ClassVar[str] = ""

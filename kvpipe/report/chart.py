@@ -102,10 +102,8 @@ class Chart:
 class _Layout:
     """The scale of a chart at a width.
 
-    Attributes:
-        most: the bytes at the right end of the axis, at least 1.
-        above: whether labels are above their bars instead of to the left.
-        left, right: the start of the bars, and the end of the longest; its value is after it.
+    The bars begin at ``left``, and the longest, of ``most`` bytes, ends at ``right``, before its
+    value. Labels are ``above`` their bars, or to the left.
     """
 
     def __init__(self, chart: Chart, width: float) -> None:

@@ -10,12 +10,9 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class KeyChange:
-    """A key whose value differs.
+    """A dotted key, and its values before and after as JSON: none where there is no such key.
 
-    Attributes:
-        key: its dotted name.
-        before, after: its values as JSON; of two lists only the items that the other lacks, unless
-            they differ in their order alone; empty without a value.
+    Of two lists only the items that the other lacks are there, unless only their order differs.
     """
 
     key: str

@@ -14,10 +14,7 @@ class Sink:
     """Base of every sink, with a hook for each event; a sink overrides those that it needs.
 
     The parent calls the hooks in this order; that of a record passes it on to :meth:`received`.
-
-    Attributes:
-        limited: whether a hook that receives a record may be interrupted after
-            ``runner.sink_timeout_s``.
+    Unless the sink is not ``limited``, that may be interrupted after ``runner.sink_timeout_s``.
     """
 
     limited: ClassVar[bool] = True

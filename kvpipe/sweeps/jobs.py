@@ -48,10 +48,8 @@ class Begun:
 class NoteSweep(Callback):
     """Record what Hydra starts: the sweep, even if its launcher then fails, or a run's directory.
 
-    Attributes:
-        begun: the sweep; None for a single run.
-        lock: keeps other sweeps out of its directory; None for a single run.
-        made: directories that Hydra makes for a single run, the deepest first.
+    ``lock`` keeps other sweeps out of its directory; ``made`` are the directories that Hydra makes
+    for a single run, the deepest first.
     """
 
     begun: ClassVar[Begun | None] = None

@@ -51,10 +51,6 @@ def oom_kills() -> int:
 
     The kernel's counter covers all cgroups; a container may only see its own cgroup's counter.
     """
-    files = (
-        _VMSTAT,
-        _CGROUPS / "memory.events",
-        _CGROUPS / "memory" / "memory.oom_control",
-    )
+    files = (_VMSTAT, _CGROUPS / "memory.events", _CGROUPS / "memory" / "memory.oom_control")
     texts = [file.read_text() for file in files if file.is_file()]
     return max((int(found[1]) for text in texts if (found := _OOM_KILL.search(text))), default=0)

@@ -34,13 +34,10 @@ class StepReport:
 
 
 class Trainer:
-    """Parameters, gradients and AdamW's moments on the engine's devices.
+    """Parameters, gradients and AdamW's moments on the engine's devices, and the steps carried out.
 
-    Attributes:
-        params: the parameters by Hugging Face name.
-        gradients: the gradients of the last step by the same names; zeros before the first one.
-        moments: the optimizer's state, as optax nests it.
-        steps: steps carried out.
+    Parameters and gradients are by Hugging Face name, and the gradients are those of the last step,
+    zeros before the first one. The moments are nested as in optax.
     """
 
     def __init__(self, layout: Layout, config: TrainerConfig) -> None:

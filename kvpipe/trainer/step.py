@@ -22,10 +22,9 @@ its memory and the changed weights are real."""
 class CompiledStep:
     """The compiled programs of a step, for the devices of a layout.
 
-    Attributes:
-        gradients: the program that writes a new gradient into the old one's buffer, by the
-            gradient's shape, dtype and sharding.
-        update: maps parameters, gradients and moments to new ones in the same buffers.
+    ``gradients`` has, by a gradient's shape, dtype and sharding, the program that writes a new one
+    into the old one's buffer; ``update`` maps parameters, gradients and moments to new ones in the
+    same buffers.
     """
 
     gradients: Mapping[jax.ShapeDtypeStruct, jax.stages.Compiled]

@@ -24,13 +24,12 @@ def main(load: "Callable[[], Planner] | None" = None) -> None:
 
     The job is one line with the plain config (``config``), the start of the run (``run_began``,
     monotonic: the clock of the system is one for all its processes, and nobody can set it) and the
-    directory for temporary files (``scratch``). The parent sends one more line when its own
-    steps are done, one when it knows which step begins, and one for each record that it has
-    written; the worker waits for each of them. Standard input stays open for as long as the parent
-    lives. SIGUSR1 writes the stacks of all threads into ``scratch``.
+    directory for temporary files (``scratch``). The parent sends one more line when its own steps
+    are done, one when it knows which step begins, and one for each record that it has written; the
+    worker waits for each of them. Standard input stays open for as long as the parent lives.
+    SIGUSR1 writes the stacks of all threads into ``scratch``.
 
-    Args:
-        load: imports what replaces the engine and returns the planner; None is the engine.
+    ``load`` imports what replaces the engine and returns the planner; None is the engine.
     """
     # The parent handles the terminal's Ctrl-C; a SIGINT sent to this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

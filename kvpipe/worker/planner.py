@@ -45,15 +45,10 @@ def plan_for(
     model_dir: Path,
     programs: Sequence[Program] = (),
 ) -> fold.Plan:
-    """Plan the steps for a target; this process must have as many devices, of any kind.
+    """Plan all steps of a pipeline for a target; this process must have as many devices.
 
-    Args:
-        target: the machine to plan for.
-        planned: all steps of the pipeline, in order.
-        config: options of the engine and the trainer, with the device of this process.
-        model_dir: directory with the model's config.json.
-        programs: the engine's and the trainer's steps compiled for the target; without them the
-            pools ``program`` and ``program:trainer`` are not planned.
+    They may be of any kind. Without ``programs``, the steps of the engine and the trainer compiled
+    for the target, the pools ``program`` and ``program:trainer`` are not planned.
     """
     engine = config.engine
     found = shapes.of_devices_here(engine, model_dir)

@@ -50,14 +50,9 @@ def execute(
 ) -> Ending:
     """Run the worker's steps in this process, and shut the engine down at the end.
 
-    The engine is imported at once, but no step starts before the parent's own steps are done.
-
-    Args:
-        config: the config to run.
-        callbacks: callbacks for starts and records.
-        run_began: ``time.monotonic()`` when the run began.
-        may_begin: blocks until the parent's own steps are done.
-        load: imports the engine, or what replaces it; returns the planner.
+    The engine is imported at once, but no step starts before the parent's own steps are done, until
+    when ``may_begin`` blocks. ``load`` imports the engine, or what replaces it, and returns the
+    planner.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
