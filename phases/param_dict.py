@@ -23,7 +23,7 @@ class ParamDict(WorkerPhase):
 
     def __post_init__(self) -> None:
         if self.slot in TRAINER_SETS:
-            why = "as one of the trainer's own sets is called; choose another name"
+            why = "the name of one of the trainer's own sets; choose another name"
             raise InputError(f"slot is {self.slot!r}, {why}")
 
     @override

@@ -1,4 +1,4 @@
-"""The models of the installed engine, read off its files: the parent must import neither it nor jax."""
+"""The models of the installed engine, read off its files: the parent must not import it, or jax."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""Everything that the files of a model's directory show to be wrong, in one error, without jax.
+"""Find everything that is wrong with the files of a model's directory: one error, without jax.
 
 Headers and configs are read, values are not: a value that is not finite is found at the swap.
 """
@@ -21,7 +21,7 @@ _OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Needs:
-    """What a pipeline needs of a model's directory beside config.json.
+    """The files that a pipeline needs in a model's directory beside config.json.
 
     It needs the ``weights`` if a step reads the checkpoint, the ``tokenizer`` if one starts the
     engine.
@@ -32,7 +32,7 @@ class Needs:
 
 
 def check_config(key: str, file: Traversable, where: str) -> Model:
-    """Return the model of a config.json, which belongs to a config key; messages call it ``where``.
+    """Return the model of a config.json; messages name the config key, and call the file ``where``.
 
     Raises:
         InputError: naming everything that is wrong with it.
@@ -47,7 +47,7 @@ def check_config(key: str, file: Traversable, where: str) -> Model:
 
 
 def check_directory(key: str, directory: Path, needs: Needs) -> Model:
-    """Return the model of a directory, which belongs to a config key.
+    """Return the model in a directory; messages name the config key that chose it.
 
     Raises:
         InputError: naming everything that is wrong with it.

@@ -107,7 +107,7 @@ def key_of(model: ModelConfig) -> str:
 
 
 def known_directory(config: Kvpipe) -> Path | None:
-    """Return the model's directory if it was made by others and is on this machine."""
+    """Return the model's directory if it is on this machine and kvpipe does not generate it."""
     key = key_of(config.model)
     if key == "model.path":
         return Path(str(config.model.path)).absolute()
@@ -150,7 +150,7 @@ def snapshot(config: Kvpipe) -> Path | None:
 
 
 def _there(directory: Path, needs: Needs) -> Needs:
-    """Return what is needed and in a directory that need not be complete."""
+    """Return those of the needs that are in a directory, which may be incomplete."""
     weights = any(directory.glob("*.safetensors")) and not _lacks_files(directory / INDEX_NAME)
     tokenizer = (directory / "tokenizer.json").is_file()
     return Needs(weights=needs.weights and weights, tokenizer=needs.tokenizer and tokenizer)

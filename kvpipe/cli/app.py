@@ -78,7 +78,7 @@ class Task:
 
 
 def _all_written(arguments: Sequence[str]) -> int:
-    """Act, and flush stdout: it may be full, and a code of success must not hide that."""
+    """Act, then flush stdout: a disk that is full must not end in a code of success."""
     try:
         code = _compose_and_act(arguments)
     except SystemExit:

@@ -97,14 +97,14 @@ def _no_name(override: Override) -> str | None:
 
 
 def _instead(group: str) -> str:
-    """Return how to set what a person meant who gave a group something else than a file's name."""
+    """Return what to write instead, where a group was given something other than a file's name."""
     if group == "pipeline":
         return (
             "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' "
             "into DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME"
         )
     if group == "experiment":
-        return "a name of the run's own is label=NAME"
+        return "to name the run, set label=NAME"
     if keys := _section(group):
         return f"its keys are set one by one: {group}.{keys[0]}=VALUE"
     return "a value goes into an experiment file"

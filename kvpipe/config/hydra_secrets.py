@@ -24,7 +24,7 @@ class Refused(BaseException):
 class RefuseSecrets(Callback):
     """Check what Hydra has composed: the config, its own part of it, and each override.
 
-    The overrides of a sweep's jobs are among them; what their own config files say is not.
+    The overrides of a sweep's jobs are among them, but not the config files that they choose.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from kvpipe.config.schema import schema
 
 # Its name in conf/config.yaml.
 _NAME = "kvpipe_schema"
-# Most values in a YAML file, each alias counted as what it stands for: OmegaConf copies that.
+# Most values in a YAML file, with its aliases expanded, as OmegaConf does it.
 _MOST_VALUES = 250_000
 _unbounded_loader = _utils.get_yaml_loader
 
@@ -31,7 +31,7 @@ def store_schema() -> None:
 
 
 def _bounded_loader() -> Any:
-    """Return OmegaConf's loader, which refuses a file that a few aliases make endless."""
+    """Return OmegaConf's loader, made to refuse a file whose aliases expand to too many values."""
 
     class Bounded(_unbounded_loader()):
         def get_single_node(self) -> yaml.Node | None:
@@ -54,11 +54,11 @@ def _bounded_loader() -> Any:
 
 
 def _values(node: yaml.Node | None, counted: dict[int, float]) -> float:
-    """Return how many values a node has, with its aliases written out; they are the same node."""
+    """Return how many values a node has with its aliases expanded; an alias is the same node."""
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in counted:
-        # What contains itself never ends.
+        # A node that contains itself has infinitely many.
         counted[id(node)] = math.inf
         pairs = isinstance(node, yaml.MappingNode)
         items = [item for pair in node.value for item in pair] if pairs else node.value

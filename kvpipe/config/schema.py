@@ -335,7 +335,7 @@ class TrackingConfig(Section, section="tracking"):
         tags: tags of the run; a job of a sweep also gets its overrides.
         fallback_offline: continue offline, with a message, if W&B cannot be reached.
         init_timeout_s: limit of the start, in seconds.
-        log_timeout_s: limit of each record's way to W&B's service, in seconds.
+        log_timeout_s: limit for the transfer of a record to W&B's service, in seconds.
         finish_timeout_s: limit of the last tables, and again of the final upload, in seconds.
         text_max_chars: characters of a text shown in media and tables; the files hold all of it.
     """
@@ -385,8 +385,8 @@ class RunnerConfig(Section, section="runner"):
         phase_timeouts: step → seconds, in place of ``phase_timeout_s``.
         run_timeout_s: limit in seconds of the whole run until its last step is done; None means no
             limit.
-        sink_timeout_s: limit in seconds of each of records.jsonl, report.html, timeline.png and a
-            pipe on stdout for one record; None means no limit. W&B's limits are in ``tracking``.
+        sink_timeout_s: limit in seconds for one record in each of records.jsonl, report.html,
+            timeline.png and a pipe on stdout; None means no limit. W&B's are in ``tracking``.
         on_error: ``stop`` after the first step that fails, or ``continue`` if that step only
             measures; the run fails either way. Cleanup steps run after any failure.
         overwrite: allow a run or a sweep in a directory that has the records of an earlier one,
@@ -535,7 +535,7 @@ class Kvpipe:
 
     Attributes:
         experiment: name of the experiment, for records and the run directory.
-        label: name of the run's own, for its reports and, without ``tracking.name``, for W&B.
+        label: name of this run, for its reports and, without ``tracking.name``, for W&B.
         pipeline: names of the steps, in order.
         phases: step name → options; ``use`` names the file in ``phases/``.
         repeat: range of steps to repeat; cycle k of a step is called ``name#k``.

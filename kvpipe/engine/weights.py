@@ -276,7 +276,7 @@ def _sizes(blueprint: Mapping[str, Param]) -> dict[str, int]:
 
 
 def _loading(sizes: Mapping[str, int], placed: Collection[str]) -> AbstractContextManager[None]:
-    """Tell the progress of a placement: of the leaves with these sizes those in ``placed``."""
+    """Report the progress of a placement: which leaves, with their sizes, are ``placed``."""
 
     def so_far() -> dict[str, int]:
         paths = list(placed)

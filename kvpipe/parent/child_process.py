@@ -22,7 +22,7 @@ import psutil
 from kvpipe.system.pipes import STACKS_FILE, remove_tree, send
 
 _LOG_TAIL_LINES = 8
-# Of the child's log, whatever this process's streams have: a text or a path may not be encodable.
+# Of the child's log, so that it takes any text, whatever the encoding of this process's streams.
 _LOG_ENCODING = "utf-8:backslashreplace"
 _READ_BYTES = 1 << 16
 _POLL_S = 0.01

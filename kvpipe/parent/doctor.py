@@ -105,7 +105,9 @@ def _disk() -> Finding:
     free = shutil.disk_usage(here).free
     found = f"{sized(free)} free in {here}"
     if free < _NO_DISK or not os.access(here, os.W_OK):
-        return Finding(Level.BAD, "disk", found, "a run writes here; go where it can")
+        return Finding(
+            Level.BAD, "disk", found, "a run writes here; change to a directory that can be written"
+        )
     if free < _LITTLE_DISK:
         return Finding(Level.WARN, "disk", found, "make room for logs, W&B's files and checkpoints")
     return Finding(Level.OK, "disk", found)
@@ -115,7 +117,7 @@ def _ram() -> Finding:
     memory = psutil.virtual_memory()
     found = f"{sized(memory.available)} of {sized(memory.total)} free"
     if memory.available < _LITTLE_RAM:
-        return Finding(Level.WARN, "host memory", found, "end what else takes it")
+        return Finding(Level.WARN, "host memory", found, "end other processes that use it")
     return Finding(Level.OK, "host memory", found)
 
 
@@ -126,7 +128,7 @@ def _libtpu_lock(device: str) -> Finding:
         level = Level.BAD if device == "tpu" else Level.OK
         return Finding(level, "libtpu lock", found, "wait for it, or end it" * (device == "tpu"))
     if device == "tpu" and LOCK_FILE.exists() and not os.access(LOCK_FILE, os.W_OK):
-        found = f"{LOCK_FILE} is there and another user's, though nothing holds it"
+        found = f"{LOCK_FILE} belongs to another user, although nothing holds it"
         return Finding(Level.BAD, "libtpu lock", found, f"run: sudo rm {LOCK_FILE}")
     return Finding(Level.OK, "libtpu lock", "nothing holds it")
 

@@ -52,7 +52,7 @@ class Limits:
         return limited(*self._left())
 
     def _left(self) -> tuple[float | None, str]:
-        """Return the seconds that are left, None without a limit, and what to say after them."""
+        """Return the seconds left, None without a limit, and the message once they are over."""
         ends = [end for end in (self._run_ends, self._stage_ends) if end is not None]
         if not ends:
             return None, ""

@@ -41,8 +41,8 @@ def owned(
             path = run_dir / own_file(name, engine)
             if path.exists() and not overwrite:
                 raise InUse(
-                    f"{RUN_DIR}: {path} is of an earlier run; choose another directory, or set "
-                    "runner.overwrite=true to lose the records there"
+                    f"{RUN_DIR}: {path} belongs to an earlier run; choose another directory, or "
+                    "set runner.overwrite=true to lose the records there"
                 )
         yield
     finally:

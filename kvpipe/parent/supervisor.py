@@ -278,7 +278,7 @@ class Run:
         return message
 
     def _wait(self, descriptor: int) -> None:
-        """Wait until the worker has sent something or has ended; a limit or a signal breaks it off."""
+        """Wait until the worker sends something or ends, unless a limit or a signal comes first."""
         with self._signals.allowed():
             self._limits.wait(descriptor)
 

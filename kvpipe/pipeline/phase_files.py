@@ -123,7 +123,7 @@ def _mistake(cls: type[Phase]) -> str | None:
         try:
             inspect.signature(getattr(cls, name)).bind(*expected)
         except TypeError as error:
-            return f"{name} has to accept ({', '.join(expected)}): {error}"
+            return f"{name} must accept ({', '.join(expected)}): {error}"
     if cls.effect_given is Phase.effect_given and not isinstance(
         getattr(cls, "effect", None), Effect
     ):

@@ -1,4 +1,4 @@
-"""What config, files and prompt show to be wrong before anything is started; no jax here.
+"""Check config, model files and prompt before anything is started, without jax.
 
 :func:`check_inputs` is the one check of a model for every verb. A run makes it again in the worker,
 once the model is generated or downloaded.
@@ -18,8 +18,8 @@ from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
 from kvpipe.plan.fold import PlannedStep, kv_capacities
 from kvpipe.plan.pages import whole_pages
 
-# Tokens of a request that the engine keeps free, of the shorter of context and KV cache: beside the
-# prompt alone (max_req_input_len), and beside the prompt and all new tokens.
+# Tokens that the engine keeps free in the shorter of context and KV cache: after the prompt alone
+# (max_req_input_len), and after the prompt and all new tokens.
 _BESIDE_PROMPT, _BESIDE_ALL = 7, 2
 
 

@@ -62,5 +62,5 @@ def number(value: int | None, note: str = "") -> Cell:
 
 
 def at_least(value: int | None) -> Cell:
-    """Return the cell of a sampled peak, which may be more than the largest sample."""
+    """Return the cell of a sampled peak; the real one may be larger."""
     return Cell(NONE if value is None else f"≥ {sized(value)}")

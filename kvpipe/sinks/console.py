@@ -67,7 +67,7 @@ _COLUMNS = (
 class ConsoleTable(Sink):
     """Shows the run at a terminal, by default on stdout."""
 
-    # Whoever pauses a terminal means to.
+    # A terminal that is paused is meant to be.
     limited = False
 
     def __init__(self, console: Console | None = None) -> None:

@@ -45,7 +45,7 @@ class JsonLines(Sink):
             raise RecordError(message) from error
 
     def hung(self) -> None:
-        """Write to nowhere: the end of this process, too, would wait for the reader."""
+        """Write to nowhere from now on: the end of this process would wait for the reader too."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
@@ -86,7 +86,7 @@ class JsonFile(JsonLines):
         """Do nothing: each record is tried again."""
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the last record, after a look at every line before it.
+        """Write the last record, after a check that every line before it is still there.
 
         Raises:
             RecordError: it cannot be written, or the lines before it were lost.

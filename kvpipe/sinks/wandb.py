@@ -424,7 +424,7 @@ def _first_line(error: BaseException) -> str:
 def _base_url() -> str:
     """Return the address of W&B's server from wandb's own settings.
 
-    Nothing that describes a run stays in them: they are from the environment and from wandb's files.
+    They come from the environment and from wandb's files; what describes a run in them is cleared.
     """
     import wandb
 

@@ -1,4 +1,4 @@
-"""Limit what the main thread does, wherever it waits: in a write that blocks, or in code without end.
+"""Limit the time of the main thread, also while a write blocks or code does not end.
 
 A thread of its own could not be ended, so this uses the process's interval timer.
 """
@@ -33,5 +33,5 @@ def limited(seconds: float | None, message: str) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        # A timer of whoever called goes on.
+        # The caller's own timer goes on.
         signal.setitimer(signal.ITIMER_REAL, *outer)

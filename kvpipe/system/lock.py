@@ -14,7 +14,7 @@ from pathlib import Path
 from kvpipe.errors import InputError
 
 LOCK_FILE = "run.lock"
-# What flock answers on a file system that has no locks.
+# Errors of flock on a file system that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _MOST_BYTES = 1 << 12
 
@@ -84,8 +84,8 @@ class Lock:
 
     def _in_use(self, holder: str) -> str:
         try:
-            told = json.loads(holder)
-            who = f"process {told['pid']} on {told['host']}, since {told['since']}"
+            process = json.loads(holder)
+            who = f"process {process['pid']} on {process['host']}, since {process['since']}"
         except (ValueError, KeyError):
             who = "a process that has not written its name yet"
         return (
@@ -95,7 +95,7 @@ class Lock:
 
 
 def place_of(file: int) -> Path:
-    """Return the present path of a descriptor's file; one that nothing has if it was removed."""
+    """Return the current path of a descriptor's file; of a removed file, one that does not exist."""
     return Path(f"/proc/self/fd/{file}").readlink()
 
 

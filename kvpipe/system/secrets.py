@@ -106,7 +106,7 @@ def redactor(environ: Mapping[str, str], api_key: str | None) -> Redactor:
 def known_secrets(directory: Path, environ: Mapping[str, str], online: bool) -> Redactor:
     """Return a redactor for every secret that a run in ``directory`` would have.
 
-    An ``.env`` that has to be refused counts as empty: whoever needs its key refuses it.
+    A ``.env`` that must be refused counts as empty here; the code that needs its key refuses it.
     """
     key = None
     if online:
@@ -140,7 +140,7 @@ def refuse_secret(where: str, text: str, redact: Redactor) -> None:
     if variable := redact.variable_in(text):
         raise InputError(
             f"{where}: this contains the secret in the variable {variable}, and would be recorded and "
-            f"uploaded; take it out, or unset {variable} if it is none"
+            f"uploaded; take it out, or unset {variable} if it is not a secret"
         )
 
 

@@ -1,4 +1,4 @@
-"""Standard input, output and error of a command: what holds for all that it prints.
+"""The standard streams of a command, and the rules for everything that it prints.
 
 - Any text can be printed, whatever the encoding: a character that it lacks is replaced or escaped.
 - A failure to write stdout is an error of its own, so that it is not taken for one of another file.

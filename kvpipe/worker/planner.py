@@ -146,7 +146,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         return asdict(ending_of(error))
     except Exception as error:
         traceback.print_exc()
-        message = f"the engine's shapes cannot be had: {type(error).__name__}: {error}"
+        message = f"the engine's shapes cannot be evaluated: {type(error).__name__}: {error}"
         return asdict(ending_of(EngineError(message)))
     return {"plan": record.to_json()}
 

@@ -39,12 +39,11 @@ REFUSED = {
     "+experiment=tinny": f"there is no experiment 'tinny'; {nearest('tinny', EXPERIMENTS)}",
     "+experiment=zzz": f"there is no experiment 'zzz'; valid are: {', '.join(EXPERIMENTS)}",
     "experiment=tiny": (
-        "experiment has no default to override; write +experiment=tiny; a name of the run's own is "
+        "experiment has no default to override; write +experiment=tiny; to name the run, set "
         "label=NAME"
     ),
     "++experiment=mine": (
-        "experiment chooses files of conf/experiment, without '++'; a name of the run's own is "
-        "label=NAME"
+        "experiment chooses files of conf/experiment, without '++'; to name the run, set label=NAME"
     ),
     "model=Qwen/Qwen3-4B": (
         "there is no model 'Qwen/Qwen3-4B'; valid are: qwen25_3b, qwen3_4b, tiny_qwen2; its keys "

@@ -7,7 +7,7 @@ from tests.in_process import files
 TOKEN = "hf_" + "0Secret9" * 5
 TOLD = (
     "kvpipe: {}: this contains the secret in the variable HF_TOKEN, and would be recorded and "
-    "uploaded; take it out, or unset HF_TOKEN if it is none\n"
+    "uploaded; take it out, or unset HF_TOKEN if it is not a secret\n"
 )
 
 

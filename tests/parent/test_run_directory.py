@@ -45,8 +45,8 @@ def test_the_hosts_of_one_run_share_a_directory(tmp_path):
 def test_an_earlier_run_is_not_overwritten_unless_that_is_asked_for(tmp_path, engine, left):
     (tmp_path / left).write_text("of an earlier run")
     assert refusal(enter, tmp_path, engine) == (
-        f"hydra.run.dir: {tmp_path / left} is of an earlier run; choose another directory, or set "
-        "runner.overwrite=true to lose the records there"
+        f"hydra.run.dir: {tmp_path / left} belongs to an earlier run; choose another directory, or "
+        "set runner.overwrite=true to lose the records there"
     )
     assert len(enter(tmp_path, engine, overwrite=True)) == 2
     assert [path.name for path in tmp_path.iterdir()] == [left]

@@ -70,11 +70,11 @@ REFUSED = {
     ),
     "run without the context": (
         own("    effect = Effect()\n\n    def run(self):\n        pass\n"),
-        ", line 4: class Own: run has to accept (self, ctx): too many positional arguments",
+        ", line 4: class Own: run must accept (self, ctx): too many positional arguments",
     ),
     "effect_given without the facts": (
         own(f"    def effect_given(self):\n        return Effect()\n{RUN}"),
-        ", line 4: class Own: effect_given has to accept (self, before): too many positional "
+        ", line 4: class Own: effect_given must accept (self, before): too many positional "
         "arguments",
     ),
     "an option that follows no key": (

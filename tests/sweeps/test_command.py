@@ -185,7 +185,7 @@ def test_a_secret_in_a_job_is_written_nowhere(site, tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         "kvpipe: model.id: this contains the secret in the variable WANDB_API_KEY, and would be "
-        "recorded and uploaded; take it out, or unset WANDB_API_KEY if it is none\n"
+        "recorded and uploaded; take it out, or unset WANDB_API_KEY if it is not a secret\n"
     )
     assert list(tmp_path.iterdir()) == []
 
