@@ -95,7 +95,7 @@ class Lock:
 
 
 def place_of(file: int) -> Path:
-    """Return the current path of a descriptor's file; of a removed one, a path that is not there."""
+    """Return the current path of a descriptor's file; of a removed file, one that is not there."""
     return Path(f"/proc/self/fd/{file}").readlink()
 
 
