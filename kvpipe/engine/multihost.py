@@ -193,8 +193,7 @@ def first_failure(received: Sequence[Mapping[str, Any]]) -> HostFailed | None:
 def total(count: int) -> int:
     """Return the sum of a number over the hosts; every host must call it at the same point.
 
-    Raises:
-        HostFailed: another host failed before it published its number.
+    Like :func:`of_first` it raises if another host failed before it published its number.
     """
     if not several():
         return count

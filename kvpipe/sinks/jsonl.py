@@ -86,11 +86,7 @@ class JsonFile(JsonLines):
         """Do nothing: each record is tried again."""
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the last record, after a check that every line before it is still there.
-
-        Raises:
-            RecordError: it cannot be written, or the lines before it were lost.
-        """
+        """Write the last record, marked as failed if a line before it is no longer there."""
         lost = None if self._is_whole() else self._go_on_elsewhere()
         self.received(failed_by(record, lost) if lost else record)
         if lost:
