@@ -4,17 +4,13 @@ from hypothesis import strategies as st
 
 from kvpipe.config.jax_environment import check_mesh, jax_environment
 from kvpipe.config.schema import EngineConfig
-from tests.refusal import refusal as refusal_of
+from tests.refusal import refusal
 
 COUNT = "--xla_force_host_platform_device_count"
 MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:"
     "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=1099511627776"
 )
-
-
-def refusal(environ=None, **options):
-    return refusal_of(jax_environment, EngineConfig(**options), environ or {})
 
 
 @pytest.mark.parametrize(
@@ -71,28 +67,29 @@ def test_an_inherited_platform_that_is_empty_or_the_same_is_accepted(inherited):
 
 @pytest.mark.parametrize(("device", "inherited"), [("cpu", "tpu"), ("tpu", "cpu"), ("tpu", "cuda")])
 def test_another_inherited_platform_is_refused_with_both_and_the_way_out(device, inherited):
-    assert refusal({"JAX_PLATFORMS": inherited}, device=device) == (
+    engine = EngineConfig(device=device)
+    assert refusal(jax_environment, engine, {"JAX_PLATFORMS": inherited}) == (
         f"engine.device is '{device}', but the environment has JAX_PLATFORMS={inherited}; "
         f"unset it or set it to {device}"
     )
 
 
 def test_a_mesh_that_does_not_take_all_virtual_devices_is_refused_with_the_product():
-    assert refusal(device="cpu", virtual_devices=4, tp_size=2) == (
+    assert refusal(check_mesh, EngineConfig(device="cpu", virtual_devices=4, tp_size=2)) == (
         "engine.tp_size × engine.dp_size is 2 × 1 = 2, but engine.virtual_devices is 4; "
         "they must be equal"
     )
 
 
 def test_a_dp_size_that_does_not_divide_the_virtual_devices_is_refused():
-    assert refusal(device="cpu", virtual_devices=4, dp_size=3) == (
+    assert refusal(check_mesh, EngineConfig(device="cpu", virtual_devices=4, dp_size=3)) == (
         "engine.tp_size × engine.dp_size is 1 × 3 = 3, but engine.virtual_devices is 4; "
         "they must be equal"
     )
 
 
 def test_a_tpu_with_virtual_devices_is_refused():
-    assert refusal(device="tpu", virtual_devices=4) == (
+    assert refusal(check_mesh, EngineConfig(device="tpu", virtual_devices=4)) == (
         "engine.virtual_devices is 4, but engine.device is 'tpu'; only the cpu has virtual devices"
     )
 
@@ -107,7 +104,7 @@ def test_a_cpu_mesh_is_refused_exactly_if_it_is_not_the_virtual_devices(tp_size,
         virtual % dp_size == 0 if tp_size is None else tp_size * dp_size == virtual
     )
     if not fits:
-        assert refusal_of(check_mesh, engine).startswith("engine.tp_size × engine.dp_size is ")
+        assert refusal(check_mesh, engine).startswith("engine.tp_size × engine.dp_size is ")
         return
     count = int(jax_environment(engine, {})["XLA_FLAGS"].removeprefix(f"{COUNT}="))
     assert count == (virtual or (tp_size or 1) * dp_size)
