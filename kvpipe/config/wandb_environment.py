@@ -37,7 +37,7 @@ def with_wandb_variables(plain: Mapping[str, Any], environ: Mapping[str, str]) -
 
 
 def variable_messages(tracking: TrackingConfig, environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield a message for each variable that fills a key, or that differs from the config unread.
+    """Yield a message for each variable that fills a key, or that is not read and contradicts one.
 
     The config is one that :func:`with_wandb_variables` has completed.
     """

@@ -33,8 +33,8 @@ def mark() -> None:
 class PeakSampler:
     """Sample while the context is open; one instance at a time per process.
 
-    Until ``has_devices``, whether jax has initialised its devices, only RSS is sampled. ``share``
-    is the largest share of one core's time that sampling may use.
+    ``has_devices`` says whether jax has initialised its devices; until then only RSS is sampled.
+    ``share`` is the largest share of one core's time that sampling may use.
     """
 
     def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:

@@ -246,7 +246,7 @@ def replace_leaves(
 
 
 class _Placed:
-    """The leaves that are in their places, of all whose ``sizes`` are given."""
+    """The leaves that are in their places, among all whose ``sizes`` are given."""
 
     def __init__(
         self, table: ParamTable, sizes: Mapping[str, int], done: Callable[[str], Any]

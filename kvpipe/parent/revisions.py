@@ -87,8 +87,8 @@ def sides(
 ) -> tuple[Revision, Revision]:
     """Return the files before and after the change.
 
-    Both sides have the same overrides and directory of further configs, but the overrides that
-    ``config`` has for the side after the change. Revisions are unpacked in ``scratch``.
+    The overrides and the directory of further configs are those of both sides; ``config`` may have
+    more overrides for the side after the change. Revisions are unpacked in ``scratch``.
 
     Raises:
         InputError: this is no git repository, or it has no such revision of kvpipe.

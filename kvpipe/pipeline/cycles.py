@@ -28,7 +28,7 @@ def cycle_of(step: str) -> int:
 
 @dataclass(frozen=True)
 class Cycle:
-    """A cycle, from 1, of the repeated steps, which have their names in the first cycle."""
+    """A cycle of the repeated steps: its number, from 1, and their names in the first cycle."""
 
     number: int
     steps: frozenset[str]

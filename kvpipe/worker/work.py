@@ -50,9 +50,8 @@ def execute(
 ) -> Ending:
     """Run the worker's steps in this process, and shut the engine down at the end.
 
-    The engine is imported at once, but no step starts before the parent's own steps are done, until
-    when ``may_begin`` blocks. ``load`` imports the engine, or what replaces it, and returns the
-    planner.
+    ``load`` imports the engine, or what replaces it, and returns the planner; that happens at once,
+    but no step starts before ``may_begin`` returns: then the parent's own steps are done.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
