@@ -89,7 +89,7 @@ class WorkerContext:
         return _present(self.outputs.get(step), failed)
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
-        """Return the weights of a host tree, or those of the model's files, named as in Hugging Face.
+        """Return the weights of a host tree, or of the model's files, named as in Hugging Face.
 
         Raises:
             InputError: the checkpoint is missing or damaged.

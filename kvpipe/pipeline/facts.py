@@ -100,7 +100,7 @@ def is_history(fact: str) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """A fact in words, and what to do if a step needs it but lacks it, or forbids it but meets it."""
+    """A fact in words, and what to do if a step needs it in vain or forbids it in vain."""
 
     what: str
     if_missing: str

@@ -43,7 +43,7 @@ TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENT
 
 @dataclass(frozen=True)
 class KvTokens:
-    """Size of a KV cache with a capacity of its own, in tokens; the engine uses whole pages of it."""
+    """Size of a KV cache with a capacity of its own, in tokens, rounded down to whole pages."""
 
     tokens: int
 
