@@ -137,7 +137,7 @@ def test_a_peak_is_compared_with_an_earlier_step_and_only_without_the_kv_cache()
 @pytest.mark.parametrize("slot", TRAINER_SETS)
 def test_a_parameter_set_may_not_be_called_as_one_of_the_trainers(slot):
     message = refusal(build, ["it"], it={"use": "param_dict", "slot": str(slot)})
-    assert f"phases.it.slot is '{slot}', as one of the trainer's" in message
+    assert f"phases.it.slot is '{slot}', the name of one of the trainer's" in message
 
 
 def test_trainer_ready_takes_a_host_tree_that_is_there():
