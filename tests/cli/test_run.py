@@ -230,7 +230,8 @@ def test_a_second_run_in_a_directory_is_refused_and_changes_nothing_there(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused = kvpipe(*again)
     assert (refused.code, refused.out, len(begun)) == (2, "", 1)
-    assert refused.err.startswith(f"kvpipe: hydra.run.dir: {tmp_path}/mine/records.jsonl is of an")
+    why = f"kvpipe: hydra.run.dir: {tmp_path}/mine/records.jsonl belongs to an earlier run"
+    assert refused.err.startswith(why)
     assert {path: path.read_bytes() for path in before} == before
     assert kvpipe(*again, "runner.overwrite=true").code == 0
     assert OmegaConf.load("mine/.hydra/config.yaml").engine.max_total_tokens == 512
