@@ -16,10 +16,11 @@ from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory
+from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
 from kvpipe.records.run import RunPlanned
+from kvpipe.system.alarm import limited
 
 _SHUTDOWN_TIMEOUT_S = 10.0
 _BYTES_PER_TOKEN = 3
@@ -59,12 +60,20 @@ class Planners:
             InputError: the engine refuses the model, the mesh or the capacity.
             EngineError: its shapes cannot be evaluated for another reason, or the child died.
             OutOfMemory: the host has no memory left for that.
+            TimedOut: it took longer than ``plan.timeout_s``.
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
         job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
-        child.send(job | {"prompt_tokens": _prompt_tokens(config)})
-        answer = next(child.messages(), None)
+        limit_s = config.plan.timeout_s
+        try:
+            with limited(limit_s, f"the plan took longer than plan.timeout_s = {limit_s} s"):
+                child.send(job | {"prompt_tokens": _prompt_tokens(config)})
+                answer = next(child.messages(), None)
+        except TimedOut:
+            # Its answer, if it came, would be taken for that of the next job.
+            self._children.pop(target.devices).kill()
+            raise
         if answer is None:
             raise EngineError(
                 f"the planning process ended by {child.how_it_ended()}; its log ended with:\n"
