@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
 
 from kvpipe.cli import check
 from kvpipe.config.schema import Kvpipe
@@ -249,11 +250,9 @@ def test_every_experiment_passes_the_check_in_one_line(kvpipe, tmp_path, experim
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("line", "times"), [("check", 1), ("check hydra.mode=RUN", 1), ("check -m label=a,b", 4)]
-)
-def test_the_config_of_a_single_run_is_composed_once(kvpipe, monkeypatch, line, times):
-    """Hydra composes it twice, which takes a third of the time of 10,000 steps. A sweep has more."""
+@pytest.mark.parametrize("line", ["check", "check hydra.mode=RUN"])
+def test_the_config_of_a_single_run_is_composed_once(kvpipe, monkeypatch, line):
+    """Hydra composes it twice, which takes a third of the time of 10,000 steps."""
     composed = []
     load = ConfigLoaderImpl._load_configuration_impl
 
@@ -263,7 +262,7 @@ def test_the_config_of_a_single_run_is_composed_once(kvpipe, monkeypatch, line, 
 
     monkeypatch.setattr(ConfigLoaderImpl, "_load_configuration_impl", counting)
     assert kvpipe(*line.split()).code == 0
-    assert len(composed) == times
+    assert composed == [RunMode.RUN]
 
 
 def test_an_experiment_of_ones_own_is_found_in_a_directory_of_ones_own(kvpipe, tmp_path):
