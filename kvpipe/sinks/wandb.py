@@ -23,6 +23,7 @@ from urllib.request import getproxies
 import psutil
 
 from kvpipe.config.schema import TrackingConfig, TrackingMode
+from kvpipe.config.wandb_environment import OWN_TO_THE_CONFIG
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
 from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned
@@ -441,6 +442,9 @@ def _base_url() -> str:
     import wandb
 
     _free_a_start_that_fails()
+    hidden = {name: os.environ.pop(name) for name in OWN_TO_THE_CONFIG if name in os.environ}
+    # The service of the process that started this one, which may have ended. wandb sets its own.
+    os.environ.pop("WANDB_SERVICE", None)
     try:
         # Silent: anything that wandb would print is either raised here or irrelevant.
         # SageMaker's jobs would get their run id from wandb, the same for all jobs of a sweep.
@@ -456,6 +460,8 @@ def _base_url() -> str:
             f"W&B refuses its own settings, in the environment's WANDB_* or in its files: "
             f"{' '.join(str(error).split())}"
         ) from error
+    finally:
+        os.environ |= hidden
 
 
 def _free_a_start_that_fails() -> None:

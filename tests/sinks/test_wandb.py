@@ -147,7 +147,9 @@ class Offline:
             folder.mkdir()
         # None of these may win over the config.
         hostile = {
-            "WANDB_MODE": "online",
+            "WANDB_MODE": "wrong",
+            "WANDB_RESUME_FROM": "wrong",
+            "WANDB_SERVICE": "3-1-unix-/nosuch",
             "WANDB_DISABLED": "true",
             "WANDB_PROJECT": "wrong",
             "WANDB_NAME": "wrong",
