@@ -440,7 +440,8 @@ class PlanConfig(Section, section="plan"):
             code and temporaries to the plan; takes about half a minute the first time.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
-        timeout_s: limit in seconds of ``kvpipe plan``, for each job of a sweep; None means no limit.
+        timeout_s: limit in seconds of ``kvpipe plan``, for each job of a sweep, and of git in
+            ``compare-plans``; None means no limit.
     """
 
     enforce: bool = True

@@ -15,7 +15,7 @@ from typing import Any, Self
 from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.prompt import read_prompt
-from kvpipe.config.schema import Kvpipe
+from kvpipe.config.schema import Kvpipe, PlanConfig
 from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
@@ -65,9 +65,8 @@ class Planners:
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
         job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
-        limit_s = config.plan.timeout_s
         try:
-            with limited(limit_s, f"the plan took longer than plan.timeout_s = {limit_s} s"):
+            with limited(*plan_limit(config.plan, "the plan")):
                 child.send(job | {"prompt_tokens": _prompt_tokens(config)})
                 answer = next(child.messages(), None)
         except TimedOut:
@@ -95,6 +94,11 @@ class Planners:
             started = start_child("kvpipe.worker.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
             self._children[devices] = self._stack.enter_context(started)
         return self._children[devices]
+
+
+def plan_limit(config: PlanConfig, what: str) -> tuple[float | None, str]:
+    """Return ``plan.timeout_s``, and what to say of ``what`` after it."""
+    return config.timeout_s, f"{what} took longer than plan.timeout_s = {config.timeout_s or 0:g} s"
 
 
 def _prompt_tokens(config: Kvpipe) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvpipe.config.hosts import own_file
 from kvpipe.config.schema import EngineConfig
+from kvpipe.errors import InputError
 from kvpipe.parent.supervisor import ENGINE_LOG
 from kvpipe.records.run import RECORDS_FILE
 from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write, not_locked
@@ -40,6 +41,8 @@ def owned(
     try:
         for name in (RECORDS_FILE, ENGINE_LOG):
             path = run_dir / own_file(name, engine)
+            if path.exists() and not path.is_file():
+                raise InputError(f"{RUN_DIR}: {path} is not a regular file; remove it")
             if path.exists() and not overwrite:
                 raise InUse(
                     f"{RUN_DIR}: {path} is of an earlier run; choose another directory, or set "

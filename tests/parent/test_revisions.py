@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -98,6 +99,17 @@ def test_a_directory_without_a_repository_is_refused(sides, tmp_path, monkeypatc
         f"compare_plans.base is 'nosuch', a git revision, but {tmp_path} is in no git repository ("
     )
     assert "run this in a clone of kvpipe, or leave compare_plans.base out" in said
+
+
+def test_a_git_that_hangs_is_ended_within_the_limit(tmp_path, monkeypatch, request):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (tmp_path / "bin/git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    call = request.getfixturevalue("kvpipe")
+    answer = call("compare-plans", "compare_plans.base=HEAD", "plan.timeout_s=0.2")
+    assert (answer.code, answer.out) == (5, "")
+    assert answer.err == "kvpipe: git took longer than plan.timeout_s = 0.2 s\n"
 
 
 def test_a_repository_of_something_else_is_refused(sides, tmp_path, monkeypatch):
