@@ -440,6 +440,7 @@ def _base_url() -> str:
     Nothing that describes a run stays in them: they are from the environment and from wandb's files.
     """
     import wandb
+    from wandb.errors import UsageError
 
     _free_a_start_that_fails()
     hidden = {name: os.environ.pop(name) for name in OWN_TO_THE_CONFIG if name in os.environ}
@@ -454,7 +455,7 @@ def _base_url() -> str:
             setattr(settings, name, wandb.Settings.model_fields[name].default)
         return settings.base_url
     except Exception as error:
-        if isinstance(error, wandb.Error) and not isinstance(error, wandb.UsageError):
+        if isinstance(error, wandb.Error) and not isinstance(error, UsageError):
             raise TrackingError(f"W&B's service did not start: {_first_line(error)}") from error
         raise TrackingError(
             f"W&B refuses its own settings, in the environment's WANDB_* or in its files: "
