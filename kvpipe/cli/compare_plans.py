@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 from kvpipe.config.schema import from_plain, to_plain
 from kvpipe.errors import HELD, KvpipeError
 from kvpipe.parent import revisions
+from kvpipe.parent.planner_client import plan_limit
 from kvpipe.report.comparison_report import plans_as_markdown
 from kvpipe.sweeps.jobs import config_dir
+from kvpipe.system.alarm import limited
 
 
 def act(composed: DictConfig) -> int:
@@ -19,17 +21,19 @@ def act(composed: DictConfig) -> int:
 
     Raises:
         KvpipeError: the cost exceeds the budget.
+        TimedOut: git took longer than ``plan.timeout_s``.
     """
     config = from_plain(to_plain(composed))
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices.get("experiment")
     with tempfile.TemporaryDirectory(prefix="kvpipe-compare-") as scratch:
-        before, after = revisions.sides(
-            config.compare_plans,
-            _common_overrides(hydra_config.overrides.task),
-            config_dir(hydra_config.runtime.config_sources),
-            Path(scratch),
-        )
+        with limited(*plan_limit(config.plan, "git")):
+            before, after = revisions.sides(
+                config.compare_plans,
+                _common_overrides(hydra_config.overrides.task),
+                config_dir(hydra_config.runtime.config_sources),
+                Path(scratch),
+            )
         changes = revisions.changes(before, after, [chosen] if chosen else None)
     print(plans_as_markdown(changes, before.name, after.name), end="")
     if beyond := [why for c in changes if (why := c.excess(config.compare_plans.budget_bytes))]:

@@ -1,12 +1,20 @@
-"""Register the schema and a resolver with Hydra, and bound the YAML files that it reads."""
+"""Register the schema and a resolver with Hydra, bound the YAML files, and compose a config once."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, _utils
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, _utils
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from kvpipe.config.schema import schema
 
@@ -15,6 +23,7 @@ _NAME = "kvpipe_schema"
 # Most values in a YAML file, with its aliases expanded, as OmegaConf does it.
 _MOST_VALUES = 250_000
 _unbounded_loader = _utils.get_yaml_loader
+_load_configuration = ConfigLoaderImpl.load_configuration
 
 
 def store_schema() -> None:
@@ -28,25 +37,80 @@ def store_schema() -> None:
     ConfigStore.instance().store(name=_NAME, node=schema())
     ConfigStore.__deepcopy__ = lambda self, memo: self  # pyright: ignore[reportAttributeAccessIssue]
     _utils.get_yaml_loader = _bounded_loader
+    ConfigLoaderImpl.load_configuration = _composed_once()
 
 
+def _composed_once() -> Callable[..., DictConfig]:
+    """Return Hydra's composition, which keeps what it made to read ``hydra.mode`` for the run.
+
+    Hydra composes each config twice: first to see whether it is a sweep. Remove this once
+    ``Hydra.run`` takes over what ``Hydra.get_mode`` has composed.
+    """
+    kept: list[tuple[list[str], DictConfig]] = []
+
+    def compose(
+        self: ConfigLoaderImpl,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        if not validate_sweep_overrides and not any(o.is_sweep_override() for o in parsed):
+            composed = _load_configuration(self, config_name, overrides, RunMode.RUN)
+            kept[:] = [([*overrides], composed)]
+            return composed
+        before, composed = kept.pop() if kept else ([], None)
+        added = overrides[len(before) :]
+        if composed and run_mode is RunMode.RUN and overrides == [*before, *added[:1]]:
+            if not added:
+                return composed
+            # What Hydra adds where the config says nothing.
+            if added == ["hydra.mode=RUN"]:
+                composed.hydra.mode = RunMode.RUN
+                composed.hydra.overrides.hydra += added
+                return composed
+        return _load_configuration(
+            self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+
+    return compose
+
+
+@cache
 def _bounded_loader() -> Any:
-    """Return OmegaConf's loader, made to refuse a file whose aliases expand to too many values."""
+    """Return OmegaConf's loader, which refuses a file that a few aliases make endless.
 
-    class Bounded(_unbounded_loader()):
+    libyaml scans it, in a tenth of the time. It is composed in Python all the same: the composer in
+    C ends the process where a file is nested too deeply.
+    """
+    unbounded: Any = _unbounded_loader()
+
+    class Bounded(unbounded):
+        def __init__(self, stream: Any) -> None:
+            # A PyYAML that was built without libyaml has only the other.
+            events = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(stream)
+            self.check_event, self.peek_event = events.check_event, events.peek_event
+            self.get_event, self.dispose = events.get_event, events.dispose
+            Composer.__init__(self)
+            SafeConstructor.__init__(self)
+            Resolver.__init__(self)
+
         def get_single_node(self) -> yaml.Node | None:
             try:
                 node = super().get_single_node()
                 values = _values(node, {})
             except RecursionError:
                 raise yaml.MarkedYAMLError(
-                    problem="it is nested too deeply", problem_mark=self.get_mark()
+                    problem="it is nested too deeply",
+                    problem_mark=self.peek_event().start_mark,
                 ) from None
-            if values > _MOST_VALUES:
+            if node and values > _MOST_VALUES:
                 count = f"{values:,}" if values < math.inf else "infinitely many"
                 raise yaml.MarkedYAMLError(
                     problem=f"with its aliases it has {count} values, at most {_MOST_VALUES:,}",
-                    problem_mark=self.get_mark(),
+                    problem_mark=node.end_mark,
                 )
             return node
 

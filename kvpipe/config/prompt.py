@@ -50,6 +50,9 @@ def _read(name: str) -> bytes:
         path = CONF / "prompt" / name.removeprefix(_SHIPPED)
     else:
         path = Path(name)
+    if path.is_fifo():
+        # Reading it would wait for a writer, and it is read more than once.
+        raise InputError(f"prompt.file: {name} is a pipe, it must be a regular file")
     try:
         return path.read_bytes()
     except OSError as error:

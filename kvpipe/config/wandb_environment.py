@@ -22,6 +22,8 @@ _CONTINUE_A_RUN = (
 )
 _WITHOUT_A_KEY = ("WANDB_DIR", "WANDB_IGNORE_GLOBS", "WANDB_JOB_TYPE", "WANDB_NOTES")
 _DISABLED = "WANDB_DISABLED"
+OWN_TO_THE_CONFIG = (*_DECIDED, *_CONTINUE_A_RUN, *_WITHOUT_A_KEY, _DISABLED)
+"""Variables that wandb must not see: it would refuse some values, which nothing reads."""
 _NO = ("", "0", "f", "false", "n", "no")
 
 

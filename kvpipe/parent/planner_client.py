@@ -14,11 +14,12 @@ from typing import Any, Self
 from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.prompt import read_prompt
-from kvpipe.config.schema import Kvpipe
-from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory
+from kvpipe.config.schema import Kvpipe, PlanConfig
+from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory, TimedOut
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
 from kvpipe.records.run import RunPlanned
+from kvpipe.system.alarm import limited
 from kvpipe.system.secrets import without_key
 
 _SHUTDOWN_TIMEOUT_S = 10.0
@@ -49,12 +50,19 @@ class Planners:
             InputError: the engine refuses the model, the mesh or the capacity.
             EngineError: its shapes cannot be evaluated for another reason, or the child died.
             OutOfMemory: the host has no memory left for that.
+            TimedOut: it took longer than ``plan.timeout_s``.
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
         job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
-        child.send(job | {"prompt_tokens": _prompt_tokens(config)})
-        answer = next(child.messages(), None)
+        try:
+            with limited(*plan_limit(config.plan, "the plan")):
+                child.send(job | {"prompt_tokens": _prompt_tokens(config)})
+                answer = next(child.messages(), None)
+        except TimedOut:
+            # Its answer, if it came, would be taken for that of the next job.
+            self._children.pop(target.devices).kill()
+            raise
         if answer is None:
             raise EngineError(
                 f"the planning process ended by {child.how_it_ended()}; its log ended with:\n"
@@ -76,6 +84,11 @@ class Planners:
             started = start_child("kvpipe.worker.planner", log, environ, _SHUTDOWN_TIMEOUT_S)
             self._children[devices] = self._stack.enter_context(started)
         return self._children[devices]
+
+
+def plan_limit(config: PlanConfig, what: str) -> tuple[float | None, str]:
+    """Return ``plan.timeout_s``, and what to say of ``what`` after it."""
+    return config.timeout_s, f"{what} took longer than plan.timeout_s = {config.timeout_s or 0:g} s"
 
 
 def _prompt_tokens(config: Kvpipe) -> int:

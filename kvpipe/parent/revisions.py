@@ -119,26 +119,53 @@ def _side(key: str, revision: str | None, arguments: Sequence[str], scratch: Pat
     """Return the files of the git revision that is the value of ``key``, or of this process."""
     if revision is None:
         return Revision("the files here", PACKAGE.parent, arguments)
-    top = _git("rev-parse", "--show-toplevel").decode().strip()
+    top = _top(key, revision)
     commit = _commit(key, revision, top)
-    archive = _git("-C", top, "archive", commit, *_PACKAGES)
+    archive = _archive(key, revision, commit, top)
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(scratch / commit, filter="data")
     return Revision(f"{revision} ({commit[:7]})", scratch / commit, arguments)
 
 
+def _top(key: str, revision: str) -> str:
+    found = _git("rev-parse", "--show-toplevel")
+    if found.returncode:
+        raise InputError(
+            f"compare_plans.{key} is {revision!r}, a git revision, but {Path.cwd()} is in no git "
+            f"repository ({_why(found)}); run this in a clone of kvpipe, or leave "
+            f"compare_plans.{key} out and set compare_plans.overrides to compare the files here"
+        )
+    return found.stdout.decode().strip()
+
+
 def _commit(key: str, revision: str, top: str) -> str:
     asked = ["rev-parse", "--quiet", "--verify", "--end-of-options", f"{revision}^{{commit}}"]
-    found = subprocess.run(["git", *asked], capture_output=True, text=True, check=False)
+    found = _git("-C", top, *asked)
     if found.returncode:
-        raise InputError(f"compare_plans.{key}: {top} has no revision {revision!r}")
-    return found.stdout.strip()
+        raise InputError(
+            f"compare_plans.{key}: {top} has no revision {revision!r}; right are a commit, a tag or "
+            "a branch that it has, e.g. HEAD; git fetch gets those of its remote"
+        )
+    return found.stdout.decode().strip()
 
 
-def _git(*arguments: str) -> bytes:
+def _archive(key: str, revision: str, commit: str, top: str) -> bytes:
+    found = _git("-C", top, "archive", commit, *_PACKAGES)
+    if found.returncode:
+        raise InputError(
+            f"compare_plans.{key} is {revision!r}, but {top} does not have kvpipe's "
+            f"{', '.join(_PACKAGES)} in it ({_why(found)}); choose a revision of kvpipe"
+        )
+    return found.stdout
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
+        return subprocess.run(["git", *arguments], capture_output=True, check=False)
     except FileNotFoundError:
-        raise InputError("compare-plans: there is no git here") from None
-    except subprocess.CalledProcessError as error:
-        raise InputError(f"compare-plans: git says: {error.stderr.decode().strip()}") from None
+        raise InputError("compare-plans: there is no git here; install it") from None
+
+
+def _why(done: subprocess.CompletedProcess[bytes]) -> str:
+    """Return git's own reason."""
+    return " ".join(done.stderr.decode(errors="replace").removeprefix("fatal: ").split())

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kvpipe.config.hosts import own_file
 from kvpipe.config.schema import EngineConfig
+from kvpipe.errors import InputError
 from kvpipe.records.run import ENGINE_LOG, RECORDS_FILE
-from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write, not_locked
 
 RUN_DIR = "hydra.run.dir"
 """Config key of the directory."""
@@ -32,13 +33,12 @@ def owned(
     except OSError as error:
         raise cannot_write(RUN_DIR, run_dir, error) from None
     if not locked:
-        tell(
-            f"kvpipe: {run_dir} is on a file system without file locks, so nothing keeps a second "
-            "run out of it\n"
-        )
+        tell(f"{not_locked(run_dir, 'run')}\n")
     try:
         for name in (RECORDS_FILE, ENGINE_LOG):
             path = run_dir / own_file(name, engine)
+            if path.exists() and not path.is_file():
+                raise InputError(f"{RUN_DIR}: {path} is not a regular file; remove it")
             if path.exists() and not overwrite:
                 raise InUse(
                     f"{RUN_DIR}: {path} belongs to an earlier run; choose another directory, or "

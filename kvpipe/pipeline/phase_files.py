@@ -64,6 +64,7 @@ def module_of(cls: type[Phase]) -> ModuleType:
     return sys.modules[cls.__module__]
 
 
+@cache
 def option_types(cls: type[Phase]) -> dict[str, Any]:
     """Return the name and type of each option of a phase."""
     hints = get_type_hints(cls)

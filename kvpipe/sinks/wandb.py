@@ -23,6 +23,7 @@ from urllib.request import getproxies
 import psutil
 
 from kvpipe.config.schema import TrackingConfig, TrackingMode
+from kvpipe.config.wandb_environment import OWN_TO_THE_CONFIG
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
 from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned
@@ -427,7 +428,12 @@ def _base_url() -> str:
     They come from the environment and from wandb's files; what describes a run in them is cleared.
     """
     import wandb
+    from wandb.errors import UsageError
 
+    _free_a_start_that_fails()
+    hidden = {name: os.environ.pop(name) for name in OWN_TO_THE_CONFIG if name in os.environ}
+    # The service of the process that started this one, which may have ended. wandb sets its own.
+    os.environ.pop("WANDB_SERVICE", None)
     try:
         # Silent: anything that wandb would print is either raised here or irrelevant.
         # SageMaker's jobs would get their run id from wandb, the same for all jobs of a sweep.
@@ -437,10 +443,27 @@ def _base_url() -> str:
             setattr(settings, name, wandb.Settings.model_fields[name].default)
         return settings.base_url
     except Exception as error:
+        if isinstance(error, wandb.Error) and not isinstance(error, UsageError):
+            raise TrackingError(f"W&B's service did not start: {_first_line(error)}") from error
         raise TrackingError(
             f"W&B refuses its own settings, in the environment's WANDB_* or in its files: "
             f"{' '.join(str(error).split())}"
         ) from error
+    finally:
+        os.environ |= hidden
+
+
+def _free_a_start_that_fails() -> None:
+    """Make wandb's lock one that its holder can take again.
+
+    While wandb 0.31.0 holds it, a service that does not start makes it take it a second time: that
+    thread waited for ever, and each later run of this process for it. Remove this once
+    ``wandb_setup._setup`` reports such a start after its lock is free.
+    """
+    from wandb.sdk import wandb_setup
+
+    if isinstance(wandb_setup._singleton_lock, type(threading.Lock())):
+        wandb_setup._singleton_lock = threading.RLock()
 
 
 def _stop_service(stuck: bool = False) -> None:

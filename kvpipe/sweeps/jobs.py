@@ -5,6 +5,7 @@ from that config, not from the existing directories, so that a job that never be
 """
 
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from kvpipe.config.hydra_secrets import Refused
 from kvpipe.config.schema import OutputFormat
 from kvpipe.errors import InputError
-from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write
+from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write, not_locked
 from kvpipe.system.places import CONF
 
 SWEEP_CONFIG = "multirun.yaml"
@@ -67,7 +68,8 @@ class NoteSweep(Callback):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = Lock(directory / LOCK_FILE, _SWEEP_KEY)
-            lock.acquire()
+            if not lock.acquire():
+                print(not_locked(directory, "sweep"), file=sys.stderr)
             NoteSweep.lock = lock
         except InputError as refusal:
             raise Refused(refusal) from None

@@ -28,6 +28,14 @@ def cannot_write(key: str, directory: Path, error: OSError) -> InputError:
     return InputError(f"{key}: cannot write in {directory}: {error.strerror}")
 
 
+def not_locked(directory: Path, what: str) -> str:
+    """Return the warning of a run or a sweep whose directory cannot be locked."""
+    return (
+        f"kvpipe: {directory} is on a file system without file locks, so nothing keeps a second "
+        f"{what} out of it"
+    )
+
+
 class Lock:
     """An exclusive lock; its file names the process that holds it, and is removed with it.
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from kvpipe.errors import InputError
 
@@ -99,6 +100,8 @@ def redactor(environ: Mapping[str, str], api_key: str | None) -> Redactor:
         if _SECRET_VARIABLE.search(_as_words(name)):
             found.append((value.strip(), name))
         found += [(password, name) for password in _URL_PASSWORD.findall(value)]
+    # As a URL writes it, and as it is if a URL has it.
+    found += [(form(value), name) for value, name in found for form in (_quoted, unquote)]
     found.sort(key=lambda pair: len(pair[0]), reverse=True)
     return Redactor({value: name for value, name in found if _can_be_found(value)})
 
@@ -142,6 +145,10 @@ def refuse_secret(where: str, text: str, redact: Redactor) -> None:
             f"{where}: this contains the secret in the variable {variable}, and would be recorded and "
             f"uploaded; take it out, or unset {variable} if it is not a secret"
         )
+
+
+def _quoted(value: str) -> str:
+    return quote(value, safe="")
 
 
 def _can_be_found(value: str) -> bool:

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import re
 import sys
@@ -262,3 +263,17 @@ def test_a_sweep_owns_its_directory_and_does_not_overwrite_an_earlier_one(
     assert (in_use.code, len(begun)) == (2, 4)
     assert f"mine is in use by another run (process {os.getpid()} on " in in_use.err
     assert not (tmp_path / "mine/run.lock").exists()
+
+
+def test_a_sweep_on_a_file_system_without_locks_says_so(kvpipe, monkeypatch, tmp_path):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    begun = begin_only(monkeypatch)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    swept = kvpipe("-m", "engine.max_total_tokens=512,1024", "hydra.sweep.dir=mine")
+    assert (swept.code, len(begun)) == (0, 2)
+    assert swept.err.splitlines()[0] == (
+        f"kvpipe: {tmp_path}/mine is on a file system without file locks, so nothing keeps a second "
+        "sweep out of it"
+    )

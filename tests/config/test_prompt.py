@@ -1,4 +1,5 @@
 import hashlib
+import os
 from functools import partial
 
 import pytest
@@ -53,6 +54,12 @@ def test_a_shipped_file_that_is_not_there_is_named():
 
 def test_a_directory_is_no_prompt(tmp_path):
     assert refusal(file=str(tmp_path)) == f"prompt.file: cannot read {tmp_path}: Is a directory"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = refusal(file=str(tmp_path / "pipe"))
+    assert message == f"prompt.file: {tmp_path / 'pipe'} is a pipe, it must be a regular file"
 
 
 def test_a_file_that_is_not_utf_8_is_named_with_the_byte(tmp_path):

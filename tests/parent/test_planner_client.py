@@ -1,14 +1,19 @@
 """The plan verb up to its child: what it refuses before one is started, and what it then shows."""
 
 import json
+import signal
+from contextlib import contextmanager
 
+import psutil
 import pytest
 
 from kvpipe.checkpoints.model_dir import check_shape, shape_dir
 from kvpipe.checkpoints.tiny import ensure
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel
-from kvpipe.errors import EngineError
+from kvpipe.errors import EngineError, TimedOut
+from kvpipe.parent import planner_client
+from kvpipe.parent.child_process import start_child
 from kvpipe.parent.planner_client import Planners
 from kvpipe.plan.targets import Target
 from tests.config.test_jax_environment import MEMORY
@@ -159,3 +164,24 @@ def test_a_planning_process_that_dies_is_told_with_the_end_of_its_log(monkeypatc
     died = pytest.raises(EngineError, match=r"ended by exit code 1; .*\nno engine here")
     with died, Planners() as planners:
         planners.plan(config_of(plain), plain, Target("cpu", 2, 10**9))
+
+
+def test_a_planning_process_that_hangs_is_ended_within_the_limit_and_the_next_plan_has_a_new_one(
+    monkeypatch,
+):
+    """The parent waited for its answer without a limit."""
+
+    @contextmanager
+    def stopped(*arguments):
+        with start_child(*arguments) as child:
+            child.process.send_signal(signal.SIGSTOP)
+            yield child
+
+    monkeypatch.setattr(planner_client, "start_child", stopped)
+    plain = compose_plain("plan.timeout_s=0.1")
+    with Planners() as planners:
+        for _ in range(2):
+            with pytest.raises(TimedOut, match=r"the plan took longer than plan.timeout_s = 0.1 s"):
+                planners.plan(config_of(plain), plain, Target("cpu", 2, 1))
+            assert planners._children == {}
+    assert psutil.Process().children() == []

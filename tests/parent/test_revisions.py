@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 import subprocess
@@ -85,15 +86,41 @@ def test_two_revisions_are_unpacked_and_the_work_tree_is_left_alone(repository, 
 
 @pytest.mark.parametrize("name", ["nosuch", "--help", "HEAD~99"])
 def test_a_revision_that_does_not_exist_is_refused_by_its_name(repository, sides, name):
-    missing = f"{repository} has no revision {name!r}"
-    assert refusal(sides, base=name) == f"compare_plans.base: {missing}"
-    assert refusal(sides, base="main", head=name) == f"compare_plans.head: {missing}"
+    missing = f"{repository} has no revision {name!r}; right are a commit, a tag or a branch that"
+    assert refusal(sides, base=name).startswith(f"compare_plans.base: {missing}")
+    assert refusal(sides, base="main", head=name).startswith(f"compare_plans.head: {missing}")
 
 
 def test_a_directory_without_a_repository_is_refused(sides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert "not a git repository" in refusal(sides, base="HEAD")
+    said = refusal(sides, base="nosuch")
+    assert said.startswith(
+        f"compare_plans.base is 'nosuch', a git revision, but {tmp_path} is in no git repository ("
+    )
+    assert "run this in a clone of kvpipe, or leave compare_plans.base out" in said
+
+
+def test_a_git_that_hangs_is_ended_within_the_limit(tmp_path, monkeypatch, request):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (tmp_path / "bin/git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    call = request.getfixturevalue("kvpipe")
+    answer = call("compare-plans", "compare_plans.base=HEAD", "plan.timeout_s=0.2")
+    assert (answer.code, answer.out) == (5, "")
+    assert answer.err == "kvpipe: git took longer than plan.timeout_s = 0.2 s\n"
+
+
+def test_a_repository_of_something_else_is_refused(sides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "other")
+    said = refusal(sides, head="HEAD")
+    assert said.startswith(
+        f"compare_plans.head is 'HEAD', but {tmp_path} does not have kvpipe's kvpipe, phases, conf "
+    )
+    assert said.endswith("; choose a revision of kvpipe")
 
 
 def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repository):

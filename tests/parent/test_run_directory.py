@@ -52,6 +52,13 @@ def test_an_earlier_run_is_not_overwritten_unless_that_is_asked_for(tmp_path, en
     assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
+def test_records_that_are_a_pipe_are_refused_and_not_written_to(tmp_path):
+    os.mkfifo(tmp_path / "records.jsonl")
+    assert refusal(enter, tmp_path, overwrite=True) == (
+        f"hydra.run.dir: {tmp_path / 'records.jsonl'} is not a regular file; remove it"
+    )
+
+
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path):
     assert refusal(enter, tmp_path / "none") == (
         f"hydra.run.dir: cannot write in {tmp_path / 'none'}: No such file or directory"

@@ -1,4 +1,5 @@
 import json
+from urllib.parse import quote
 
 import pytest
 
@@ -151,7 +152,15 @@ def test_a_reference_to_a_secret_is_refused_like_its_value():
     ],
 )
 def test_a_variable_is_a_secret_by_its_name_or_as_the_password_of_a_url(variable, value, secret):
-    assert redactor({variable: value}, None).secrets == {secret: variable}
+    forms = (secret, quote(secret, safe=""))
+    assert redactor({variable: value}, None).secrets == dict.fromkeys(forms, variable)
+
+
+def test_a_secret_is_found_as_a_url_writes_it_and_as_it_is_if_a_url_has_it():
+    token = redactor({"MY_TOKEN": "a1/b2+c3=d4"}, None)
+    assert token.variable_in("https://host?token=a1%2Fb2%2Bc3%3Dd4") == "MY_TOKEN"
+    password = redactor({"DB": "postgres://me:p%40ss1word@host/db"}, None)
+    assert password.variable_in("it is p@ss1word") == "DB"
 
 
 @pytest.mark.parametrize(
