@@ -16,6 +16,7 @@ import jax
 from kvpipe.config.schema import EngineConfig, SamplingConfig
 from kvpipe.engine import compat, memory, multihost
 from kvpipe.engine.devices import check_devices
+from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
@@ -24,7 +25,7 @@ from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
 
 # Options that are no argument of the engine under their own name.
-_NOT_OF_THE_ENGINE = ("virtual_devices", "precompile")
+_NOT_OF_THE_ENGINE = ("virtual_devices", "precompile", "weight_digests")
 
 
 @dataclass
@@ -39,7 +40,9 @@ class SglangEngine:
         on_caller: makes the blocking front-end calls.
         failure: detects that a thread of the engine has failed.
         longest_request: longest request, in tokens, that its tables were built for.
+        proves_weights: whether digests hold its weights against their source.
         unavailable: what the engine needs to generate and lacks now, each with the remedy.
+        proof: the digests of its weights; of offloaded ones those that they had.
     """
 
     engine: Any
@@ -49,7 +52,9 @@ class SglangEngine:
     on_caller: CallerThread
     failure: FailureWatch
     longest_request: int
+    proves_weights: bool
     unavailable: dict[str, str] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
 
     @property
     def version(self) -> str:
@@ -192,6 +197,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         on_caller=CallerThread(failure),
         failure=failure,
         longest_request=scheduler.max_req_len,
+        proves_weights=config.weight_digests,
     )
     _guard_requests(started)
     # Exclude objects that live as long as the process from the probe's garbage collections.
