@@ -180,6 +180,7 @@ class SourceSum:
         self._lines, self._within = (rows, columns[None]) if by_rows else (columns[None], rows)
         self._dtype = np.dtype(dtype)
         self._at = 0
+        self._products = np.empty((0, self._within.shape[1]), np.uint32)
         self._sums = [0, 0]
 
     def block_bytes(self, nbytes: int, itemsize: int) -> int:
@@ -193,7 +194,9 @@ class SourceSum:
         lines = words.reshape(-1, self._within.shape[1])
         at = slice(self._at, self._at + len(lines))
         self._at = at.stop
-        product = np.empty(lines.shape, np.uint32)
+        if len(self._products) < len(lines):
+            self._products = np.empty(lines.shape, np.uint32)
+        product = self._products[: len(lines)]
         for k, multipliers in enumerate(self._within):
             np.multiply(lines, multipliers, out=product)
             sums = np.add.reduce(product, axis=1, dtype=np.uint32)

@@ -27,6 +27,7 @@ from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import WeightsError
 
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
+_DIGEST_BLOCK_BYTES = 1 << 19  # fits it with the products of twice the size
 
 
 def check_weights(
@@ -132,9 +133,11 @@ def is_finite(weight: HostArray, dtype: Any, digest: SourceSum | None = None) ->
     kind = weight.itemsize
     limit = _first_infinite(weight.dtype, np.dtype(dtype))
     sign = 1 << (8 * kind - 1)
-    nbytes = digest.block_bytes(_BLOCK_BYTES, kind) if digest else _BLOCK_BYTES
+    nbytes = digest.block_bytes(_DIGEST_BLOCK_BYTES, kind) if digest else _BLOCK_BYTES
     for block in mapped.blocks(weight, nbytes):
-        if block.view(f"i{kind}").max() >= limit or block.view(f"u{kind}").max() >= sign + limit:
+        if not (
+            block.view(f"i{kind}").max() < limit and block.view(f"u{kind}").max() < sign + limit
+        ):
             return False
         if digest:
             digest.add(block)
