@@ -38,8 +38,8 @@ _MODULUS = 1 << 32
 _UPPER_HALF = 0x9E3779B1
 # The low bits of multipliers differ along an axis, whatever the hash above them gives.
 _DISTINCT_BITS = 17
-# Rows that XLA's CPU compiler sums in one pass over the array; more of them it first copies.
-_ROWS_AT_ONCE = 32
+# As many values XLA's CPU compiler sums together with what makes them; of more it makes an array.
+_FEW = 32
 _NOTHING = np.uint32(0)
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -403,11 +403,13 @@ def _sums(
 def _summed(words: jax.Array, axis: int, nothing: jax.Array) -> jax.Array:
     """Return the sums along an axis; XLA reads the array once and makes no copy of it.
 
-    Its CPU compiler fuses a sum of a few values with what makes them, but not one of many; and it
-    would join two sums in a row, hence ``nothing`` between them: a 0 that it does not know.
+    Its CPU compiler fuses a sum of a few values with what makes them, but not one of many. So a few
+    are summed first, and then many. It would join the two, hence ``nothing`` between them: a 0 that
+    it does not know.
     """
     length = words.shape[axis]
-    few = next(k for k in range(_ROWS_AT_ONCE, 0, -1) if length % k == 0)
+    fitting = (k for k in range(_FEW, 1, -1) if length % k == 0 and length // k > _FEW)
+    few = next(fitting, 1)
     split = (length // few, few) if axis == 0 else (few, length // few)
     shape = (*words.shape[:axis], *split, *words.shape[axis + 1 :])
     partly = jnp.sum(words.reshape(shape), axis=1, dtype=jnp.uint32)

@@ -27,6 +27,8 @@ from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import WeightsError
 
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
+# Digests of tensors of files, as long as those are unchanged: a file is summed once a process.
+_of_files: dict[Any, Digest] = {}
 _DIGEST_BLOCK_BYTES = 1 << 19  # fits it with the products of twice the size
 
 
@@ -54,15 +56,26 @@ def check_weights(
     check_shapes(leaves, blueprint, weights)
     # The largest first, so that no lane ends with a large one while the others are idle.
     by_size = sorted(leaves.values(), key=lambda leaf: -weights[leaf.source].nbytes)
-    sums: dict[str, SourceSum] = {}
+    digests: dict[str, Digest] = {}
+    sums: dict[str, tuple[Any, SourceSum]] = {}
     checks = {}
     for i, leaf in enumerate(by_size):
         weight, dtype = weights[leaf.source], blueprint[leaf.path].dtype
         if rules:
-            sums[leaf.path] = SourceSum(rules[leaf.path], weight, dtype)
-        checks[leaf.source] = in_lane(i, is_finite, weight, dtype, sums.get(leaf.path))
+            rule = rules[leaf.path]
+            key = (mapped.identity(weight), rule, dtype)
+            if key in _of_files:
+                digests[leaf.path] = _of_files[key]
+            else:
+                sums[leaf.path] = key, SourceSum(rule, weight, dtype)
+        _, digest = sums.get(leaf.path, (None, None))
+        checks[leaf.source] = in_lane(i, is_finite, weight, dtype, digest)
     refuse_infinite([leaf.source for leaf in leaves.values() if not checks[leaf.source].result()])
-    return {path: source.digest for path, source in sums.items()}
+    for path, (key, source) in sums.items():
+        digests[path] = source.digest
+        if key[0] is not None:
+            _of_files[key] = source.digest
+    return digests
 
 
 def check_shapes(
