@@ -358,7 +358,11 @@ def _on_devices(
         program, shardings = _program(array.sharding, array.ndim, axis, dtype)
         kind = (shardings, *map(id, multipliers))
         if kind not in placed:
-            placed[kind] = jax.device_put(list(multipliers), list(shardings))
+            placed[kind] = [
+                # Unlike device_put, it makes no comparison between hosts.
+                jax.make_array_from_callback(values.shape, where, values.__getitem__)
+                for values, where in zip(multipliers, shardings, strict=True)
+            ]
         sums[path] = program(array, *placed[kind], _NOTHING)
     mine = {path: _of_devices(sums[path]) for path in sums}
     hosts = multihost.each(mine)
@@ -378,12 +382,14 @@ def _program(
     rows, columns = (dims[0], None) if ndim == 1 else (dims[1 - axis], dims[axis])
     specs = PartitionSpec(None, rows), PartitionSpec(columns)
     function = jax.shard_map(
-        lambda array, *multipliers: _sums(array.astype(dtype), *multipliers, axis),
+        lambda array, of_rows, of_columns, nothing: _sums(
+            array.astype(dtype), of_rows, of_columns, nothing, axis
+        ),
         mesh=mesh,
         in_specs=(PartitionSpec(*dims), *specs, PartitionSpec()),
         out_specs=PartitionSpec(mesh.axis_names),
     )
-    return jax.jit(function), tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(function), (NamedSharding(mesh, specs[0]), NamedSharding(mesh, specs[1]))
 
 
 def _sums(
