@@ -3,7 +3,7 @@
 All ways start from the same files in the page cache and are measured in turns. Memory is measured
 in a separate turn, since sampling costs time. ``sop_path`` uses kvpipe's own phases with two live
 sets, bfloat16 throughout; ``script_path`` casts through float16, as the script does that kvpipe
-replaces.
+replaces. ``swap_undigested`` and ``sop_path_undigested`` are the same without digests of the weights.
 """
 
 import statistics
@@ -68,7 +68,7 @@ def measure() -> dict[str, float]:
     _print_table(medians, peaks, host_bytes, set_bytes)
     return {
         f"{way}.{key}": value
-        for way in ("swap", "sop_path", "script_path")
+        for way in ("swap", "swap_undigested", "sop_path", "sop_path_undigested", "script_path")
         for key, value in {
             "seconds": medians[way],
             "over_placement": medians[way] / medians["placement"],
@@ -77,7 +77,15 @@ def measure() -> dict[str, float]:
             "device_peak_over_set": peaks[way][0] / set_bytes,
             "rss_rise_over_checkpoint": peaks[way][1] / host_bytes,
         }.items()
-    } | {f"swap.over_{way}": medians["swap"] / medians[way] for way in ("sop_path", "script_path")}
+    } | {
+        f"{way}.over_{other}": medians[way] / medians[other]
+        for way, other in (
+            ("swap", "sop_path"),
+            ("swap", "script_path"),
+            ("swap", "swap_undigested"),
+            ("sop_path", "sop_path_undigested"),
+        )
+    }
 
 
 def _config() -> EngineConfig:
@@ -129,12 +137,22 @@ def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:
         del halves
         weights.swap(engine, weights.build(engine, hf_weights(tree)))
 
+    def undigested(run: Run) -> Run:
+        def without() -> None:
+            engine.proves_weights = False
+            run()
+            engine.proves_weights = True
+
+        return without
+
     return {
         "swap": swap,
+        "swap_undigested": undigested(swap),
         "engine_loader": lambda: engine.on_scheduler.call(engine_loader),
         "placement": lambda: engine.on_scheduler.call(placement),
         "copy": lambda: engine.on_scheduler.call(copy),
         "sop_path": sop_path,
+        "sop_path_undigested": undigested(sop_path),
         "script_path": script_path,
     }
 
@@ -193,10 +211,10 @@ def _print_table(
     set_bytes: int,
 ) -> None:
     print(f"checkpoint {host_bytes:,} bytes, on the devices {set_bytes:,}; {TURNS} turns, medians")
-    print(f"{'way':14} {'seconds':>8} {'GB/s':>6} {'device peak':>12} {'RSS rise':>9}")
+    print(f"{'way':20} {'seconds':>8} {'GB/s':>6} {'device peak':>12} {'RSS rise':>9}")
     for name, value in seconds.items():
         device, rss = peaks[name]
         print(
-            f"{name:14} {value:8.3f} {host_bytes / value / 1e9:6.2f} "
+            f"{name:20} {value:8.3f} {host_bytes / value / 1e9:6.2f} "
             f"{device / set_bytes:11.3f}x {rss / host_bytes:8.3f}x"
         )

@@ -35,6 +35,7 @@ class EngineReadyDummy(WorkerPhase):
         config, model_dir = ctx.config, ctx.model_dir
         engine = replace(config.engine, load_format=self.load_format)
         ctx.started = sglang.start(engine, model_dir, config.runner.idle_timeout_s)
+        weights.take_digests(ctx.started)
         return Result(
             {
                 **asdict(engine),
@@ -44,5 +45,6 @@ class EngineReadyDummy(WorkerPhase):
                 "sgl_jax_version": ctx.started.version,
                 "max_total_num_tokens": ctx.started.max_total_tokens,
                 "num_model_state_leaves": weights.num_leaves(ctx.started),
+                **ctx.started.proof.fields,
             }
         )

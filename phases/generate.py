@@ -11,7 +11,14 @@ from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, WANDB, WEIGHTS_LIVE, WEIGHTS_REAL
 from kvpipe.pipeline.ledger import PROGRAM, Size
-from kvpipe.pipeline.output import Output, different_output, not_empty, same_output, sha256
+from kvpipe.pipeline.output import (
+    Output,
+    different_output,
+    not_empty,
+    output_proven,
+    same_output,
+    sha256,
+)
 from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase, follows
 from kvpipe.records.run import Check, check_equal
 
@@ -104,7 +111,7 @@ class Generate(WorkerPhase):
         return Result(fields, checks)
 
     def checks(self, ctx: WorkerContext, output: Output) -> Iterator[Check]:
-        """Yield the check that ``output`` is not empty, then its comparisons with earlier ones."""
+        """Yield the check that ``output`` is not empty, its comparisons with earlier ones, its proof."""
         yield not_empty(output)
         if (step := self.same_output_as) is not None:
             name = "aa_control" if self.aa_control else "same_output"
@@ -115,3 +122,4 @@ class Generate(WorkerPhase):
         if (step := self.same_cached_tokens_as) is not None:
             expected = ctx.output_of(step).cached_tokens
             yield check_equal("same_cached_tokens", expected, output.cached_tokens)
+        yield from output_proven(output, self.max_new_tokens)

@@ -20,4 +20,6 @@ class WeightsRestored(WorkerPhase):
 
         change = weights.restore(ctx.engine, ctx.offloaded_weights)
         ctx.host_weights = None
-        return grown("restore_brings_params", change)
+        proof = ctx.engine.proof
+        change = change.with_fields(**proof.fields)
+        return grown("restore_brings_params", change, *proof.checks)

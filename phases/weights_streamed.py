@@ -45,4 +45,6 @@ class WeightsStreamed(WorkerPhase):
         probe = SwapProbe(ctx, self.probe_tokens)
         change = weights.stream(ctx.engine, ctx.hf_weights(self.source))
         ctx.host_kv = ctx.host_weights = None
-        return grown("swap_leaves_one_set", change, *probe.checks())
+        proof = ctx.engine.proof
+        change = change.with_fields(**proof.fields)
+        return grown("swap_leaves_one_set", change, *proof.checks, *probe.checks())

@@ -46,5 +46,6 @@ class WeightsSwappedFromMllm(WorkerPhase):
         swap_s = weights.swap(ctx.engine, ctx.slots[self.slot])
         ctx.host_weights = None
         leaves, params = weights.num_leaves(ctx.engine), len(ctx.slots[self.slot])
+        proof = ctx.engine.proof
         fields = {"num_model_state_leaves": leaves, "num_params": params, "swap_s": swap_s}
-        return Result(fields, probe.checks())
+        return Result(fields | proof.fields, (*proof.checks, *probe.checks()))

@@ -6,6 +6,7 @@ page twice; without releasing them, its RSS would grow by the whole checkpoint.
 
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpipe.errors import InputError
+
+_SETTLED_NS = 1_000_000_000
 
 
 class MappedFile(mmap.mmap):
@@ -53,6 +56,22 @@ def let_go(array: NDArray[Any]) -> None:
     start = _offset(array, file)
     first = start - start % mmap.PAGESIZE
     file.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
+
+
+def identity(array: NDArray[Any]) -> tuple[Any, ...] | None:
+    """Return what names the values of ``array``: the same only if the file is unchanged.
+
+    None for an array that is not of a mapped file, or of one that was written a moment ago: two
+    writes within a tick of the file system's clock leave the same time.
+    """
+    file = _mapped_file(array)
+    if file is None:
+        return None
+    status = os.fstat(file.descriptor)
+    if time.time_ns() - status.st_mtime_ns < _SETTLED_NS:
+        return None
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return (*version, _offset(array, file), array.shape, array.strides, array.dtype)
 
 
 def blocks(array: NDArray[Any], nbytes: int) -> Iterator[NDArray[Any]]:

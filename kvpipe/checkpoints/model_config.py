@@ -91,6 +91,7 @@ def find_faults(config: Mapping[str, Any]) -> list[str]:
     faults += _value_faults(config, _SIZES if known else ())
     if known and not faults:
         faults += [*_head_faults(config, architecture), *_ignored(config, architecture)]
+        faults += _token_faults(config)
     return faults
 
 
@@ -167,6 +168,18 @@ def _ignored(config: Mapping[str, Any], architecture: str) -> Iterator[str]:
         yield "mlp_bias is true, but the engine's MLP has no biases"
     if architecture == _QWEN2 and config.get("attention_bias") is False:
         yield f"attention_bias is false, but {architecture} always has biases of q, k and v"
+
+
+def _token_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the special tokens that the model's vocabulary does not have."""
+    for key in ("bos_token_id", "eos_token_id"):
+        given = config.get(key)
+        for token in given if isinstance(given, list) else [given]:
+            if isinstance(token, int) and not 0 <= token < config["vocab_size"]:
+                yield (
+                    f"{key} is {token}, but the model's vocabulary ends at "
+                    f"{config['vocab_size'] - 1}"
+                )
 
 
 def _layer(architecture: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

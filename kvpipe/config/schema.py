@@ -237,6 +237,8 @@ class EngineConfig(Section, section="engine"):
         log_level: level of the engine's log: ``critical``, ``error``, ``warning``, ``info`` or
             ``debug``.
         watchdog_timeout: seconds after which the engine considers a forward step stuck.
+        weight_digests: hold every parameter against its source, position by position, whenever
+            weights are placed; false saves the time, and no check then knows which weights they are.
     """
 
     device: str = checked("tpu", one_of("cpu", "tpu"))
@@ -260,6 +262,7 @@ class EngineConfig(Section, section="engine"):
     trust_remote_code: bool = False
     log_level: str = checked("info", one_of("critical", "debug", "error", "info", "warning"))
     watchdog_timeout: float = checked(1800.0, seconds)
+    weight_digests: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -195,11 +195,20 @@ def total(count: int) -> int:
 
     Like :func:`of_first` it raises if another host failed before it published its number.
     """
+    return sum(each(count))
+
+
+def each(value: Any) -> list[Any]:
+    """Return every host's JSON value, this one's first; every host must call it at the same point.
+
+    Raises:
+        HostFailed: another host failed before it published its value.
+    """
     if not several():
-        return count
+        return [value]
     tag = _next_tag()
-    _put(tag, count)
-    return count + sum(_wait(other, tag) for other in _hosts.others)
+    _put(tag, value)
+    return [value, *(_wait(other, tag) for other in _hosts.others)]
 
 
 def of_first(value: Any, check: Callable[[], None]) -> Any:

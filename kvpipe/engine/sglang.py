@@ -16,6 +16,7 @@ import jax
 from kvpipe.config.schema import EngineConfig, SamplingConfig
 from kvpipe.engine import compat, memory, multihost
 from kvpipe.engine.devices import check_devices
+from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
@@ -24,7 +25,7 @@ from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
 
 # Options that are no argument of the engine under their own name.
-_NOT_OF_THE_ENGINE = ("virtual_devices", "precompile")
+_NOT_OF_THE_ENGINE = ("virtual_devices", "precompile", "weight_digests")
 
 
 @dataclass
@@ -39,7 +40,10 @@ class SglangEngine:
         on_caller: makes the blocking front-end calls.
         failure: detects that a thread of the engine has failed.
         longest_request: longest request, in tokens, that its tables were built for.
+        proves_weights: whether digests hold its weights against their source.
         unavailable: what the engine needs to generate and lacks now, each with the remedy.
+        proof: the digests of its weights; of offloaded ones those that they had.
+        cache_digests: digests of the weights that the prefix cache was written under.
     """
 
     engine: Any
@@ -49,7 +53,10 @@ class SglangEngine:
     on_caller: CallerThread
     failure: FailureWatch
     longest_request: int
+    proves_weights: bool
     unavailable: dict[str, str] = field(default_factory=dict)
+    proof: Proof = field(default_factory=Proof)
+    cache_digests: frozenset[str] = frozenset()
 
     @property
     def version(self) -> str:
@@ -84,17 +91,24 @@ class SglangEngine:
             "max_new_tokens": sampling.max_new_tokens,
             "ignore_eos": sampling.ignore_eos,
         }
+        steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
         with progress.under_way(
             progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
         ):
             raw = self._answer(prompt, params)
             self.wait_idle()
+        if digest is not None:
+            self.cache_digests = cached | {digest}
         return Output(
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
             prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
             cached_tokens=int(raw["meta_info"]["cached_tokens"]),
             raw=raw,
+            forward_steps=self.scheduler.forward_ct - steps,
+            stopped=(raw["meta_info"]["finish_reason"] or {}).get("type") == "stop",
+            weights_digest=digest,
+            cache_digests=tuple(sorted(cached)),
         )
 
     def _answer(self, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +151,7 @@ class SglangEngine:
         free = runner.token_to_kv_pool_allocator.available_size()
         if free != capacity:
             raise EngineError(f"after the flush {free} tokens are free, not all {capacity}")
+        self.cache_digests = frozenset()
         return {"flushed_tokens": cached, "free_tokens": free}
 
     def shut_down(self) -> None:
@@ -190,6 +205,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         on_caller=CallerThread(failure),
         failure=failure,
         longest_request=scheduler.max_req_len,
+        proves_weights=config.weight_digests,
     )
     _guard_requests(started)
     # Exclude objects that live as long as the process from the probe's garbage collections.

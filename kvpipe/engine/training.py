@@ -19,6 +19,7 @@ from kvpipe.engine.params import Param, ParamTable
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_shapes, check_weights, refuse_infinite
 from kvpipe.engine.weight_map import Heads, HostArray, Leaf, leaf_sources
+from kvpipe.engine.weight_proof import of_trained, prove, rules_of
 from kvpipe.pipeline.ledger import Change
 
 Blueprint = Mapping[str, jax.ShapeDtypeStruct]
@@ -85,6 +86,8 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
         if not bool(_is_finite(trained[leaf.source], blueprint[path].dtype))
     ]
     refuse_infinite(infinite)
+    rules = rules_of(engine, leaves, blueprint)
+    expected = of_trained(rules, blueprint, trained)
     engine.flush_now()
 
     def move(path: str, like: Param) -> Callable[[], jax.Array]:
@@ -92,7 +95,9 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
         moved = jax.block_until_ready(_mover(leaf, like)(trained[leaf.source]))
         return lambda: moved
 
-    return weights.replace_leaves(engine, table, move)
+    change = weights.replace_leaves(engine, table, move)
+    prove(engine, table, rules, expected)
+    return change
 
 
 @partial(jax.jit, static_argnums=1)

@@ -20,22 +20,34 @@ from kvpipe.checkpoints.tensor_names import (
     listed,
     wrong_dtype,
 )
+from kvpipe.engine.digests import Digest, Rule, SourceSum
 from kvpipe.engine.params import Param
 from kvpipe.engine.transfer import in_lane
 from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import WeightsError
 
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
+# Digests of tensors of files, as long as those are unchanged: a file is summed once a process.
+_of_files: dict[Any, Digest] = {}
+_DIGEST_BLOCK_BYTES = 1 << 19  # fits it with the products of twice the size
 
 
 def check_weights(
-    leaves: Mapping[str, Leaf], blueprint: Mapping[str, Param], weights: Mapping[str, HostArray]
-) -> None:
-    """Refuse host weights that are incomplete, of wrong shapes, or not finite.
+    leaves: Mapping[str, Leaf],
+    blueprint: Mapping[str, Param],
+    weights: Mapping[str, HostArray],
+    rules: Mapping[str, Rule] | None = None,
+) -> dict[str, Digest]:
+    """Refuse host weights that are incomplete, of wrong shapes, or not finite; return digests.
 
-    ``leaves`` and ``blueprint`` have, by path, the checkpoint tensor behind each parameter and the
-    shape, dtype and sharding that it needs; ``weights`` are named and laid out as in Hugging Face's
-    checkpoint.
+    Args:
+        leaves: the checkpoint tensor behind each parameter, by path.
+        blueprint: required shape, dtype and sharding of each parameter, by path.
+        weights: arrays by Hugging Face name, in Hugging Face layout.
+        rules: where the elements of each parameter come from, by path.
+
+    Returns:
+        By path, for each of the rules, the digest of a parameter that is exactly its weight.
 
     Raises:
         WeightsError: naming every weight that is missing, unexpected, misshapen, of a non-float
@@ -44,11 +56,26 @@ def check_weights(
     check_shapes(leaves, blueprint, weights)
     # The largest first, so that no lane ends with a large one while the others are idle.
     by_size = sorted(leaves.values(), key=lambda leaf: -weights[leaf.source].nbytes)
-    checks = {
-        leaf.source: in_lane(i, is_finite, weights[leaf.source], blueprint[leaf.path].dtype)
-        for i, leaf in enumerate(by_size)
-    }
+    digests: dict[str, Digest] = {}
+    sums: dict[str, tuple[Any, SourceSum]] = {}
+    checks = {}
+    for i, leaf in enumerate(by_size):
+        weight, dtype = weights[leaf.source], blueprint[leaf.path].dtype
+        if rules:
+            rule = rules[leaf.path]
+            key = (mapped.identity(weight), rule, dtype)
+            if key in _of_files:
+                digests[leaf.path] = _of_files[key]
+            else:
+                sums[leaf.path] = key, SourceSum(rule, weight, dtype)
+        _, digest = sums.get(leaf.path, (None, None))
+        checks[leaf.source] = in_lane(i, is_finite, weight, dtype, digest)
     refuse_infinite([leaf.source for leaf in leaves.values() if not checks[leaf.source].result()])
+    for path, (key, source) in sums.items():
+        digests[path] = source.digest
+        if key[0] is not None:
+            _of_files[key] = source.digest
+    return digests
 
 
 def check_shapes(
@@ -102,8 +129,8 @@ def _misshapen(leaf: Leaf, needed: Param, weights: Mapping[str, Any]) -> str:
     )
 
 
-def is_finite(weight: HostArray, dtype: Any) -> bool:
-    """Whether every value is finite once it is cast to ``dtype``.
+def is_finite(weight: HostArray, dtype: Any, digest: SourceSum | None = None) -> bool:
+    """Whether every value is finite once it is cast to ``dtype``; ``digest`` gets each block.
 
     An IEEE float overflows the cast exactly if its bits, without the sign, are at least those of
     the smallest value that the cast makes infinite. Two maxima over the raw bits decide it: read as
@@ -112,10 +139,15 @@ def is_finite(weight: HostArray, dtype: Any) -> bool:
     kind = weight.itemsize
     limit = _first_infinite(weight.dtype, np.dtype(dtype))
     sign = 1 << (8 * kind - 1)
-    return all(
-        block.view(f"i{kind}").max() < limit and block.view(f"u{kind}").max() < sign + limit
-        for block in mapped.blocks(weight, _BLOCK_BYTES)
-    )
+    nbytes = digest.block_bytes(_DIGEST_BLOCK_BYTES, kind) if digest else _BLOCK_BYTES
+    for block in mapped.blocks(weight, nbytes):
+        if not (
+            block.view(f"i{kind}").max() < limit and block.view(f"u{kind}").max() < sign + limit
+        ):
+            return False
+        if digest:
+            digest.add(block)
+    return True
 
 
 @cache

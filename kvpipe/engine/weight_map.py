@@ -5,6 +5,7 @@ tensor of every parameter and whether it is transposed, and the parameter's shap
 heads are repeated and padded. This module must not contain a table of models.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,8 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     The runner's model may hold shapes only; ``shapes`` are those of its parameters, by path.
 
     Raises:
-        EngineError: the model has a parameter that its mapping does not name.
+        EngineError: the model has a parameter that its mapping does not name, or that it gives a
+            tensor of another layer, of another module or of another parameter.
     """
     model = runner.model
     mappings = {
@@ -138,7 +140,53 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         source, mapping = mappings[path]
         transpose = bool(mapping.transpose) and not source.endswith(".bias")
         leaves[path] = Leaf(path, source, transpose, _heads(source, mapping, shape, runner))
+    if wrong := disagreeing({path: leaf.source for path, leaf in leaves.items()}):
+        raise EngineError(
+            f"the weight mapping of {type(model).__name__} gives parameters tensors of other names: "
+            f"{', '.join(wrong)}"
+        )
     return leaves
+
+
+def disagreeing(sources: Mapping[str, str]) -> list[str]:
+    """Return how a map contradicts the names: ``path = tensor`` for each wrong pair.
+
+    The layer's number, the module and whether it is a bias have to agree, and no tensor may be that
+    of two parameters. A module that only one side knows by its name, as experts, cannot be compared.
+
+    Args:
+        sources: the checkpoint tensor of each parameter, by path.
+    """
+    ours = {path: _module(path) for path in sources}
+    theirs = {name: _module(name) for name in sources.values()}
+    known = {parts[-1] for parts in ours.values()} & {parts[-1] for parts in theirs.values()}
+    uses = Counter(sources.values())
+
+    def agree(path: str, name: str) -> bool:
+        mine, other = ours[path], theirs[name]
+        if {mine[-1], other[-1]} & known:
+            return mine == other
+        return _numbers(mine) == _numbers(other)
+
+    return [
+        f"{path} = {name}"
+        for path, name in sorted(sources.items())
+        if not agree(path, name) or uses[name] > 1 or _is_bias(path) != _is_bias(name)
+    ]
+
+
+def _module(name: str) -> tuple[str, ...]:
+    """Return the path of a parameter's module without the root, which the sides call differently."""
+    parts = tuple(name.split(".")[:-1])
+    return parts[1:] or parts
+
+
+def _numbers(parts: tuple[str, ...]) -> list[str]:
+    return [part for part in parts if part.isdecimal()]
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 def weight_mappings(model: Any) -> dict[str, Any]:

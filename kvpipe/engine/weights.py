@@ -18,10 +18,12 @@ import jax
 
 from kvpipe.checkpoints import mapped
 from kvpipe.engine import memory, peaks, transfer
+from kvpipe.engine.digests import Proof
 from kvpipe.engine.params import Param, ParamTable, num_leaves, parameters
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_weights
 from kvpipe.engine.weight_map import EngineView, HostArray, leaf_sources
+from kvpipe.engine.weight_proof import ParamSet, prove, rules_of
 from kvpipe.errors import EngineError
 from kvpipe.pipeline.ledger import Change
 from kvpipe.records import progress
@@ -46,7 +48,18 @@ def live_bytes(engine: SglangEngine) -> int:
     return sum(memory.bytes_of(here))
 
 
-def build(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
+def take_digests(engine: SglangEngine) -> None:
+    """Compute the digests of the parameters that the engine was started with.
+
+    Raises:
+        EngineError: the engine stayed busy.
+    """
+    table = ParamTable(engine)
+    rules = rules_of(engine, leaf_sources(engine, table), table.blueprint)
+    engine.on_scheduler.call(lambda: prove(engine, table, rules, {}))
+
+
+def build(engine: SglangEngine, weights: HfWeights) -> ParamSet:
     """Place host weights on the devices as a new parameter set; the engine keeps its own.
 
     Raises:
@@ -68,11 +81,14 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
     began = time.monotonic()
     table = ParamTable(engine)
     _check_set(table.blueprint, new)
+    rules = rules_of(engine, leaf_sources(engine, table), table.blueprint)
+    digests = new.digests if isinstance(new, ParamSet) else {}
 
     def put() -> None:
         table.put_in_step(new)
         table.update_model()
         engine.unavailable.pop(WEIGHTS, None)
+        prove(engine, table, rules, digests)
 
     engine.on_scheduler.call(put)
     return round(time.monotonic() - began, 6)
@@ -124,12 +140,13 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
     def bring() -> Change:
         if WEIGHTS not in engine.unavailable:
             raise EngineError("the weights are there: only offloaded weights can be restored")
-        return replace_leaves(
-            engine,
-            ParamTable(engine),
-            lambda path, like: transfer.begin(kept[path], like).wait,
-            kept.pop,
+        table, offloaded = ParamTable(engine), engine.proof
+        change = replace_leaves(
+            engine, table, lambda path, like: transfer.begin(kept[path], like).wait, kept.pop
         )
+        rules = rules_of(engine, leaf_sources(engine, table), table.blueprint)
+        prove(engine, table, rules, offloaded.leaves)
+        return change
 
     change = engine.on_scheduler.call(bring)
     memory.give_back_host_memory()
@@ -144,6 +161,7 @@ def drop(engine: SglangEngine) -> Change:
     """
     why = "its weights are dropped; swap others in first"
     change = engine.on_scheduler.call(lambda: _take_away(engine, why, lambda path, leaf: None))
+    engine.proof = Proof()
     memory.give_back_host_memory()
     return change
 
@@ -180,11 +198,11 @@ def _check_set(blueprint: Mapping[str, Param], new: Mapping[str, Any]) -> None:
                 raise EngineError(f"parameter {path!r} has {what} {has}, the engine needs {needs}")
 
 
-def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]:
+def _build_now(engine: SglangEngine, weights: HfWeights) -> ParamSet:
     table = ParamTable(engine)
     leaves, blueprint = leaf_sources(engine, table), table.blueprint
-    check_weights(leaves, blueprint, weights)
-    built: dict[str, jax.Array] = {}
+    built = ParamSet()
+    built.digests = check_weights(leaves, blueprint, weights, rules_of(engine, leaves, blueprint))
     with _loading(_sizes(blueprint), built):
         for path, leaf in leaves.items():
             source = weights[leaf.source]
@@ -197,15 +215,18 @@ def _build_now(engine: SglangEngine, weights: HfWeights) -> dict[str, jax.Array]
 def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
     table = ParamTable(engine)
     leaves = leaf_sources(engine, table)
-    check_weights(leaves, table.blueprint, weights)
+    rules = rules_of(engine, leaves, table.blueprint)
+    expected = check_weights(leaves, table.blueprint, weights, rules)
     engine.flush_now()
     hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
-    return replace_leaves(
+    change = replace_leaves(
         engine,
         table,
         lambda path, like: transfer.begin(hosts[path], like).wait,
         lambda path: mapped.let_go(weights[leaves[path].source]),
     )
+    prove(engine, table, rules, expected)
+    return change
 
 
 def replace_leaves(
@@ -229,6 +250,7 @@ def replace_leaves(
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
+    engine.proof = Proof()
     table.let_model_go()
     under_way: deque[tuple[str, Callable[[], jax.Array]]] = deque()
     placed = _Placed(table, _sizes(blueprint), done)

@@ -1,11 +1,11 @@
 """A generated output, and the comparisons of two of them on token ids."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvpipe.records.run import Check
+from kvpipe.records.run import Check, check_equal
 from kvpipe.units import counted
 
 
@@ -13,8 +13,16 @@ from kvpipe.units import counted
 class Output:
     """A generated text, without the prompt, and the ids of its tokens.
 
-    Of the prompt's tokens ``cached_tokens`` were found in the prefix cache; ``raw`` is the engine's
-    whole answer, JSON-serialisable.
+    Attributes:
+        text: the new text, without the prompt.
+        token_ids: ids of the new tokens.
+        prompt_tokens: length of the prompt in tokens.
+        cached_tokens: number of those that were found in the prefix cache.
+        raw: the engine's whole answer, JSON-serialisable.
+        forward_steps: steps that the engine ran meanwhile, by its own count.
+        stopped: whether a token ended it, not its length.
+        weights_digest: digest of the weights that it was generated under; None without digests.
+        cache_digests: those that the prefix cache was written under before.
     """
 
     text: str
@@ -22,12 +30,36 @@ class Output:
     prompt_tokens: int
     cached_tokens: int
     raw: Mapping[str, Any]
+    forward_steps: int
+    stopped: bool
+    weights_digest: str | None
+    cache_digests: tuple[str, ...]
 
 
 def not_empty(output: Output) -> Check:
     """Return the check that an output has a token."""
     count = len(output.token_ids)
     return Check("output_not_empty", "at least 1 token", count, count > 0)
+
+
+def output_proven(output: Output, max_new_tokens: int) -> Iterator[Check]:
+    """Yield the checks that an output is whole, computed just now, and of these weights alone.
+
+    Args:
+        output: the output.
+        max_new_tokens: number of tokens that were asked for.
+    """
+    count = len(output.token_ids)
+    short = "" if output.stopped else f"no end-of-sequence token ended it after {count}"
+    whole = count == max_new_tokens or (output.stopped and count < max_new_tokens)
+    yield Check("output_complete", max_new_tokens, count, whole, short)
+    steps = output.forward_steps
+    yield Check("output_computed", f"at least {count} steps", steps, steps >= count)
+    if output.weights_digest is not None:
+        current = [output.weights_digest]
+        used = list(output.cache_digests) if output.cached_tokens else current
+        detail = "weights that the cached part of the prompt was computed with"
+        yield check_equal("cache_of_these_weights", current, used, detail)
 
 
 def same_output(name: str, earlier: Output, later: Output) -> Check:

@@ -55,8 +55,8 @@ def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float
         for name in ("fused_bytes_total", "fused_bytes_per_layer", "deleted_buffers"):
             if isinstance(info, Mapping) and name in info:
                 yield f"kv/{name}", info[name]
-    for name in ("num_params", "num_model_state_leaves", "sgl_jax_version"):
-        if name in fields:
+    for name in ("num_params", "num_model_state_leaves", "sgl_jax_version", "weights_digest"):
+        if fields.get(name) is not None:
             yield name, fields[name]
     if "same_output" in fields:
         yield "determinism/same_output", fields["same_output"]

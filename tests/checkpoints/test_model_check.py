@@ -100,6 +100,7 @@ VALUES = {
     ),
     'rope_scaling={"rope_type": "dynamic"}': "rope_scaling is of type 'dynamic'",
     "hidden_act=gelu": "hidden_act is 'gelu', but the engine always applies silu",
+    "eos_token_id=512": "eos_token_id is 512, but the model's vocabulary ends at 299",
     "use_sliding_window=true": "use_sliding_window is true, but the engine attends to the whole",
     'quantization_config={"bits": 4}': "quantization_config is there, but the engine takes no",
     "attention_bias=false": "attention_bias is false, but Qwen2ForCausalLM always has biases",

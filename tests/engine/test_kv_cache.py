@@ -129,6 +129,10 @@ def test_a_flush_empties_the_prefix_cache_and_without_one_it_is_used(real_engine
     assert cached[2] == 0
     assert flushed["flushed_tokens"] > 0
     assert flushed["free_tokens"] == 1024
+    digest = real_engine.proof.whole
+    assert [output.cache_digests for output in (first, again, after_flush)] == [(), (digest,), ()]
+    assert {output.weights_digest for output in (first, again, after_flush)} == {digest}
+    assert all(output.forward_steps >= 4 and not output.stopped for output in (first, again))
 
 
 def test_a_flush_right_after_a_generate_finds_no_leak(real_engine: Any) -> None:

@@ -161,7 +161,7 @@ def test_offloaded_weights_free_their_bytes_and_come_back_with_the_same_ids_and_
     from kvpipe.engine.compile_count import CompileCounter
 
     prompt = "The KV cache is dropped and rebuilt."
-    first = real_engine.generate(prompt, greedy(8))
+    first, proof = real_engine.generate(prompt, greedy(8)), real_engine.proof
     set_bytes, in_use = weights.live_bytes(real_engine), sum(memory.bytes_in_use())
     compilations = CompileCounter()
     compilations.take()
@@ -183,8 +183,23 @@ def test_offloaded_weights_free_their_bytes_and_come_back_with_the_same_ids_and_
     assert again.token_ids == first.token_ids
     assert again.cached_tokens > 0
     assert compilations.take().count == 0
+    assert proof.proven and real_engine.proof == proof
     with pytest.raises(EngineError, match="the weights are there"):
         weights.restore(real_engine, kept)
+
+
+def test_a_value_that_changes_while_weights_are_offloaded_is_found_and_its_parameter_named(
+    real_engine: Any,
+) -> None:
+    from kvpipe.engine import weights
+
+    digest = real_engine.proof.whole
+    _, kept = weights.offload(real_engine)
+    path = next(path for path in kept if path.endswith("layers.2.self_attn.v_proj.weight"))
+    list(kept[path].values())[-1][-1, -1] += 1
+    weights.restore(real_engine, kept)
+    assert real_engine.proof.wrong == (path,)
+    assert real_engine.proof.whole == f"wrong-{digest}"  # the second copy of a repeated head
 
 
 def test_after_a_drop_of_the_weights_either_swap_brings_the_ids_back_and_one_set_is_enough(

@@ -47,7 +47,9 @@ def test_a_sync_gives_what_a_host_cast_of_the_trained_tree_gives_bit_for_bit(
     before = in_engine(real_engine)
     kinds = {p: (a.dtype, a.sharding) for p, a in weights.parameters(real_engine).items()}
     first = real_engine.generate(PROMPT, greedy(8))
+    digest = real_engine.proof.whole
     training.sync(real_engine, trainer.params)  # the weights that it has already
+    assert (real_engine.proof.whole, real_engine.proof.wrong) == (digest, ())
     assert in_engine(real_engine) == before
     again = real_engine.generate(PROMPT, greedy(8))
     assert (again.token_ids, again.cached_tokens) == (first.token_ids, 0)
@@ -67,8 +69,11 @@ def test_a_sync_gives_what_a_host_cast_of_the_trained_tree_gives_bit_for_bit(
     found = {p: (a.dtype, a.sharding) for p, a in weights.parameters(real_engine).items()}
     assert found == kinds
 
+    proof = real_engine.proof
+    assert proof.proven and not proof.wrong and proof.whole != digest
     weights.stream(real_engine, trained)
     assert in_engine(real_engine) == synced
+    assert real_engine.proof == proof
 
 
 def test_while_weights_are_synced_the_devices_never_hold_more_than_one_set_beside_the_trainer(

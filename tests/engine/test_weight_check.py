@@ -1,13 +1,20 @@
 """What is refused before a swap, decided on the host alone: no engine runs here."""
 
+import os
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpipe.checkpoints import mapped
+from kvpipe.checkpoints.safetensors import open_checkpoint, write
+from kvpipe.engine.digests import Heads as HeadSizes
+from kvpipe.engine.digests import rule_of
 from kvpipe.engine.weight_check import check_weights, is_finite
-from kvpipe.engine.weight_map import EngineView, Heads, Leaf
+from kvpipe.engine.weight_map import EngineView, Heads, Leaf, disagreeing
 from kvpipe.errors import WRONG_WEIGHTS, EngineError, WeightsError
 
 FLOATS = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)]
@@ -139,3 +146,52 @@ def test_a_tied_head_that_is_written_out_is_accepted_and_another_one_refused():
 def test_buffers_that_every_model_computes_itself_are_accepted():
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     check_weights(LEAVES, BLUEPRINT, given_weights(**{name: np.ones(2, np.float32)}))
+
+
+def test_a_file_is_summed_once_and_again_after_it_has_changed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    norm = "model.norm.weight"
+    leaves = {"p": Leaf("p", norm, False, None)}
+    like = jax.ShapeDtypeStruct((8,), np.float32)
+    rules = {"p": rule_of(norm, (8,), HeadSizes(1, 1, 1, 1))}
+
+    def digest(value):
+        write(path, {norm: np.full(8, value, np.float32)})
+        given = open_checkpoint(tmp_path)
+        assert mapped.identity(given[norm]) is None  # it was written a moment ago
+        os.utime(path, (value, value))
+        assert mapped.identity(given[norm]) == mapped.identity(open_checkpoint(tmp_path)[norm])
+        return check_weights(leaves, {"p": like}, given, rules)
+
+    first = digest(1)
+    assert digest(1) == first != digest(2)
+    arrays = {norm: np.full(8, 1, np.float32)}
+    assert mapped.identity(arrays[norm]) is None
+    assert check_weights(leaves, {"p": like}, arrays, rules) == first
+    arrays[norm][3] = 2
+    assert check_weights(leaves, {"p": like}, arrays, rules) != first
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("transformer.layers.0.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.weight"),
+        ("transformer.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+        ("transformer.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias"),
+        ("transformer.layers.0.moe_gate.kernel", "model.layers.1.mlp.gate.weight"),
+        ("transformer.layers.0.mlp.again.weight", "model.layers.0.mlp.down_proj.weight"),
+    ],
+)
+def test_a_map_that_contradicts_the_names_is_found(path, source):
+    right = {
+        "transformer.embed_tokens.embedding": "model.embed_tokens.weight",
+        "transformer.norm.scale": "model.norm.weight",
+        "lm_head.embedding": "lm_head.weight",
+        "transformer.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.gate_proj.weight",
+        "transformer.layers.1.mlp.up_proj.weight": "model.layers.1.mlp.up_proj.weight",
+        "transformer.layers.1.self_attn.o_proj.weight": "model.layers.1.self_attn.o_proj.weight",
+        "transformer.layers.0.mlp.down_proj.weight": "model.layers.0.mlp.down_proj.weight",
+        "transformer.layers.2.moe_gate.kernel": "model.layers.2.mlp.gate.weight",
+    }
+    assert disagreeing(right) == []
+    assert f"{path} = {source}" in disagreeing(right | {path: source})

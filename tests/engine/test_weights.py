@@ -36,8 +36,13 @@ def compilations() -> Any:
 def test_swapped_weights_give_the_ids_of_an_engine_that_loaded_the_checkpoint_itself(
     real_engine: Any, start_engine: StartEngine, tiny_dir: Path
 ) -> None:
+    from kvpipe.engine import weights
+
     with start_engine(tiny_dir, load_format="auto") as loaded:
+        weights.take_digests(loaded)
+        digest = loaded.proof.whole
         expected = [loaded.generate(prompt, greedy(24)).token_ids for prompt in PROMPTS]
+    assert real_engine.proof.whole == digest
     found = [real_engine.generate(prompt, greedy(24)).token_ids for prompt in PROMPTS]
     assert found == expected
     assert {len(ids) for ids in found} == {24}
@@ -86,6 +91,20 @@ def test_after_a_swap_the_engine_computes_with_the_very_arrays_and_frees_the_old
     weights.swap(real_engine, new)
     assert sum(memory.bytes_in_use()) == before
     assert all(new[path] is array for path, array in weights.parameters(real_engine).items())
+
+
+def test_a_swap_of_two_exchanged_layers_is_found_and_the_parameters_named(
+    real_engine: Any, tiny_weights: Tensors
+) -> None:
+    from kvpipe.engine import weights
+
+    new = weights.build(real_engine, tiny_weights)
+    one, other = (path_of(real_engine, f"layers.{i}.self_attn.o_proj.weight") for i in (0, 1))
+    new[one], new[other] = new[other], new[one]
+    weights.swap(real_engine, new)
+    assert real_engine.proof.wrong == (one, other)
+    (check,) = real_engine.proof.checks
+    assert (check.expected, check.actual, check.passed) == (38, 36, False)
 
 
 def test_kv_heads_are_replicated_over_the_devices(real_engine: Any) -> None:

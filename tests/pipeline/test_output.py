@@ -1,16 +1,26 @@
 """Comparisons of generated outputs, and what the generate phase makes of them."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.output import Output, difference, different_output, not_empty, same_output
+from kvpipe.pipeline.output import (
+    Output,
+    difference,
+    different_output,
+    not_empty,
+    output_proven,
+    same_output,
+)
 from kvpipe.pipeline.steps import build_steps
 
 
-def output(*token_ids, cached_tokens=0):
-    return Output("text", token_ids, 3, cached_tokens, {})
+def output(*token_ids, cached_tokens=0, steps=9, stopped=False, cached_under=("new",)):
+    cache = tuple(cached_under)
+    return Output("text", token_ids, 3, cached_tokens, {}, steps, stopped, "new", cache)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,31 @@ def test_an_output_without_a_token_fails():
     assert [not_empty(output()).passed, not_empty(output(1)).passed] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("made", "failed"),
+    [
+        (output(1, 2, 3), None),
+        (output(1, 2, stopped=True), None),
+        (output(1, 2), "output_complete"),
+        (output(1, 2, 3, 4, stopped=True), "output_complete"),
+        (output(1, 2, 3, steps=3), None),
+        (output(1, 2, 3, steps=2), "output_computed"),
+        (output(1, 2, 3, cached_tokens=2), None),
+        (output(1, 2, 3, cached_tokens=2, cached_under=["old"]), "cache_of_these_weights"),
+        (output(1, 2, 3, cached_tokens=2, cached_under=["new", "old"]), "cache_of_these_weights"),
+        (output(1, 2, 3, cached_under=["old"]), None),
+    ],
+)
+def test_a_text_is_whole_computed_in_its_own_phase_and_of_these_weights_alone(made, failed):
+    checks = list(output_proven(made, 3))
+    assert [check.name for check in checks if not check.passed] == ([failed] if failed else [])
+
+
+def test_without_digests_nothing_is_said_about_the_weights_of_the_cache():
+    unknown = replace(output(1, cached_tokens=2), weights_digest=None)
+    assert [c.name for c in output_proven(unknown, 1)] == ["output_complete", "output_computed"]
+
+
 def generate(**options):
     config = Kvpipe(pipeline=["it"], phases={"it": {"use": "generate"} | options})
     (step,) = build_steps(config)
@@ -81,6 +116,9 @@ def test_a_generate_makes_a_check_for_each_comparison_that_it_is_asked_for():
         ("same_output", True),
         ("different_output", False),
         ("same_cached_tokens", False),
+        ("output_complete", False),
+        ("output_computed", True),
+        ("cache_of_these_weights", True),
     ]
-    (_, control) = generate(same_output_as="first", aa_control=True).checks(ctx, output(1))
+    (_, control, *_) = generate(same_output_as="first", aa_control=True).checks(ctx, output(1))
     assert (control.name, control.passed) == ("aa_control", True)
