@@ -40,6 +40,7 @@ class SglangEngine:
         failure: detects that a thread of the engine has failed.
         longest_request: longest request, in tokens, that its tables were built for.
         unavailable: what the engine needs to generate and lacks now, each with the remedy.
+        generated: whether it has generated.
     """
 
     engine: Any
@@ -50,6 +51,7 @@ class SglangEngine:
     failure: FailureWatch
     longest_request: int
     unavailable: dict[str, str] = field(default_factory=dict)
+    generated: bool = False
 
     @property
     def version(self) -> str:
@@ -87,6 +89,7 @@ class SglangEngine:
         with progress.under_way(
             progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
         ):
+            self.generated = True
             raw = self._answer(prompt, params)
             self.wait_idle()
         return Output(
