@@ -68,22 +68,19 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     group_of: dict[tuple[Any, int], list[jax.Array]] = {}
     for array in several:
         if (array.sharding.shard_shape(array.shape), array.dtype) in shapes:
-            for buffer in _buffers(array):
-                group_of[buffer] = groups[id(array)]
+            for shard in array.addressable_shards:
+                group_of[_buffer(shard.data)] = groups[id(array)]
     for array in single:
-        group = group_of.setdefault(next(iter(_buffers(array)), (None, id(array))), [])
+        group = group_of.setdefault(_buffer(array), [])
         group.append(array)
         groups.setdefault(id(group[0]), group)
     return list(groups.values())
 
 
-def _buffers(array: jax.Array) -> list[tuple[Any, int]]:
-    """Return device and address of each shard; none of an array that a step has deleted meanwhile."""
-    try:
-        shards = [shard.data for shard in array.addressable_shards]
-        return [(s.sharding.device_set.copy().pop(), s.unsafe_buffer_pointer()) for s in shards]
-    except RuntimeError:
-        return []
+def _buffer(array: jax.Array) -> tuple[Any, int]:
+    """Return the device and the address of an array that is on one device."""
+    (device,) = array.sharding.device_set
+    return device, array.unsafe_buffer_pointer()
 
 
 def measure(
@@ -148,8 +145,7 @@ def used_now() -> PerDevice:
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
     with _counting:
-        alive = [array for array in jax.live_arrays() if not array.is_deleted()]
-        return per_device([group[0] for group in by_buffer(alive)], jax.local_devices())
+        return per_device(jax.live_arrays(), jax.local_devices())
 
 
 @contextmanager

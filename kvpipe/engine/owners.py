@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from types import CellType, FrameType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -56,8 +56,8 @@ class Owners:
             EngineError: a part of it is as large as a layer of the KV cache: a pool that no plan
                 counts.
         """
-        known = {id(a) for a in (*params.parameters(engine).values(), *kv_cache.buffers(engine))}
-        rest = [array for array in memory.live_arrays() if id(array) not in known]
+        pools = params.parameters(engine).values(), kv_cache.buffers(engine)
+        rest = [array for group in memory.measure(*pools, {})[1] for array in group]
         owners, paths = cls(engine), _held_by(engine, rest)[0]
         for array in rest:
             if (path := paths.get(id(array))) is not None:
@@ -107,7 +107,8 @@ def describe(array: jax.Array, found: Iterable[Any]) -> str:
     ours = {id(container) for container in found}
     names = [_name_of(r, array) for r in gc.get_referrers(array) if id(r) not in ours]
     gc.freeze()
-    names = [name for name in names if name][:_MOST_REFERRERS]
+    # Bare containers come last: those of a count that has just ended are among them.
+    names = sorted(filter(None, names), key=lambda name: name.startswith("a "))[:_MOST_REFERRERS]
     spec = getattr(array.sharding, "spec", type(array.sharding).__name__)
     return (
         f"{array.dtype}{list(array.shape)}, {_nbytes(array):,} bytes, {spec} on "
@@ -225,7 +226,7 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
             continue
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
     """Return the slots of a class and its bases."""
     slots = [item for base in kind.__mro__ for item in vars(base).items()]

@@ -59,7 +59,9 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     unowned = [group[0] for group in unpooled]
     if ctx.owners:
         other, unowned = ctx.owners.attribute(unpooled)
-    told = tuple(owners.describe(array, (unowned, *unpooled)) for array in islice(unowned, _MOST_TOLD))
+    told = tuple(
+        owners.describe(array, (unowned, *unpooled)) for array in islice(unowned, _MOST_TOLD)
+    )
     if unowned:
         other[UNOWNED] = sum(memory.bytes_of(unowned))
     stats = memory.device_stats()

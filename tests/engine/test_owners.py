@@ -11,10 +11,11 @@ from tests.conftest import greedy
 
 pytestmark = pytest.mark.slow
 
-LENGTHS = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 3)), max_size=5)
+MADE = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(1, 3)), max_size=5)
 
 
-@given(LENGTHS)
+@pytest.mark.usefixtures("four_devices")
+@given(MADE)
 def test_an_array_with_its_views_and_shards_is_one_buffer(made: Any) -> None:
     """Made are arrays, sharded or not, with shards read or not, and with views."""
     import jax
