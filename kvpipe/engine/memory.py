@@ -77,6 +77,21 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     return list(groups.values())
 
 
+def _once(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """Yield the arrays, those on one device once for each buffer: a look at an address makes another."""
+    seen: set[tuple[Any, int]] = set()
+    for array in arrays:
+        if len(array.sharding.device_set) == 1:
+            try:
+                buffer = _buffer(array)
+            except RuntimeError:  # a step has deleted it meanwhile
+                continue
+            if buffer in seen:
+                continue
+            seen.add(buffer)
+        yield array
+
+
 def _buffer(array: jax.Array) -> tuple[Any, int]:
     """Return the device and the address of an array that is on one device."""
     (device,) = array.sharding.device_set
@@ -145,7 +160,7 @@ def used_now() -> PerDevice:
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
     with _counting:
-        return per_device(jax.live_arrays(), jax.local_devices())
+        return per_device(_once(jax.live_arrays()), jax.local_devices())
 
 
 @contextmanager

@@ -128,12 +128,12 @@ def _name_of(referrer: Any, array: jax.Array) -> str:
     for holder in gc.get_referrers(referrer):
         if isinstance(holder, ModuleType):
             return holder.__name__ + place
+        owner = f"{type(holder).__module__}.{type(holder).__qualname__}"
+        if getattr(holder, "__dict__", None) is referrer:
+            return f"{owner}.{place[2:-2]}"
         for name, child in _children(holder) if hasattr(holder, "__dict__") else ():
             if child is referrer:
-                return f"{type(holder).__module__}.{type(holder).__qualname__}{name}{place}"
-        if getattr(holder, "__dict__", None) is referrer:
-            key = place[2:-2] if place.startswith("['") else place
-            return f"{type(holder).__module__}.{type(holder).__qualname__}.{key}"
+                return f"{owner}{name}{place}"
     return f"a {kind}{place}"
 
 
