@@ -241,7 +241,7 @@ def _thread_locals() -> list[tuple[str, Any]]:
         while frame is not None:
             of_engine = str(frame.f_globals.get("__name__")).partition(".")[0] == "sgl_jax"
             if of_engine and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-                held = frame.f_locals
+                held: Any = frame.f_locals
                 found += [(f"{frame.f_code.co_name}.{name}", v) for name, v in held.items()]
                 if isinstance(held, dict):  # a copy, before Python 3.13, that the frame would keep
                     held.clear()
