@@ -30,12 +30,13 @@ class EngineReadyDummy(WorkerPhase):
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        from kvpipe.engine import sglang, weights
+        from kvpipe.engine import owners, sglang, weights
 
         config, model_dir = ctx.config, ctx.model_dir
         engine = replace(config.engine, load_format=self.load_format)
         ctx.started = sglang.start(engine, model_dir, config.runner.idle_timeout_s)
         weights.take_digests(ctx.started)
+        ctx.owners = owners.Owners.when_ready(ctx.started)
         return Result(
             {
                 **asdict(engine),

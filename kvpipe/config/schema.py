@@ -427,9 +427,9 @@ class PlanConfig(Section, section="plan"):
 
     Attributes:
         enforce: refuse a run that does not fit, and fail a run whose bytes differ from the plan.
-        allowance_bytes: allowed difference between measured and planned total after a phase, in
-            bytes over all devices. It covers what a run does not plan: compiled programs, and small
-            buffers of the sampler and the runtime. Parameters, KV cache and slots must be exact.
+        allowance_bytes: allowed difference between the planned programs and what devices that count
+            by themselves use beyond their arrays, in bytes over all devices. Parameters, KV cache and
+            slots must be exact, and every other array needs an owner.
         format: output format of ``kvpipe plan``.
         target: machine that ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its
             topology, e.g. ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu``
@@ -444,7 +444,7 @@ class PlanConfig(Section, section="plan"):
     """
 
     enforce: bool = True
-    allowance_bytes: int = checked(512 * 1024**2, at_least(0))
+    allowance_bytes: int = checked(8 * 1024**2, at_least(0))
     format: PlanFormat = PlanFormat.table
     target: str | None = None
     file: str | None = None

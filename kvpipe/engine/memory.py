@@ -54,10 +54,58 @@ def live_arrays() -> list[jax.Array]:
     return jax.block_until_ready(alive)
 
 
+def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
+    """Return the arrays in groups that share a buffer: an array, its views and its shards.
+
+    Once somebody reads an array, it may keep its shards, or itself, as further arrays. The buffers of
+    one on several devices are looked up only where another on a single device has a shard's shape.
+    """
+    alive = list(arrays)
+    several = [array for array in alive if len(array.sharding.device_set) > 1]
+    single = [array for array in alive if len(array.sharding.device_set) == 1]
+    shapes = {(array.shape, array.dtype) for array in single}
+    groups = {id(array): [array] for array in several}
+    group_of: dict[tuple[Any, int], list[jax.Array]] = {}
+    for array in several:
+        if (array.sharding.shard_shape(array.shape), array.dtype) in shapes:
+            for shard in array.addressable_shards:
+                group_of[_buffer(shard.data)] = groups[id(array)]
+    for array in single:
+        group = group_of.setdefault(_buffer(array), [])
+        group.append(array)
+        groups.setdefault(id(group[0]), group)
+    return list(groups.values())
+
+
+def _once(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """Yield the arrays, those on one device once for each buffer: a look at an address makes another."""
+    seen: set[tuple[Any, int]] = set()
+    for array in arrays:
+        if len(array.sharding.device_set) == 1:
+            try:
+                buffer = _buffer(array)
+            except RuntimeError:  # a step has deleted it meanwhile
+                continue
+            if buffer in seen:
+                continue
+            seen.add(buffer)
+        yield array
+
+
+def _buffer(array: jax.Array) -> tuple[Any, int]:
+    """Return the device and the address of an array that is on one device."""
+    (device,) = array.sharding.device_set
+    return device, array.unsafe_buffer_pointer()
+
+
 def measure(
     params: Iterable[jax.Array], kv: Iterable[jax.Array], slots: Mapping[str, Iterable[jax.Array]]
-) -> Ledger:
+) -> tuple[Ledger, list[list[jax.Array]]]:
     """Attribute every live array of this host to a pool: params, then kv, slots, and other.
+
+    Returns:
+        The ledger, and the arrays of the pool other, those that share a buffer in one group.
+
 
     An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
     that the engine computes with. Where the backend reports its bytes in use, those beyond the
@@ -67,15 +115,22 @@ def measure(
     rest = {id(array): array for array in live_arrays()}
     owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
     ledger = Ledger(len(devices))
+    pooled: list[jax.Array] = []
     for pool, owned in owners:
         mine = [rest.pop(id(array)) for array in list(owned) if id(array) in rest]
+        pooled += mine
         ledger = ledger.with_pool(pool, per_device(mine, devices))
-    ledger = ledger.with_pool(OTHER, per_device(rest.values(), devices))
+    unpooled = [
+        group
+        for group in by_buffer([*pooled, *rest.values()])
+        if group[0].size and all(id(array) in rest for array in group)
+    ]
+    ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
     if (stats := device_stats()) is not None:
         in_use = (device["bytes_in_use"] for device in stats)
         program = tuple(b - a for b, a in zip(in_use, ledger.per_device, strict=True))
         ledger = ledger.with_pool(PROGRAM, program)
-    return ledger
+    return ledger, unpooled
 
 
 def device_stats() -> list[dict[str, int]] | None:
@@ -105,7 +160,7 @@ def used_now() -> PerDevice:
     if (stats := device_stats()) is not None:
         return tuple(device["bytes_in_use"] for device in stats)
     with _counting:
-        return per_device(jax.live_arrays(), jax.local_devices())
+        return per_device(_once(jax.live_arrays()), jax.local_devices())
 
 
 @contextmanager

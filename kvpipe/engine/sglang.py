@@ -44,6 +44,7 @@ class SglangEngine:
         unavailable: what the engine needs to generate and lacks now, each with the remedy.
         proof: the digests of its weights; of offloaded ones those that they had.
         cache_digests: digests of the weights that the prefix cache was written under.
+        generated: whether it has generated.
     """
 
     engine: Any
@@ -57,6 +58,7 @@ class SglangEngine:
     unavailable: dict[str, str] = field(default_factory=dict)
     proof: Proof = field(default_factory=Proof)
     cache_digests: frozenset[str] = frozenset()
+    generated: bool = False
 
     @property
     def version(self) -> str:
@@ -95,6 +97,7 @@ class SglangEngine:
         with progress.under_way(
             progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
         ):
+            self.generated = True
             raw = self._answer(prompt, params)
             self.wait_idle()
         if digest is not None:

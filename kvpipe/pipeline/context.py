@@ -18,6 +18,7 @@ from kvpipe.pipeline.output import Output
 
 if TYPE_CHECKING:
     from kvpipe.engine.kv_cache import HostKv
+    from kvpipe.engine.owners import Owners
     from kvpipe.engine.sglang import SglangEngine
     from kvpipe.engine.weights import HostWeights
     from kvpipe.trainer.state import Trainer
@@ -35,6 +36,7 @@ class WorkerContext:
         outputs: outputs by step name.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
+        owners: the engine's arrays that are in no pool, once it is ready.
         host_kv: the offloaded KV cache, else None.
         host_weights: the engine's offloaded weights, else None.
         made_trainer: the trainer, on the devices or offloaded, else None.
@@ -48,6 +50,7 @@ class WorkerContext:
     outputs: dict[str, Output] = field(default_factory=dict)
     jax_ready: bool = False
     started: "SglangEngine | None" = None
+    owners: "Owners | None" = None
     host_kv: "HostKv | None" = None
     host_weights: "HostWeights | None" = None
     made_trainer: "Trainer | None" = None

@@ -16,6 +16,8 @@ KV = "kv"
 PROGRAM = "program"
 TRAINER_PROGRAM = "program:trainer"
 OTHER = "other"
+UNOWNED = "unowned"
+"""Arrays of the pool other that nobody owns."""
 
 PerDevice = tuple[int, ...]
 

@@ -152,6 +152,7 @@ class PhaseRecord(JsonRecord):
         memory: the probe's measurement.
         peak: peak use inside the phase; None if it was not sampled.
         ledger: measured bytes over all devices, by pool.
+        other_bytes: bytes of the ledger's pool ``other``, by owner.
         plan_error_bytes: measured minus planned bytes, by pool that the plan predicts exactly.
         compilations: programs that XLA compiled during the phase.
         compile_s: seconds that XLA compiled, summed over threads.
@@ -167,6 +168,7 @@ class PhaseRecord(JsonRecord):
     memory: Memory
     peak: Peak | None = None
     ledger: Mapping[str, int] = field(default_factory=dict)
+    other_bytes: Mapping[str, int] = field(default_factory=dict)
     plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
     compilations: int = 0
     compile_s: float = 0.0
@@ -201,9 +203,9 @@ class PhaseRecord(JsonRecord):
     @override
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the record of a phase; one from before there were peaks has none."""
+        """Return the record of a phase; one from before there were peaks or owners has none."""
         memory = {key: value for key, value in data["memory"].items() if key != _SUMMARY}
-        if missing := _PHASE_KEYS - {"peak"} - data.keys():
+        if missing := _PHASE_KEYS - {"peak", "other_bytes"} - data.keys():
             raise KeyError(*sorted(missing))
         return super().from_json({**data, "memory": memory})
 

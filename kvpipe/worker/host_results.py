@@ -40,7 +40,9 @@ def merge(results: Sequence[HostResult], labels: Sequence[str]) -> HostResult:
         if not check.passed
     ]
     return HostResult(
-        measured=Measurement(_memory(results), _ledger(results)),
+        measured=Measurement(
+            _memory(results), _ledger(results), _other(results), _unowned(results, labels)
+        ),
         peak=_peak(results),
         checks=(*first.checks, *failed),
         engine_lives=all(result.engine_lives for result in results),
@@ -87,6 +89,22 @@ def _ledger(results: Sequence[HostResult]) -> Ledger | None:
         held = _in_order(results, [ledger.of(pool) for ledger in ledgers])
         whole = whole.with_pool(pool, held)
     return whole
+
+
+def _other(results: Sequence[HostResult]) -> dict[str, int]:
+    """Return the bytes of each owner over all hosts."""
+    owners = [result.measured.other for result in results]
+    names = dict.fromkeys(name for sizes in owners for name in sizes)
+    return {name: sum(sizes.get(name, 0) for sizes in owners) for name in names}
+
+
+def _unowned(results: Sequence[HostResult], labels: Sequence[str]) -> tuple[str, ...]:
+    """Return every host's arrays without an owner, with the host's name."""
+    return tuple(
+        f"on {label}: {array}"
+        for result, label in zip(results, labels, strict=True)
+        for array in result.measured.unowned
+    )
 
 
 def _peak(results: Sequence[HostResult]) -> Peak | None:

@@ -24,7 +24,14 @@ from kvpipe.errors import (
     failure_of,
 )
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.ledger import Ledger, differences
+from kvpipe.pipeline.ledger import (
+    OTHER,
+    PROGRAM,
+    TRAINER_PROGRAM,
+    UNOWNED,
+    Ledger,
+    differences,
+)
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase, result_of
 from kvpipe.records import progress
 from kvpipe.records.json_record import decode
@@ -239,6 +246,7 @@ class _Loop:
             memory=whole.measured.memory,
             peak=whole.peak,
             ledger=ledger.totals() if ledger else {},
+            other_bytes=whole.measured.other,
             plan_error_bytes=off,
             checks=compared.checks,
             fields=fields,
@@ -251,7 +259,7 @@ class _Loop:
         ledger, config = whole.measured.ledger, self.ctx.config.plan
         if ledger and job.planned and config.enforce:
             checks += _plan_checks(job.planned, ledger, differences(job.planned, ledger))
-            checks += (_total_check(job.planned, ledger, config),)
+            checks += (_owned_check(whole.measured), _total_check(job.planned, ledger, config))
         return Result(cycle.fields, checks)
 
     def _timed(self, job: Job) -> dict[str, Any]:
@@ -278,15 +286,32 @@ def _plan_checks(planned: Ledger, measured: Ledger, errors: Mapping[str, int]) -
     )
 
 
+def _owned_check(measured: Measurement) -> Check:
+    """Return the check that every live array is in a pool or has an owner."""
+    unowned = measured.other.get(UNOWNED, 0)
+    return Check("plan/unowned_bytes", 0, unowned, not unowned, "; ".join(measured.unowned))
+
+
 def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check:
-    """Return the check of the total against the plan, within the stated allowance."""
-    off = measured.total_bytes - planned.total_bytes
+    """Return the check of the total against the plan.
+
+    The arrays of the pool other are expected, as each needs an owner. What the devices count beyond
+    the arrays is allowed to differ from the planned programs by the allowance; where the plan has
+    none, it is only recorded.
+    """
+    programs = planned.sum_of(PROGRAM) + planned.sum_of(TRAINER_PROGRAM)
+    expected = planned.total_bytes + measured.sum_of(OTHER)
+    allowed = config.allowance_bytes
+    if not (programs and PROGRAM in measured.pools):
+        expected += measured.sum_of(PROGRAM) - programs
+        allowed = 0
+    off = measured.total_bytes - expected
     return Check(
         "plan/total_bytes",
-        planned.total_bytes,
+        expected,
         measured.total_bytes,
-        abs(off) <= config.allowance_bytes,
-        f"{off:+} bytes, plan.allowance_bytes is {config.allowance_bytes}",
+        abs(off) <= allowed,
+        f"{off:+} bytes, {allowed} are allowed",
     )
 
 

@@ -3,20 +3,33 @@
 It runs in the worker between phases, with the engine idle and the devices synchronised.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.ledger import Ledger
+from kvpipe.pipeline.ledger import UNOWNED, Ledger
 from kvpipe.records.run import Memory
 from kvpipe.system.process_memory import process_memory
+
+_MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Memory after a phase, for the record, and the ledger, which is None before jax runs."""
+    """Memory after a phase.
+
+    Attributes:
+        memory: for the record.
+        ledger: bytes per device, by pool; None before jax runs.
+        other: bytes of the pool ``other`` over all devices, by owner.
+        unowned: the arrays in it that have no owner, each in words.
+    """
 
     memory: Memory
     ledger: Ledger | None
+    other: Mapping[str, int] = field(default_factory=dict)
+    unowned: tuple[str, ...] = ()
 
 
 def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
@@ -29,17 +42,26 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     """
     if not ctx.jax_ready:
         return Measurement(process_memory(), None)
-    from kvpipe.engine import kv_cache, memory, weights
+    from kvpipe.engine import kv_cache, memory, owners, weights
 
     engine = ctx.started
     if engine is not None and settle:
         engine.wait_idle()
-    ledger = memory.measure(
+    ledger, unpooled = memory.measure(
         params=weights.parameters(engine).values() if engine else (),
         kv=kv_cache.buffers(engine) if engine else (),
         slots={name: arrays.values() for name, arrays in ctx.slots.items()}
         | (ctx.made_trainer.sets if ctx.made_trainer else {}),
     )
+    other: dict[str, int] = {}
+    unowned = [group[0] for group in unpooled]
+    if ctx.owners:
+        other, unowned = ctx.owners.attribute(unpooled)
+    told = tuple(
+        owners.describe(array, (unowned, *unpooled)) for array in islice(unowned, _MOST_TOLD)
+    )
+    if unowned:
+        other[UNOWNED] = sum(memory.bytes_of(unowned))
     stats = memory.device_stats()
     source = "device"
     if stats is None:
@@ -47,5 +69,8 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
         stats = [{"bytes_in_use": used} for used in ledger.per_device]
     process = process_memory()
     return Measurement(
-        replace(process, jax_device_memory_stats=stats, bytes_in_use_source=source), ledger
+        replace(process, jax_device_memory_stats=stats, bytes_in_use_source=source),
+        ledger,
+        other,
+        told,
     )

@@ -170,6 +170,7 @@ def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:
     engine, ctx.started = ctx.started, None
     ctx.slots.clear()
     ctx.made_trainer = None
+    ctx.owners = None
     try:
         engine.shut_down()
     except Exception as error:

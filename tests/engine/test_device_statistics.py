@@ -70,7 +70,7 @@ def ledger_at(at_checkpoint: Any, checkpoint: str) -> Any:
 
     held = at_checkpoint(checkpoint)
     slots = {"second": held["slot:second"]} if "slot:second" in held else {}
-    return memory.measure(held["params"], held.get("kv", ()), slots)
+    return memory.measure(held["params"], held.get("kv", ()), slots)[0]
 
 
 def test_what_the_devices_count_beyond_the_arrays_is_the_programs_and_stays_through_a_drop(

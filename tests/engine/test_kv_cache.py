@@ -148,7 +148,7 @@ def test_the_ledger_attributes_every_live_byte_to_one_pool(real_engine: Any) -> 
 
     params = weights.parameters(real_engine)
     extra = {path: array + 0 for path, array in params.items()}
-    ledger = memory.measure(
+    ledger, _ = memory.measure(
         params=params.values(),
         kv=kv_cache.buffers(real_engine),
         slots={"shared": params.values(), "own": extra.values()},

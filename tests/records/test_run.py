@@ -238,6 +238,7 @@ def test_the_json_of_a_phase_has_the_scripts_names():
             "error": None,
         },
         "ledger": {"kv": 12},
+        "other_bytes": {},
         "plan_error_bytes": {"kv": 0},
         "compilations": 2,
         "compile_s": 0.0,

@@ -1,0 +1,253 @@
+"""Name the owner of each live array that is in no pool, by the path of attributes to it.
+
+Arrays that the engine holds besides weights and KV cache (random keys, tables) are named when it is
+ready, with their bytes. After its first generate, what its own objects hold by then is named too:
+the metadata of attention, for example. Its idle threads hold their last batch in local variables
+until the next one. Any other array has no owner. kvpipe's own objects own nothing here.
+"""
+
+import gc
+import inspect
+import re
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from types import CellType, FrameType, FunctionType, GeneratorType, MethodType, ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvpipe.engine import kv_cache, memory, params
+from kvpipe.engine.sglang import SglangEngine
+from kvpipe.errors import EngineError
+
+LAST_BATCH = "last batch"
+_ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
+_MOST_REFERRERS = 3
+
+
+@dataclass
+class Owners:
+    """The arrays that an engine may hold besides its pools.
+
+    Attributes:
+        engine: the engine.
+        sizes: bytes over all devices that each owner has had from the start, by its path.
+        arrays: the arrays themselves, as another path may become the shorter one.
+        after_generate: owners since the first generate; their bytes follow the batch.
+    """
+
+    engine: SglangEngine
+    sizes: dict[str, int] = field(default_factory=dict)
+    arrays: "weakref.WeakValueDictionary[int, jax.Array]" = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    after_generate: set[str] | None = None
+
+    @classmethod
+    def when_ready(cls, engine: SglangEngine) -> "Owners":
+        """Name what the engine holds when it is ready.
+
+        Raises:
+            EngineError: a part of it is as large as a layer of the KV cache: a pool that no plan
+                counts.
+        """
+        pools = params.parameters(engine).values(), kv_cache.buffers(engine)
+        rest = [array for group in memory.measure(*pools, {})[1] for array in group]
+        owners, paths = cls(engine), _held_by(engine, rest)[0]
+        for array in rest:
+            if (path := paths.get(id(array))) is not None:
+                owners.sizes[path] = owners.sizes.get(path, 0) + _nbytes(array)
+                owners.arrays[id(array)] = array
+        _refuse_pools(owners.sizes, min(map(_nbytes, kv_cache.buffers(engine))))
+        return owners
+
+    def attribute(
+        self, groups: Sequence[Sequence[jax.Array]]
+    ) -> tuple[dict[str, int], list[jax.Array]]:
+        """Return the bytes of each owner, and the arrays that have none.
+
+        Args:
+            groups: live arrays that are in no pool; those of a group share a buffer.
+        """
+        held, last = _held_by(self.engine, [array for group in groups for array in group])
+        if self.engine.generated and self.after_generate is None:
+            self.after_generate = {*held.values()} - self.sizes.keys()
+        owned: dict[str, int] = {}
+        unowned = []
+        for group in groups:
+            paths = [held[id(a)] for a in group if id(a) in held and self._may_hold(held[id(a)], a)]
+            in_thread = any(id(a) in last for a in group) and not any(id(a) in held for a in group)
+            if owner := next(iter(paths), LAST_BATCH if in_thread else None):
+                owned[owner] = owned.get(owner, 0) + _nbytes(group[0])
+            else:
+                unowned.append(group[0])
+        return owned, unowned
+
+    def _may_hold(self, path: str, array: jax.Array) -> bool:
+        return (
+            self.arrays.get(id(array)) is array
+            or self.sizes.get(path) == _nbytes(array)
+            or path in (self.after_generate or ())
+        )
+
+
+def describe(array: jax.Array, found: Iterable[Any]) -> str:
+    """Return shape, dtype, sharding and referrers of an array.
+
+    Args:
+        array: an array without an owner.
+        found: the caller's own containers of it, which are no answer.
+    """
+    gc.unfreeze()  # frozen objects are no referrers to the collector
+    ours = {id(container) for container in found}
+    names = [_name_of(r, array) for r in gc.get_referrers(array) if id(r) not in ours]
+    gc.freeze()
+    # Bare containers come last: those of a count that has just ended are among them.
+    names = sorted(filter(None, names), key=lambda name: name.startswith("a "))[:_MOST_REFERRERS]
+    spec = getattr(array.sharding, "spec", type(array.sharding).__name__)
+    return (
+        f"{array.dtype}{list(array.shape)}, {_nbytes(array):,} bytes, {spec} on "
+        f"{len(array.sharding.device_set)} devices, held by {' and '.join(names) or 'no Python object'}"
+    )
+
+
+def _name_of(referrer: Any, array: jax.Array) -> str:
+    """Return a referrer in words: its class, the attribute, key or index, and who has it."""
+    if isinstance(referrer, (FrameType, GeneratorType)):
+        return ""
+    kind = f"{type(referrer).__module__}.{type(referrer).__qualname__}"
+    place = next((name for name, child in _children(referrer) if child is array), "")
+    if not isinstance(referrer, (dict, list, tuple, CellType)):
+        return kind + place
+    # A container says little: name the object or module that has it as an attribute.
+    for holder in gc.get_referrers(referrer):
+        if isinstance(holder, ModuleType):
+            return holder.__name__ + place
+        owner = f"{type(holder).__module__}.{type(holder).__qualname__}"
+        if getattr(holder, "__dict__", None) is referrer:
+            return f"{owner}.{place[2:-2]}"
+        for name, child in _children(holder) if hasattr(holder, "__dict__") else ():
+            if child is referrer:
+                return f"{owner}{name}{place}"
+    return f"a {kind}{place}"
+
+
+def _refuse_pools(sizes: Mapping[str, int], layer_bytes: int) -> None:
+    """Refuse arrays that are together as large as a layer of the KV cache; a plan lacks them."""
+    groups: dict[str, int] = {}
+    for path, size in sizes.items():
+        name = re.sub(r"\[\d+\]", "[...]", path)
+        groups[name] = groups.get(name, 0) + size
+    for name, size in groups.items():
+        if size >= layer_bytes:
+            raise EngineError(
+                f"the engine holds {size:,} bytes in {name}, a pool that kvpipe does not know: no plan "
+                "counts it and no phase frees it"
+            )
+
+
+def _held_by(
+    engine: SglangEngine, arrays: Sequence[jax.Array]
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the paths of the arrays that the engine's objects hold, and of those in its threads."""
+    wanted = {id(array) for array in arrays}
+    seen: dict[int, Any] = {}
+    roots = [("runner", engine.runner), ("scheduler", engine.scheduler), ("engine", engine.engine)]
+    held = _walk(roots, wanted, seen)
+    return held, _walk(_thread_locals(), wanted - held.keys(), seen)
+
+
+def _walk(
+    roots: Iterable[tuple[str, Any]], wanted: set[int], seen: dict[int, Any]
+) -> dict[int, str]:
+    """Return the shortest path to each wanted object.
+
+    Args:
+        roots: where to begin, each with its name.
+        wanted: ids of the objects.
+        seen: objects that were visited, kept alive so that no id is used again; it grows.
+    """
+    found: dict[int, str] = {}
+    ahead = deque(roots)
+    while ahead and len(found) < len(wanted):
+        path, thing = ahead.popleft()
+        if id(thing) in seen or isinstance(thing, _ATOMS) or _is_ours(thing):
+            continue
+        seen[id(thing)] = thing
+        if id(thing) in wanted:
+            found[id(thing)] = path
+            continue
+        ahead.extend((path + name, child) for name, child in _children(thing))
+    return found
+
+
+def _is_ours(thing: Any) -> bool:
+    """Whether a thing is kvpipe's: a function of it, or an instance of a class of it."""
+    if isinstance(thing, MethodType):
+        thing = thing.__func__
+    module = thing.__module__ if isinstance(thing, FunctionType) else type(thing).__module__
+    return str(module).partition(".")[0] == "kvpipe"
+
+
+def _children(thing: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a thing refers to, with the ending of its path; no code of the thing runs."""
+    if isinstance(thing, dict):
+        yield from ((f"[{key!r:.40}]", value) for key, value in list(dict.items(thing)))
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        yield from ((f"[{i}]", value) for i, value in enumerate(list(thing)))
+    elif isinstance(thing, FunctionType):
+        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+        yield from ((f".{name}", cell) for name, cell in cells)
+    elif isinstance(thing, MethodType):
+        yield from (("", thing.__self__), ("", thing.__func__))
+    elif isinstance(thing, partial):
+        yield from ((".func", thing.func), (".args", thing.args), ("", thing.keywords))
+    else:
+        yield from _attributes(thing)
+        yield from (("", child) for child in gc.get_referents(thing))
+
+
+def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
+    try:
+        own = object.__getattribute__(thing, "__dict__")
+    except AttributeError:
+        own = {}
+    if isinstance(own, dict):
+        yield from ((f".{name}", value) for name, value in list(own.items()))
+    for name, slot in _slots(type(thing)):
+        try:
+            yield f".{name}", slot.__get__(thing)
+        except AttributeError:
+            continue
+
+
+@cache
+def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
+    """Return the slots of a class and its bases."""
+    slots = [item for base in kind.__mro__ for item in vars(base).items()]
+    return tuple((name, slot) for name, slot in slots if inspect.ismemberdescriptor(slot))
+
+
+def _thread_locals() -> list[tuple[str, Any]]:
+    """Return the local variables of the functions of sgl_jax that threads are in."""
+    found: list[tuple[str, Any]] = []
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            of_engine = str(frame.f_globals.get("__name__")).partition(".")[0] == "sgl_jax"
+            if of_engine and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+                held: Any = frame.f_locals
+                found += [(f"{frame.f_code.co_name}.{name}", v) for name, v in held.items()]
+                if isinstance(held, dict):  # a copy, before Python 3.13, that the frame would keep
+                    held.clear()
+            frame = frame.f_back
+    return found
+
+
+def _nbytes(array: jax.Array) -> int:
+    return sum(memory.bytes_of([array]))
