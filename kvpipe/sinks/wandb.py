@@ -461,10 +461,12 @@ def _within[T](timeout_s: float, work: Callable[[], T]) -> T:
 
 def _stored_at_end(path: Path, limit_s: float) -> Stored:
     """Return what W&B's file has once the end of the run is in it."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    made_at_import: Any = wandb_internal_pb2  # by protobuf: types do not know its classes
+    parse = made_at_import.Record.FromString
     ends = time.monotonic() + limit_s
-    while not (stored := read_stored(path, Record.FromString)).ended:
+    while not (stored := read_stored(path, parse)).ended:
         if time.monotonic() > ends:
             raise TrackingError(f"after {limit_s:g} s {path} has no end")
         time.sleep(_FILE_POLL_S)
