@@ -21,7 +21,7 @@ from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
 from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
 from kvpipe.config.wandb_environment import variable_messages, with_wandb_variables
-from kvpipe.errors import HELD, InputError
+from kvpipe.errors import HELD, InputError, TrackingError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import RUN_DIR, owned
 from kvpipe.pipeline.phase import Phase
@@ -128,11 +128,24 @@ def _remove_made() -> None:
 
 
 def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -> dict[str, Any]:
-    """Start the W&B run, after saying which variables of the environment are read for it."""
-    if config.tracking.mode is not TrackingMode.disabled:
-        for line in variable_messages(config.tracking, os.environ):
+    """Start the W&B run, after saying which variables of the environment are read for it.
+
+    Raises:
+        TrackingError: W&B is not available as configured, or began in another mode.
+    """
+    tracking = config.tracking
+    if tracking.mode is not TrackingMode.disabled:
+        for line in variable_messages(tracking, os.environ):
             tell(f"kvpipe: {line}\n")
-    return tracker.start(plain)
+    fields = tracker.start(plain)
+    fell_back = fields["fallback"] and tracking.fallback_offline
+    wanted = TrackingMode.offline if fell_back else tracking.mode
+    if fields["mode"] != wanted.value:
+        raise TrackingError(
+            f"tracking.mode={tracking.mode.value}: W&B began as {fields['mode']!r}, not as "
+            f"{wanted.value!r}"
+        )
+    return fields
 
 
 @contextmanager

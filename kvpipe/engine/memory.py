@@ -112,7 +112,8 @@ def measure(
     arrays are the pool ``program``: compiled code and the runtime's buffers.
     """
     devices = jax.local_devices()
-    rest = {id(array): array for array in live_arrays()}
+    alive = live_arrays()
+    rest = {id(array): array for array in alive}
     owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
     ledger = Ledger(len(devices))
     pooled: list[jax.Array] = []
@@ -130,7 +131,26 @@ def measure(
         in_use = (device["bytes_in_use"] for device in stats)
         program = tuple(b - a for b, a in zip(in_use, ledger.per_device, strict=True))
         ledger = ledger.with_pool(PROGRAM, program)
+    else:
+        check_sizes(alive)
     return ledger, unpooled
+
+
+def check_sizes(arrays: Iterable[jax.Array]) -> None:
+    """Compare :func:`shard_bytes`, which plan and ledger share, with the sizes of the buffers.
+
+    For backends that pad nothing and do not count their bytes in use.
+
+    Raises:
+        EngineError: an array has buffers of another size.
+    """
+    for array in arrays:
+        counted = shard_bytes(array) * len(array.sharding.device_set)
+        if (given := array.on_device_size_in_bytes()) != counted:
+            raise EngineError(
+                f"an array of shape {array.shape}, {array.dtype}, {array.sharding} is counted as "
+                f"{counted} bytes over its devices, but its buffers have {given}"
+            )
 
 
 def device_stats() -> list[dict[str, int]] | None:

@@ -151,6 +151,8 @@ def _risen(before: Memory | None, after: Memory) -> list[int]:
     The backend's peak is since the process began: if it did not rise, it is from an earlier phase.
     """
     now = [stats.get(_OWN_PEAK, 0) for stats in after.jax_device_memory_stats]
+    if not now:  # the measurement itself has failed
+        return []
     then = [stats.get(_OWN_PEAK, 0) for stats in before.jax_device_memory_stats] if before else []
     earlier = then or [0] * len(now)
     return [peak if peak > old else 0 for peak, old in zip(now, earlier, strict=True)]

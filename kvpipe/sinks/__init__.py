@@ -1,13 +1,26 @@
 """Receivers of records, one file per sink; :class:`Sinks` passes each record to all of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from kvpipe.errors import TimedOut, ending_of
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import FAILED, PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
 from kvpipe.system.alarm import limited
+
+
+@dataclass
+class Handed:
+    """What the sinks were given before the last record.
+
+    Attributes:
+        records: the number of records.
+        phases: the phase of each phase record, in order.
+    """
+
+    records: int = 0
+    phases: list[str] = field(default_factory=list)
 
 
 class Sink:
@@ -48,6 +61,12 @@ class Sink:
         """Receive the record of a phase."""
         self.received(record)
 
+    def run_finishes(self, handed: Handed) -> None:
+        """Receive what was handed over, before the last record.
+
+        A sink that stores records raises a KvpipeError, now or with the last record, if it lacks one.
+        """
+
     def run_finished(self, record: RunFinished) -> None:
         """Receive the last record and close; called once, also for a failed run."""
         self.received(record)
@@ -75,13 +94,16 @@ class Sinks(Sink):
     def __init__(self, sinks: Sequence[Sink], timeout_s: float | None = None) -> None:
         self._sinks = tuple(sinks)
         self._timeout_s = timeout_s
+        self._handed = Handed()
 
     def run_started(self, record: RunStarted) -> None:
         """Pass the first record to every sink."""
+        self._handed.records += 1
         self._call(lambda sink: self._hand(sink, lambda: sink.run_started(record)))
 
     def run_planned(self, record: RunPlanned) -> None:
         """Pass the plan to every sink."""
+        self._handed.records += 1
         self._call(lambda sink: self._hand(sink, lambda: sink.run_planned(record)))
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
@@ -94,19 +116,27 @@ class Sinks(Sink):
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Pass the record of a phase to every sink."""
+        self._handed.records += 1
+        self._handed.phases.append(record.phase)
         self._call(lambda sink: self._hand(sink, lambda: sink.phase_finished(record)))
 
     def run_finished(self, record: RunFinished) -> None:
         """Pass the last record to every sink, marked as failed after a sink that failed."""
         errors: list[Exception] = []
         for sink in self._sinks:
-            last = record
-            try:
-                self._hand(sink, lambda sink=sink, last=last: sink.run_finished(last))
-            except Exception as error:
-                errors.append(error)
-                record = failed_by(record, error)
+            for end in (self._hand_all, self._hand_last):
+                try:
+                    end(sink, record)
+                except Exception as error:
+                    errors.append(error)
+                    record = failed_by(record, error)
         _raise_all(errors)
+
+    def _hand_all(self, sink: Sink, _: RunFinished) -> None:
+        self._hand(sink, lambda: sink.run_finishes(self._handed))
+
+    def _hand_last(self, sink: Sink, record: RunFinished) -> None:
+        self._hand(sink, lambda: sink.run_finished(record))
 
     def _hand(self, sink: Sink, hand: Callable[[], None]) -> None:
         """Hand a record to a sink, within the limit."""

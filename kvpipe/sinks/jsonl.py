@@ -10,8 +10,9 @@ from typing import Self, TextIO
 
 from kvpipe.errors import OutputError, RecordError, TimedOut
 from kvpipe.records.run import PhaseRecord, Record, RunFinished
-from kvpipe.sinks import Sink, failed_by
+from kvpipe.sinks import Handed, Sink, failed_by
 from kvpipe.system.lock import is_at, place_of
+from kvpipe.units import counted
 
 # Enough for the last record of a run with thousands of token ids in its checks.
 _RESERVE_BYTES = 1 << 20
@@ -84,6 +85,15 @@ class JsonFile(JsonLines):
 
     def hung(self) -> None:
         """Do nothing: each record is tried again."""
+
+    def run_finishes(self, handed: Handed) -> None:
+        """Count the lines; the last record is written after a look at what the file has of them.
+
+        Raises:
+            RecordError: there is not one line for each record.
+        """
+        if (lines := len(self._lines)) != handed.records:
+            raise RecordError(f"{self._path} has {lines} of {counted(handed.records, 'record')}")
 
     def run_finished(self, record: RunFinished) -> None:
         """Write the last record, marked as failed if a line before it is no longer there."""

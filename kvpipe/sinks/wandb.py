@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -27,9 +28,10 @@ from kvpipe.config.wandb_environment import OWN_TO_THE_CONFIG
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
 from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned
-from kvpipe.sinks import Sink
+from kvpipe.sinks import Handed, Sink
 from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
+from kvpipe.sinks.wandb_file import Stored, lacking, read_stored
 from kvpipe.sinks.wandb_log import upload_errors
 from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets
@@ -47,6 +49,10 @@ _SERVICE = "wandb-core"
 _ACKNOWLEDGED = "wandb/id"
 # W&B's service flushes rows every 15 s by default, and loses the pending ones if it is killed.
 _FLUSH_INTERVAL_S = 1.0
+# It writes the last message to its file some milliseconds after the run has finished.
+_FILE_POLL_S = 0.02
+# Keys of tables and of a picture.
+_PLAN, _TEXTS, _PHASES, _TIMELINE = "plan/phases", "sample_texts", "phases", "memory_timeline"
 # Settings of wandb that describe a run; those that the config does not give must be empty.
 _OF_A_RUN = (
     "config_paths",
@@ -80,10 +86,12 @@ class WandbSink(Sink):
         self._api_key = api_key
         self._redactor = redactor(os.environ, api_key)
         self._run: wandb.Run | None = None
+        self._handed: Handed | None = None
         self._unusable = False
         self._samples: list[Sample] = []
         self._prompt_file: str | None = None
         self._rows = 0
+        self._planned = False
         self._next_step = 0
         self._experiment = ""
         self._phases: list[list[Any]] = []
@@ -132,9 +140,10 @@ class WandbSink(Sink):
             run.summary.update(fit)
             # Logged with the row of the next phase.
             table = self._new_table(*plan_table(record))
-            run.log({"plan/phases": table}, step=self._next_step, commit=False)
+            run.log({_PLAN: table}, step=self._next_step, commit=False)
 
         self._call("did not take the plan", log)
+        self._planned = True
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Log the phase's metrics, and its texts if it has any."""
@@ -151,17 +160,22 @@ class WandbSink(Sink):
             run.log(metrics(record) | self._media(samples), step=record.idx, commit=not samples)
             if samples:
                 # Separately, because online W&B asks its server about a table, which may fail.
-                run.log({"sample_texts": self._table()}, step=record.idx, commit=True)
+                run.log({_TEXTS: self._table()}, step=record.idx, commit=True)
             self._upload(run, samples)
             run.summary.update(self._summary(record, samples))
 
         self._call(f"did not take the row of {record.phase!r}", log)
 
+    def run_finishes(self, handed: Handed) -> None:
+        """Remember what W&B must have at the end."""
+        self._handed = handed
+
     def run_finished(self, record: RunFinished) -> None:
         """Log the table of phases and the result, alert if the run failed, and upload the rest.
 
         Raises:
-            TrackingError: that failed, or took longer than ``tracking.finish_timeout_s``.
+            TrackingError: that failed, took longer than ``tracking.finish_timeout_s``, or W&B has
+                not stored all of the run.
         """
         run, self._run = self._run, None
         if self._unusable:
@@ -178,6 +192,26 @@ class WandbSink(Sink):
             raise
         if not_taken:
             raise not_taken
+        if self._handed is not None:
+            self._check_stored(run, self._handed.phases)
+
+    def _check_stored(self, run: "wandb.Run", phases: Sequence[str]) -> None:
+        """Read back W&B's file: a row for each phase, every table and picture, every text."""
+        samples = self._samples
+        picture = self._run_dir / TIMELINE_FILE
+        there = {_PHASES: True, _PLAN: self._planned, _TEXTS: samples, _TIMELINE: picture.is_file()}
+        media = [sample.key for sample in samples] + [
+            key for key, is_there in there.items() if is_there
+        ]
+        texts = [f"{SAMPLES_DIR}/{run.id}/{sample.file_name}" for sample in samples]
+        limit_s = self._tracking.finish_timeout_s
+
+        def check() -> None:
+            stored = _stored_at_end(_sync_dir(run) / f"run-{run.id}.wandb", limit_s)
+            if lost := lacking(stored, Path(run.dir), phases, media, texts):
+                raise TrackingError(lost)
+
+        self._loud(run, "has not stored the whole run", check, limit_s + _SERVICE_S)
 
     def _log_end(self, run: "wandb.Run", record: RunFinished) -> TrackingError | None:
         """Log the table of phases, and alert if the run failed; the run is finished afterwards."""
@@ -268,6 +302,7 @@ class WandbSink(Sink):
             init_timeout=self._tracking.init_timeout_s,
             finish_timeout=self._tracking.finish_timeout_s,
             finish_timeout_raises=True,
+            x_skip_transaction_log=False,
             x_transaction_log_flush_interval=_FLUSH_INTERVAL_S,
             # stdout is for the records, and the upload must contain only what the config says.
             silent=True,
@@ -304,10 +339,10 @@ class WandbSink(Sink):
         """Return the table of all phases, bar charts of it by phase, and the timeline."""
         import wandb
 
-        logged: dict[str, Any] = {"phases": self._new_table(PHASES_COLUMNS, self._phases)}
+        logged: dict[str, Any] = {_PHASES: self._new_table(PHASES_COLUMNS, self._phases)}
         picture = self._run_dir / TIMELINE_FILE
         if picture.is_file():
-            logged["memory_timeline"] = wandb.Image(str(picture))
+            logged[_TIMELINE] = wandb.Image(str(picture))
         for column in CHARTS:
             # Each chart needs its own table, because W&B can log a table only once.
             table = self._new_table(PHASES_COLUMNS, self._phases)
@@ -411,6 +446,20 @@ def _within[T](timeout_s: float, work: Callable[[], T]) -> T:
         if done.done():
             raise
         raise TimeoutError(f"no answer in {timeout_s:g} s") from None
+
+
+def _stored_at_end(path: Path, limit_s: float) -> Stored:
+    """Return what W&B's file has once the end of the run is in it."""
+    from wandb.proto import wandb_internal_pb2
+
+    made_at_import: Any = wandb_internal_pb2  # by protobuf: types do not know its classes
+    parse = made_at_import.Record.FromString
+    ends = time.monotonic() + limit_s
+    while not (stored := read_stored(path, parse)).ended:
+        if time.monotonic() > ends:
+            raise TrackingError(f"after {limit_s:g} s {path} has no end")
+        time.sleep(_FILE_POLL_S)
+    return stored
 
 
 def _sync_dir(run: "wandb.Run") -> Path:

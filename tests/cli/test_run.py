@@ -11,7 +11,15 @@ from omegaconf import OmegaConf
 
 from kvpipe.checkpoints import model_dir, tiny
 from kvpipe.cli import run
-from kvpipe.config.schema import Kvpipe, ModelConfig, TinyModel, from_plain
+from kvpipe.config.schema import (
+    Kvpipe,
+    ModelConfig,
+    TinyModel,
+    TrackingConfig,
+    TrackingMode,
+    from_plain,
+)
+from kvpipe.errors import TrackingError
 from kvpipe.parent import supervisor
 from kvpipe.sweeps.group import grouped
 from kvpipe.system.lock import Lock
@@ -65,6 +73,33 @@ def test_heartbeats_come_where_no_terminal_shows_the_run_and_can_be_turned_off(m
         assert len(run._heartbeat(config)) == beats
         config.runner.heartbeat_s = None
         assert run._heartbeat(config) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "may_fall_back", "began", "fell_back", "said"),
+    [
+        ("offline", False, "offline", False, None),
+        ("online", True, "offline", True, None),
+        ("offline", False, "disabled", False, "W&B began as 'disabled', not as 'offline'"),
+        ("online", True, "offline", False, "W&B began as 'offline', not as 'online'"),
+        ("online", False, "offline", True, "W&B began as 'offline', not as 'online'"),
+    ],
+)
+def test_wandb_in_another_mode_than_the_config_asks_for_fails_unless_that_fallback_is_announced(
+    asked, may_fall_back, began, fell_back, said
+):
+    class Tracker:
+        def start(self, plain):
+            return {"mode": began, "fallback": fell_back}
+
+    tracking = TrackingConfig(mode=TrackingMode(asked), fallback_offline=may_fall_back)
+    config = replace(Kvpipe(), tracking=tracking)
+    if said is None:
+        assert run._start_tracking(Tracker(), {}, config)["mode"] == began
+        return
+    with pytest.raises(TrackingError, match=f"^tracking.mode={asked}: {said}$") as caught:
+        run._start_tracking(Tracker(), {}, config)
+    assert caught.value.exit_code == 3
 
 
 def test_the_reason_of_a_failed_run_is_on_stderr_unless_a_terminal_shows_it(kvpipe, monkeypatch):

@@ -124,3 +124,22 @@ def test_the_record_says_that_the_devices_counted_and_sums_what_each_of_them_has
     assert summary["bytes_in_use_max"] == summary["bytes_in_use_min"] == 3_207_479_296
     assert measured.memory.jax_device_memory_stats == [{"bytes_in_use": 3_207_479_296}] * 4
     assert measured.ledger and measured.ledger.sum_of("slot:first") == PARAMS
+
+
+def test_where_no_device_counts_the_size_of_each_buffer_confirms_the_count(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plan and ledger take sizes from shapes and shardings; a mistake there is in both."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from kvpipe.engine import memory
+    from kvpipe.errors import EngineError
+
+    sharding = NamedSharding(Mesh(jax.local_devices(), ("tensor",)), PartitionSpec())
+    replicated = jax.device_put(jnp.zeros((8, 4)), sharding)
+    assert memory.measure([replicated], (), {}).of("params") == (128,) * 4
+    monkeypatch.setattr(memory, "shard_bytes", lambda array: array.nbytes // 4)
+    with pytest.raises(EngineError, match=r"\(8, 4\), float32, .* 128 bytes .* buffers have 512"):
+        memory.measure([replicated], (), {})

@@ -50,6 +50,11 @@ def test_the_systems_own_peak_of_rss_counts_only_if_it_rose_in_the_phase() -> No
         assert peak_between(memory(peak_rss=99), after).process_rss_bytes == found
 
 
+def test_a_phase_after_which_the_measurement_fails_has_the_peak_that_was_seen_before() -> None:
+    peak = peak_between(memory(5, 1), Memory(1, 1))
+    assert (peak.bytes_in_use, peak.bytes_in_use_total, peak.source) == ((5, 1), 6, None)
+
+
 def test_before_jax_only_rss_is_sampled() -> None:
     sampler = PeakSampler(lambda: False)
     sampler.sample()

@@ -12,7 +12,7 @@ from pipeline_records import OUTPUT, failed, passed, phase, pipeline, started
 
 from kvpipe.errors import KvpipeError, RecordError, TimedOut
 from kvpipe.records.progress import GENERATING, Progress
-from kvpipe.sinks import Sinks
+from kvpipe.sinks import Handed, Sinks
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 
 
@@ -202,6 +202,15 @@ def test_records_that_are_moved_during_the_run_go_on_where_they_are(tmp_path, na
     )
     lines = [record.line for record in (phase(0), phase(1), failed())]
     assert (tmp_path / name).read_text().splitlines() == lines
+
+
+def test_a_file_without_a_line_for_each_record_is_an_error(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with JsonFile(path) as sink:
+        sink.phase_finished(phase(0))
+        sink.run_finishes(Handed(1, ["wandb_init"]))
+        with pytest.raises(RecordError, match=r"records\.jsonl has 1 of 2 records"):
+            sink.run_finishes(Handed(2, ["wandb_init", "jax_ready"]))
 
 
 def test_lost_records_that_can_be_saved_nowhere_are_an_error_too(tmp_path, monkeypatch):

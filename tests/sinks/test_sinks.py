@@ -3,7 +3,7 @@ import select
 import pytest
 from pipeline_records import failed, passed, phase, plan, started
 
-from kvpipe.errors import KvpipeError, TimedOut, TrackingError
+from kvpipe.errors import KvpipeError, RecordError, TimedOut, TrackingError
 from kvpipe.records.progress import GENERATING, Progress
 from kvpipe.sinks import Sink, Sinks
 
@@ -123,6 +123,23 @@ def test_a_sink_that_hangs_is_given_up_and_the_others_get_the_record():
     first, last = (record for _, record in other.calls)
     assert first == phase(1)
     assert (last.status, last.exit_code, last.error) == ("failed", 5, said)
+
+
+def test_before_the_last_record_each_sink_is_asked_for_all_that_was_handed_over():
+    """Counted by who hands over, since a sink that forgets a record forgets to count it too."""
+    asked = []
+
+    class Forgets(Recorder):
+        def run_finishes(self, handed):
+            asked.append((handed.records, handed.phases))
+            raise RecordError("a record is missing")
+
+    last = Recorder()
+    with pytest.raises(RecordError, match="a record is missing"):
+        call_all(Sinks([Forgets(), last]))
+    assert asked == [(3, [phase(3).phase])]
+    _, record = last.calls[-1]
+    assert (record.status, record.exit_code, record.error) == ("failed", 3, "a record is missing")
 
 
 def test_a_sink_with_limits_of_its_own_is_not_interrupted():

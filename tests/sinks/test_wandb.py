@@ -37,6 +37,7 @@ from pipeline_records import (
 from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.errors import InputError, TrackingError
 from kvpipe.records.metrics import metrics
+from kvpipe.sinks import Handed
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sinks.wandb_tables import alert_of
 
@@ -84,6 +85,7 @@ import json, sys
 from pathlib import Path
 from pipeline_records import passed, pipeline, plan, started
 from kvpipe.config.schema import TrackingConfig
+from kvpipe.sinks import Handed
 from kvpipe.sinks.report import ReportFile, write_timeline
 from kvpipe.sinks.wandb import WandbSink
 run_dir, config, key = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
@@ -97,6 +99,7 @@ for record in pipeline():
     if record.idx == 0:
         sink.run_planned(plan())
 ReportFile(run_dir, write_timeline).run_finished(passed(run_dir))
+sink.run_finishes(Handed(18, [record.phase for record in pipeline()]))
 sink.run_finished(passed(run_dir))
 """
 
@@ -313,6 +316,24 @@ def test_the_table_has_a_row_for_each_text(offline):
 
 def table_of(offline, key):
     return json.loads(offline.uploaded(offline.file["summary"][f"{key}/path"]))
+
+
+def test_what_wandb_has_not_stored_fails_the_run_and_is_named(tmp_path, wandb_process):
+    sink = WandbSink(TrackingConfig(), tmp_path, None)
+    started = sink.start(CONFIG)
+    for idx in (0, STEPS.index("generate_result")):
+        sink.phase_finished(phase(idx))
+    text = f"wandb_samples/{started['id']}/output_1_sha256_{sha256(OUTPUT)}.txt"
+    (Path(started["dir"]) / "files" / text).unlink()
+    sink._planned = True  # although no plan was logged
+    sink.run_finishes(Handed(4, ["wandb_init", "generate_result", "kv_cache_dropped"]))
+    with pytest.raises(TrackingError) as caught:
+        sink.run_finished(passed())
+    assert str(caught.value).startswith(
+        "W&B has not stored the whole run: 1 of 3 rows are missing, first that of "
+        "'kv_cache_dropped'; the media plan/phases are missing; of 6 files these are missing: "
+        f"{text}; up to 2 rows"
+    )
 
 
 def test_the_plan_is_a_table_in_the_row_of_the_phase_after_it(offline):
@@ -537,6 +558,7 @@ def test_online_everything_reaches_the_server_and_the_key_no_file(tmp_path, serv
     started = sink.start(CONFIG)
     for record in pipeline():
         sink.phase_finished(record)
+    sink.run_finishes(Handed(17, STEPS))
     sink.run_finished(passed())
     assert started["mode"] == "online"
     assert started["url"] == f"{server.url}/team/kvpipe/runs/{started['id']}"
@@ -612,6 +634,7 @@ def test_a_killed_service_is_loud_and_the_next_run_of_the_process_works(tmp_path
                 sink.run_finished(passed())
 
 
+@pytest.mark.timeout(60)  # without the limit it would never end
 def test_a_service_that_does_not_start_is_named_within_the_limit_and_the_next_run_has_one(tmp_path):
     """wandb took a lock that it held, so that its start, and each later one, waited for ever.
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tools.mutants.copies import Answer, Copy
+from tools.mutants.copies import Answer, Copy, kill_left
 from tools.mutants.faults import BrokenFault, Fault, read_fault
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ FAULTS = "tests/mutants"
 PACKAGES = ("kvpipe", "phases", "conf")
 # Of the tests or the run of one fault; a minute is enough on a machine that does nothing else.
 _LIMIT_S = 600.0
-_AT_ONCE = min(os.cpu_count() or 1, 4)
+_AT_ONCE = min(len(os.sched_getaffinity(0)), 4)
 _NAME, _NOTICED = 40, 96  # columns of the table
 
 
@@ -41,19 +41,19 @@ class Verdict:
         fault: the fault.
         noticed_by: the test, and the checks of the run, that noticed it.
         problems: what is wrong: not noticed, or a hole that is none any more.
-        seconds: how long it took.
+        cpu_s: CPU seconds of its tests and its run.
     """
 
     fault: Fault
     noticed_by: tuple[str, ...]
     problems: tuple[str, ...]
-    seconds: float
+    cpu_s: float
 
     @property
     def row(self) -> str:
         """Its row of the table."""
         told = ("FAILED", *self.problems) if self.problems else self.noticed_by
-        return _row(self.fault.name, "; ".join(told), f"{self.seconds:.0f}")
+        return _row(self.fault.name, "; ".join(told), f"{self.cpu_s:.1f}")
 
 
 def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
         broken |= _broken(sound, faults)
         broken = broken or _failing_without_fault(sound, faults, threads)
         if not broken:
-            print(_row("fault", "noticed by", "s"), flush=True)
+            print(_row("fault", "noticed by", "CPU s"), flush=True)
             for verdict in threads.map(partial(_verdict, sound), faults):
                 print(verdict.row, flush=True)
                 verdicts.append(verdict)
@@ -131,27 +131,26 @@ def _failing_without_fault(
 
 def _verdict(sound: Copy, fault: Fault) -> Verdict:
     """Plant a fault in a copy of its own and see what notices it."""
-    began = time.monotonic()
-    noticed: list[str] = []
+    answers: list[Answer] = []
     problems: list[str] = []
     with tempfile.TemporaryDirectory(dir=sound.folder.parent, prefix="fault-") as folder:
         copy = sound.again(Path(folder), _LIMIT_S)
         fault.plant(copy.tree)
         if fault.tests:
-            answer = copy.test(fault.tests, "-x")
-            noticed += [answer.noticed_by] if answer.noticed_by else []
+            answers.append(answer := copy.test(fault.tests, "-x"))
             if not answer.noticed_by:
                 problems.append(answer.problem or "no test noticed it")
         if fault.run:
-            answer = copy.run(fault.run)
-            noticed += [answer.noticed_by] if answer.noticed_by else []
+            answers.append(answer := copy.run(fault.run))
             if answer.problem:
                 problems.append(answer.problem)
             elif answer.noticed_by and fault.hole:
                 problems.append(f"its hole is closed, delete 'hole': {answer.noticed_by}")
             elif not answer.noticed_by and not fault.hole:
                 problems.append("the run passed")
-    return Verdict(fault, tuple(noticed), tuple(problems), time.monotonic() - began)
+        kill_left(copy.folder)
+    noticed = tuple(answer.noticed_by for answer in answers if answer.noticed_by)
+    return Verdict(fault, noticed, tuple(problems), sum(answer.cpu_s for answer in answers))
 
 
 def _conclude(verdicts: Sequence[Verdict], broken: dict[str, str], seconds: float) -> int:
@@ -174,10 +173,10 @@ def _conclude(verdicts: Sequence[Verdict], broken: dict[str, str], seconds: floa
     return 1 if failed else 0
 
 
-def _row(name: str, noticed: str, seconds: str) -> str:
+def _row(name: str, noticed: str, cpu_s: str) -> str:
     """Return a line of the table; the ids of parameters may be long and are cut."""
     cut = noticed if len(noticed) <= _NOTICED else f"{noticed[: _NOTICED - 1]}…"
-    return f"{name:<{_NAME}}  {cut:<{_NOTICED}} {seconds:>4}"
+    return f"{name:<{_NAME}}  {cut:<{_NOTICED}} {cpu_s:>5}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Copies of the repository in which tests and runs import the copy, wherever they start processes."""
 
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 import venv
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from kvpipe.records.run import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
 
 TESTS_FAILED = 1  # pytest's exit code
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,12 @@ class Answer:
     Attributes:
         noticed_by: what failed: the first failing test, or the step and checks of a run.
         problem: why the answer is of no use: nothing was tested, or it did not end.
+        cpu_s: CPU time of the process and of all that it waited for.
     """
 
     noticed_by: str = ""
     problem: str = ""
+    cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ class Copy:
             f"--junitxml={report}",
             *("-p", "no:cacheprovider"),
         )
-        code, output = self._python(self.tree, "-m", "pytest", *always, *options, *tests)
-        if code == TESTS_FAILED:
-            return Answer(noticed_by=", ".join(_failed(report)))
-        return Answer(problem=f"pytest: {output}" if code else "")
+        ended = self._python(self.tree, "-m", "pytest", *always, *options, *tests)
+        if ended.code == TESTS_FAILED:
+            return Answer(noticed_by=", ".join(_failed(report)), cpu_s=ended.cpu_s)
+        return Answer(problem=f"pytest: {ended.said}" if ended.code else "", cpu_s=ended.cpu_s)
 
     def run(self, arguments: str) -> Answer:
         """Run kvpipe from the copy, in another directory.
@@ -104,24 +109,25 @@ class Copy:
         """
         cwd = self.folder / "run"
         cwd.mkdir(exist_ok=True)
-        code, output = self._python(cwd, "-m", "kvpipe", *shlex.split(arguments))
-        if not code:
-            return Answer()
-        if code == DEFECT:  # as a name that the product no longer has
-            return Answer(problem=f"the fault itself is broken: {output}")
+        ended = self._python(cwd, "-m", "kvpipe", *shlex.split(arguments))
+        if not ended.code:
+            return Answer(cpu_s=ended.cpu_s)
+        if ended.code == DEFECT:  # as a name that the product no longer has
+            return Answer(problem=f"the fault itself is broken: {ended.said}", cpu_s=ended.cpu_s)
         if (last := _last_record(cwd)) is None:
-            return Answer(problem=f"the run left no last record: {output}")
+            return Answer(problem=f"the run left no last record: {ended.said}", cpu_s=ended.cpu_s)
         failed = dict.fromkeys(check.name for check in last.checks if not check.passed)
         why = ", ".join(failed) or last.error
-        return Answer(noticed_by=f"run: {last.failing_phase or last.status}: {why}")
+        return Answer(f"run: {last.failing_phase or last.status}: {why}", cpu_s=ended.cpu_s)
 
     def imports_own(self, package: str) -> bool:
         """Whether processes in other directories import a package from the copy."""
         where = f"import {package}; print({package}.__path__[0])"
-        return self._python(self.folder, "-c", where) == (0, str(self.tree / package))
+        ended = self._python(self.folder, "-c", where)
+        return (ended.code, ended.said) == (0, str(self.tree / package))
 
-    def _python(self, cwd: Path, *arguments: str) -> tuple[int, str]:
-        """Return the exit code of a Python process and its last line; -9 if it took too long."""
+    def _python(self, cwd: Path, *arguments: str) -> "_Ended":
+        """Return how a Python process ended; its exit code is -9 if it took too long."""
         with (self.folder / "output").open("w+", encoding="utf-8", errors="replace") as output:
             process = subprocess.Popen(
                 [str(self.folder / "venv/bin/python"), *arguments],
@@ -131,15 +137,23 @@ class Copy:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            try:
-                code = process.wait(self.limit_s)
-            except subprocess.TimeoutExpired:
+            if (cpu_s := _waited(process, self.limit_s)) is None:
                 _kill(process)
-                return process.returncode, f"it did not end within {self.limit_s:g} s"
+                return _Ended(process.returncode, f"it did not end within {self.limit_s:g} s")
             output.seek(0)
             lines = output.read().split("\n")
-        told = [line for line in lines if line.strip()]
-        return code, told[-1] if told else f"exit code {code} without a word"
+        code = process.returncode
+        said = [line for line in lines if line.strip()]
+        return _Ended(code, said[-1] if said else f"exit code {code} without a word", cpu_s)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a process ended: exit code, last line, and CPU seconds unless it was killed."""
+
+    code: int
+    said: str
+    cpu_s: float = 0.0
 
 
 def _make_interpreter(folder: Path) -> None:
@@ -177,10 +191,34 @@ def _failed(report: Path) -> list[str]:
 
 def _last_record(cwd: Path) -> RunFinished | None:
     """Return the last record of the one run in a directory; None if it left none that reads."""
-    for records in cwd.glob(f"outputs/*/*/{RECORDS_FILE}"):
+    # Lines of a file that was lost or changed are saved beside it.
+    stem, suffix = RECORDS_FILE.split(".")
+    for records in sorted(cwd.glob(f"outputs/*/*/{stem}*.{suffix}")):
         with suppress(InputError):
             return read_run(records).finished
     return None
+
+
+def kill_left(folder: Path) -> None:
+    """Kill the processes that still run from a folder: a fault may have left some for ever."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(argument.startswith(f"{folder}/") for argument in process.cmdline()):
+                process.kill()
+
+
+def _waited(process: "subprocess.Popen[bytes]", limit_s: float | None) -> float | None:
+    """Wait for a process; return its CPU seconds, or None if it is still running at the limit.
+
+    They include the processes that it waited for. Popen.wait() would discard them.
+    """
+    ends = time.monotonic() + (math.inf if limit_s is None else limit_s)
+    while not (waited := os.wait4(process.pid, os.WNOHANG))[0]:
+        if time.monotonic() > ends:
+            return None
+        time.sleep(_POLL_S)
+    process.returncode = os.waitstatus_to_exitcode(waited[1])
+    return waited[2].ru_utime + waited[2].ru_stime
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
