@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer
 
 from kvpipe.checkpoints import tiny
 from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
@@ -45,6 +44,8 @@ def default_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(default_directory):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(default_directory)
 
 
@@ -192,6 +193,8 @@ def test_every_architecture_fits_the_mllm_tree(tmp_path, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformers_reads_the_config_as_it_was_specified(tmp_path, architecture):
+    from transformers import AutoConfig
+
     spec = TinyModel(architecture=architecture, **SMALL)
     config = AutoConfig.from_pretrained(ensure(spec, tmp_path))
     assert config.architectures == [architecture]
@@ -202,6 +205,8 @@ def test_transformers_reads_the_config_as_it_was_specified(tmp_path, architectur
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformers_loads_the_tokenizer_without_a_network(tmp_path, architecture):
+    from transformers import AutoTokenizer
+
     spec = TinyModel(architecture=architecture, **SMALL)
     loaded = AutoTokenizer.from_pretrained(ensure(spec, tmp_path))
     assert len(loaded) == 300
@@ -210,6 +215,8 @@ def test_transformers_loads_the_tokenizer_without_a_network(tmp_path, architectu
 
 
 def test_the_slow_tokenizer_agrees_with_the_fast_one(default_directory, tokenizer):
+    from transformers import AutoTokenizer
+
     slow = AutoTokenizer.from_pretrained(default_directory, use_fast=False)
     text = "The KV cache is dropped\nand rebuilt: 漢字."
     assert slow(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -8,14 +8,14 @@ import json
 import struct
 from pathlib import Path
 
-from wandb.proto import wandb_internal_pb2
-
 BLOCK = 32 * 1024
 OWN_HEADER = b":W&B"
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(path):
+    from wandb.proto import wandb_internal_pb2
+
     data = Path(path).read_bytes()
     assert data.startswith(OWN_HEADER)
     position, parts = 7, b""
