@@ -27,6 +27,7 @@ from kvpipe.pipeline import facts
 from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.inputs import check_inputs
 from kvpipe.system.libtpu_lock import LOCK_FILE, holder
+from kvpipe.system.process_memory import host_memory_bytes
 from kvpipe.system.secrets import API_KEY, wandb_api_key, without_key
 from kvpipe.system.versions import version_of
 from kvpipe.units import sized
@@ -114,9 +115,10 @@ def _disk() -> Finding:
 
 
 def _ram() -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{sized(memory.available)} of {sized(memory.total)} free"
-    if memory.available < _LITTLE_RAM:
+    total = host_memory_bytes()
+    free = min(psutil.virtual_memory().available, total)
+    found = f"{sized(free)} of {sized(total)} free"
+    if free < _LITTLE_RAM:
         return Finding(Level.WARN, "host memory", found, "end other processes that use it")
     return Finding(Level.OK, "host memory", found)
 

@@ -4,12 +4,11 @@ import math
 import re
 from dataclasses import dataclass
 
-import psutil
-
 from kvpipe.config.jax_environment import cpu_devices
 from kvpipe.config.schema import EngineConfig
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
+from kvpipe.system.process_memory import host_memory_bytes
 from kvpipe.units import counted
 
 CPU = "cpu"
@@ -74,7 +73,7 @@ def find_target(name: str | None, engine: EngineConfig) -> Target:
 def _host(engine: EngineConfig) -> Target:
     """Return this host, or several like it; virtual devices share a host's memory equally."""
     devices = cpu_devices(engine)
-    return Target(CPU, devices, psutil.virtual_memory().total // (devices // engine.nnodes))
+    return Target(CPU, devices, host_memory_bytes() // (devices // engine.nnodes))
 
 
 def _tpu(name: str) -> Target:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kvpipe.records.run import Memory
 _RSS = re.compile(r"^VmHWM:\s+(?P<peak>\d+) kB\nVmRSS:\s+(?P<rss>\d+) kB$", re.MULTILINE)
 _VMSTAT = Path("/proc/vmstat")
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -54,3 +56,34 @@ def oom_kills() -> int:
     files = (_VMSTAT, _CGROUPS / "memory.events", _CGROUPS / "memory" / "memory.oom_control")
     texts = [file.read_text() for file in files if file.is_file()]
     return max((int(found[1]) for text in texts if (found := _OOM_KILL.search(text))), default=0)
+
+
+def host_memory_bytes() -> int:
+    """Return the bytes of memory that this process can have: the host's, or its container's limit.
+
+    Linux kills what takes more than any of the cgroups above it allows.
+    """
+    return min([psutil.virtual_memory().total, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """Yield the limits of this process's cgroup and of all above it, of version 1 and 2.
+
+    A container sees its own cgroup as the root of the tree, whatever the path of it is called.
+    """
+    if not _OWN_CGROUPS.is_file():
+        return
+    for line in _OWN_CGROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for directory in (own, *own.parents):
+            with suppress(OSError, ValueError):  # of no file, and of the text "max"
+                yield int((directory / name).read_text())
+            if directory == root:
+                break

@@ -1,4 +1,3 @@
-import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +7,7 @@ from kvpipe.pipeline.ledger import KV, PARAMS, Size
 from kvpipe.plan.fit import KvCapacity, engine_kv_bytes, fit_of
 from kvpipe.plan.fold import check_order, plan_ledgers
 from kvpipe.plan.targets import Target, find_target
+from kvpipe.system.process_memory import host_memory_bytes
 from tests.helpers_config import build, default_names
 from tests.refusal import refusal
 
@@ -38,7 +38,7 @@ def test_a_target_has_the_devices_of_its_topology_and_the_published_memory_of_it
 
 
 def test_the_host_is_the_target_of_a_cpu_engine_and_its_devices_share_its_memory():
-    expected = Target("cpu", 4, psutil.virtual_memory().total // 4)
+    expected = Target("cpu", 4, host_memory_bytes() // 4)
     assert find_target(None, EngineConfig(device="cpu", tp_size=2, dp_size=2)) == expected
     assert find_target("cpu", EngineConfig(device="cpu", virtual_devices=4)) == expected
 

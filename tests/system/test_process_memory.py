@@ -2,10 +2,18 @@ import mmap
 import subprocess
 import sys
 
+import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvpipe.system import process_memory as module
-from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
+from kvpipe.system.process_memory import (
+    child_memory,
+    host_memory_bytes,
+    oom_kills,
+    process_memory,
+)
 
 HOLD = "held = bytes(range(256)) * (1 << 18); print('held', flush=True); input()"
 OWN = (
@@ -68,3 +76,53 @@ def test_the_kills_for_memory_are_counted_wherever_linux_tells_them(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     assert oom_kills() == 3
+
+
+# Linux writes "max", or in version 1 a number beyond any memory, where there is no limit.
+LIMITS = st.one_of(
+    st.none(), st.just("max"), st.just("9223372036854771712"), st.integers(1, 1 << 40)
+)
+# What the file says, and where the limits of its tree are.
+VERSIONS = {
+    1: (
+        "5:cpu,cpuacct:/elsewhere\n4:hugetlb,memory:{path}\n0::/other\n",
+        "memory",
+        "limit_in_bytes",
+    ),
+    2: ("1:name=systemd:/elsewhere\n0::{path}\n", ".", "max"),
+}
+
+
+@given(
+    st.sampled_from(sorted(VERSIONS)),
+    st.lists(LIMITS, min_size=1, max_size=4),
+    st.integers(0, 3),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_least_limit_of_all_cgroups_above_a_process_is_its_hosts_memory(
+    tmp_path_factory, version, limits, hidden
+):
+    """A container sees the tree from its own cgroup on; the file may still have the whole path."""
+    text, below, name = VERSIONS[version]
+    tree = tmp_path_factory.mktemp("tree")
+    names = [f"cgroup{level}" for level in range(len(limits) - 1)]
+    directory = tree / "cgroups" / below
+    for level, limit in enumerate(limits):
+        directory = directory / names[level - 1] if level else directory
+        directory.mkdir(parents=True, exist_ok=True)
+        if limit is not None:
+            (directory / f"memory.{name}").write_text(f"{limit}\n")
+    unseen = [f"unseen{level}" for level in range(hidden)] if not names else []
+    (tree / "own").write_text(text.format(path="/" + "/".join([*unseen, *names])))
+    (tree / "cgroups" / "cpu").mkdir(exist_ok=True)
+    (tree / "cgroups" / "cpu" / f"memory.{name}").write_text("1\n")  # of another cgroup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CGROUPS", tree / "cgroups")
+        patch.setattr(module, "_OWN_CGROUPS", tree / "own")
+        numbers = [int(limit) for limit in limits if limit not in (None, "max")]
+        assert host_memory_bytes() == min([psutil.virtual_memory().total, *numbers])
+
+
+def test_a_system_without_cgroups_has_the_memory_of_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_OWN_CGROUPS", tmp_path / "none")
+    assert host_memory_bytes() == psutil.virtual_memory().total
