@@ -12,6 +12,7 @@ import math
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice
 # `jax.live_arrays()` returns strong references, so counts are serialised: a list that lives only
 # under this lock cannot keep alive an array that another count finds.
 _counting = threading.Lock()
+# Array on several devices by the device and address of each of its shards: once looked up, a shard
+# stays alive as an array of its own, which a count from another thread must not count again.
+_whole_of: dict[tuple[Any, int], weakref.ref[jax.Array]] = {}
 _OLDEST = 2  # generation of a full garbage collection
 _OTHERS_COLLECTION_S = 0.001
 _LONGEST_COLLECTION_S = 60.0
@@ -70,6 +74,9 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
         if (array.sharding.shard_shape(array.shape), array.dtype) in shapes:
             for shard in array.addressable_shards:
                 group_of[_buffer(shard.data)] = groups[id(array)]
+                _whole_of[_buffer(shard.data)] = weakref.ref(array)
+    for buffer in [buffer for buffer in _whole_of if not _is_shard(buffer)]:
+        del _whole_of[buffer]
     for array in single:
         group = group_of.setdefault(_buffer(array), [])
         group.append(array)
@@ -78,7 +85,7 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
 
 
 def _once(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
-    """Yield the arrays, those on one device once for each buffer: a look at an address makes another."""
+    """Yield the arrays, those on one device once for each buffer, and no known shard of another."""
     seen: set[tuple[Any, int]] = set()
     for array in arrays:
         if len(array.sharding.device_set) == 1:
@@ -86,10 +93,16 @@ def _once(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
                 buffer = _buffer(array)
             except RuntimeError:  # a step has deleted it meanwhile
                 continue
-            if buffer in seen:
+            if buffer in seen or _is_shard(buffer):
                 continue
             seen.add(buffer)
         yield array
+
+
+def _is_shard(buffer: tuple[Any, int]) -> bool:
+    """Whether a buffer is one of an array on several devices that :func:`by_buffer` has looked at."""
+    whole = _whole_of.get(buffer, lambda: None)()
+    return whole is not None and not whole.is_deleted()
 
 
 def _buffer(array: jax.Array) -> tuple[Any, int]:
@@ -105,7 +118,6 @@ def measure(
 
     Returns:
         The ledger, and the arrays of the pool other, those that share a buffer in one group.
-
 
     An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
     that the engine computes with. Where the backend reports its bytes in use, those beyond the
@@ -162,9 +174,11 @@ def device_stats() -> list[dict[str, int]] | None:
 
 
 def bytes_in_use() -> PerDevice:
-    """Return the bytes in use on each local device: the backend's count, else live arrays."""
-    live_arrays()
-    return used_now()
+    """Return the bytes in use on each local device: the backend's count, else live buffers."""
+    alive = live_arrays()
+    if device_stats() is not None:
+        return used_now()
+    return per_device((group[0] for group in by_buffer(alive)), jax.local_devices())
 
 
 def total_in_use() -> int:

@@ -139,7 +139,10 @@ def test_where_no_device_counts_the_size_of_each_buffer_confirms_the_count(
 
     sharding = NamedSharding(Mesh(jax.local_devices(), ("tensor",)), PartitionSpec())
     replicated = jax.device_put(jnp.zeros((8, 4)), sharding)
-    assert memory.measure([replicated], (), {}).of("params") == (128,) * 4
+    ledger, _ = memory.measure([replicated], (), {})
+    assert ledger.of("params") == (128,) * 4
     monkeypatch.setattr(memory, "shard_bytes", lambda array: array.nbytes // 4)
     with pytest.raises(EngineError, match=r"\(8, 4\), float32, .* 128 bytes .* buffers have 512"):
+        memory.check_sizes([replicated])
+    with pytest.raises(EngineError, match="bytes over its devices, but its buffers have"):
         memory.measure([replicated], (), {})
