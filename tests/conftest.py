@@ -42,6 +42,9 @@ SMALL_ENGINE: dict[str, Any] = {
     "log_level": "error",
 }
 
+# The same for a run: what an engine here has compiled, the one of a run finds.
+SIZES = [f"engine.{name}={value}" for name, value in SMALL_ENGINE.items() if isinstance(value, int)]
+
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 

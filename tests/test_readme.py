@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from kvpipe import errors
 from kvpipe.cli.verbs import VERBS
 from kvpipe.records.run import record_from_json
 from kvpipe.system.secrets import wandb_api_key
-from tests.command import environment, kvpipe
-from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain, default_names
+from tests.command import environment
+from tests.helpers_config import EXPERIMENTS, ROOT, compose_plain
 from tests.sop import STEPS
 
 README = (ROOT / "README.md").read_text()
@@ -293,65 +292,7 @@ def test_the_timeline_in_the_readme_is_the_one_that_the_project_draws():
     assert (ROOT / "docs/timeline.svg").read_text() == drawn
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the sources with the phase, and its line of YAML, of CONTRIBUTING.md."""
-    copy = tmp_path_factory.mktemp("tree")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for package in ("kvpipe", "phases", "conf"):
-        shutil.copytree(ROOT / package, copy / package, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    ((name, source),) = named_files(CONTRIBUTING, "python").items()
-    (copy / name).write_text(source)
-    (lines,) = re.findall(r"^```yaml\n(.*?)^```", CONTRIBUTING, re.S | re.M)
-    before, _ = lines.splitlines(keepends=True)
-    pipeline = copy / "conf/pipeline/drop_rebuild.yaml"
-    assert pipeline.read_text().count(before) == 1
-    pipeline.write_text(pipeline.read_text().replace(before, lines))
-    (copy / "conf/model/own.yaml").write_text("id: mine/Own-1B\n")
-    configs = copy / "conf/model/configs"
-    shutil.copy(configs / "qwen2.5-3b-instruct.json", configs / "own-1b.json")
-    return copy
-
-
 @pytest.mark.parametrize("target", re.findall(r"^make (\S+)$", CONTRIBUTING, re.MULTILINE))
 def test_the_targets_in_contributing_are_there(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
-
-
-def test_the_phase_in_contributing_passes_the_check_and_the_linter(tree):
-    done = kvpipe(tree, "check", site=tree)
-    steps = len(default_names()) + 1
-    assert (done.stdout, done.stderr) == (f"tiny: {steps} steps, their order holds\n", "")
-    ruff = [sys.executable, "-m", "ruff"]
-    for command in (["check"], ["format", "--check"]):
-        linted = subprocess.run([*ruff, *command, "phases"], cwd=tree, capture_output=True)
-        assert linted.returncode == 0, linted.stdout
-
-
-def test_the_order_of_the_phase_in_contributing_is_checked(tree):
-    rebuilt = default_names().index("kv_cache_rebuilt")
-    exchanged = (f"pipeline.{rebuilt}=kv_cache_is_zero", f"pipeline.{rebuilt + 1}=kv_cache_rebuilt")
-    done = kvpipe(tree, "check", *exchanged, site=tree)
-    assert done.exit_code == 2
-    assert "'kv_cache_is_zero' needs the KV cache on the devices" in done.stderr
-
-
-def test_a_model_takes_one_file_of_yaml_and_its_config_json(tree):
-    assert kvpipe(tree, "check", "model=own", site=tree).exit_code == 0
-
-
-@pytest.mark.slow
-def test_the_phase_in_contributing_runs_on_the_engine(tree):
-    own = tree / "mine/pipeline/short.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text(
-        "# @package _global_\n"
-        "pipeline: [jax_ready, engine_ready_dummy, kv_cache_dropped, kv_cache_rebuilt, "
-        "kv_cache_is_zero]\n"
-    )
-    done = kvpipe(tree, "--config-dir", "mine", "pipeline=short", site=tree)
-    assert done.exit_code == 0, done.stdout + done.stderr
-    (check,) = (check for check in done.end["checks"] if check["name"] == "kv_values_not_zero")
-    assert (check["actual"], check["passed"]) == (0, True)
