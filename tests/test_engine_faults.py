@@ -13,12 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 def cell(*ending, **more):
-    """Most are untracked: W&B is the parent's, and it gets every kind of end in test_faults.py.
-
-    A second device would only take longer to start: what fails is the process, or a thread of it.
-    """
-    given = {"pipeline": "on_the_engine", "overrides": (UNTRACKED,)} | more
-    return Cell(*ending, **(given | {"overrides": ("engine.tp_size=1", *given["overrides"])}))
+    """Most are untracked: W&B is the parent's, and it gets every kind of end in test_faults.py."""
+    return Cell(*ending, **({"pipeline": "on_the_engine", "overrides": (UNTRACKED,)} | more))
 
 
 CELLS = {

@@ -237,8 +237,7 @@ def cycles(request, tmp_path_factory):
     """The number of cycles of the tiny experiment, and the run that ended after them."""
     times = request.param
     cwd = tmp_path_factory.mktemp("rl")
-    # A layer's programs take as long to compile as another one's, and hold to the same contracts.
-    options = ("tracking=disabled", f"repeat.times={times}", "model.generate.num_hidden_layers=1")
+    options = ("tracking=disabled", f"repeat.times={times}")
     run = kvpipe(cwd, "+experiment=tiny_rl_cycle", *options)
     assert run.exit_code == 0, run.end["error"]
     return times, run

@@ -74,17 +74,17 @@ def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(
     """What is longer than a smaller cache is ended by the engine and not waited for."""
     from kvpipe.engine.compile_count import CompileCounter
 
-    first = real_engine.generate("Hello", greedy(24)).token_ids
-    assert len(first) == 24
-    rebuilt(16)
-    ended = real_engine.generate("Hello", greedy(24)).token_ids
-    assert 6 < len(ended) < 16
+    first = real_engine.generate("Hello", greedy(60)).token_ids
+    assert len(first) == 60
+    rebuilt(40)
+    ended = real_engine.generate("Hello", greedy(60)).token_ids
+    assert 30 < len(ended) < 40
     assert ended == first[: len(ended)]
     rebuilt(3000)
     rebuilt(1024)
     compilations = CompileCounter()
     compilations.take()
-    assert real_engine.generate("Hello", greedy(24)).token_ids == first
+    assert real_engine.generate("Hello", greedy(60)).token_ids == first
     assert compilations.take().count == 0  # the first capacity's programs are still there
 
 

@@ -300,7 +300,8 @@ def test_the_engine_is_started_with_the_load_format_of_the_step(monkeypatch):
         raise KvpipeError("that is all")
 
     monkeypatch.setattr(kvpipe.engine, "sglang", SimpleNamespace(start=start), raising=False)
-    monkeypatch.setattr(kvpipe.engine, "weights", None, raising=False)
+    for module in ("weights", "owners"):
+        monkeypatch.setattr(kvpipe.engine, module, None, raising=False)
     ctx = WorkerContext(Kvpipe(), "Hello")
     ctx.model_dir = Path("model")
     with pytest.raises(KvpipeError, match="that is all"):
