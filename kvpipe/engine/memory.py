@@ -73,8 +73,9 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     for array in several:
         if (array.sharding.shard_shape(array.shape), array.dtype) in shapes:
             for shard in array.addressable_shards:
-                group_of[_buffer(shard.data)] = groups[id(array)]
-                _whole_of[_buffer(shard.data)] = weakref.ref(array)
+                buffer = _buffer(shard.data)
+                group_of[buffer] = groups[id(array)]
+                _whole_of[buffer] = weakref.ref(array)
     for buffer in [buffer for buffer in _whole_of if not _is_shard(buffer)]:
         del _whole_of[buffer]
     for array in single:
@@ -240,6 +241,12 @@ def collect_garbage() -> None:
             time.sleep(_OTHERS_COLLECTION_S)
     finally:
         gc.callbacks.remove(note)
+
+
+def exclude_what_lives() -> None:
+    """Exclude all objects that live now from later garbage collections, which then take less time."""
+    collect_garbage()  # an unreachable object that is frozen is never freed
+    gc.freeze()
 
 
 def give_back_host_memory() -> None:

@@ -12,9 +12,10 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 from types import CellType, FrameType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvpipe.errors import EngineError
 LAST_BATCH = "last batch"
 _ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
 _MOST_REFERRERS = 3
+_MOST_DESCRIBED = 5
 
 
 @dataclass
@@ -96,17 +98,24 @@ class Owners:
         )
 
 
-def describe(array: jax.Array, found: Iterable[Any]) -> str:
-    """Return shape, dtype, sharding and referrers of an array.
+def describe(arrays: Sequence[jax.Array], found: Iterable[Any] = ()) -> tuple[str, ...]:
+    """Return shape, dtype, sharding and referrers of each of the first arrays.
 
     Args:
-        array: an array without an owner.
-        found: the caller's own containers of it, which are no answer.
+        arrays: arrays without an owner.
+        found: further containers of the caller's, which are no answer.
     """
+    if not arrays:
+        return ()
     gc.unfreeze()  # frozen objects are no referrers to the collector
-    ours = {id(container) for container in found}
+    ours = {id(container) for container in (arrays, *found)}
+    texts = tuple(_described(array, ours) for array in islice(arrays, _MOST_DESCRIBED))
+    memory.exclude_what_lives()
+    return texts
+
+
+def _described(array: jax.Array, ours: Set[int]) -> str:
     names = [_name_of(r, array) for r in gc.get_referrers(array) if id(r) not in ours]
-    gc.freeze()
     # Bare containers come last: those of a count that has just ended are among them.
     names = sorted(filter(None, names), key=lambda name: name.startswith("a "))[:_MOST_REFERRERS]
     spec = getattr(array.sharding, "spec", type(array.sharding).__name__)

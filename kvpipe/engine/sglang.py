@@ -5,7 +5,6 @@ change of the engine's state goes through :class:`SchedulerThread`.
 """
 
 import atexit
-import gc
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -211,9 +210,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         proves_weights=config.weight_digests,
     )
     _guard_requests(started)
-    # Exclude objects that live as long as the process from the probe's garbage collections.
-    memory.collect_garbage()  # an unreachable object that is frozen is never freed
-    gc.freeze()
+    memory.exclude_what_lives()  # much of it lives as long as the process
     _check_capacity(started, config)
     return started
 

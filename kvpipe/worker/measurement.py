@@ -5,14 +5,11 @@ It runs in the worker between phases, with the engine idle and the devices synch
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import UNOWNED, Ledger
 from kvpipe.records.run import Memory
 from kvpipe.system.process_memory import process_memory
-
-_MOST_TOLD = 5
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,7 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     unowned = [group[0] for group in unpooled]
     if ctx.owners:
         other, unowned = ctx.owners.attribute(unpooled)
-    told = tuple(
-        owners.describe(array, (unowned, *unpooled)) for array in islice(unowned, _MOST_TOLD)
-    )
+    described = owners.describe(unowned, unpooled)
     if unowned:
         other[UNOWNED] = sum(memory.bytes_of(unowned))
     stats = memory.device_stats()
@@ -72,5 +67,5 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
         replace(process, jax_device_memory_stats=stats, bytes_in_use_source=source),
         ledger,
         other,
-        told,
+        described,
     )

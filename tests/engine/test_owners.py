@@ -65,11 +65,11 @@ def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_re
     engine.runner.leaked = jnp.zeros(1, jnp.float32)
     try:
         _, unowned = measured(engine, named)
-        (told,) = (owners.describe(array, (unowned,)) for array in unowned)
+        (described,) = owners.describe(unowned)
     finally:
         del engine.runner.leaked
-    assert "float32[1], 4 bytes" in told
-    assert "ModelRunner.leaked" in told
+    assert "float32[1], 4 bytes" in described
+    assert "ModelRunner.leaked" in described
 
 
 def test_a_second_kv_list_is_refused_with_its_size_when_the_engine_is_ready(
