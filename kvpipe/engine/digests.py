@@ -14,7 +14,7 @@ the map's (``transpose`` and ``heads`` of a Leaf): a fault there would cancel ou
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -276,15 +276,15 @@ def _at_engine(rule: Rule) -> Multipliers:
     return _rows(rule.rows.engine), _columns(rule.columns.engine)
 
 
-@lru_cache(maxsize=64)
 def _at_source(rule: Rule) -> Multipliers:
     """Return the multipliers of the checkpoint's positions: the sum of those that it goes to."""
-    rows, columns = _at_engine(rule)
-    return _gathered(rows, rule.rows), _gathered(columns, rule.columns)
+    return _gathered(_rows, rule.rows), _gathered(_columns, rule.columns)
 
 
-def _gathered(multipliers: Words, axis: Axis) -> Words:
+@lru_cache(maxsize=64)
+def _gathered(multipliers_of: Callable[[int], Words], axis: Axis) -> Words:
     """Add up what belongs to each position of the checkpoint."""
+    multipliers = multipliers_of(axis.engine)
     if axis.source == axis.engine:
         return multipliers
     gathered = np.zeros((*multipliers.shape[:-1], axis.source), np.uint32)
@@ -296,11 +296,12 @@ def _gathered(multipliers: Words, axis: Axis) -> Words:
 
 def _once(rule: Rule) -> Multipliers:
     """Return the checkpoint's multipliers at the first of the positions that each goes to."""
-    rows, columns = _rows(rule.rows.source), _columns(rule.columns.source)
-    return _spread(rows, rule.rows), _spread(columns, rule.columns)
+    return _spread(_rows, rule.rows), _spread(_columns, rule.columns)
 
 
-def _spread(multipliers: Words, axis: Axis) -> Words:
+@lru_cache(maxsize=64)
+def _spread(multipliers_of: Callable[[int], Words], axis: Axis) -> Words:
+    multipliers = multipliers_of(axis.source)
     if axis.source == axis.engine:
         return multipliers
     spread = np.zeros((*multipliers.shape[:-1], axis.engine), np.uint32)
