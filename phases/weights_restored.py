@@ -20,6 +20,4 @@ class WeightsRestored(WorkerPhase):
 
         change = weights.restore(ctx.engine, ctx.offloaded_weights)
         ctx.host_weights = None
-        proof = ctx.engine.proof
-        change = change.with_fields(**proof.fields)
-        return grown("restore_brings_params", change, *proof.checks)
+        return grown("restore_brings_params", change, *ctx.engine.proof.checks)

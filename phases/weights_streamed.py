@@ -45,6 +45,5 @@ class WeightsStreamed(WorkerPhase):
         probe = SwapProbe(ctx, self.probe_tokens)
         change = weights.stream(ctx.engine, ctx.hf_weights(self.source))
         ctx.host_kv = ctx.host_weights = None
-        proof = ctx.engine.proof
-        change = change.with_fields(**proof.fields)
-        return grown("swap_leaves_one_set", change, *proof.checks, *probe.checks())
+        proof = ctx.engine.proof.checks
+        return grown("swap_leaves_one_set", change, *proof, *probe.checks())

@@ -30,6 +30,5 @@ class WeightsSynced(WorkerPhase):
 
         change = training.sync(ctx.engine, ctx.trainer.params)
         ctx.host_kv = ctx.host_weights = None
-        proof = ctx.engine.proof
-        change = change.with_fields(trained_steps=ctx.trainer.steps, **proof.fields)
-        return grown("sync_leaves_one_set", change, *proof.checks)
+        change = change.with_fields(trained_steps=ctx.trainer.steps)
+        return grown("sync_leaves_one_set", change, *ctx.engine.proof.checks)

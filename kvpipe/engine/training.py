@@ -96,8 +96,7 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
         return lambda: moved
 
     change = weights.replace_leaves(engine, table, move)
-    prove(engine, table, rules, expected)
-    return change
+    return change.with_fields(**prove(engine, table, rules, expected).fields)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -63,8 +63,8 @@ def prove(
     table: ParamTable,
     rules: Mapping[str, Rule],
     expected: Mapping[str, Digest],
-) -> None:
-    """Compute the digests of the engine's parameters, and remember them as its proof.
+) -> Proof:
+    """Compute the digests of the engine's parameters; return them, and remember them as its proof.
 
     Args:
         engine: the engine, with all its parameters on the devices.
@@ -74,7 +74,7 @@ def prove(
     """
     if not rules:
         engine.proof = Proof()
-        return
+        return engine.proof
     params: Mapping[str, Any] = table.params
     leaves = digests.of_engine(rules, params)
     wrong = tuple(path for path in sorted(expected) if leaves[path] != expected[path])
@@ -82,3 +82,4 @@ def prove(
     if wrong:  # of a repeated KV head the digest of the set counts the first copy only
         whole = f"wrong-{whole}"
     engine.proof = Proof(leaves, whole, bool(expected), wrong)
+    return engine.proof

@@ -145,8 +145,7 @@ def restore(engine: SglangEngine, kept: HostWeights) -> Change:
             engine, table, lambda path, like: transfer.begin(kept[path], like).wait, kept.pop
         )
         rules = rules_of(engine, leaf_sources(engine, table), table.blueprint)
-        prove(engine, table, rules, offloaded.leaves)
-        return change
+        return change.with_fields(**prove(engine, table, rules, offloaded.leaves).fields)
 
     change = engine.on_scheduler.call(bring)
     memory.give_back_host_memory()
@@ -225,8 +224,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
         lambda path, like: transfer.begin(hosts[path], like).wait,
         lambda path: mapped.let_go(weights[leaves[path].source]),
     )
-    prove(engine, table, rules, expected)
-    return change
+    return change.with_fields(**prove(engine, table, rules, expected).fields)
 
 
 def replace_leaves(
