@@ -111,7 +111,11 @@ class Generate(WorkerPhase):
         return Result(fields, checks)
 
     def checks(self, ctx: WorkerContext, output: Output) -> Iterator[Check]:
-        """Yield the check that ``output`` is not empty, its comparisons with earlier ones, its proof."""
+        """Yield the check that ``output`` is not empty, its comparisons with earlier ones, its proof.
+
+        Raises:
+            PhaseError: an earlier step has no output, because it failed.
+        """
         yield not_empty(output)
         if (step := self.same_output_as) is not None:
             name = "aa_control" if self.aa_control else "same_output"

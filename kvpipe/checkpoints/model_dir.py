@@ -33,7 +33,11 @@ def cache_dir(config: Kvpipe) -> Path:
 
 
 def check_cache_dir(config: Kvpipe) -> None:
-    """Refuse a cache in which nothing can be written, unless the generated model is there."""
+    """Refuse a cache in which nothing can be written, unless the generated model is there.
+
+    Raises:
+        InputError: it cannot be written in.
+    """
     directory = cache_dir(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,9 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     """Return the steps after every input check that needs no jax.
 
     With ``whole`` the model's directory must have all that a run needs.
+
+    Raises:
+        InputError: a check failed.
     """
     planned = ordered_steps(config)
     check_inputs(config, planned, whole=whole)
@@ -35,7 +38,11 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
 
 
 def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
-    """Return the steps with their effects, after the checks that need no file of the model."""
+    """Return the steps with their effects, after the checks that need no file of the model.
+
+    Raises:
+        InputError: a check failed.
+    """
     planned = check_order(build_steps(config))
     check_mesh(config.engine)
     check_hosts(config)

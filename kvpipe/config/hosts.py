@@ -67,7 +67,11 @@ def _rank_variable(environ: Mapping[str, str]) -> str | None:
 
 
 def check_hosts(config: Kvpipe) -> None:
-    """Refuse inconsistent host options, as far as the config alone shows."""
+    """Refuse inconsistent host options, as far as the config alone shows.
+
+    Raises:
+        InputError: with the key.
+    """
     engine = config.engine
     if engine.node_rank is not None and engine.node_rank >= engine.nnodes:
         raise InputError(

@@ -122,7 +122,11 @@ def checked(default: Any, refuse: Refusal) -> Any:
 
 
 def refuse_wrong(options: Any, prefix: str = "") -> None:
-    """Refuse a wrong value of a dataclass, by the field's name after ``prefix``."""
+    """Refuse a wrong value of a dataclass, by the field's name after ``prefix``.
+
+    Raises:
+        InputError: from the ``refuse`` of a :func:`checked` field.
+    """
     for each in fields(options):
         if refuse := each.metadata.get("refuse"):
             refuse(f"{prefix}{each.name}", getattr(options, each.name))

@@ -158,7 +158,11 @@ def gather(value: Mapping[str, Any]) -> list[Any]:
 
 
 def in_stage[T](action: Callable[[], T]) -> T:
-    """Run ``action`` as a stage: a failure on one host is raised on all."""
+    """Run ``action`` as a stage: a failure on one host is raised on all.
+
+    Raises:
+        HostFailed: it failed on a host.
+    """
     if not several():
         return action()
     try:
@@ -193,7 +197,8 @@ def first_failure(received: Sequence[Mapping[str, Any]]) -> HostFailed | None:
 def total(count: int) -> int:
     """Return the sum of a number over the hosts; every host must call it at the same point.
 
-    Like :func:`of_first` it raises if another host failed before it published its number.
+    Raises:
+        HostFailed: another host failed before it published its number.
     """
     return sum(each(count))
 
@@ -229,7 +234,11 @@ def of_first(value: Any, check: Callable[[], None]) -> Any:
 
 
 def raise_if_failed() -> None:
-    """Raise if another host has published a failure in this stage; cheap enough to poll."""
+    """Raise if another host has published a failure in this stage; cheap enough to poll.
+
+    Raises:
+        HostFailed: another host failed.
+    """
     if not several() or time.monotonic() - _hosts.looked_at < _LOOK_EVERY_S:
         return
     _hosts.looked_at = time.monotonic()

@@ -68,7 +68,11 @@ class EngineShapes:
 
     @property
     def sources(self) -> dict[str, Leaf]:
-        """The checkpoint tensor behind each parameter, by path."""
+        """The checkpoint tensor behind each parameter, by path.
+
+        Raises:
+            EngineError: as of :func:`kvpipe.engine.weight_map.sources_of`.
+        """
         return sources_of(self.runner, {path: leaf.shape for path, leaf in self.params.items()})
 
 

@@ -95,7 +95,11 @@ def check_shapes(
 
 
 def refuse_infinite(names: list[str]) -> None:
-    """Refuse the named weights, if any: they have values that are not finite."""
+    """Refuse the named weights, if any: they have values that are not finite.
+
+    Raises:
+        WeightsError: with the names.
+    """
     if names:
         _refuse([listed("with values that are not finite", [repr(name) for name in names])])
 

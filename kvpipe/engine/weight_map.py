@@ -110,7 +110,11 @@ class EngineView:
 
 
 def leaf_sources(engine: SglangEngine, table: ParamTable) -> dict[str, Leaf]:
-    """Return the checkpoint tensor behind each of the engine's parameters, by path."""
+    """Return the checkpoint tensor behind each of the engine's parameters, by path.
+
+    Raises:
+        EngineError: as of :func:`sources_of`.
+    """
     shapes = {path: leaf.shape for path, leaf in table.params.items()}
     return sources_of(engine.runner, shapes)
 

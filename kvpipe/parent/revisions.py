@@ -108,7 +108,11 @@ def sides(
 def changes(
     before: Revision, after: Revision, experiments: Sequence[str] | None
 ) -> list[PlanChange]:
-    """Return the change of each named experiment, or of all; both sides are planned in parallel."""
+    """Return the change of each named experiment, or of all; both sides are planned in parallel.
+
+    Raises:
+        InputError: one of them cannot be planned.
+    """
     chosen = [experiments or revision.experiments() for revision in (before, after)]
     with ThreadPoolExecutor() as pool:
         old, new = pool.map(Revision.plan, (before, after), chosen)

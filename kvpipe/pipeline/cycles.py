@@ -46,7 +46,11 @@ class Cycle:
 
 
 def repeated_steps(pipeline: Sequence[str], repeat: RepeatConfig | None) -> frozenset[str]:
-    """Return the names of the steps that are repeated."""
+    """Return the names of the steps that are repeated.
+
+    Raises:
+        InputError: as of :func:`repeated`.
+    """
     return frozenset(pipeline[_stretch(pipeline, repeat)] if repeat else ())
 
 

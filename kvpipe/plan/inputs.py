@@ -33,6 +33,9 @@ def check_inputs(
 
     Without the model's ``directory``, what is known of it on this machine is checked. With
     ``whole`` it must have all that the steps need, as for a run.
+
+    Raises:
+        InputError: naming what is wrong.
     """
     needs = Needs(
         weights=any(item.effect.reads_weights for item in planned),

@@ -31,7 +31,11 @@ class FailedRecords(Collector):
         super().run_started(record)
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the records of a failed run."""
+        """Write the records of a failed run.
+
+        Raises:
+            RecordError: they cannot be written.
+        """
         if not record.exit_code:
             return
         lines = [f"{kept.line}\n" for kept in (*self._records, record)]

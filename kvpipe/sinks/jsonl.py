@@ -62,6 +62,9 @@ class JsonFile(JsonLines):
     A line is in the file whole or not at all. Some disk space is reserved: if the disk fills up,
     the record that hit the limit and the ones after it still fit. If somebody removes, replaces or
     changes the file, that is an error, and the lines go on in another one.
+
+    Raises:
+        OSError: it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +99,11 @@ class JsonFile(JsonLines):
             raise RecordError(f"{self._path} has {lines} of {counted(handed.records, 'record')}")
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the last record, marked as failed if a line before it is no longer there."""
+        """Write the last record, marked as failed if a line before it is no longer there.
+
+        Raises:
+            RecordError: it cannot be written, or the lines before it were lost.
+        """
         lost = None if self._is_whole() else self._go_on_elsewhere()
         self.received(failed_by(record, lost) if lost else record)
         if lost:

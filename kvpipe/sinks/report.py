@@ -29,7 +29,11 @@ class ReportFile(Collector):
         self._write = write
 
     def run_finished(self, record: RunFinished) -> None:
-        """Write the file."""
+        """Write the file.
+
+        Raises:
+            RecordError: it cannot be written.
+        """
         self._write(run_of(self._run_dir.name, [*self._records, record]), self._run_dir)
 
 

@@ -12,7 +12,11 @@ PICTURE_FILE = "sweep.png"
 
 
 def write_sweep(sweep: SweepFinished, folder: Path) -> list[Path]:
-    """Write record, page and picture of a sweep into a directory and return their paths."""
+    """Write record, page and picture of a sweep into a directory and return their paths.
+
+    Raises:
+        KvpipeError: a file cannot be written.
+    """
     from kvpipe.report.png import as_png
     from kvpipe.report.sweep import picture, sweep_page
 

@@ -131,7 +131,11 @@ class WandbSink(Sink):
         return fields
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Write the plan's verdict to the summary, and log the plan as a table."""
+        """Write the plan's verdict to the summary, and log the plan as a table.
+
+        Raises:
+            TrackingError: W&B rejected it.
+        """
         if (run := self._run) is None:
             return
 
@@ -146,7 +150,11 @@ class WandbSink(Sink):
         self._planned = True
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Log the phase's metrics, and its texts if it has any."""
+        """Log the phase's metrics, and its texts if it has any.
+
+        Raises:
+            TrackingError: W&B rejected them.
+        """
         if (run := self._run) is None:
             return
         samples = new_samples(record, self._samples)

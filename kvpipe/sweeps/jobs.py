@@ -63,7 +63,11 @@ class NoteSweep(Callback):
         NoteSweep.made = [p for p in (directory, *directory.parents) if not p.exists()]
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Record the sweep, and own its directory."""
+        """Record the sweep, and own its directory.
+
+        Raises:
+            Refused: another sweep holds the directory, or an earlier one has left its jobs there.
+        """
         directory = Path(config.hydra.sweep.dir).absolute()
         try:
             directory.mkdir(parents=True, exist_ok=True)

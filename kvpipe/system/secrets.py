@@ -73,7 +73,11 @@ class Redactor:
         return text
 
     def file(self, path: Path) -> None:
-        """Redact a file in place, if it exists and contains a secret."""
+        """Redact a file in place, if it exists and contains a secret.
+
+        Raises:
+            OSError: it cannot be written, e.g. because the disk is full.
+        """
         if not (self.secrets and path.is_file()):
             return
         content = before = path.read_bytes()
