@@ -50,8 +50,8 @@ def output_proven(output: Output, max_new_tokens: int) -> Iterator[Check]:
         max_new_tokens: number of tokens that were asked for.
     """
     count = len(output.token_ids)
-    short = "" if output.stopped else f"no end-of-sequence token ended it after {count}"
     whole = count == max_new_tokens or (output.stopped and count < max_new_tokens)
+    short = "" if whole or output.stopped else f"no end-of-sequence token ended it after {count}"
     yield Check("output_complete", max_new_tokens, count, whole, short)
     steps = output.forward_steps
     yield Check("output_computed", f"at least {count} steps", steps, steps >= count)

@@ -303,17 +303,20 @@ def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check
     """
     expected = planned.total_bytes + measured.sum_of(OTHER)
     programs = planned.sum_of(PROGRAM) + planned.sum_of(TRAINER_PROGRAM)
-    allowed = config.allowance_bytes if programs else _UNPLANNED_PROGRAMS_BYTES
+    allowed, why = config.allowance_bytes, f"plan.allowance_bytes is {config.allowance_bytes}"
     if PROGRAM not in measured.pools:
         expected -= programs
-        allowed = 0
+        allowed, why = 0, "this device counts no programs, so it must be exact"
+    elif not programs:
+        allowed = _UNPLANNED_PROGRAMS_BYTES
+        why = f"of programs, which the plan lacks, {allowed} are allowed"
     off = measured.total_bytes - expected
     return Check(
         "plan/total_bytes",
         expected,
         measured.total_bytes,
         abs(off) <= allowed,
-        f"{off:+} bytes, {allowed} are allowed",
+        f"{off:+} bytes; {why}",
     )
 
 

@@ -14,7 +14,9 @@ from kvpipe.pipeline.ledger import Ledger
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
 from kvpipe.records import progress
 from kvpipe.records.progress import COMPILING, GENERATING, Progress
+from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import loop
+from kvpipe.worker.measurement import Measurement
 
 
 class Waits(WorkerPhase):
@@ -67,7 +69,7 @@ def run(*phases, **options):
     return records + ([ending.error] if ending.error else []), told
 
 
-def run_in(ctx, phases):
+def run_in(ctx, phases, planned=None):
     """Run the phases; return the records, what was told of their progress, and the ending."""
     records, told = [], []
     events = loop.Callbacks(
@@ -77,7 +79,9 @@ def run_in(ctx, phases):
         progressed=told.append,
         finished=records.append,
     )
-    jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
+    jobs = [
+        loop.Job(idx, phase.step, phase, planned or Ledger(1)) for idx, phase in enumerate(phases)
+    ]
     return records, told, loop.run(jobs, ctx, events, time.monotonic())
 
 
@@ -139,6 +143,36 @@ def test_after_a_failure_what_cleans_is_run_and_the_rest_as_the_config_says(on_e
     (*records, error), _ = run(*phases, on_error=on_error)
     assert "".join(record.phase for record in records) == ran
     assert error == "it cannot be done"
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("planned", "measured", "passed", "detail"),
+    [
+        # A device that counts nothing itself: every array has an owner, so nothing may be off.
+        ({}, {"other": 5}, True, "+0 bytes; this device counts no programs, so it must be exact"),
+        ({"program": 9}, {}, True, "+0 bytes; this device counts no programs, so it must be exact"),
+        # One that does: its programs are as planned, within the allowance, or as a plan lacks them.
+        ({"program": 9}, {"program": 9 + 8 * MIB}, True, "+8388608 bytes; plan.allowance_bytes is"),
+        ({"program": 9}, {"program": 10 + 8 * MIB}, False, "+8388609 bytes; plan.allowance_bytes"),
+        ({}, {"program": 512 * MIB, "other": 5}, True, "+536870912 bytes; of programs, which the"),
+        ({}, {"program": 512 * MIB + 1}, False, "536870912 are allowed"),
+    ],
+)
+def test_the_total_may_differ_from_the_plan_by_what_a_device_counts_as_programs(
+    monkeypatch, planned, measured, passed, detail
+):
+    def ledger(pools):
+        return Ledger(1, {"kv": (3,)} | {pool: (size,) for pool, size in pools.items()})
+
+    found = Measurement(process_memory(), ledger(measured), {"owner": measured.get("other", 0)})
+    monkeypatch.setattr(loop.measurement, "measure", lambda ctx, settle=True: found)
+    ctx = WorkerContext(Kvpipe(), "Hello")
+    (record,), _, _ = run_in(ctx, [Waits("first")], ledger(planned))
+    (check,) = (check for check in record.checks if check.name == "plan/total_bytes")
+    assert (check.passed, detail in check.detail) == (passed, True), check.detail
 
 
 def test_once_the_plan_is_void_no_record_is_compared_with_it():
