@@ -32,7 +32,7 @@ run: env ## run a pipeline: make run EXPERIMENT=tiny ARGS="key=value ..."
 
 plans: env ## renew the plan that is committed beside each experiment
 	@$(BIN)/python -m kvpipe plan -m +experiment=$(subst $(empty) ,$(comma),$(EXPERIMENTS)) \
-		plan.format=markdown 'plan.file=conf/experiment/$${experiment}.plan.md'
+		plan.format=markdown plan.compile=false 'plan.file=conf/experiment/$${experiment}.plan.md'
 
 test: env ## run what a commit can break, on real engines
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not nightly" $(ARGS)

@@ -4,13 +4,16 @@ from typing import override
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED
+from kvpipe.pipeline.ledger import KV_TAKE
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed
 
 
 class KvCacheOffloaded(WorkerPhase):
     """Offload the KV cache; the prefix tree stays, so that a restore brings every prefix back."""
 
-    effect = Effect(needs=(ENGINE, KV_LIVE), adds=(KV_OFFLOADED,), removes=(KV_LIVE,))
+    effect = Effect(
+        needs=(ENGINE, KV_LIVE), adds=(KV_OFFLOADED,), removes=(KV_LIVE,), runs=(KV_TAKE,)
+    )
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

@@ -5,6 +5,7 @@ from typing import override
 from kvpipe.config.schema import at_least, checked
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED, kv_tokens, own_kv_tokens
+from kvpipe.pipeline.ledger import KV_ZEROS
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
@@ -26,6 +27,7 @@ class KvCacheRebuilt(WorkerPhase):
             forbids=(KV_LIVE, KV_OFFLOADED),
             adds=(KV_LIVE, kv_tokens(tokens)) if tokens else (KV_LIVE,),
             removes=(kv_tokens(was),) if was else (),
+            runs=(KV_ZEROS,),
         )
 
     @override

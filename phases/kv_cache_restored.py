@@ -4,13 +4,19 @@ from typing import override
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED
+from kvpipe.pipeline.ledger import KV_PUT, KV_ZEROS
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class KvCacheRestored(WorkerPhase):
     """Restore the KV cache; the next generate finds its prefix in it again."""
 
-    effect = Effect(needs=(ENGINE, KV_OFFLOADED), adds=(KV_LIVE,), removes=(KV_OFFLOADED,))
+    effect = Effect(
+        needs=(ENGINE, KV_OFFLOADED),
+        adds=(KV_LIVE,),
+        removes=(KV_OFFLOADED,),
+        runs=(KV_ZEROS, KV_PUT),
+    )
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

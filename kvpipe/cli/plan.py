@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 from kvpipe.checkpoints.model_dir import check_cache_dir, check_shape
 from kvpipe.cli.common import PLANNERS, checked_steps, open_output
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
-from kvpipe.errors import HELD, InputError, KvpipeError
+from kvpipe.errors import HELD, KvpipeError
 from kvpipe.plan.fit import why_not_fit
-from kvpipe.plan.targets import CPU, DEFAULT_TPU, find_target
+from kvpipe.plan.targets import find_target
 from kvpipe.report.plan import as_json, as_markdown
 
 
@@ -24,12 +24,7 @@ def act(composed: DictConfig) -> int:
     checked_steps(config, whole=False)
     check_shape(config)
     target = find_target(config.plan.target, config.engine)
-    if config.plan.compile and target.name == CPU:
-        raise InputError(
-            f"plan.compile compiles for a TPU, but plan.target is {CPU}; set plan.target, e.g. to "
-            f"{DEFAULT_TPU}, or leave plan.compile out"
-        )
-    if config.plan.compile:
+    if config.plan.compile is True:
         check_cache_dir(config)
     record = PLANNERS.plan(config, plain, target)
     with open_output("plan.file", config.plan.file) as out:

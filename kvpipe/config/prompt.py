@@ -1,13 +1,14 @@
-"""Read the configured prompt, and check its SHA-256."""
+"""Read the configured prompt, check its SHA-256, and estimate its length in tokens."""
 
 import hashlib
 from pathlib import Path
 
-from kvpipe.config.schema import PromptConfig
+from kvpipe.config.schema import Kvpipe, PromptConfig
 from kvpipe.errors import InputError
 from kvpipe.system.places import CONF
 from kvpipe.units import counted
 
+_BYTES_PER_TOKEN = 3
 _SHIPPED = "pkg://conf/prompt/"
 
 
@@ -57,3 +58,14 @@ def _read(name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"prompt.file: cannot read {name}: {error.strerror}") from None
+
+
+def tokens_of_prompt(config: Kvpipe) -> int:
+    """Return the length of the prompt in tokens for a plan, or an estimate of it.
+
+    A model that is only named has no tokenizer here. English text and code have three to four
+    bytes per token, and the engine pads the length to a power of two.
+    """
+    if config.plan.prompt_tokens is not None:
+        return config.plan.prompt_tokens
+    return max(1, len(read_prompt(config.prompt).encode()) // _BYTES_PER_TOKEN)

@@ -20,6 +20,7 @@ from kvpipe.suggest import nearest
 
 STOP = "stop"
 CONTINUE = "continue"
+AUTO = "auto"
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -73,6 +74,12 @@ def one_of(*valid: str) -> Refusal:
             raise InputError(f"{key} is {value!r}; {nearest(value, valid)}")
 
     return refuse
+
+
+def _auto_or_bool(key: str, value: Any) -> None:
+    """Refuse what is neither a truth value nor ``auto``."""
+    if value not in (True, False, AUTO):
+        raise InputError(f"{key} is {value!r}; {nearest(value, (AUTO, 'true', 'false'))}")
 
 
 def at_least(least: int) -> Refusal:
@@ -439,12 +446,18 @@ class PlanConfig(Section, section="plan"):
             topology, e.g. ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu``
             for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for ``tpu``.
         file: file that ``kvpipe plan`` writes; None means stdout.
-        compile: compile the engine's prefill and decode steps for the target TPU, and add their
-            code and temporaries to the plan; takes about half a minute the first time.
+        compile: add code and temporaries to the plan: of the engine's prefill and decode steps, of
+            the trainer's programs and of kvpipe's own, compiled for the target. True compiles what
+            an earlier plan has not, which takes about half a minute; False adds none. ``auto``
+            takes what an earlier plan has compiled, and for a CPU compiles the rest where its
+            memory may not suffice. A run on a TPU takes what ``kvpipe plan`` has compiled.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
         timeout_s: limit in seconds of ``kvpipe plan``, for each job of a sweep, and of git in
             ``compare-plans``; None means no limit.
+        reserve_bytes: bytes of each device that a plan leaves free, since an allocator cannot give
+            what is free in pieces; None is 128 MiB on a TPU and 0 on a CPU, whose pages can lie
+            anywhere.
     """
 
     enforce: bool = True
@@ -452,9 +465,10 @@ class PlanConfig(Section, section="plan"):
     format: PlanFormat = PlanFormat.table
     target: str | None = None
     file: str | None = None
-    compile: bool = False
+    compile: bool | str = checked(AUTO, _auto_or_bool)
     prompt_tokens: int | None = checked(None, at_least(1))
     timeout_s: float | None = checked(1800.0, seconds)
+    reserve_bytes: int | None = checked(None, at_least(0))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Compile the engine's prefill and decode steps ahead of time for a TPU, on a machine without one.
+"""Compile the engine's steps and kvpipe's own programs ahead of time, for a TPU without one.
 
 The engine's own worker is built with abstract weights and KV cache (:mod:`.shapes`), so the limits,
 paddings, batches and jitted step are the ones that a run uses. ``jax.experimental.topologies``
@@ -9,6 +9,10 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat
+from kvpipe.engine import compat, kv_cache
 from kvpipe.engine.params import closure
+from kvpipe.engine.program_cache import cached
 from kvpipe.engine.shapes import abstract_worker, sharded_leaves
-from kvpipe.errors import KvpipeError
+from kvpipe.errors import InputError, KvpipeError
+from kvpipe.pipeline.ledger import KV_PUT, KV_TAKE
+from kvpipe.plan.targets import CPU
 from kvpipe.records.run import Program
 
+# A program with several outputs has a table of them as well: 8 bytes each, in a tile on a TPU.
+_OUTPUT_TABLE_BYTES = 8192
 _MEGACORE = ("v4", "v5p")
 # Let libtpu describe a topology without querying the metadata of the machine it would run on.
 _NO_TPU_HERE = {
@@ -41,21 +50,93 @@ class CompileFinding(KvpipeError):
     """A step does not compile for the target; the message says what would help."""
 
 
-def compile_steps(
-    config: EngineConfig, model_dir: Path, topology: str, prompt_tokens: int
-) -> tuple[Program, ...]:
-    """Compile the prefill of one prompt and the decode of one request for a TPU topology.
+@dataclass(frozen=True)
+class Place:
+    """A target to compile for, with the cache of what has been compiled.
 
-    The topology is e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices. The engine
-    pads the length of the prompt to one of its paddings.
+    Attributes:
+        config: how the engine will be started.
+        model_dir: directory with the model's config.json.
+        target: ``cpu``, or chip and topology, e.g. ``v4:2x2x1``; this process needs as many virtual
+            CPU devices.
+        cache_dir: kvpipe's cache.
+        compiles: whether what is not in the cache is compiled; else it is left out.
+    """
+
+    config: EngineConfig
+    model_dir: Path
+    target: str
+    cache_dir: Path
+    compiles: bool
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that the engine would build from the target's devices."""
+        devices = jax.devices() if self.target == CPU else _devices(self.target)
+        return compat.device_mesh(
+            self.config.tp_size or len(devices) // self.config.dp_size, devices
+        )
+
+    @property
+    def platform(self) -> str:
+        """The target's platform, by which the engine chooses its attention backend."""
+        return CPU if self.target == CPU else "tpu"
+
+    def cached(
+        self, content: Mapping[str, Any], make: Callable[[], tuple[Program, ...]]
+    ) -> tuple[Program, ...]:
+        """Return what ``make`` compiles for the target, from the cache if present.
+
+        Args:
+            content: what the programs depend on beside model, target and versions.
+            make: compiles them; an exception from it is not cached.
+        """
+        key = {**content, "target": self.target}
+        return cached(key, self.model_dir, self.cache_dir, make if self.compiles else None) or ()
+
+
+def engine_steps(place: Place, prompt_tokens: int) -> tuple[Program, ...]:
+    """Return the prefill of one prompt and the decode of one request, compiled for a target.
+
+    Args:
+        place: the target.
+        prompt_tokens: length of the prompt; the engine pads it to one of its paddings.
 
     Raises:
         CompileFinding: a step does not compile for the target.
     """
-    mesh = target_mesh(config, topology)
+    content = {"engine": _engine(place.config), "prompt_tokens": prompt_tokens}
+    return place.cached(content, lambda: compile_steps(place, prompt_tokens))
+
+
+def kv_programs(place: Place, names: Sequence[str]) -> tuple[Program, ...]:
+    """Return kvpipe's own programs on the engine's KV cache, compiled for a target.
+
+    Args:
+        place: the target.
+        names: those that are wanted.
+
+    Raises:
+        CompileFinding: one does not compile, or copies the cache instead of writing into it.
+    """
+    if not names:
+        return ()
+    content = {"engine": _engine(place.config), "kv_programs": names}
+    return place.cached(content, lambda: compile_kv_programs(place, names))
+
+
+def _engine(config: EngineConfig) -> dict[str, Any]:
+    """Return what of the engine's config its programs may depend on: not where it is started."""
+    elsewhere = ("device", "virtual_devices", "node_rank", "dist_init_addr", "download_dir")
+    return {key: value for key, value in asdict(config).items() if key not in elsewhere}
+
+
+def compile_steps(place: Place, prompt_tokens: int) -> tuple[Program, ...]:
+    """Compile what :func:`engine_steps` returns, without the cache."""
+    mesh = place.mesh
     devices = list(mesh.devices.flat)
     compat.bit_width_of_dtypes()
-    worker = abstract_worker(config, model_dir, mesh, "tpu")
+    worker = abstract_worker(place.config, place.model_dir, mesh, place.platform)
     token_paddings, request_paddings, _ = worker.get_precompile_paddings()
     batches = [
         ("prefill", "EXTEND", request_paddings[-1], _padded(prompt_tokens, token_paddings)),
@@ -67,13 +148,51 @@ def compile_steps(
     )
 
 
-def target_mesh(config: EngineConfig, topology: str) -> Mesh:
-    """Return the mesh that the engine would build from the devices of a TPU topology."""
-    devices = _devices(topology)
-    return compat.device_mesh(config.tp_size or len(devices) // config.dp_size, devices)
+def compile_kv_programs(place: Place, names: Sequence[str]) -> tuple[Program, ...]:
+    """Compile what :func:`kv_programs` returns, without the cache."""
+    worker = abstract_worker(place.config, place.model_dir, place.mesh, place.platform)
+    lowered = kv_cache.lowered(worker.model_runner.token_to_kv_pool.kv_buffer)
+    return tuple(_kv_program(name, lowered[name], place.target) for name in names)
+
+
+def _kv_program(name: str, lowered: jax.stages.Lowered, target: str) -> Program:
+    began = time.monotonic()
+    used: Any = lowered.compile().memory_analysis()
+    alias, arguments = used.alias_size_in_bytes, used.argument_size_in_bytes
+    # The blocks on their way are there while it runs: those that it copies, or that it is given.
+    blocks = {KV_TAKE: used.output_size_in_bytes, KV_PUT: arguments - alias}.get(name, 0)
+    if name == KV_PUT and alias < used.output_size_in_bytes - _OUTPUT_TABLE_BYTES:
+        raise not_in_place(name, alias, used.output_size_in_bytes, target)
+    return Program(
+        name=name,
+        requests=0,
+        tokens=0,
+        code_bytes=used.generated_code_size_in_bytes,
+        temp_bytes=used.temp_size_in_bytes + blocks,
+        compile_s=round(time.monotonic() - began, 3),
+        in_place_bytes=alias,
+    )
+
+
+def not_in_place(name: str, in_place_bytes: int, nbytes: int, target: str) -> CompileFinding:
+    """Return the finding that a program of kvpipe copies arrays that it should update."""
+    return CompileFinding(
+        f"the program {name} is not in place on {target}: of {nbytes} bytes on a device it updates "
+        f"{in_place_bytes} in place and copies the rest; report it, the plan would be wrong"
+    )
+
+
+def described_device(target: str) -> Any:
+    """Return a device of a TPU topology, by which its padding is known; None without libtpu."""
+    return _devices(target)[0] if find_spec("libtpu") else None
 
 
 def _devices(topology: str) -> list[Any]:
+    if find_spec("libtpu") is None:
+        raise InputError(
+            "plan.compile: libtpu is not installed; it compiles for a TPU, and has wheels for Linux "
+            "on x86-64"
+        )
     os.environ.update(_NO_TPU_HERE)
     chip, _, shape = topology.partition(":")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if chip in _MEGACORE else {}
@@ -118,7 +237,7 @@ def _compile(
         raise CompileFinding(
             f"the engine's kernels are not made for {devices[0].device_kind}: {error}"
         ) from error
-    used = compiled.memory_analysis()
+    used: Any = compiled.memory_analysis()
     return Program(
         name=name,
         requests=requests,
@@ -126,6 +245,7 @@ def _compile(
         code_bytes=used.generated_code_size_in_bytes,
         temp_bytes=used.temp_size_in_bytes,
         compile_s=round(time.monotonic() - began, 3),
+        in_place_bytes=used.alias_size_in_bytes,
     )
 
 
@@ -142,8 +262,12 @@ def _batch(worker: Any, mode: str, requests: int, tokens: int) -> tuple[Any, Any
     here = compat.device_mesh(target.shape["tensor"])
     cache_loc = -(-requests * worker.max_req_len // page_size) * page_size
     batch = _dummy_batch(worker, requests, tokens, ForwardMode[mode], cache_loc)
-    with compat.replaced(runner, "mesh", here), compat.replaced(runner.attn_backend, "mesh", here):
-        runner.attn_backend.forward_metadata = runner.attn_backend.get_forward_metadata(batch)
+    backend = runner.attn_backend
+    with ExitStack() as stack:
+        for owner in (runner, backend):
+            if hasattr(owner, "mesh"):  # the attention of a CPU has none
+                stack.enter_context(compat.replaced(owner, "mesh", here))
+        backend.forward_metadata = backend.get_forward_metadata(batch)
         made = (
             ForwardBatch.init_new(batch, runner),
             LogitsMetadata.from_model_worker_batch(batch, here),

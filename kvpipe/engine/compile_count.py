@@ -21,9 +21,13 @@ class CompileCounter:
     """Count compilations from the moment jax is imported, without importing jax.
 
     Make one per process: jax cannot unregister a listener.
+
+    Attributes:
+        total: number of compilations so far, also of those between two phases.
     """
 
     def __init__(self) -> None:
+        self.total = 0
         self._taken = Compilations()
         self._listening = False
         self._began: float | None = None
@@ -57,5 +61,6 @@ class CompileCounter:
     def _on_end(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == _COMPILE:
             self._began = None
+            self.total += 1
             taken = self._taken
             self._taken = Compilations(taken.count + 1, taken.seconds + duration_secs)

@@ -1,14 +1,24 @@
 """Describe jax's devices and check that the engine's mesh covers all of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import psutil
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat
+from kvpipe.engine import compat, memory
 from kvpipe.errors import InputError
+from kvpipe.system.process_memory import host_memory_bytes
 from kvpipe.units import counted
+
+# The kind that jax gives a device → the chip in a target's name.
+_CHIPS = {
+    "TPU v4": "v4",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v5 lite": "v5e",
+    "TPU v6 lite": "v6e",
+}
 
 
 def describe() -> dict[str, Any]:
@@ -44,12 +54,25 @@ def check_devices(config: EngineConfig) -> None:
         )
 
 
+def target_name() -> str:
+    """Return this machine's name as a target of a plan, e.g. ``cpu`` or ``v4:2x2x1``."""
+    return name_of(jax.devices())
+
+
+def name_of(devices: Sequence[Any]) -> str:
+    """Return the target that these devices are, by the coordinates of a TPU's chips."""
+    kind = devices[0].device_kind
+    if kind not in _CHIPS:
+        return devices[0].platform
+    sides = [max(of_chip) + 1 for of_chip in zip(*(d.coords for d in devices), strict=True)]
+    return f"{_CHIPS[kind]}:{'x'.join(map(str, sides))}"
+
+
 def memory_bytes() -> int:
     """Return the bytes of memory of one device.
 
     Virtual CPU devices share their host's RAM, so each counts an equal part of it.
     """
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is not None:
-        return int(stats["bytes_limit"])
-    return psutil.virtual_memory().total // jax.local_device_count()
+    if (stats := memory.device_stats()) is not None:
+        return stats[0]["bytes_limit"]
+    return host_memory_bytes() // jax.local_device_count()

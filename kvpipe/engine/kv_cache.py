@@ -19,7 +19,7 @@ from kvpipe.engine.kv_capacity import resize
 from kvpipe.engine.params import as_shape
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
-from kvpipe.pipeline.ledger import Change
+from kvpipe.pipeline.ledger import KV_PUT, KV_TAKE, KV_ZEROS, Change
 
 KV = "kv"
 # Rows that are copied at once: whole blocks that hold a used row, so that copying any number of them
@@ -28,7 +28,7 @@ _BLOCK_ROWS = 1024
 # At HEAD a buffer is [page, token in page, heads, keys and values, head_dim], before [token, ...].
 _NDIM_OF_HEAD = 5
 
-Blueprint = tuple[jax.ShapeDtypeStruct, ...]
+Blueprint = Sequence[jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def buffers(engine: SglangEngine) -> list[jax.Array]:
 
 
 def nbytes(engine: SglangEngine) -> int:
-    """Return the bytes of the KV cache over all devices, also while its buffers are deleted."""
-    return sum(memory.bytes_of(engine.runner.token_to_kv_pool.kv_buffer))
+    """Return the bytes of the KV cache, also while its buffers are deleted, as they are counted."""
+    return memory.counted(engine.runner.token_to_kv_pool.kv_buffer)
 
 
 def drop(engine: SglangEngine) -> Change:
@@ -193,8 +193,9 @@ def _needs_kv_away(engine: SglangEngine) -> None:
 
 def _allocate(engine: SglangEngine) -> Change:
     pool = engine.runner.token_to_kv_pool
-    before = memory.total_in_use()
     blueprint = tuple(pool.kv_buffer)
+    transfer.allocator(blueprint)
+    before = memory.total_in_use()
     pool.kv_buffer[:] = transfer.zeros(blueprint)
     del engine.unavailable[KV]
     change = _change(blueprint, memory.total_in_use() - before)
@@ -232,6 +233,21 @@ def _putter(shardings: tuple[Any, ...]) -> Any:
         ]
 
     return jax.jit(put, donate_argnums=0, out_shardings=list(shardings))
+
+
+def lowered(layers: Blueprint) -> dict[str, jax.stages.Lowered]:
+    """Return the programs of a rebuild, an offload and a restore, by their names in a plan.
+
+    Args:
+        layers: shape, dtype and sharding of each layer's buffer.
+    """
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    put, blocks = _putter(tuple(layer.sharding for layer in layers)), map(_block_of, layers)
+    return {
+        KV_ZEROS: transfer.lowered_zeros(tuple(layers)),
+        KV_TAKE: _take.lower(list(layers), start, _block_rows(layers[0].shape[0])),
+        KV_PUT: put.lower(list(layers), start, list(blocks)),
+    }
 
 
 def _tokens_per_row(layer: jax.Array) -> int:
@@ -292,4 +308,4 @@ def _change(blueprint: Blueprint, changed_bytes: int) -> Change:
     """Return the change of all layers; keys and values of a layer are fused in one buffer."""
     sizes = [sum(memory.bytes_of([layer])) for layer in blueprint]
     fields = {"fused_bytes_total": sum(sizes), "fused_bytes_per_layer": sizes[0]}
-    return Change(sum(sizes), changed_bytes, fields=fields)
+    return Change(memory.counted(blueprint), changed_bytes, fields=fields)

@@ -13,15 +13,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 
-from kvpipe.engine import multihost
+from kvpipe.engine import multihost, physical
 from kvpipe.errors import EngineError
-from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, Ledger, PerDevice, slot_pool
+from kvpipe.pipeline.ledger import (
+    KV,
+    OTHER,
+    PADDING,
+    PARAMS,
+    PROGRAM,
+    Ledger,
+    PerDevice,
+    slot_pool,
+)
 
 # `jax.live_arrays()` returns strong references, so counts are serialised: a list that lives only
 # under this lock cannot keep alive an array that another count finds.
@@ -39,14 +48,19 @@ def shard_bytes(array: Any) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def per_device(arrays: Iterable[Any], devices: Sequence[Any]) -> PerDevice:
-    """Return the bytes that ``arrays`` hold on each of ``devices``; deleted arrays count as 0."""
+def per_device(
+    arrays: Iterable[Any], devices: Sequence[Any], size: Callable[[Any], int] = shard_bytes
+) -> PerDevice:
+    """Return the bytes that ``arrays`` hold on each of ``devices``; deleted arrays count as 0.
+
+    ``size`` gives the bytes of one shard.
+    """
     sizes = dict.fromkeys(devices, 0)
     for array in arrays:
         if isinstance(array, jax.Array) and array.is_deleted():
             continue
         for device in array.sharding.device_set & sizes.keys():
-            sizes[device] += shard_bytes(array)
+            sizes[device] += size(array)
     return tuple(sizes[device] for device in devices)
 
 
@@ -122,7 +136,7 @@ def measure(
 
     An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
     that the engine computes with. Where the backend reports its bytes in use, those beyond the
-    arrays are the pool ``program``: compiled code and the runtime's buffers.
+    arrays and their padding are the pool ``program``: compiled code and the runtime's buffers.
     """
     devices = jax.local_devices()
     alive = live_arrays()
@@ -140,10 +154,14 @@ def measure(
         if group[0].size and all(id(array) in rest for array in group)
     ]
     ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
-    if (stats := device_stats()) is not None:
-        in_use = (device["bytes_in_use"] for device in stats)
-        program = tuple(b - a for b, a in zip(in_use, ledger.per_device, strict=True))
-        ledger = ledger.with_pool(PROGRAM, program)
+    if device_stats() is not None:
+        held = [*pooled, *(group[0] for group in unpooled)]
+        ledger = ledger.with_pool(
+            PADDING, less(per_device(held, devices, given_bytes), ledger.per_device)
+        )
+        # After the padding, which the compiler may have been asked for.
+        in_use = (device["bytes_in_use"] for device in device_stats() or ())
+        ledger = ledger.with_pool(PROGRAM, less(in_use, ledger.per_device))
     else:
         check_sizes(alive)
     return ledger, unpooled
@@ -164,6 +182,21 @@ def check_sizes(arrays: Iterable[jax.Array]) -> None:
                 f"an array of shape {array.shape}, {array.dtype}, {array.sharding} is counted as "
                 f"{counted} bytes over its devices, but its buffers have {given}"
             )
+
+
+def less(bytes_: Iterable[int], others: Iterable[int]) -> PerDevice:
+    """Return the differences on each device."""
+    return tuple(a - b for a, b in zip(bytes_, others, strict=True))
+
+
+def given_bytes(array: Any) -> int:
+    """Return the bytes that a device here gives one shard of ``array``, with padding."""
+    return physical.shard_bytes(array, counting_device())
+
+
+def counting_device() -> Any:
+    """Return the device whose compiler knows what an array takes of a device's memory here."""
+    return jax.local_devices()[0]
 
 
 def device_stats() -> list[dict[str, int]] | None:
@@ -205,9 +238,19 @@ def uncounted() -> Iterator[None]:
         yield
 
 
-def bytes_of(arrays: Iterable[Any]) -> PerDevice:
-    """Return the bytes of ``arrays`` on each device of all hosts, from their shardings."""
-    return per_device(arrays, jax.devices())
+def bytes_of(arrays: Iterable[Any], device: Any = None) -> PerDevice:
+    """Return the bytes of ``arrays`` on each device of all hosts, from their shardings.
+
+    With a ``device``, those that one of its kind gives them: a TPU pads.
+    """
+    if device is None:
+        return per_device(arrays, jax.devices())
+    return per_device(arrays, jax.devices(), lambda array: physical.shard_bytes(array, device))
+
+
+def counted(arrays: Iterable[Any]) -> int:
+    """Return the bytes of ``arrays`` over all hosts as :func:`total_in_use` counts them."""
+    return sum(bytes_of(arrays, None if device_stats() is None else counting_device()))
 
 
 def collect_garbage() -> None:

@@ -19,13 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat, memory
+from kvpipe.engine import compat
 from kvpipe.engine.kv_capacity import abstract, pool_size
 from kvpipe.engine.params import param_paths, path_name
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of, weight_mappings
 from kvpipe.errors import InputError, KvpipeError, is_out_of_memory
-from kvpipe.pipeline.ledger import KvTokens, PerDevice, PoolSize, Size
+from kvpipe.pipeline.ledger import KvTokens, PoolSize, Size
 
 # More than any device has, so that the engine's profiling never cuts the KV cache down here.
 _BOUNDLESS = 1 << 80
@@ -42,28 +42,21 @@ class EngineShapes:
     runner: Any
     params: Mapping[str, jax.ShapeDtypeStruct]
 
-    def sizes(self, capacities: Collection[int] = ()) -> dict[PoolSize, PerDevice]:
-        """Return the bytes per device of one set of parameters and of the KV cache.
+    def arrays(self, capacities: Collection[int] = ()) -> dict[PoolSize, list[Any]]:
+        """Return the arrays of one set of parameters and of the KV cache.
 
-        ``capacities`` are further capacities of the KV cache, in tokens, to compute the bytes of.
+        ``capacities`` are further capacities of the KV cache, in tokens.
 
         Raises:
-            InputError: the engine cannot have such a capacity, or such a mesh.
+            InputError: the engine cannot have such a capacity.
         """
         pool = self.runner.token_to_kv_pool
-        try:
-            found: dict[PoolSize, PerDevice] = {
-                Size.PARAMS: memory.bytes_of(self.params.values()),
-                Size.KV: memory.bytes_of(pool.kv_buffer),
-            }
-        except ValueError as error:  # of an axis that a mesh of this size does not divide
-            raise InputError(
-                f"engine.tp_size: the model cannot be divided over the mesh: {error}"
-            ) from error
+        params = list(self.params.values())
+        found: dict[PoolSize, list[Any]] = {Size.PARAMS: params, Size.KV: list(pool.kv_buffer)}
         for tokens in capacities:
             pool.size = pool_size(tokens, self.runner.token_to_kv_pool_allocator)
             abstract(type(pool)._create_buffers)(pool)
-            found[KvTokens(tokens)] = memory.bytes_of(pool.kv_buffer)
+            found[KvTokens(tokens)] = list(pool.kv_buffer)
         return found
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kvpipe.engine import memory, weights
-from kvpipe.engine.params import Param, ParamTable
+from kvpipe.engine.params import Param, ParamTable, as_shape
 from kvpipe.engine.sglang import SglangEngine
 from kvpipe.engine.weight_check import check_shapes, check_weights, refuse_infinite
 from kvpipe.engine.weight_map import Heads, HostArray, Leaf, leaf_sources
@@ -89,10 +89,13 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     rules = rules_of(engine, leaves, blueprint)
     expected = of_trained(rules, blueprint, trained)
     engine.flush_now()
+    # Compiled before bytes are counted: code takes memory too.
+    movers = {
+        path: _mover(leaf, blueprint[path], trained[leaf.source]) for path, leaf in leaves.items()
+    }
 
     def move(path: str, like: Param) -> Callable[[], jax.Array]:
-        leaf = leaves[path]
-        moved = jax.block_until_ready(_mover(leaf, like)(trained[leaf.source]))
+        moved = jax.block_until_ready(movers[path](trained[leaves[path].source]))
         return lambda: moved
 
     change = weights.replace_leaves(engine, table, move)
@@ -111,29 +114,34 @@ def lowered(
 
     ``leaves`` and ``blueprint`` are by the engine's path, ``trained`` is by Hugging Face name.
     """
-    kinds: dict[Any, jax.stages.Lowered] = {}
-    names = {}
+    kinds: dict[Any, str] = {}
     for path, leaf in leaves.items():
-        mover, given = _mover(leaf, blueprint[path]), trained[leaf.source]
-        kind = (mover, given)
-        if kind not in kinds:
-            kinds[kind], names[kind] = mover.lower(given), leaf.source
-    return {names[kind]: program for kind, program in kinds.items()}
+        kind = (leaf.transpose, leaf.heads, blueprint[path], trained[leaf.source])
+        kinds.setdefault(kind, leaf.source)
+    return {name: _lowered_mover(*kind) for kind, name in kinds.items()}
 
 
-def _mover(leaf: Leaf, like: jax.ShapeDtypeStruct) -> Any:
-    return _mover_of(leaf.transpose, leaf.heads, like)
+def _mover(leaf: Leaf, like: jax.ShapeDtypeStruct, given: Any) -> jax.stages.Compiled:
+    return _mover_of(leaf.transpose, leaf.heads, like, as_shape(given))
 
 
 @lru_cache(maxsize=256)
-def _mover_of(transpose: bool, heads: Heads | None, like: jax.ShapeDtypeStruct) -> Any:
+def _mover_of(
+    transpose: bool, heads: Heads | None, like: jax.ShapeDtypeStruct, given: jax.ShapeDtypeStruct
+) -> jax.stages.Compiled:
+    return _lowered_mover(transpose, heads, like, given).compile()
+
+
+def _lowered_mover(
+    transpose: bool, heads: Heads | None, like: jax.ShapeDtypeStruct, given: jax.ShapeDtypeStruct
+) -> jax.stages.Lowered:
     """Return the program that lays a trained parameter out as ``like``."""
 
     def move(weight: jax.Array) -> jax.Array:
         cast = weight.astype(like.dtype)
         return _widened(cast.T if transpose else cast, heads)
 
-    return jax.jit(move, out_shardings=like.sharding)
+    return jax.jit(move, out_shardings=like.sharding).lower(given)
 
 
 def _widened(weight: jax.Array, heads: Heads | None) -> jax.Array:

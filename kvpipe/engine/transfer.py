@@ -70,20 +70,26 @@ def to_host(leaf: jax.Array) -> HostShards:
 
 def zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
     """Return arrays of zeros of these shapes, dtypes and shardings, once they exist."""
-    return jax.block_until_ready(_allocator(shapes)())
+    return jax.block_until_ready(allocator(shapes)())
 
 
 @lru_cache(maxsize=8)
-def _allocator(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Array]]:
+def allocator(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compiled:
     """Return the program that makes all arrays at once: compiled once, not once an array.
 
-    Allocating one by one compiles again for each; on a TPU that takes minutes.
+    Allocating one by one compiles again for each; on a TPU that takes minutes. The program's code
+    takes memory from here on, so call this before bytes are counted.
     """
+    return lowered_zeros(shapes).compile()
+
+
+def lowered_zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Lowered:
+    """Return the program of :func:`allocator` before it is compiled."""
 
     def make() -> list[jax.Array]:
         return [jnp.zeros(like.shape, like.dtype) for like in shapes]
 
-    return jax.jit(make, out_shardings=[like.sharding for like in shapes])
+    return jax.jit(make, out_shardings=[like.sharding for like in shapes]).lower()
 
 
 def host_bytes(leaves: Iterable[HostShards]) -> int:

@@ -43,9 +43,9 @@ HostWeights = dict[str, transfer.HostShards]
 
 
 def live_bytes(engine: SglangEngine) -> int:
-    """Return the bytes of the parameters that are on the devices now, over all devices."""
+    """Return the bytes of the parameters that are on the devices now, as these are counted."""
     here = [p for p in parameters(engine).values() if isinstance(p, jax.Array)]
-    return sum(memory.bytes_of(here))
+    return memory.counted(here)
 
 
 def take_digests(engine: SglangEngine) -> None:
@@ -334,6 +334,6 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
 
 
 def _change(blueprint: Mapping[str, Param], changed_bytes: int, replaced_bytes: int = 0) -> Change:
-    nbytes = sum(memory.bytes_of(blueprint.values()))
-    fields = {"num_params": len(blueprint), "param_bytes": nbytes}
-    return Change(nbytes, changed_bytes, replaced_bytes, fields)
+    param_bytes = sum(memory.bytes_of(blueprint.values()))
+    fields = {"num_params": len(blueprint), "param_bytes": param_bytes}
+    return Change(memory.counted(blueprint.values()), changed_bytes, replaced_bytes, fields)

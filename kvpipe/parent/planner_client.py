@@ -13,7 +13,6 @@ from typing import Any, Self
 
 from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
-from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, PlanConfig
 from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory, TimedOut
 from kvpipe.parent.child_process import Child, start_child
@@ -23,7 +22,6 @@ from kvpipe.system.alarm import limited
 from kvpipe.system.secrets import without_key
 
 _SHUTDOWN_TIMEOUT_S = 10.0
-_BYTES_PER_TOKEN = 3
 _ERRORS = {error.exit_code: error for error in (KvpipeError, InputError, EngineError, OutOfMemory)}
 
 
@@ -54,10 +52,9 @@ class Planners:
         """
         child = self._child(target.devices)
         model_dir = str(shape_dir(config, self._scratch))
-        job = {"config": plain, "target": asdict(target), "model_dir": model_dir}
         try:
             with limited(*plan_limit(config.plan, "the plan")):
-                child.send(job | {"prompt_tokens": _prompt_tokens(config)})
+                child.send({"config": plain, "target": asdict(target), "model_dir": model_dir})
                 answer = next(child.messages(), None)
         except TimedOut:
             # Its answer, if it came, would be taken for that of the next job.
@@ -89,14 +86,3 @@ class Planners:
 def plan_limit(config: PlanConfig, what: str) -> tuple[float | None, str]:
     """Return ``plan.timeout_s``, and what to say of ``what`` after it."""
     return config.timeout_s, f"{what} took longer than plan.timeout_s = {config.timeout_s or 0:g} s"
-
-
-def _prompt_tokens(config: Kvpipe) -> int:
-    """Return the length of the prompt in tokens, or an estimate of it.
-
-    A model that is only named has no tokenizer here. English text and code have three to four
-    bytes per token, and the engine pads the length to a power of two.
-    """
-    if config.plan.prompt_tokens is not None:
-        return config.plan.prompt_tokens
-    return max(1, len(read_prompt(config.prompt).encode()) // _BYTES_PER_TOKEN)

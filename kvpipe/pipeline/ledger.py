@@ -1,6 +1,6 @@
 """The memory ledger: exact bytes per device, by the pool that owns them.
 
-A pool is ``params``, ``kv``, ``program``, ``slot:<name>`` or ``other``; a plan keeps the trainer's
+A pool is ``params``, ``kv``, ``program``, ``slot:<name>``, ``other`` or ``padding``; a plan keeps the trainer's
 programs apart from the engine's, as ``program:trainer``. Bytes are integers; no
 rounding happens here. The plan predicts a ledger for each step, the probe measures one, and
 :func:`differences` compares the two. A :class:`Change` is what one verb did to the bytes in use.
@@ -18,12 +18,21 @@ TRAINER_PROGRAM = "program:trainer"
 OTHER = "other"
 UNOWNED = "unowned"
 """Arrays of the pool other that nobody owns."""
+PADDING = "padding"
+"""The bytes that the devices give all arrays beyond what these ask for; every other pool of arrays
+has the bytes that were asked for."""
 
 PerDevice = tuple[int, ...]
 
 TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
 TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
 """The trainer's programs: an update of its tree, and the transfer of that tree into the engine."""
+
+KV_ZEROS, KV_TAKE, KV_PUT = "kv_zeros", "kv_take", "kv_put"
+KV_PROGRAMS = (KV_ZEROS, KV_TAKE, KV_PUT)
+"""kvpipe's programs on the KV cache: make it, copy a block of it out, write one into it."""
+OWN_PROGRAMS = (*TRAINER_PROGRAMS, *KV_PROGRAMS)
+"""The programs that are not the engine's."""
 
 
 class Size(StrEnum):
@@ -107,7 +116,8 @@ class Change:
     All bytes are over all devices.
 
     Attributes:
-        nbytes: bytes of the arrays that it freed or placed, from their shapes and shardings.
+        nbytes: bytes of the arrays that it freed or placed, as the bytes in use are counted: with
+            padding where the devices count by themselves.
         changed_bytes: bytes in use after it minus before it, measured.
         replaced_bytes: bytes of the arrays that the placed ones replaced.
         fields: what the record of the phase says about it.

@@ -1,11 +1,12 @@
 """Whether a plan fits the devices, why not, and the largest KV cache that would."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from kvpipe.pipeline.facts import own_kv_tokens
-from kvpipe.pipeline.ledger import KV, TRAINER_PROGRAMS, Ledger
+from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger
 from kvpipe.pipeline.phase import Effect
 from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.pages import whole_pages
@@ -27,17 +28,28 @@ class KvCapacity:
         page_size: tokens in a page.
         engine_bytes: bytes of a device that the engine gives to the capacity (it adds a page on
             top of it); None if it takes any capacity.
+        padded_bytes: returns the bytes that a device gives a cache of so many tokens; None if it
+            pads nothing.
     """
 
     device_bytes: int
     tokens: int
     page_size: int
     engine_bytes: int | None = None
+    padded_bytes: Callable[[int], int] | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token on one device, which has one page more than the capacity of its rank."""
         return self.device_bytes // (self.tokens + self.page_size)
+
+    def most_in(self, room: int) -> int:
+        """Return the largest capacity that ``room`` bytes of a device hold."""
+        most = whole_pages(room // self.token_bytes - self.page_size, self.page_size)
+        if self.padded_bytes is None or self.padded_bytes(most) <= room:
+            return most
+        pages = range(0, most + self.page_size, self.page_size)
+        return max(0, bisect_right(pages, room, key=self.padded_bytes) - 1) * self.page_size
 
     @property
     def engine_tokens(self) -> int | None:
@@ -70,7 +82,7 @@ def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
     sizes = [
         program.temp_bytes
         for program in programs
-        if (program.name in runs if runs else program.name not in TRAINER_PROGRAMS)
+        if (program.name in runs if runs else program.name not in OWN_PROGRAMS)
     ]
     return max(sizes, default=0)
 
@@ -81,11 +93,12 @@ def fit_of(
     hbm_bytes: int,
     kv: KvCapacity,
     temporaries: Sequence[int] | None = None,
+    reserve_bytes: int = 0,
 ) -> Fit:
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
     ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
-    ledger says is there after it.
+    ledger says is there after it; ``reserve_bytes`` have to stay free on each.
 
     It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
 
@@ -100,23 +113,25 @@ def fit_of(
         for ledger, more in zip(ledgers, extra, strict=True)
     ]
     peak = max(range(len(fullest)), key=fullest.__getitem__)
+    usable = hbm_bytes - reserve_bytes
+    kv_bytes = kv.padded_bytes(kv.tokens) if kv.padded_bytes else kv.device_bytes
     loads = [
-        (total + more, held if own_kv_tokens(item.facts) is None else 0)
+        (total + more, kv_bytes if held and own_kv_tokens(item.facts) is None else 0)
         for item, ledger, more in zip(planned, ledgers, extra, strict=True)
         for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
     ]
-    too_full_without_kv = any(total > hbm_bytes for total, held in loads if not held)
-    room = min((hbm_bytes - total + held for total, held in loads if held), default=hbm_bytes)
-    most = whole_pages(room // kv.token_bytes - kv.page_size, kv.page_size)
+    too_full_without_kv = any(total > usable for total, held in loads if not held)
+    most = kv.most_in(min((usable - total + held for total, held in loads if held), default=usable))
     cut = kv.engine_tokens if any(held for _, held in loads) else None
     if cut is not None:
         most = min(most, cut)
     return Fit(
-        fits=fullest[peak] <= hbm_bytes and (cut is None or kv.tokens <= cut),
+        fits=fullest[peak] <= usable and (cut is None or kv.tokens <= cut),
         hbm_bytes=hbm_bytes,
         temp_bytes=extra[peak],
         peak_phase=planned[peak].step.step,
         max_total_tokens=0 if too_full_without_kv else most,
+        reserve_bytes=reserve_bytes,
     )
 
 
@@ -129,29 +144,36 @@ def why_not_fit(plan: RunPlanned) -> str | None:
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
     needed = plan.peak.max_device_bytes + fit.temp_bytes
     needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
-    if needed > fit.hbm_bytes:
-        return f"the plan does not fit: {needs}, which has {fit.hbm_bytes}; {advice}"
+    if fit.temp_bytes:
+        needs += f", {fit.temp_bytes} of them for temporaries"
+    has = f"which has {fit.hbm_bytes}"
+    if fit.reserve_bytes:
+        has += f" less {fit.reserve_bytes} for fragmentation (plan.reserve_bytes)"
+    if needed > fit.hbm_bytes - fit.reserve_bytes:
+        return f"the plan does not fit: {needs}, {has}; {advice}"
     return (
-        f"the plan does not fit: {needs}, which has {fit.hbm_bytes}, but the engine would cut its "
+        f"the plan does not fit: {needs}, {has}, but the engine would cut its "
         f"KV cache down to what engine.mem_fraction_static leaves; {advice}"
     )
 
 
 def left_out(plan: RunPlanned) -> str:
     """Return what a plan does not count."""
-    if plan.programs:
-        return "the engine's small programs and the runtime's own memory are left out"
-    return "compiled code, temporaries and the runtime's own memory are left out"
+    what = "the engine's small programs" if plan.programs else "compiled code, temporaries"
+    if not plan.padded:
+        what += ", the padding of small arrays (libtpu, which knows it, is not installed)"
+    return f"{what} and the runtime's own memory are left out"
 
 
 def warning(plan: RunPlanned) -> str | None:
     """Return why a plan that fits may not fit after all; None if it leaves the margin free."""
-    free = plan.fit.hbm_bytes - plan.peak.max_device_bytes - plan.fit.temp_bytes
+    fit = plan.fit
+    free = fit.hbm_bytes - fit.reserve_bytes - plan.peak.max_device_bytes - fit.temp_bytes
     margin, what = (_MARGIN_COMPILED if plan.programs else _MARGIN), left_out(plan)
-    if plan.target == CPU:
+    if plan.target == CPU and not plan.programs:
         # Attention on a CPU copies the whole cache.
         margin = max(phase.pools.get(KV, 0) // plan.devices for phase in plan.phases)
         what = "attention on a CPU copies the KV cache"
-    if not plan.fit.fits or free >= margin:
+    if not fit.fits or free >= margin:
         return None
     return f"only {free:,} bytes of a device stay free, less than {margin:,}: {what}"

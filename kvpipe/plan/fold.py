@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import changed_pools, is_history, meaning
-from kvpipe.pipeline.ledger import KvTokens, Ledger, PerDevice, PoolSize, Size
+from kvpipe.pipeline.ledger import PADDING, KvTokens, Ledger, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Effect, Phase
 from kvpipe.pipeline.phase_files import effect_of
 from kvpipe.records.run import PlannedPhase, RunPlanned
@@ -81,17 +81,24 @@ def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
 
 
 def plan_ledgers(
-    planned: Sequence[PlannedStep], sizes: Mapping[PoolSize, PerDevice], devices: int
+    planned: Sequence[PlannedStep],
+    sizes: Mapping[PoolSize, PerDevice],
+    devices: int,
+    padding: Mapping[PoolSize, PerDevice] | None = None,
 ) -> tuple[Ledger, ...]:
-    """Return the ledger after each step, given the bytes on each device for each size of a pool."""
+    """Return the ledger after each step, given the bytes on each device for each size of a pool.
+
+    ``padding`` has the bytes that the devices give beyond those; None if they pad nothing.
+    """
     nothing: PerDevice = (0,) * devices
     ledgers = []
     for item in planned:
-        ledger = Ledger(devices)
+        ledger, padded = Ledger(devices), [nothing]
         for pool, size in item.pools.items():
             held = nothing if size is Size.NOTHING else sizes[size]
             ledger = ledger.with_pool(pool, held)
-        ledgers.append(ledger)
+            padded.append((padding or {}).get(size, nothing))
+        ledgers.append(ledger.with_pool(PADDING, tuple(map(sum, zip(*padded, strict=True)))))
     return tuple(ledgers)
 
 

@@ -24,7 +24,13 @@ PASSED = "passed"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
 SKIPPED = "skipped"
-SUMMARY_FIELDS = ("bytes_in_use", "peak_bytes_in_use", "bytes_limit", "largest_free_block_bytes")
+SUMMARY_FIELDS = (
+    "bytes_in_use",
+    "peak_bytes_in_use",
+    "bytes_limit",
+    "largest_free_block_bytes",
+    "bytes_reserved",
+)
 
 
 @dataclass(frozen=True)
@@ -221,8 +227,9 @@ class PlannedPhase:
     Attributes:
         name: name of the step.
         pools: bytes over all devices, by pool.
-        total_bytes: bytes over all pools and devices.
-        max_device_bytes: bytes on the fullest device.
+        total_bytes: bytes over all pools and devices, with the pool ``padding``: physical bytes,
+            where every other pool has logical ones.
+        max_device_bytes: bytes on the fullest device, physical ones.
     """
 
     name: str
@@ -241,6 +248,7 @@ class Fit:
         peak_phase: the phase with the fullest device.
         max_total_tokens: largest KV cache capacity that would fit, 0 if none does.
         temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
+        reserve_bytes: bytes of a device that stay free for fragmentation.
     """
 
     fits: bool
@@ -248,19 +256,22 @@ class Fit:
     peak_phase: str
     max_total_tokens: int
     temp_bytes: int = 0
+    reserve_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Program:
-    """A step of the engine or the trainer, compiled ahead of time for a target.
+    """A program of the engine, the trainer or kvpipe, compiled ahead of time for a target.
 
     Attributes:
-        name: ``prefill``, ``decode``, ``train_step`` or ``weight_sync``.
-        requests: padded number of requests in the batch; 0 for the trainer's.
-        tokens: padded number of new tokens in the batch; 0 for the trainer's.
+        name: ``prefill``, ``decode``, ``train_step``, ``weight_sync``, ``kv_zeros``, ``kv_take`` or
+            ``kv_put``.
+        requests: padded number of requests in the batch; 0 for all but the engine's.
+        tokens: padded number of new tokens in the batch; 0 for all but the engine's.
         code_bytes: bytes of compiled code on each device, resident as long as the program.
-        temp_bytes: bytes of temporaries on each device while the step runs.
+        temp_bytes: bytes on each device, beside those of the ledger, while the program runs.
         compile_s: seconds of lowering and compiling.
+        in_place_bytes: bytes of its inputs on each device that its outputs take over.
     """
 
     name: str
@@ -269,6 +280,7 @@ class Program:
     code_bytes: int
     temp_bytes: int
     compile_s: float
+    in_place_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -281,7 +293,8 @@ class RunPlanned(JsonRecord):
         sglang_jax: version of the engine whose model gave the sizes.
         phases: the prediction after each phase.
         fit: whether it fits.
-        programs: the engine's steps compiled for the target; empty if they were not compiled.
+        programs: what has been compiled for the target; empty if nothing was.
+        padded: whether the padding of the target's devices is known, or they pad nothing.
         warning: why a plan that fits may not fit after all; None if it leaves a margin.
         elapsed_s: seconds since the run began.
     """
@@ -294,6 +307,7 @@ class RunPlanned(JsonRecord):
     phases: Sequence[PlannedPhase]
     fit: Fit
     programs: Sequence[Program] = ()
+    padded: bool = True
     warning: str | None = None
     elapsed_s: float = 0.0
 

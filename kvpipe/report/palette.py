@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
+from kvpipe.pipeline.ledger import KV, OTHER, PADDING, PARAMS, PROGRAM, TRAINER_PROGRAM, slot_pool
 
 # Role -> its colour on a light and on a dark ground.
 _COLOURS = {
@@ -44,6 +44,7 @@ _POOLS = {
     KV: ("pool-kv", "KV cache"),
     PROGRAM: ("pool-program", "programs"),
     OTHER: ("pool-other", "other arrays"),
+    PADDING: ("pool-other", "padding"),
 }
 
 

@@ -7,6 +7,7 @@ changes: no times, no dates, and of a plan for this host not the host's own memo
 from collections.abc import Sequence
 from typing import Any
 
+from kvpipe.pipeline.ledger import PADDING
 from kvpipe.plan.fit import left_out
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import RunPlanned
@@ -16,18 +17,25 @@ from kvpipe.units import counted
 def as_json(plan: RunPlanned) -> dict[str, Any]:
     """Return the plan as ``plan.format=json`` prints it.
 
-    ``fit`` has ``temp_bytes`` only if programs were compiled.
+    ``fit`` has ``temp_bytes``, and the plan ``programs``, only if programs were compiled, and
+    ``reserve_bytes`` only if any stay free.
     """
     known = plan.to_json()
-    if not plan.programs:
+    if not plan.fit.reserve_bytes:
+        del known["fit"]["reserve_bytes"]
+    shown = ["target", "devices", "sglang_jax", "phases", "fit", "warning"]
+    if plan.programs:
+        shown.append("programs")
+        for program in known["programs"]:
+            del program["compile_s"]
+    else:
         del known["fit"]["temp_bytes"]
-    shown = ("target", "devices", "sglang_jax", "phases", "fit", "warning")
     return {key: known[key] for key in shown}
 
 
 def as_markdown(experiment: str, plan: RunPlanned) -> str:
     """Return the plan as a small Markdown document; sizes are bytes."""
-    pools = plan.pools
+    pools = sorted(plan.pools, key=PADDING.__eq__)
     heading = ["phase", *pools, "total", "fullest device"]
     rows = [
         [
@@ -38,13 +46,19 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         ]
         for phase in plan.phases
     ]
+    padded = (
+        f" The devices give small arrays more than these ask for: `{PADDING}`, which total and "
+        "fullest device include."
+        if PADDING in pools
+        else ""
+    )
     warned = plan.warning if plan.target != CPU else None
     return "\n".join(
         [
             f"# Plan of `{experiment}`",
             "",
             f"{plan.target}, {counted(plan.devices, 'device')}, sglang-jax {plan.sglang_jax}. Bytes over all "
-            "devices after each phase; the last column is of one device.",
+            f"devices after each phase; the last column is of one device.{padded}",
             "",
             f"{verdict(plan)}.",
             "",
@@ -58,14 +72,17 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
 
 
 def compiled(plan: RunPlanned) -> list[str]:
-    """Return one line for each of the engine's steps that was compiled for the target."""
+    """Return one line for each program that was compiled for the target."""
     lines = []
     for program in plan.programs:
         batch = f" of {counted(program.requests, 'request')} and {counted(program.tokens, 'token')}"
         sizes = f"{counted(program.code_bytes, 'byte')} of code and {program.temp_bytes:,} of temporaries"
-        # A trainer's programs have no batch.
+        # Those of the trainer and of kvpipe have no batch.
         named = f"`{program.name}`{batch if program.requests else ''}"
-        lines.append(f"{named} compiles: {sizes} a device")
+        in_place = (
+            f", {program.in_place_bytes:,} updated in place" if program.in_place_bytes else ""
+        )
+        lines.append(f"{named} compiles: {sizes} a device{in_place}")
     return lines
 
 
@@ -73,16 +90,17 @@ def verdict(plan: RunPlanned) -> str:
     """Return in one phrase whether the plan fits, its peak, and the largest KV cache that fits."""
     fit, peak = plan.fit, plan.peak
     fits = "fits" if fit.fits else "does not fit"
+    temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     if plan.target == CPU:
         return (
-            f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes a device after "
-            f"`{peak.name}`; {left_out(plan)}"
+            f"It {fits} this host: the peak is {peak.max_device_bytes:,}{temporaries} bytes a device "
+            f"after `{peak.name}`; {left_out(plan)}"
         )
-    temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
+    reserve = f" less {fit.reserve_bytes:,} for fragmentation" if fit.reserve_bytes else ""
     return (
         f"It {fits}: the peak is {peak.max_device_bytes:,}{temporaries} of a device's "
-        f"{fit.hbm_bytes:,} bytes after `{peak.name}`; the largest `engine.max_total_tokens` that fits is "
-        f"{fit.max_total_tokens}; {left_out(plan)}"
+        f"{fit.hbm_bytes:,} bytes{reserve} after `{peak.name}`; the largest "
+        f"`engine.max_total_tokens` that fits is {fit.max_total_tokens}; {left_out(plan)}"
     )
 
 

@@ -6,6 +6,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
+from kvpipe.pipeline.ledger import PADDING, PROGRAM
 from kvpipe.records.run import PlannedPhase, RunPlanned
 from kvpipe.report.palette import pool_kinds
 from kvpipe.report.plan import compiled, verdict
@@ -24,7 +25,12 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         box=None,
     )
     table.add_column("phase", no_wrap=True)
-    columns = ["params", "kv", "slots", *(["program"] if plan.programs else [])]
+    columns = [
+        "params",
+        "kv",
+        "slots",
+        *(pool for pool in (PADDING, PROGRAM) if pool in plan.pools),
+    ]
     for name in (*columns, "total", "fullest device"):
         table.add_column(name, justify="right", no_wrap=name != "fullest device")
     for phase in plan.phases:

@@ -2,68 +2,57 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from jax.errors import JaxRuntimeError
 
-from kvpipe.config.schema import EngineConfig, TrainerConfig
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import shapes, training
-from kvpipe.engine.aot import CompileFinding, target_mesh
-from kvpipe.engine.program_cache import cached
+from kvpipe.engine.aot import CompileFinding, Place, not_in_place
 from kvpipe.pipeline.ledger import TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records.run import Program
 from kvpipe.trainer.layout import lay_out
 from kvpipe.trainer.step import compile_step
 
 
-def compiled(
-    engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str, cache_dir: Path
-) -> tuple[Program, ...]:
-    """Return the trainer's programs compiled for a TPU topology, from the cache if present.
-
-    The topology is e.g. ``v4:2x2x1``; this process needs as many virtual CPU devices.
+def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
+    """Return the trainer's programs compiled for a target, from the cache if present.
 
     Raises:
-        CompileFinding: a program does not compile for the target; a failure is not cached.
+        CompileFinding: a program does not compile, or the update is not in place.
     """
     content = {
         # The trees and the mesh depend on these; the size of the KV cache does not change the
         # programs.
-        "engine": {key: asdict(engine)[key] for key in ("tp_size", "dp_size", "dtype")},
+        "engine": {key: asdict(place.config)[key] for key in ("tp_size", "dp_size", "dtype")},
         "trainer": asdict(config),
-        "topology": topology,
     }
-    return cached(
-        content,
-        model_dir,
-        cache_dir,
-        lambda: compile_programs(engine, config, model_dir, topology),
-    )
+    return place.cached(content, lambda: compile_programs(place, config))
 
 
-def compile_programs(
-    engine: EngineConfig, config: TrainerConfig, model_dir: Path, topology: str
-) -> tuple[Program, ...]:
+def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
     """Compile the programs that :func:`compiled` returns, without the cache."""
-    found = shapes.of_mesh(engine, model_dir, target_mesh(engine, topology), "tpu")
+    found = shapes.of_mesh(place.config, place.model_dir, place.mesh, place.platform)
     tree = training.source_shapes(found.sources, found.params)
     layout = lay_out(tree, found.mesh, config)
     began = monotonic()
     try:
-        train = _program(TRAIN_STEP, compile_step(layout, config).used, began)
+        step = compile_step(layout, config)
+        if step.in_place_bytes != step.set_bytes:
+            raise not_in_place(TRAIN_STEP, step.in_place_bytes, step.set_bytes, place.target)
+        train = _program(TRAIN_STEP, step.used, began, step.in_place_bytes)
         began = monotonic()
         lowered = training.lowered(found.sources, found.params, layout.params)
         used = [program.compile().memory_analysis() for program in lowered.values()]
         return train, _program(WEIGHT_SYNC, used, began)
     except JaxRuntimeError as error:
         raise CompileFinding(
-            f"the trainer's programs do not compile for {topology}: {str(error)[:300]}"
+            f"the trainer's programs do not compile for {place.target}: {str(error)[:300]}"
         ) from error
 
 
-def _program(name: str, used: Sequence[Any], began: float) -> Program:
+def _program(name: str, used: Sequence[Any], began: float, in_place_bytes: int = 0) -> Program:
     """Return programs that run one at a time as one, from XLA's memory analysis of each."""
     return Program(
         name=name,
@@ -72,4 +61,5 @@ def _program(name: str, used: Sequence[Any], began: float) -> Program:
         code_bytes=sum(each.generated_code_size_in_bytes for each in used),
         temp_bytes=max(each.temp_size_in_bytes for each in used),
         compile_s=round(monotonic() - began, 3),
+        in_place_bytes=in_place_bytes,
     )

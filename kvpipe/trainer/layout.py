@@ -13,8 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import memory
-from kvpipe.pipeline.ledger import TRAINER_SETS, PerDevice, Size
+from kvpipe.pipeline.ledger import TRAINER_SETS, Size
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -37,10 +36,10 @@ class Layout:
         return jax.tree.leaves((self.params, self.gradients, self.moments))
 
     @property
-    def sizes(self) -> dict[Size, PerDevice]:
-        """Bytes per device of each set of arrays."""
+    def sets(self) -> dict[Size, list[jax.ShapeDtypeStruct]]:
+        """The arrays of each set."""
         trees = zip(TRAINER_SETS, (self.params, self.gradients, self.moments), strict=True)
-        return {size: memory.bytes_of(jax.tree.leaves(tree)) for size, tree in trees}
+        return {size: jax.tree.leaves(tree) for size, tree in trees}
 
 
 def optimizer(config: TrainerConfig) -> optax.GradientTransformation:

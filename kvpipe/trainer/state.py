@@ -24,7 +24,8 @@ from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_
 class StepReport:
     """Measurements of a training step: bytes over all devices, and fields for the phase's record.
 
-    ``in_place_bytes`` are those of ``set_bytes`` that were updated in their own memory.
+    ``in_place_bytes`` are those of ``set_bytes``, as the compiler lays the sets out, that were
+    updated in their own memory.
     """
 
     set_bytes: int
@@ -64,13 +65,13 @@ class Trainer:
 
         ``weights`` has at least the arrays of its parameters, by Hugging Face name.
         """
+        init = self._init()
+        transfer.allocator(self._gradients)
         before = memory.total_in_use()
         for name, like in self._layout.params.items():
             self.params[name] = transfer.begin(weights[name], like).wait()
             mapped.let_go(weights[name])
         self.gradients = self._zeros()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout.moments)
-        init = jax.jit(optimizer(self._config).init, out_shardings=shardings)
         self.moments = jax.block_until_ready(init(self.params))
         return self._completed(before)
 
@@ -91,7 +92,7 @@ class Trainer:
         temp = compiled.temp_bytes * devices
         held = {"in_use_bytes": in_use, "temp_bytes": temp, "peak_bytes": in_use + temp}
         return StepReport(
-            set_bytes=sum(memory.bytes_of(self._layout.leaves)),
+            set_bytes=compiled.set_bytes * devices,
             in_place_bytes=compiled.in_place_bytes * devices,
             peak_bytes=in_use + temp,
             fields={
@@ -117,6 +118,7 @@ class Trainer:
 
     def restore(self) -> Change:
         """Bring what was offloaded back to the devices, leaf by leaf; the gradients are zeros."""
+        transfer.allocator(self._gradients)  # it may have been evicted
         before = memory.total_in_use()
         self.params = self._brought(Size.TRAINER_PARAMS, self._layout.params)
         self.gradients = self._zeros()
@@ -126,17 +128,26 @@ class Trainer:
     def drop(self) -> Change:
         """Free all that it holds, on the devices and on the host."""
         before = memory.total_in_use()
-        held = sum(sum(memory.bytes_of(arrays)) for arrays in self.sets.values())
+        held = sum(memory.counted(arrays) for arrays in self.sets.values())
         self._kept = {}
         return replace(self._freed(before), nbytes=held)
+
+    def _init(self) -> jax.stages.Compiled:
+        """Return the program that makes the moments; its code takes memory from here on."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._layout.moments)
+        init = jax.jit(optimizer(self._config).init, out_shardings=shardings)
+        return init.lower(self._layout.params).compile()
+
+    @property
+    def _gradients(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(self._layout.gradients.values())
 
     @cached_property
     def _compiled(self) -> CompiledStep:
         return compile_step(self._layout, self._config)
 
     def _zeros(self) -> dict[str, jax.Array]:
-        shapes = self._layout.gradients
-        return dict(zip(shapes, transfer.zeros(tuple(shapes.values())), strict=True))
+        return dict(zip(self._layout.gradients, transfer.zeros(self._gradients), strict=True))
 
     def _brought(self, size: Size, shapes: Any) -> Any:
         """Return the kept leaves of a set on the devices; the host lets go of each."""
@@ -160,13 +171,13 @@ class Trainer:
         """Give freed host memory back to the system; return the change of all three sets."""
         kept = (leaf for leaves in self._kept.values() for leaf in leaves)
         host_bytes = transfer.host_bytes(kept)
-        nbytes = sum(memory.bytes_of(self._layout.leaves))
+        leaves = self._layout.leaves
         changed_bytes = memory.total_in_use() - before
         memory.give_back_host_memory()
         fields = {
-            "num_arrays": len(self._layout.leaves),
-            "set_bytes": nbytes,
+            "num_arrays": len(leaves),
+            "set_bytes": sum(memory.bytes_of(leaves)),
             "changed_bytes": changed_bytes,
             "host_bytes": host_bytes,
         }
-        return Change(nbytes, changed_bytes, fields=fields)
+        return Change(memory.counted(leaves), changed_bytes, fields=fields)

@@ -36,6 +36,11 @@ class CompiledStep:
         return max(used.temp_size_in_bytes for used in self.used)
 
     @property
+    def set_bytes(self) -> int:
+        """Input bytes of the update on each device: all of parameters, gradients and moments."""
+        return self.used[-1].argument_size_in_bytes
+
+    @property
     def in_place_bytes(self) -> int:
         """Input bytes on each device that the update's outputs reuse (donated buffers)."""
         return self.used[-1].alias_size_in_bytes
@@ -89,5 +94,5 @@ def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compile
 
     held = (layout.params, layout.gradients, layout.moments)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, held)
-    jitted = jax.jit(update, donate_argnums=(0, 1, 2), out_shardings=shardings)
+    jitted = jax.jit(update, donate_argnums=(0, 1, 2), keep_unused=True, out_shardings=shardings)
     return jitted.lower(*held).compile()

@@ -256,7 +256,7 @@ class _Loop:
 
     def _compared(self, job: Job, whole: HostResult) -> Result:
         """Return the checks, including those against the plan and the previous cycle."""
-        cycle = self._drift.compare(job.phase.step, whole.measured)
+        cycle = self._drift.compare(job.phase.step, whole.measured, self._compiles.total)
         checks = (*whole.checks, *cycle.checks)
         ledger, config = whole.measured.ledger, self.ctx.config.plan
         if ledger and job.planned and config.enforce:

@@ -15,10 +15,19 @@ from typing import Any
 
 from kvpipe.checkpoints.model_check import check_config
 from kvpipe.checkpoints.model_dir import cache_dir
-from kvpipe.config.schema import EngineConfig, Kvpipe, from_plain
-from kvpipe.engine import devices, shapes, training
-from kvpipe.errors import EngineError, KvpipeError, ending_of
-from kvpipe.pipeline.ledger import TRAINER_PROGRAMS, TRAINER_SETS, PerDevice, PoolSize, Size
+from kvpipe.config.prompt import tokens_of_prompt
+from kvpipe.config.schema import AUTO, EngineConfig, Kvpipe, from_plain
+from kvpipe.engine import aot, devices, memory, physical, shapes, training
+from kvpipe.errors import EngineError, InputError, KvpipeError, ending_of
+from kvpipe.pipeline.ledger import (
+    KV_PROGRAMS,
+    TRAINER_PROGRAMS,
+    TRAINER_SETS,
+    KvTokens,
+    PerDevice,
+    PoolSize,
+    Size,
+)
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan import fit, fold
 from kvpipe.plan.inputs import check_split
@@ -26,16 +35,24 @@ from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU, Target
 from kvpipe.records.run import Program, RunPlanned
 from kvpipe.system.pipes import send
+from kvpipe.trainer import aot as trainer_aot
 from kvpipe.trainer.layout import lay_out
+
+# Bytes of each device of a TPU that stay free for fragmentation, unless plan.reserve_bytes says it.
+_RESERVE = 128 << 20
+# Temporaries of the engine's steps on a CPU are about twice what these read, in float32.
+_TIMES = 16
 
 
 def plan_here(planned: Sequence[fold.PlannedStep], config: Kvpipe, model_dir: Path) -> fold.Plan:
     """Plan all steps of a pipeline for this machine's devices."""
     devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
-    target = Target(config.engine.device, count, devices.memory_bytes())
+    target = Target(devices.target_name(), count, devices.memory_bytes())
     _check_model(config.engine, model_dir, count)
-    return plan_for(target, planned, config, model_dir)
+    device = None if memory.device_stats() is None else memory.counting_device()
+    with physical.kept_in(cache_dir(config)):
+        return plan_for(target, planned, config, model_dir, device, compiles=target.name == CPU)
 
 
 def plan_for(
@@ -43,20 +60,82 @@ def plan_for(
     planned: Sequence[fold.PlannedStep],
     config: Kvpipe,
     model_dir: Path,
-    programs: Sequence[Program] = (),
+    device: Any = None,
+    compiles: bool = False,
 ) -> fold.Plan:
     """Plan all steps of a pipeline for a target; this process must have as many devices.
 
-    They may be of any kind. Without ``programs``, the steps of the engine and the trainer compiled
-    for the target, the pools ``program`` and ``program:trainer`` are not planned.
+    They may be of any kind. By ``device``, one of the target, its padding is known; None if it is
+    not, or if the target pads nothing. With ``compiles`` programs may be compiled for the target
+    here, as ``plan.compile`` says; else only what an earlier plan has compiled is in the plan.
     """
     engine = config.engine
     found = shapes.of_devices_here(engine, model_dir)
-    sizes = found.sizes(fold.kv_capacities(planned)) | _code_sizes(programs, target.devices)
+    arrays = _arrays(found, planned, config)
+    sizes, padding = _bytes(arrays, device)
+    kv = _kv_capacity(target, found, config, sizes, device)
+    wanted = compiles and (
+        config.plan.compile is True or _may_not_suffice(target, sizes, kv, config)
+    )
+    programs = _programs(planned, config, model_dir, target, wanted)
+    sizes |= _code_sizes(programs, target.devices)
+    ledgers = fold.plan_ledgers(planned, sizes, target.devices, padding)
+    reserve = config.plan.reserve_bytes
+    if reserve is None:
+        reserve = 0 if target.name == CPU else _RESERVE
+    temporaries = [fit.temporaries(item.effect, programs) for item in planned]
+    record = RunPlanned(
+        target=target.name,
+        devices=target.devices,
+        sglang_jax=devices.describe()["sgl_jax_version"],
+        phases=fold.planned_phases(planned, ledgers),
+        fit=fit.fit_of(planned, ledgers, target.hbm_bytes, kv, temporaries, reserve),
+        programs=programs,
+        padded=device is not None or target.name == CPU,
+    )
+    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers)
+
+
+def _arrays(
+    found: shapes.EngineShapes, planned: Sequence[fold.PlannedStep], config: Kvpipe
+) -> dict[PoolSize, list[Any]]:
+    """Return the arrays of each size that a pool of these steps can have."""
+    arrays = found.arrays(fold.kv_capacities(planned))
     if trains(planned):
         tree = training.source_shapes(found.sources, found.params)
-        sizes |= lay_out(tree, found.mesh, config.trainer).sizes
-    ledgers = fold.plan_ledgers(planned, sizes, target.devices)
+        arrays |= lay_out(tree, found.mesh, config.trainer).sets
+    return arrays
+
+
+def _bytes(
+    arrays: Mapping[PoolSize, Sequence[Any]], device: Any
+) -> tuple[dict[PoolSize, PerDevice], dict[PoolSize, PerDevice]]:
+    """Return the bytes on each device that arrays ask for, and those that it gives beyond them.
+
+    Raises:
+        InputError: an axis of the mesh does not divide an array.
+    """
+    try:
+        sizes = {size: memory.bytes_of(held) for size, held in arrays.items()}
+    except ValueError as error:
+        raise InputError(
+            f"engine.tp_size: the model cannot be divided over the mesh: {error}"
+        ) from error
+    if device is None:
+        return sizes, {}
+    given = {size: memory.bytes_of(held, device) for size, held in arrays.items()}
+    return sizes, {size: memory.less(given[size], sizes[size]) for size in arrays}
+
+
+def _kv_capacity(
+    target: Target,
+    found: shapes.EngineShapes,
+    config: Kvpipe,
+    sizes: Mapping[PoolSize, PerDevice],
+    device: Any,
+) -> fit.KvCapacity:
+    """Return the KV cache that the sizes are of, and the limit that the engine sets to it."""
+    engine = config.engine
     # On the CPU each virtual device's engine sees the whole host and all of the host's parameters.
     on_host = target.devices // engine.nnodes
     sees, params = (
@@ -64,22 +143,30 @@ def plan_for(
         if target.name == CPU
         else (target.hbm_bytes, max(sizes[Size.PARAMS]))
     )
-    capacity = fit.KvCapacity(
+
+    def padded_bytes(tokens: int) -> int:
+        return memory.bytes_of(found.arrays([tokens])[KvTokens(tokens)], device)[0]
+
+    return fit.KvCapacity(
         device_bytes=sizes[Size.KV][0],
         tokens=whole_pages(engine.max_total_tokens, engine.page_size),
         page_size=engine.page_size,
         engine_bytes=fit.engine_kv_bytes(sees, params, engine.mem_fraction_static),
+        padded_bytes=None if device is None else padded_bytes,
     )
-    temporaries = [fit.temporaries(item.effect, programs) for item in planned]
-    record = RunPlanned(
-        target=target.name,
-        devices=target.devices,
-        sglang_jax=devices.describe()["sgl_jax_version"],
-        phases=fold.planned_phases(planned, ledgers),
-        fit=fit.fit_of(planned, ledgers, target.hbm_bytes, capacity, temporaries),
-        programs=programs,
-    )
-    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers)
+
+
+def _may_not_suffice(
+    target: Target, sizes: Mapping[PoolSize, PerDevice], kv: fit.KvCapacity, config: Kvpipe
+) -> bool:
+    """Whether temporaries could fill this host: they are a few times what the engine's steps read.
+
+    That is at most all arrays, and as much of the KV cache as the longest batch has.
+    """
+    engine = config.engine
+    longest = engine.max_running_requests * (engine.context_length or engine.max_total_tokens)
+    read = sum(map(max, sizes.values())) + longest * kv.token_bytes
+    return config.plan.compile == AUTO and target.name == CPU and read * _TIMES > target.hbm_bytes
 
 
 def _check_model(engine: EngineConfig, model_dir: Path, devices: int) -> None:
@@ -114,20 +201,27 @@ def main() -> None:
 
 
 def _programs(
-    job: Mapping[str, Any], planned: Sequence[fold.PlannedStep], config: Kvpipe, target: Target
+    planned: Sequence[fold.PlannedStep],
+    config: Kvpipe,
+    model_dir: Path,
+    target: Target,
+    compiles: bool,
 ) -> tuple[Program, ...]:
-    """Return the compiled steps of the engine and of a trainer, if the job asks for them."""
+    """Return the programs of the steps as compiled for the target, from the cache if present.
+
+    With ``compiles`` what is not in the cache is compiled; else it is left out.
+
+    Raises:
+        CompileFinding: a step does not compile for the target, or copies what it should update.
+    """
     if not config.plan.compile:
         return ()
-    from kvpipe.engine import program_cache
-    from kvpipe.trainer import aot
-
-    model_dir, cache = Path(job["model_dir"]), cache_dir(config)
-    programs = program_cache.compiled(
-        config.engine, model_dir, target.name, job["prompt_tokens"], cache
-    )
+    place = aot.Place(config.engine, model_dir, target.name, cache_dir(config), compiles)
+    runs = {name for item in planned for name in item.effect.runs}
+    programs = aot.engine_steps(place, tokens_of_prompt(config))
+    programs += aot.kv_programs(place, sorted(runs.intersection(KV_PROGRAMS)))
     if trains(planned):
-        programs += aot.compiled(config.engine, config.trainer, model_dir, target.name, cache)
+        programs += trainer_aot.compiled(place, config.trainer)
     return programs
 
 
@@ -140,8 +234,9 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         planned = fold.check_order(build_steps(config))
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
         _check_model(config.engine, model_dir, target.devices)
-        programs = _programs(job, planned, config, target)
-        record = plan_for(target, planned, config, model_dir, programs).record
+        device = None if target.name == CPU else aot.described_device(target.name)
+        with physical.kept_in(cache_dir(config)):
+            record = plan_for(target, planned, config, model_dir, device, compiles=True).record
     except KvpipeError as error:
         return asdict(ending_of(error))
     except Exception as error:

@@ -43,11 +43,12 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture(scope="module")
 def compiled(four_devices: None, plan: Finished, model_dir: Path) -> tuple[Program, ...]:
     """The same steps, which come from the plan's cache without a compilation."""
-    from kvpipe.engine import aot, program_cache
+    from kvpipe.engine import aot
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: pytest.fail("it was compiled again"))
-        return program_cache.compiled(engine_config(), model_dir, TARGET, 100, plan.cwd)
+        place = aot.Place(engine_config(), model_dir, TARGET, plan.cwd, compiles=True)
+        return aot.engine_steps(place, 100)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,13 @@ def test_libtpu_describes_every_target_that_is_named_as_valid(
     four_devices: None, name: str
 ) -> None:
     """Those of a single chip failed: their hosts have fewer chips than libtpu takes for granted."""
-    from kvpipe.engine import aot
+    from kvpipe.engine import aot, devices
 
     target = find_target(name, EngineConfig())
-    assert len(aot._devices(target.name)) == target.devices
+    described = aot._devices(target.name)
+    assert len(described) == target.devices
+    # A run on such a machine finds what was compiled for the target by this name.
+    assert devices.name_of(described) == target.name
 
 
 def test_prefill_and_decode_compile_with_the_engines_own_paddings(
@@ -79,7 +83,11 @@ def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
     assert plan.exit_code == 0, plan.stderr
     phases = {phase["name"]: phase["pools"] for phase in plan.end["phases"]}
     assert "program" not in phases["sglang_param_dict_ready"]
-    code = DEVICES * sum(program.code_bytes for program in compiled)
+    named = {program["name"]: program for program in plan.end["programs"]}
+    assert sorted(named) == ["decode", "kv_zeros", "prefill"]
+    assert named["kv_zeros"]["temp_bytes"] == 0
+    code = DEVICES * sum(program["code_bytes"] for program in named.values())
+    assert code > DEVICES * sum(program.code_bytes for program in compiled)
     assert phases["weights_swapped_from_mllm"]["program"] == code
     assert phases["after_drop_param_dict2"]["program"] == code
 
@@ -87,16 +95,22 @@ def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
 def test_another_capacity_or_prompt_is_another_program(
     compiled: tuple[Program, ...], plan: Finished, model_dir: Path
 ) -> None:
-    from kvpipe.engine import aot, program_cache
+    from kvpipe.engine import aot
 
     asked: list[Any] = []
-    cache = plan.cwd
+    place = aot.Place(engine_config(), model_dir, TARGET, plan.cwd, compiles=True)
+    others = [
+        (replace(place, config=replace(place.config, max_total_tokens=512)), 100),
+        (place, 20),
+        (replace(place, target="v6e:2x2x1"), 100),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aot, "compile_steps", lambda *args: asked.append(args) or ())
-        config = replace(engine_config(), max_total_tokens=512)
-        program_cache.compiled(config, model_dir, TARGET, 100, cache)
-        program_cache.compiled(engine_config(), model_dir, TARGET, 20, cache)
-        program_cache.compiled(engine_config(), model_dir, "v6e:2x2x1", 100, cache)
+        for other, _ in others:
+            assert aot.engine_steps(replace(other, compiles=False), 21) == ()
+        assert asked == []
+        for other, tokens in others:
+            aot.engine_steps(other, tokens)
     assert len(asked) == 3
 
 
@@ -119,7 +133,7 @@ def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
         max_total_tokens=4096,
     )
     with pytest.raises(aot.CompileFinding) as caught:
-        aot.compile_steps(config, model_dir, TARGET, 100)
+        aot.compile_steps(aot.Place(config, model_dir, TARGET, Path(), compiles=True), 100)
     assert "the prefill step of 512 requests" in str(caught.value)
     assert f"does not compile for {KIND}: RESOURCE_EXHAUSTED" in str(caught.value)
     assert "a larger engine.page_size" in str(caught.value)
@@ -140,6 +154,67 @@ def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
 
     monkeypatch.setattr(FlashAttention, "__call__", unknown)
     with pytest.raises(aot.CompileFinding) as caught:
-        aot.compile_steps(engine_config(), model_dir, TARGET, 100)
+        aot.compile_steps(aot.Place(engine_config(), model_dir, TARGET, Path(), True), 100)
     expected = f"the engine's kernels are not made for {KIND}: Unsupported tpu_version=4."
     assert str(caught.value) == expected
+
+
+# Bytes asked for and given, as libtpu 0.0.32 says it and a user saw it on a TPU (jax issue 1491).
+GIVEN = [
+    ((128,), "bfloat16", 512),
+    ((64,), "bfloat16", 512),
+    ((1,), "float32", 512),
+    ((2048,), "bfloat16", 4096),
+    ((4097, 6, 128), "bfloat16", 6_292_992 + 10_752),
+]
+
+
+def test_a_tpu_gives_small_arrays_whole_tiles_and_each_size_is_compiled_once(
+    four_devices: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    from kvpipe.engine import aot, physical
+
+    monkeypatch.setattr(physical, "_sizes", {})
+    device, here = aot.described_device(TARGET), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype, _ in GIVEN]
+    with physical.kept_in(tmp_path):
+        sizes = [physical.shard_bytes(array, device) for array in arrays]
+    assert sizes == [given for *_, given in GIVEN]
+    physical._sizes.clear()
+    monkeypatch.setattr(jax, "jit", lambda *args, **more: pytest.fail("it was compiled again"))
+    with physical.kept_in(tmp_path):
+        assert [physical.shard_bytes(array, device) for array in arrays] == sizes
+
+
+def test_kvpipes_own_programs_write_into_the_kv_cache_in_place(
+    four_devices: None, model_dir: Path, tmp_path: Path
+) -> None:
+    from kvpipe.engine import aot
+
+    place = aot.Place(engine_config(), model_dir, TARGET, tmp_path, compiles=True)
+    take, put, zeros = aot.kv_programs(place, ["kv_take", "kv_put", "kv_zeros"])
+    kv_bytes = (1024 + 1) * 2 * 128 * 2
+    block_bytes = 1024 * 2 * 128 * 2
+    assert put.in_place_bytes == kv_bytes
+    assert (zeros.in_place_bytes, zeros.temp_bytes, take.in_place_bytes) == (0, 0, 0)
+    assert block_bytes <= take.temp_bytes <= block_bytes + 4096
+    assert block_bytes <= put.temp_bytes <= block_bytes + 4096
+    assert put == aot.kv_programs(place, ["kv_take", "kv_put", "kv_zeros"])[1]
+
+
+def test_a_program_of_kvpipes_own_that_copies_the_cache_is_a_finding(
+    four_devices: None, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    from kvpipe.engine import aot, kv_cache
+
+    kv_cache._putter.cache_clear()
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda *args, donate_argnums=(), **more: jit(*args, **more))
+    place = aot.Place(engine_config(), model_dir, TARGET, tmp_path, compiles=True)
+    with pytest.raises(aot.CompileFinding, match=r"kv_put is not in place on .*updates 0 in place"):
+        aot.kv_programs(place, ["kv_put"])
+    kv_cache._putter.cache_clear()

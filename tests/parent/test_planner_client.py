@@ -39,7 +39,7 @@ def planned(monkeypatch):
 REFUSED = {
     "plan.target=v5x:2x2": "plan.target is 'v5x:2x2'; did you mean ",
     "plan.target=v4:2x2x1": "engine.tp_size × engine.dp_size is 2 × 1, but v4:2x2x1 has 4 devices",
-    "plan.compile=true": "plan.compile compiles for a TPU, but plan.target is cpu; set plan.target",
+    "plan.compile=yes_please": "plan.compile is 'yes_please'; valid are: auto, false, true",
     "plan.format=yaml": "plan.format: Invalid value 'yaml', expected one of [table, markdown, json]",
     "model.generate=null": "model.config: a plan needs the shape of 'kvpipe/tiny-qwen2' and never",
     "model.generate=null model.config=qwen2.5-3b.json": (

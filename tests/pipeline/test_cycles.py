@@ -99,23 +99,38 @@ def test_a_slot_that_is_filled_in_every_cycle_and_never_released_is_refused():
         check_order(build_steps(config))
 
 
-def measured(kv: int, rss: int = 1000) -> Measurement:
-    return Measurement(Memory(rss, rss), Ledger(1, {"kv": (kv,)}))
+def measured(kv: int, rss: int = 1000, **others: int) -> Measurement:
+    pools = {"kv": kv, **others}
+    return Measurement(Memory(rss, rss), Ledger(1, {pool: (n,) for pool, n in pools.items()}))
 
 
 def test_drift_is_measured_from_the_second_cycle_and_checked_from_the_third():
     drift = Drift()
-    assert drift.compare("drop", measured(8)).checks == ()
-    second = drift.compare("drop#2", measured(9, 1500))
+    assert drift.compare("drop", measured(8), 5).checks == ()
+    second = drift.compare("drop#2", measured(9, 1500), 5)
     assert (dict(second.fields), second.checks) == ({"cycle": 2, "rss_drift_bytes": 0}, ())
-    third = drift.compare("drop#3", measured(9, 1700))
+    third = drift.compare("drop#3", measured(9, 1700), 5)
     assert third.fields["rss_drift_bytes"] == 200
     assert [check.passed for check in third.checks] == [True]
-    (failed,) = drift.compare("drop#4", measured(10)).checks
+    (failed,) = drift.compare("drop#4", measured(10), 5).checks
     assert (failed.passed, failed.expected, failed.actual) == (False, {"kv": 9}, {"kv": 10})
+
+
+@pytest.mark.parametrize(("compiled", "passes"), [(5, False), (6, True)])
+def test_code_drifts_only_if_nothing_was_compiled_since_the_cycle_before(
+    compiled: int, passes: bool
+) -> None:
+    """The engine's step after the last token may compile a small program in any cycle."""
+    drift = Drift()
+    for cycle in ("generate", "generate#2"):
+        drift.compare(cycle, measured(8, program=100), 5)
+    (check,) = drift.compare("generate#3", measured(8, program=101), compiled).checks
+    assert check.passed == passes
+    (check,) = drift.compare("generate#4", measured(9, program=102), 7).checks
+    assert not check.passed
 
 
 def test_steps_that_are_not_repeated_are_not_compared():
     drift = Drift()
     for _ in range(3):
-        assert drift.compare("drop", measured(8)).checks == ()
+        assert drift.compare("drop", measured(8), 5).checks == ()

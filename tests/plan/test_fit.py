@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvpipe.plan.fit import warning
+from kvpipe.plan.fit import KvCapacity, left_out, warning, why_not_fit
 from kvpipe.records.run import Fit, PlannedPhase, Program, RunPlanned
 
 GIB = 1 << 30
@@ -58,3 +58,35 @@ def test_on_a_cpu_the_margin_is_a_copy_of_the_kv_cache() -> None:
         "only 1,073,741,823 bytes of a device stay free, less than 1,073,741,824: attention on a "
         "CPU copies the KV cache"
     )
+
+
+def test_on_a_cpu_compiled_temporaries_take_the_place_of_the_copy_of_the_kv_cache() -> None:
+    programs = (Program("prefill", 4, 64, 0, GIB, 1.0),)
+    assert warning(plan(V5E - 2 * GIB, "cpu", temp_bytes=GIB, programs=programs)) is None
+
+
+def test_the_message_of_a_plan_that_does_not_fit_has_temporaries_and_reserve() -> None:
+    full = plan(V5E - GIB, temp_bytes=GIB)
+    assert why_not_fit(full) is None
+    reserved = replace(full, fit=replace(full.fit, fits=False, reserve_bytes=128))
+    assert why_not_fit(reserved) == (
+        "the plan does not fit: step 'full' needs 17179869184 bytes on a device, 1073741824 of them "
+        "for temporaries, which has 17179869184 less 128 for fragmentation (plan.reserve_bytes); "
+        "engine.max_total_tokens=64 would fit"
+    )
+
+
+def test_a_plan_without_libtpu_says_that_the_padding_is_left_out() -> None:
+    assert "padding of small arrays (libtpu" in left_out(plan(GIB, padded=False))
+
+
+@pytest.mark.parametrize("room", range(0, 40_000, 999))
+def test_the_largest_capacity_of_a_padded_cache_is_exact(room: int) -> None:
+    """A TPU pads the rows of a layer with 3 heads to a multiple of 8."""
+
+    def padded(tokens: int) -> int:
+        return -(-(tokens + 2) // 8) * 8 * 768
+
+    kv = KvCapacity(12 * 768, 10, 2, padded_bytes=padded)
+    most = kv.most_in(room)
+    assert most == max((t for t in range(0, 100, 2) if padded(t) <= room), default=0)

@@ -21,10 +21,12 @@ def model_dir(model_cache: Path) -> Path:
 def test_step_and_sync_compile_and_come_from_the_cache_the_next_time(
     four_devices: None, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from kvpipe.engine.aot import Place
     from kvpipe.trainer import aot
 
     def compiled(engine: Any, **options: Any) -> Any:
-        return aot.compiled(engine, TrainerConfig(**options), model_dir, TARGET, tmp_path)
+        place = Place(engine, model_dir, TARGET, tmp_path, compiles=True)
+        return aot.compiled(place, TrainerConfig(**options))
 
     engine = engine_config()
     step, sync = compiled(engine)
@@ -32,6 +34,7 @@ def test_step_and_sync_compile_and_come_from_the_cache_the_next_time(
     assert {program.requests + program.tokens for program in (step, sync)} == {0}
     assert step.code_bytes > 100_000
     assert sync.code_bytes > 0
+    assert (step.in_place_bytes > 1 << 20, sync.in_place_bytes) == (True, 0)
 
     asked: list[Any] = []
     monkeypatch.setattr(aot, "compile_programs", lambda *args: asked.append(args) or ())
@@ -47,7 +50,7 @@ def test_a_program_that_does_not_compile_is_a_finding_of_the_target(
 ) -> None:
     from jax.errors import JaxRuntimeError
 
-    from kvpipe.engine.aot import CompileFinding
+    from kvpipe.engine.aot import CompileFinding, Place
     from kvpipe.trainer import aot
 
     def refuse(*args: Any) -> None:
@@ -55,4 +58,5 @@ def test_a_program_that_does_not_compile_is_a_finding_of_the_target(
 
     monkeypatch.setattr(aot, "compile_step", refuse)
     with pytest.raises(CompileFinding, match=f"not compile for {TARGET}: RESOURCE_EXHAUSTED: it"):
-        aot.compile_programs(engine_config(), TrainerConfig(), model_dir, TARGET)
+        place = Place(engine_config(), model_dir, TARGET, Path(), compiles=True)
+        aot.compile_programs(place, TrainerConfig())

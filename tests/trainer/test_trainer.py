@@ -30,6 +30,13 @@ def mesh(data: int, tensor: int) -> Any:
     return jax.sharding.Mesh(devices, ("data", "tensor"))
 
 
+def sizes_of(layout: Any) -> dict[Size, Any]:
+    """Return the bytes per device of each set of a trainer."""
+    from kvpipe.engine import memory
+
+    return {size: memory.bytes_of(arrays) for size, arrays in layout.sets.items()}
+
+
 def trainer(config: TrainerConfig, data: int = 2, tensor: int = 2) -> Any:
     """Return a trainer of small shapes, its layout, and random parameters for it."""
     from kvpipe.trainer.layout import lay_out
@@ -84,21 +91,17 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
     import jax
     import optax
 
-    from kvpipe.engine import memory
     from kvpipe.trainer.layout import optimizer
 
     config = PRECISIONS[precision]
     made, layout, given = trainer(config, data, tensor)
 
-    def held() -> dict[Size, Any]:
-        return {size: memory.bytes_of(arrays) for size, arrays in made.sets.items()}
-
     def kinds() -> list[Any]:
         return [(a.shape, a.dtype, a.sharding) for arrays in made.sets.values() for a in arrays]
 
     change = made.start(given)
-    planned, begun = layout.sizes, kinds()
-    assert held() == planned
+    planned, begun = sizes_of(layout), kinds()
+    assert sizes_of(made) == planned
     assert change.nbytes == change.changed_bytes == sum(map(sum, planned.values()))
 
     params = {name: jax.numpy.asarray(array).astype(config.dtype) for name, array in given.items()}
@@ -117,7 +120,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
         np.testing.assert_allclose(found.astype("f"), wanted.astype("f"), rtol=loose, atol=loose)
     assert not any(map(np.array_equal, values(made.params), values(given)))
 
-    assert (held(), kinds()) == (planned, begun)
+    assert (sizes_of(made), kinds()) == (planned, begun)
     assert report.in_place_bytes == report.set_bytes == change.nbytes
     step_memory = report.fields["step_memory"]
     assert report.peak_bytes == step_memory["peak_bytes"]
@@ -128,7 +131,7 @@ def test_a_step_is_what_optax_does_and_every_set_takes_the_planned_bytes_on_ever
 
 def test_the_moments_are_counted_with_optaxs_own_step_counter(four_devices: None) -> None:
     _, layout, _ = trainer(TrainerConfig(), 1, DEVICES)
-    sizes = layout.sizes
+    sizes = sizes_of(layout)
     twice = tuple(2 * size for size in sizes[Size.TRAINER_PARAMS])
     assert sizes[Size.TRAINER_MOMENTS] == tuple(size + 4 for size in twice)
 
@@ -145,7 +148,7 @@ def test_the_moments_are_counted_with_optaxs_own_step_counter(four_devices: None
 def test_a_trainer_of_a_models_own_tree_takes_what_is_planned_of_its_config_alone(
     four_devices: None, model_cache: Path, model: str, tp_size: int
 ) -> None:
-    from kvpipe.engine import compat, memory, shapes, training
+    from kvpipe.engine import compat, shapes, training
     from kvpipe.trainer.layout import lay_out
     from kvpipe.trainer.state import Trainer
 
@@ -166,7 +169,7 @@ def test_a_trainer_of_a_models_own_tree_takes_what_is_planned_of_its_config_alon
     layout = lay_out(tree, on, TrainerConfig())
     made = Trainer(layout, TrainerConfig())
     made.start(checkpoint)
-    assert {size: memory.bytes_of(held) for size, held in made.sets.items()} == layout.sizes
+    assert sizes_of(made) == sizes_of(layout)
     for name, array in made.params.items():
         assert np.array_equal(np.asarray(array), checkpoint[name].astype(np.float32)), name
     made.drop()
@@ -202,7 +205,7 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
     stayed, layout, given = trainer(config)
     away, _, _ = trainer(config)
     before = sum(memory.bytes_in_use())
-    one = sum(map(sum, layout.sizes.values()))
+    one = sum(map(sum, sizes_of(layout).values()))
     for each in (stayed, away):
         each.start(given)
         each.step()

@@ -27,6 +27,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         cwd,
         "-m",
         "plan.format=markdown",
+        "plan.compile=false",
         f"+experiment={','.join(EXPERIMENTS)}",
         "plan.file=plans/${experiment}.plan.md",
     )

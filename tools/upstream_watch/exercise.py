@@ -35,7 +35,7 @@ def steps(model_dir: Path) -> Iterator[Step]:
     def engine() -> sglang.SglangEngine:
         return kept["engine"]
 
-    yield "plan from shapes", lambda: shapes.of_devices_here(CONFIG, model_dir).sizes([512])
+    yield "plan from shapes", lambda: shapes.of_devices_here(CONFIG, model_dir).arrays([512])
     yield "start", lambda: keep("engine", sglang.start(CONFIG, model_dir, _IDLE_TIMEOUT_S))
     yield "generate", lambda: engine().generate("Hello", _FEW_TOKENS)
     yield "flush", lambda: engine().flush()

@@ -1,0 +1,40 @@
+"""Every experiment of this machine on devices that count their bytes, and pad, as a TPU does."""
+
+from pathlib import Path
+
+import pytest
+
+from kvpipe.pipeline.ledger import PADDING, PROGRAM
+from tests import rehearsal
+from tests.helpers_config import EXPERIMENTS
+
+pytestmark = pytest.mark.slow
+
+TINY = [name for name in EXPERIMENTS if name.startswith("tiny")]
+# It offloads and restores what is padded: the weights.
+FIRST = "tiny_stream"
+FINDS = "bytes that a check of this experiment alone compares without their padding, or with code"
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        name if name == FIRST else pytest.param(name, marks=pytest.mark.nightly(finds=FINDS))
+        for name in TINY
+    ],
+)
+def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_count(
+    tmp_path: Path, experiment: str
+) -> None:
+    done = rehearsal.run(tmp_path, experiment)
+    assert done.error is None
+    planned = {phase.name: phase.pools for phase in done.plan.phases}
+    steps = [record for record in done.records if planned[record.phase]]
+    for record in steps:
+        used = record.memory.jax_device_memory_summary["bytes_in_use_sum"]
+        assert sum(record.ledger.values()) == used
+        assert planned[record.phase].get(PADDING, 0) <= record.ledger[PADDING]
+        assert record.ledger[PROGRAM] > 0
+    assert any(PADDING in pools for pools in planned.values())
+    assert done.plan.fit.hbm_bytes == rehearsal.LIMIT_BYTES
+    assert steps[-1].memory.jax_device_memory_summary["bytes_reserved_sum"] == 4 << 20
