@@ -93,7 +93,7 @@ def verdict(plan: RunPlanned) -> str:
     temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     if plan.target == CPU:
         return (
-            f"It {fits} this host: the peak is {peak.max_device_bytes:,}{temporaries} bytes a device "
+            f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes{temporaries} a device "
             f"after `{peak.name}`; {left_out(plan)}"
         )
     reserve = f" less {fit.reserve_bytes:,} for fragmentation" if fit.reserve_bytes else ""

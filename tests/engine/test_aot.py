@@ -13,6 +13,7 @@ from kvpipe.plan.targets import find_target
 from kvpipe.records.run import Program
 from tests.command import Finished, kvpipe
 from tests.conftest import DEVICES, SMALL_ENGINE, engine_config
+from tests.helpers_config import compose_plain, config_of
 
 # The largest take libtpu seconds, and differ in nothing but size.
 ACCELERATORS = ["v4-8", "v5p-16", "v5e-4", "v5litepod-8", "v6e-16"]
@@ -218,3 +219,35 @@ def test_a_program_of_kvpipes_own_that_copies_the_cache_is_a_finding(
     with pytest.raises(aot.CompileFinding, match=r"kv_put is not in place on .*updates 0 in place"):
         aot.kv_programs(place, ["kv_put"])
     kv_cache._putter.cache_clear()
+
+
+def test_a_cpu_whose_memory_the_temporaries_exceed_is_refused_and_one_with_plenty_compiles_nothing(
+    four_devices: None, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux killed such a run in its first generate: native attention and float32 take copies."""
+    from kvpipe.engine import devices
+    from kvpipe.pipeline.steps import build_steps
+    from kvpipe.plan.fit import why_not_fit
+    from kvpipe.plan.fold import check_order
+    from kvpipe.records.run import RunPlanned
+    from kvpipe.worker import planner
+
+    overrides = [f"engine.{name}={value}" for name, value in SMALL_ENGINE.items()]
+    config = config_of(compose_plain(*overrides, f"cache_dir={tmp_path}"))
+    planned = check_order(build_steps(config))
+
+    def plan(device_bytes: int, wanted: Any) -> RunPlanned:
+        monkeypatch.setattr(devices, "memory_bytes", lambda: device_bytes)
+        asked = replace(config, plan=replace(config.plan, compile=wanted))
+        return planner.plan_here(planned, asked, model_dir).record
+
+    plenty = plan(1 << 34, "auto")
+    assert (plenty.programs, plenty.fit.fits) == ((), True)
+    peak = plenty.peak.max_device_bytes
+    little = plan(peak * 3 // 2, "auto")
+    assert [program.name for program in little.programs] == ["prefill", "decode", "kv_zeros"]
+    assert little.phases == plenty.phases  # compiled code is no device memory of a CPU
+    assert little.fit.temp_bytes > peak // 2
+    assert f"{little.fit.temp_bytes} of them for temporaries" in str(why_not_fit(little))
+    assert plan(1 << 34, "auto").programs == little.programs  # an earlier plan compiled them
+    assert plan(peak * 3 // 2, False).programs == ()
