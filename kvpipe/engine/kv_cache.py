@@ -242,11 +242,11 @@ def lowered(layers: Blueprint) -> dict[str, jax.stages.Lowered]:
         layers: shape, dtype and sharding of each layer's buffer.
     """
     start = jax.ShapeDtypeStruct((), jnp.int32)
-    put, blocks = _putter(tuple(layer.sharding for layer in layers)), map(_block_of, layers)
+    put = _putter(tuple(layer.sharding for layer in layers))
     return {
         KV_ZEROS: transfer.lowered_zeros(tuple(layers)),
         KV_TAKE: _take.lower(list(layers), start, _block_rows(layers[0].shape[0])),
-        KV_PUT: put.lower(list(layers), start, list(blocks)),
+        KV_PUT: put.lower(list(layers), start, [_block_of(layer) for layer in layers]),
     }
 
 
@@ -297,7 +297,7 @@ def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
     return jax.block_until_ready(current)
 
 
-def _block_of(layer: jax.Array) -> jax.ShapeDtypeStruct:
+def _block_of(layer: Any) -> jax.ShapeDtypeStruct:
     """Return what :func:`_take` gives of a layer."""
     shape = (_block_rows(layer.shape[0]), *layer.shape[1:])
     dtype = jnp.dtype(f"uint{8 * layer.dtype.itemsize}")

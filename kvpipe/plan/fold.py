@@ -93,7 +93,8 @@ def plan_ledgers(
     nothing: PerDevice = (0,) * devices
     ledgers = []
     for item in planned:
-        ledger, padded = Ledger(devices), [nothing]
+        ledger = Ledger(devices)
+        padded: list[PerDevice] = [nothing]
         for pool, size in item.pools.items():
             held = nothing if size is Size.NOTHING else sizes[size]
             ledger = ledger.with_pool(pool, held)

@@ -88,9 +88,9 @@ def test_while_weights_are_synced_the_devices_never_hold_more_than_one_set_besid
     held: list[int] = []
     mover = training._mover
 
-    def watched(leaf: Any, like: Any) -> Any:
+    def watched(leaf: Any, like: Any, given: Any) -> Any:
         def move(weight: Any) -> Any:
-            moved = jax.block_until_ready(mover(leaf, like)(weight))
+            moved = jax.block_until_ready(mover(leaf, like, given)(weight))
             held.append(sum(memory.bytes_of(jax.live_arrays())))
             return moved
 
