@@ -118,6 +118,7 @@ def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second()
 
 def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
     class Compiling:
+        total = 2
         so_far = SimpleNamespace(count=2, seconds=1.5)
         compiling_s = 0.25
 
