@@ -14,7 +14,7 @@ from kvpipe.report.figures import (
     memory_keys,
 )
 from kvpipe.report.run import UNFINISHED, Run
-from kvpipe.report.tables import Cell
+from kvpipe.report.tables import Cell, Table, number
 from kvpipe.report.tokens import shortened
 from kvpipe.units import counted
 
@@ -50,6 +50,7 @@ def report_page(run: Run) -> str:
         checks_as_planned=[one for one in run.checks if _as_planned(one[1])],
         memory=chart if any(bar.end for row in chart.rows for bar in row.bars) else None,
         legend=memory_keys(run),
+        owners=owners_table(run.phases),
         sources={phase.memory.bytes_in_use_source for phase in run.phases},
         limit=limit_bytes(run),
         devices=DevicesChart.of(run),
@@ -64,6 +65,28 @@ def report_page(run: Run) -> str:
         config=[(key, value_text(value)) for key, value in flat(run.config)],
         versions=run.started.versions if run.started else {},
     )
+
+
+def owners_table(phases: Sequence[PhaseRecord]) -> Table | None:
+    """Return who holds the arrays of the pool ``other``, in the order of appearance.
+
+    None for records that name no owner.
+    """
+    held: dict[str, list[tuple[str, int]]] = {}
+    for phase in phases:
+        for owner, nbytes in phase.other_bytes.items():
+            held.setdefault(owner, []).append((phase.phase, nbytes))
+    rows = [
+        [
+            Cell(codes=[owner]),
+            Cell(codes=[seen[0][0]]),
+            Cell(codes=[seen[-1][0]]),
+            number(max(nbytes for _, nbytes in seen)),
+        ]
+        for owner, seen in held.items()
+    ]
+    columns = ["owner", "first after", "last after", "most bytes"]
+    return Table("Arrays in no pool, by owner", columns, rows, texts=3) if rows else None
 
 
 def _reason(run: Run) -> str:

@@ -144,6 +144,18 @@ def test_a_pool_that_is_off_the_plan_says_by_how_much():
     assert row[2] == "9,663,750,1499,663,750,144 planned, +5"
 
 
+def test_who_holds_the_arrays_in_no_pool_is_named_with_the_most_bytes():
+    records = list(pipeline()[:6])
+    records[3] = replace(records[3], other_bytes={"runner.rngs": 12})
+    records[4] = replace(records[4], other_bytes={"runner.rngs": 12, "last batch": 4096})
+    records[5] = replace(records[5], other_bytes={"runner.rngs": 12, "last batch": 1024})
+    assert page_of([*RECORDS[:2], *records]).table("Arrays in no pool, by owner") == [
+        ["owner", "first after", "last after", "most bytes"],
+        ["runner.rngs", STEPS[3], STEPS[5], "12"],
+        ["last batch", STEPS[4], STEPS[5], "4,096"],
+    ]
+
+
 def test_durations_and_compile_counts_stand_in_a_table():
     rows = page_of(RECORDS).table("Durations and compilations")
     row = next(row for row in rows if row[0] == "generate_result")
