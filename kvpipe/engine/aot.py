@@ -26,7 +26,7 @@ from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat, kv_cache
 from kvpipe.engine.params import closure
 from kvpipe.engine.program_cache import cached
-from kvpipe.engine.shapes import abstract_worker, sharded_leaves
+from kvpipe.engine.shapes import of_mesh, sharded_leaves
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.ledger import KV_PUT, KV_TAKE
 from kvpipe.plan.targets import CPU
@@ -136,22 +136,22 @@ def compile_steps(place: Place, prompt_tokens: int) -> tuple[Program, ...]:
     mesh = place.mesh
     devices = list(mesh.devices.flat)
     compat.bit_width_of_dtypes()
-    worker = abstract_worker(place.config, place.model_dir, mesh, place.platform)
-    token_paddings, request_paddings, _ = worker.get_precompile_paddings()
+    found = of_mesh(place.config, place.model_dir, mesh, place.platform)
+    token_paddings, request_paddings, _ = found.worker.get_precompile_paddings()
     batches = [
         ("prefill", "EXTEND", request_paddings[-1], _padded(prompt_tokens, token_paddings)),
         ("decode", "DECODE", request_paddings[0], None),
     ]
     return tuple(
-        _compile(worker, devices, name, mode, requests, tokens or requests)
+        _compile(found.worker, devices, name, mode, requests, tokens or requests)
         for name, mode, requests, tokens in batches
     )
 
 
 def compile_kv_programs(place: Place, names: Sequence[str]) -> tuple[Program, ...]:
     """Compile what :func:`kv_programs` returns, without the cache."""
-    worker = abstract_worker(place.config, place.model_dir, place.mesh, place.platform)
-    lowered = kv_cache.lowered(worker.model_runner.token_to_kv_pool.kv_buffer)
+    found = of_mesh(place.config, place.model_dir, place.mesh, place.platform)
+    lowered = kv_cache.lowered(found.runner.token_to_kv_pool.kv_buffer)
     return tuple(_kv_program(name, lowered[name], place.target) for name in names)
 
 

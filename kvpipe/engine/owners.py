@@ -1,9 +1,10 @@
 """Name the owner of each live array that is in no pool, by the path of attributes to it.
 
 Arrays that the engine holds besides weights and KV cache (random keys, tables) are named when it is
-ready, with their bytes. After its first generate, what its own objects hold by then is named too:
-the metadata of attention, for example. Its idle threads hold their last batch in local variables
-until the next one. Any other array has no owner. kvpipe's own objects own nothing here.
+ready, with their bytes. After its first generate, what its own objects hold by then is named too,
+the metadata of attention, for example, and what the caches of its modules hold. Its idle threads
+hold their last batch in local variables until the next one. Any other array has no owner. kvpipe's
+own objects own nothing here.
 """
 
 import gc
@@ -27,6 +28,7 @@ from kvpipe.engine.sglang import SglangEngine
 from kvpipe.errors import EngineError
 
 LAST_BATCH = "last batch"
+_ENGINE_MODULES = "sgl_jax."
 _ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
 _MOST_REFERRERS = 3
 _MOST_DESCRIBED = 5
@@ -95,6 +97,8 @@ class Owners:
             self.arrays.get(id(array)) is array
             or self.sizes.get(path) == _nbytes(array)
             or path in (self.after_generate or ())
+            # Its modules cache arrays for each shape of a batch.
+            or (self.engine.generated and path.startswith(_ENGINE_MODULES))
         )
 
 
@@ -163,11 +167,13 @@ def _refuse_pools(sizes: Mapping[str, int], layer_bytes: int) -> None:
 def _held_by(
     engine: SglangEngine, arrays: Sequence[jax.Array]
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the paths of the arrays that the engine's objects hold, and of those in its threads."""
+    """Return who holds the arrays: the engine's objects and modules, and else its threads."""
     wanted = {id(array) for array in arrays}
     seen: dict[int, Any] = {}
     roots = [("runner", engine.runner), ("scheduler", engine.scheduler), ("engine", engine.engine)]
     held = _walk(roots, wanted, seen)
+    for found, path in _walk(_module_caches(), wanted - held.keys(), seen).items():
+        held[found] = path.partition("[")[0]
     return held, _walk(_thread_locals(), wanted - held.keys(), seen)
 
 
@@ -240,6 +246,17 @@ def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
     """Return the slots of a class and its bases."""
     slots = [item for base in kind.__mro__ for item in vars(base).items()]
     return tuple((name, slot) for name, slot in slots if inspect.ismemberdescriptor(slot))
+
+
+def _module_caches() -> list[tuple[str, Any]]:
+    """Return the containers that are global in modules of sgl_jax, each with its full name."""
+    modules = [(name, m) for name, m in sys.modules.items() if name.startswith(_ENGINE_MODULES)]
+    return [
+        (f"{name}.{variable}", value)
+        for name, module in modules
+        for variable, value in vars(module).items()
+        if isinstance(value, (dict, list, set, jax.Array)) and not variable.startswith("__")
+    ]
 
 
 def _thread_locals() -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ wrong as soon as a version shards a leaf differently, as 0.0.2 and bd09a87 do wi
 import importlib
 import inspect
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,14 +34,20 @@ _BOUNDLESS = 1 << 80
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """The engine's shapes on a mesh: its own model runner, and each parameter's shape by path.
+    """The engine's shapes on a mesh: its own worker, and each parameter's shape by path.
 
-    The runner has shapes for weights and KV buffers; a parameter's has dtype and sharding.
+    The worker has shapes for weights and KV buffers; a parameter's has dtype and sharding. Its model
+    runner is emptied when this object goes.
     """
 
     mesh: Mesh
-    runner: Any
+    worker: Any
     params: Mapping[str, jax.ShapeDtypeStruct]
+
+    @property
+    def runner(self) -> Any:
+        """The worker's model runner."""
+        return self.worker.model_runner
 
     def arrays(self, capacities: Collection[int] = ()) -> dict[PoolSize, list[Any]]:
         """Return the arrays of one set of parameters and of the KV cache.
@@ -76,11 +83,22 @@ def of_devices_here(config: EngineConfig, model_dir: Path) -> EngineShapes:
 
 
 def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> EngineShapes:
-    """Return the engine's shapes on ``mesh``; arguments as for :func:`abstract_worker`."""
-    runner = abstract_worker(config, model_dir, mesh, device).model_runner
-    state = nnx.state(runner.model, nnx.Param)
+    """Return the engine's shapes on ``mesh``.
+
+    The mesh has the target's devices, which need not exist on this machine; by the platform
+    ``device`` the engine chooses its attention backend.
+
+    Raises:
+        InputError: the engine refuses the model on this mesh, or the capacity is too small.
+    """
+    worker = _abstract_worker(config, model_dir, mesh, device)
+    state = nnx.state(worker.model_runner.model, nnx.Param)
     params = zip(param_paths(state), sharded_leaves(state, mesh), strict=True)
-    return EngineShapes(mesh, runner, dict(params))
+    found = EngineShapes(mesh, worker, dict(params))
+    # From bd09a87 on the runner's compiled steps refer to it, a cycle that Python's collector does not
+    # see: its random keys would stay on the devices.
+    weakref.finalize(found, vars(worker.model_runner).clear).atexit = False
+    return found
 
 
 def import_engine() -> Any:
@@ -91,15 +109,8 @@ def import_engine() -> Any:
     return ModelWorker
 
 
-def abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
-    """Return the engine's own worker, with shapes on ``mesh`` for parameters and KV buffers.
-
-    The mesh has the target's devices, which need not exist on this machine; by the platform
-    ``device`` the engine chooses its attention backend.
-
-    Raises:
-        InputError: the engine refuses the model on this mesh, or the capacity is too small.
-    """
+def _abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
+    """Return the engine's own worker, with shapes on ``mesh`` for parameters and KV buffers."""
     worker_class = import_engine()
     from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sgl_jax.srt.model_executor import model_runner

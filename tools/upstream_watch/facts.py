@@ -60,35 +60,30 @@ def _one_line(error: BaseException) -> str:
 
 def _model_facts(model: str, model_dir: Path) -> dict[str, Section]:
     """Return a model's parameters, KV buffers and weight mappings, without allocating anything."""
-    from flax import nnx
-
     from kvpipe.engine import compat, memory, shapes
-    from kvpipe.engine.params import param_paths
     from kvpipe.engine.weight_map import weight_mappings
 
     names = [f"{model}: {what}" for what in ("parameters", "KV cache", "weight mappings")]
     try:
         mesh = compat.device_mesh(DEVICES)
         config = dataclasses.replace(CONFIG, dtype="bfloat16")
-        runner = shapes.abstract_worker(config, model_dir, mesh, "cpu").model_runner
-        state = nnx.state(runner.model, nnx.Param)
-        paths = param_paths(state)
-        leaves = shapes.sharded_leaves(state, mesh)
-        buffers = runner.token_to_kv_pool.kv_buffer
+        found = shapes.of_mesh(config, model_dir, mesh, "cpu")
+        buffers = found.runner.token_to_kv_pool.kv_buffer
     except Exception as error:
         traceback.print_exc()
         return {name: {"failed": _one_line(error)} for name in names}
     sums = {
-        "bytes of the parameters": memory.bytes_of(leaves),
+        "bytes of the parameters": memory.bytes_of(found.params.values()),
         "bytes of the KV cache": memory.bytes_of(buffers),
     }
     return {
-        names[0]: _by_layer(zip(paths, map(_leaf, leaves), strict=True))
+        names[0]: _by_layer((path, _leaf(leaf)) for path, leaf in found.params.items())
         | {"sum": f"{sums['bytes of the parameters'][0]} bytes a device"},
         names[1]: _by_layer((f"layers.{i}", _leaf(b)) for i, b in enumerate(buffers))
         | {"sum": f"{sums['bytes of the KV cache'][0]} bytes a device"},
         names[2]: _by_layer(
-            (name, _mapping(mapping)) for name, mapping in weight_mappings(runner.model).items()
+            (name, _mapping(mapping))
+            for name, mapping in weight_mappings(found.runner.model).items()
         ),
     }
 
