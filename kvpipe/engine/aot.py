@@ -23,12 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat, kv_cache
+from kvpipe.engine import compat, digests, kv_cache, weight_proof
 from kvpipe.engine.params import closure
 from kvpipe.engine.program_cache import cached
 from kvpipe.engine.shapes import of_mesh, sharded_leaves
 from kvpipe.errors import InputError, KvpipeError
-from kvpipe.pipeline.ledger import KV_PUT, KV_TAKE
+from kvpipe.pipeline.ledger import KV_PUT, KV_TAKE, WEIGHT_DIGEST
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import Program
 
@@ -125,6 +125,12 @@ def kv_programs(place: Place, names: Sequence[str]) -> tuple[Program, ...]:
     return place.cached(content, lambda: compile_kv_programs(place, names))
 
 
+def digest_program(place: Place) -> tuple[Program, ...]:
+    """Return the programs that sum the weights' digests, as one, compiled for a target."""
+    content = {"engine": _engine(place.config), "weight_digests": True}
+    return place.cached(content, lambda: (compile_digests(place),))
+
+
 def _engine(config: EngineConfig) -> dict[str, Any]:
     """Return what of the engine's config its programs may depend on: not where it is started."""
     elsewhere = ("device", "virtual_devices", "node_rank", "dist_init_addr", "download_dir")
@@ -153,6 +159,24 @@ def compile_kv_programs(place: Place, names: Sequence[str]) -> tuple[Program, ..
     found = of_mesh(place.config, place.model_dir, place.mesh, place.platform)
     lowered = kv_cache.lowered(found.runner.token_to_kv_pool.kv_buffer)
     return tuple(_kv_program(name, lowered[name], place.target) for name in names)
+
+
+def compile_digests(place: Place) -> Program:
+    """Compile what :func:`digest_program` returns, without the cache."""
+    began = time.monotonic()
+    found = of_mesh(place.config, place.model_dir, place.mesh, place.platform)
+    rules = weight_proof.rules_of_model(found.runner, found.sources, found.params)
+    used: list[Any] = [
+        program.compile().memory_analysis() for program in digests.lowered(rules, found.params)
+    ]
+    return Program(
+        name=WEIGHT_DIGEST,
+        requests=0,
+        tokens=0,
+        code_bytes=sum(one.generated_code_size_in_bytes for one in used),
+        temp_bytes=max(one.temp_size_in_bytes for one in used),
+        compile_s=round(time.monotonic() - began, 3),
+    )
 
 
 def _kv_program(name: str, lowered: jax.stages.Lowered, target: str) -> Program:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from kvpipe.engine import multihost
 from kvpipe.errors import EngineError
+from kvpipe.plan.targets import CPU
 from kvpipe.records.run import Check
 
 Words = NDArray[np.uint32]
@@ -267,6 +268,27 @@ def of_set(
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
+def lowered(rules: Mapping[str, Rule], params: Mapping[str, Any]) -> list[jax.stages.Lowered]:
+    """Return the programs of :func:`of_engine`, one for each kind of parameter, to be compiled.
+
+    Args:
+        rules: where the elements come from, by path.
+        params: shape, dtype and sharding of each parameter, by path.
+    """
+    kinds: dict[Any, jax.stages.Lowered] = {}
+    for path, rule in rules.items():
+        param, axis = params[path], int(not rule.transposed)
+        kind = (param.shape, param.dtype, param.sharding, axis)
+        if kind not in kinds:
+            program, shardings = _program(param.sharding, param.ndim, axis, np.dtype(param.dtype))
+            multipliers = (
+                jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=where)
+                for values, where in zip(_at_engine(rule), shardings, strict=True)
+            )
+            kinds[kind] = program.lower(param, *multipliers, _NOTHING)
+    return list(kinds.values())
+
+
 Multipliers = tuple[Words, Words]
 """Of the rows, [2, rows], one line for each of the two sums; of the columns, [columns]."""
 
@@ -378,13 +400,14 @@ def _program(
     sharding: NamedSharding, ndim: int, axis: int, dtype: np.dtype[Any]
 ) -> tuple[Any, tuple[NamedSharding, NamedSharding]]:
     """Return the program that sums each shard of an array, and where its multipliers have to be."""
-    mesh = sharding.mesh
+    mesh: Any = sharding.mesh
     dims = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
     rows, columns = (dims[0], None) if ndim == 1 else (dims[1 - axis], dims[axis])
     specs = PartitionSpec(None, rows), PartitionSpec(columns)
+    on_cpu = mesh.devices.flat[0].platform == CPU
     function = jax.shard_map(
         lambda array, of_rows, of_columns, nothing: _sums(
-            array.astype(dtype), of_rows, of_columns, nothing, axis
+            array.astype(dtype), of_rows, of_columns, nothing if on_cpu else None, axis
         ),
         mesh=mesh,
         in_specs=(PartitionSpec(*dims), *specs, PartitionSpec()),
@@ -394,25 +417,33 @@ def _program(
 
 
 def _sums(
-    array: jax.Array, of_rows: jax.Array, of_columns: jax.Array, nothing: jax.Array, axis: int
+    array: jax.Array,
+    of_rows: jax.Array,
+    of_columns: jax.Array,
+    nothing: jax.Array | None,
+    axis: int,
 ) -> jax.Array:
-    """Return both sums of a shard, [1, 2]."""
+    """Return both sums of a shard, [1, 2]; on a CPU with the 0 of :func:`_summed_on_cpu`."""
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
     words = bits.astype(jnp.uint32)
     if bits.dtype.itemsize > 2:
         words = (bits & 0xFFFF) + (bits >> 16) * np.uint32(_UPPER_HALF)
     if words.ndim == 2:
         weighted = words * (of_columns[:, None] if axis == 0 else of_columns)
-        words = _summed(weighted, axis, nothing)
+        words = (
+            jnp.sum(weighted, axis=axis, dtype=jnp.uint32)
+            if nothing is None
+            else _summed_on_cpu(weighted, axis, nothing)
+        )
     return jnp.sum(words * of_rows, axis=1, dtype=jnp.uint32)[None]
 
 
-def _summed(words: jax.Array, axis: int, nothing: jax.Array) -> jax.Array:
-    """Return the sums along an axis; XLA reads the array once and makes no copy of it.
+def _summed_on_cpu(words: jax.Array, axis: int, nothing: jax.Array) -> jax.Array:
+    """Return the sums along an axis without a copy of the array on a CPU.
 
-    Its CPU compiler fuses a sum of a few values with what makes them, but not one of many. So a few
-    are summed first, and then many. It would join the two, hence ``nothing`` between them: a 0 that
-    it does not know.
+    XLA's CPU compiler fuses a sum of a few values with what makes them, but not one of many. So a
+    few are summed first, and then many. It would join the two, hence ``nothing`` between them: a 0
+    that it does not know. On a TPU, whose arrays lie in tiles, the split itself would make a copy.
     """
     length = words.shape[axis]
     fitting = (k for k in range(_FEW, 1, -1) if length % k == 0 and length // k > _FEW)

@@ -31,16 +31,21 @@ class ParamSet(dict[str, jax.Array]):
 def rules_of(
     engine: SglangEngine, leaves: Mapping[str, Leaf], blueprint: Blueprint
 ) -> dict[str, Rule]:
-    """Return where the elements of each parameter come from, by path; empty without digests.
+    """Return :func:`rules_of_model` of an engine; empty without digests."""
+    return rules_of_model(engine.runner, leaves, blueprint) if engine.proves_weights else {}
+
+
+def rules_of_model(
+    runner: Any, leaves: Mapping[str, Leaf], blueprint: Blueprint
+) -> dict[str, Rule]:
+    """Return where the elements of each parameter come from, by path.
 
     Args:
-        engine: the engine.
+        runner: the engine's model runner; only its config of the model is used.
         leaves: the checkpoint tensor behind each parameter, by path; only the names are used.
         blueprint: required shape of each parameter, by path.
     """
-    if not engine.proves_weights:
-        return {}
-    config = engine.runner.model_config
+    config = runner.model_config
     query = config.num_attention_heads
     widths = [like.shape[-1] for path, like in blueprint.items() if ".q_proj." in path]
     engine_dim = widths[0] // query if widths else config.head_dim

@@ -31,6 +31,8 @@ TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
 KV_ZEROS, KV_TAKE, KV_PUT = "kv_zeros", "kv_take", "kv_put"
 KV_PROGRAMS = (KV_ZEROS, KV_TAKE, KV_PUT)
 """kvpipe's programs on the KV cache: make it, copy a block of it out, write one into it."""
+WEIGHT_DIGEST = "weight_digest"
+"""kvpipe's programs that sum the digest of each kind of parameter, counted as one."""
 OWN_PROGRAMS = (*TRAINER_PROGRAMS, *KV_PROGRAMS)
 """The programs that are not the engine's."""
 

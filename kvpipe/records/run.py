@@ -264,8 +264,8 @@ class Program:
     """A program of the engine, the trainer or kvpipe, compiled ahead of time for a target.
 
     Attributes:
-        name: ``prefill``, ``decode``, ``train_step``, ``weight_sync``, ``kv_zeros``, ``kv_take`` or
-            ``kv_put``.
+        name: ``prefill``, ``decode``, ``train_step``, ``weight_sync``, ``kv_zeros``, ``kv_take``,
+            ``kv_put`` or ``weight_digest``, which stands for one for each kind of parameter.
         requests: padded number of requests in the batch; 0 for all but the engine's.
         tokens: padded number of new tokens in the batch; 0 for all but the engine's.
         code_bytes: bytes of compiled code on each device, resident as long as the program.

@@ -220,6 +220,8 @@ def _programs(
     runs = {name for item in planned for name in item.effect.runs}
     programs = aot.engine_steps(place, tokens_of_prompt(config))
     programs += aot.kv_programs(place, sorted(runs.intersection(KV_PROGRAMS)))
+    if config.engine.weight_digests:
+        programs += aot.digest_program(place)
     if trains(planned):
         programs += trainer_aot.compiled(place, config.trainer)
     return programs

@@ -85,8 +85,9 @@ def test_a_plan_with_compiled_steps_has_their_code_from_the_first_generate_on(
     phases = {phase["name"]: phase["pools"] for phase in plan.end["phases"]}
     assert "program" not in phases["sglang_param_dict_ready"]
     named = {program["name"]: program for program in plan.end["programs"]}
-    assert sorted(named) == ["decode", "kv_zeros", "prefill"]
+    assert sorted(named) == ["decode", "kv_zeros", "prefill", "weight_digest"]
     assert named["kv_zeros"]["temp_bytes"] == 0
+    assert named["weight_digest"]["code_bytes"] > 100_000
     code = DEVICES * sum(program["code_bytes"] for program in named.values())
     assert code > DEVICES * sum(program.code_bytes for program in compiled)
     assert phases["weights_swapped_from_mllm"]["program"] == code
@@ -205,6 +206,24 @@ def test_kvpipes_own_programs_write_into_the_kv_cache_in_place(
     assert put == aot.kv_programs(place, ["kv_take", "kv_put", "kv_zeros"])[1]
 
 
+def test_the_digest_of_a_large_parameter_copies_no_part_of_it_on_a_tpu(four_devices: None) -> None:
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from kvpipe.engine import aot, digests
+
+    mesh = Mesh(aot._devices(TARGET), ("tensor",))
+    shape = (16384, 2048)
+    rule = digests.rule_of("model.embed_tokens.weight", shape, digests.Heads(4, 2, 128, 128))
+    held = NamedSharding(mesh, PartitionSpec())
+    param = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=held)
+    (program,) = digests.lowered({"embedding": rule}, {"embedding": param})
+    used: Any = program.compile().memory_analysis()
+    assert used.argument_size_in_bytes > 16384 * 2048 * 2
+    assert used.temp_size_in_bytes == 0
+
+
 def test_a_program_of_kvpipes_own_that_copies_the_cache_is_a_finding(
     four_devices: None, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +264,7 @@ def test_a_cpu_whose_memory_the_temporaries_exceed_is_refused_and_one_with_plent
     assert (plenty.programs, plenty.fit.fits) == ((), True)
     peak = plenty.peak.max_device_bytes
     little = plan(peak * 3 // 2, "auto")
-    assert [program.name for program in little.programs] == ["prefill", "decode", "kv_zeros"]
+    assert [p.name for p in little.programs] == ["prefill", "decode", "kv_zeros", "weight_digest"]
     assert little.phases == plenty.phases  # compiled code is no device memory of a CPU
     assert little.fit.temp_bytes > peak // 2
     assert f"{little.fit.temp_bytes} of them for temporaries" in str(why_not_fit(little))
