@@ -18,6 +18,7 @@ from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import PlannedStep, check_order
 from kvpipe.plan.inputs import check_inputs
+from kvpipe.sinks.own import origins
 from kvpipe.system.secrets import known_secrets, redactor, refuse_secret
 
 PLANNERS = Planners()
@@ -44,6 +45,7 @@ def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
         InputError: a check failed.
     """
     planned = check_order(build_steps(config))
+    origins(config.sinks)
     check_mesh(config.engine)
     check_hosts(config)
     online = config.tracking.mode is TrackingMode.online

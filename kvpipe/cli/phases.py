@@ -15,7 +15,9 @@ def act(composed: DictConfig) -> int:
     """Print the documentation of each phase, or of the requested one."""
     config = from_plain(to_plain(composed))
     asked = config.describe.phase
-    found = [describe(name, config) for name in ([asked] if asked else phase_names())]
+    found = [
+        describe(name, config) for name in ([asked] if asked else phase_names(config.phase_path))
+    ]
     match config.describe.format:
         case PlanFormat.json:
             print(json.dumps(report.as_json(found)))

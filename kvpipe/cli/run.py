@@ -25,11 +25,14 @@ from kvpipe.errors import HELD, InputError, TrackingError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import RUN_DIR, owned
 from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.steps import origins as phase_origins
 from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
 from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
+from kvpipe.sinks.own import origins as sink_origins
+from kvpipe.sinks.own import own_sinks
 from kvpipe.sinks.report import ReportFile, write_page, write_timeline
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
@@ -78,13 +81,14 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     api_key = _api_key(plain) if first else os.environ.get(API_KEY)
     redact = redactor(os.environ, api_key)
     started = _started(config, plain, steps)
+    own = own_sinks(config.sinks, run_dir) if first else []
     resume = _is_job() and config.sweep.resume
     with owned(run_dir, config.engine, config.runner.overwrite or resume, tell):
         _write_config(composed, run_dir)
         if resume and _taken_over(started, run_dir):
             return HELD
         tracker = WandbSink(config.tracking, run_dir, api_key)
-        with _sinks(config, run_dir, tracker) as sinks:
+        with _sinks(config, run_dir, [tracker, *own]) as sinks:
             work = supervisor.Run(
                 config,
                 plain,
@@ -149,18 +153,21 @@ def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -
 
 
 @contextmanager
-def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
-    """Yield the receivers of the records: all sinks on rank 0, elsewhere those of a failed run."""
+def _sinks(config: Kvpipe, run_dir: Path, others: Sequence[Sink]) -> Iterator[Sink]:
+    """Yield the receivers of the records: all sinks on rank 0, elsewhere those of a failed run.
+
+    The ``others`` are W&B's and the user's own.
+    """
     if not is_first(config.engine):
         yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
         return
     with _records_file(run_dir) as records:
-        # W&B first: the other sinks' last record must include an error that W&B has at the end.
+        # Others first: the last record of the sinks after them must include an error at their end.
         # The picture before it, because W&B shows it.
         yield Sinks(
             [
                 ReportFile(run_dir, write_timeline),
-                tracker,
+                *others,
                 ReportFile(run_dir, write_page),
                 records,
                 _screen(config.output),
@@ -184,9 +191,15 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
         experiment=config.experiment,
         config=plain,
         steps=[step.step for step in steps],
-        versions=installed_versions(),
+        versions=installed_versions() | _own_code(config),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _own_code(config: Kvpipe) -> dict[str, str]:
+    """Return where the phases and sinks that are not kvpipe's own come from."""
+    found = {"phase": phase_origins(config), "sink": sink_origins(config.sinks)}
+    return {f"{kind} {name}": str(at) for kind, each in found.items() for name, at in each.items()}
 
 
 def _taken_over(started: RunStarted, run_dir: Path) -> bool:

@@ -41,6 +41,7 @@ VERBS = {
     "plan": Verb("kvpipe.cli.plan"),
     "compare-plans": Verb("kvpipe.cli.compare_plans"),
     "phases": Verb("kvpipe.cli.phases", word_sets="describe.phase"),
+    "new": Verb("kvpipe.cli.new", takes_paths=True),
     "report": Verb("kvpipe.cli.report", takes_paths=True),
     "compare": Verb("kvpipe.cli.compare", takes_paths=True),
     "doctor": Verb("kvpipe.cli.doctor"),

@@ -24,6 +24,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 
 _FILE = re.compile(r"(In '(.+?)/.+'): \w+ raised while composing config")
 _NO_MERGE = "Cannot merge DictConfig with ListConfig"
+_NO_LIST = "is not a ListConfig, list or tuple"
 _AMBIGUOUS = re.compile(r"Ambiguous value for argument '(.*)'$", re.MULTILINE)
 _NOT_CHOSEN = re.compile(
     r"Could not override '(.+)'\. No match in the defaults list\.\s"
@@ -101,7 +102,9 @@ def _instead(group: str) -> str:
     if group == "pipeline":
         return (
             "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' "
-            "into DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME"
+            "into DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME; to change "
+            "single steps: pipeline_edit.after.STEP=NEW, pipeline_edit.before.STEP=NEW, "
+            "pipeline_edit.replace.STEP=NEW, pipeline_edit.remove=STEP"
         )
     if group == "experiment":
         return "to name the run, set label=NAME"
@@ -174,6 +177,8 @@ def _wrong_value(error: OmegaConfBaseException) -> str:
         return f"{where}there is no such key{hint}"
     if isinstance(error, MissingMandatoryValue):
         return f"{where}it has no value, and there is no default"
+    if _NO_LIST in str(error):
+        return f"{where}it must be a list; write '{error.full_key}=[VALUE]'"
     return where + _first_line(error)
 
 

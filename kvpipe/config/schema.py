@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from kvpipe.config.pipeline_edit import PipelineEdit
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
@@ -561,16 +562,23 @@ class Kvpipe:
         experiment: name of the experiment, for records and the run directory.
         label: name of this run, for its reports and, without ``tracking.name``, for W&B.
         pipeline: names of the steps, in order.
-        phases: step name → options; ``use`` names the file in ``phases/``.
+        pipeline_edit: changes to that list.
+        phases: step name → options; ``use`` names the phase.
+        phase_path: directories with phases of your own, one file each; relative ones to the working
+            directory of the command.
         repeat: range of steps to repeat; cycle k of a step is called ``name#k``.
         output: format of stdout.
+        sinks: names of further receivers of the records, which installed packages bring along as
+            entry points of the group ``kvpipe.sinks``.
         cache_dir: directory of generated checkpoints; None means ``$XDG_CACHE_HOME/kvpipe``.
     """
 
     experiment: str = checked("tiny", directory_name)
     label: str | None = checked(None, name)
     pipeline: list[str] = MISSING
+    pipeline_edit: PipelineEdit = field(default_factory=PipelineEdit)
     phases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    phase_path: list[str] = field(default_factory=list, metadata={"refuse": texts})
     repeat: RepeatConfig | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -586,6 +594,7 @@ class Kvpipe:
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     output: OutputFormat = OutputFormat.auto
+    sinks: list[str] = field(default_factory=list, metadata={"refuse": texts})
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -595,12 +604,14 @@ class Kvpipe:
 def schema() -> DictConfig:
     """Return the schema that configs are merged into.
 
-    ``phases`` and ``runner.phase_timeouts`` accept new keys without a ``+``; step names and options
-    are validated when the steps are built.
+    Keys that are step names need no ``+``; step names and options are validated when the steps are
+    built.
     """
     node = _structured()
-    OmegaConf.set_struct(node.phases, False)
-    OmegaConf.set_struct(node.runner.phase_timeouts, False)
+    edit = node.pipeline_edit
+    by_step = (node.phases, node.runner.phase_timeouts, edit.before, edit.after, edit.replace)
+    for mapping in by_step:
+        OmegaConf.set_struct(mapping, False)
     return node
 
 
@@ -626,9 +637,34 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def from_plain(plain: dict[str, Any]) -> Kvpipe:
-    """Return the typed config of :func:`to_plain`'s result, with every value validated again."""
+    """Return the typed config of :func:`to_plain`'s result, with every value validated again.
+
+    Its pipeline is the edited one.
+
+    Raises:
+        InputError: a value, or an edit of the pipeline, is wrong.
+    """
     # Per node OmegaConf takes most of a second for 10,000 steps; these are any texts and values.
     typed = {key: value for key, value in plain.items() if key not in ("pipeline", "phases")}
     config = OmegaConf.to_object(OmegaConf.unsafe_merge(_structured(), typed | {"pipeline": []}))
     assert isinstance(config, Kvpipe)
-    return replace(config, pipeline=plain["pipeline"], phases=plain["phases"])
+    config = replace(config, pipeline=plain["pipeline"], phases=plain["phases"])
+    return _edited(config) if config.pipeline_edit else config
+
+
+def _edited(config: Kvpipe) -> Kvpipe:
+    """Return the config with the edits of its pipeline made."""
+    texts("pipeline", config.pipeline)
+    steps = config.pipeline_edit.of(config.pipeline)
+    gone = {*config.pipeline} - {*steps}
+    limits = _without(gone, config.runner.phase_timeouts)
+    return replace(
+        config,
+        pipeline=steps,
+        phases=_without(gone, config.phases),
+        runner=replace(config.runner, phase_timeouts=limits),
+    )
+
+
+def _without(gone: set[str], by_step: dict[str, Any]) -> dict[str, Any]:
+    return {step: value for step, value in by_step.items() if step not in gone}

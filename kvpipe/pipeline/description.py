@@ -14,7 +14,14 @@ from typing import Any, get_args
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.phase import Effect, Phase
-from kvpipe.pipeline.phase_files import effect_of, module_of, option_types, phase_class
+from kvpipe.pipeline.phase_files import (
+    effect_of,
+    is_file,
+    module_of,
+    option_types,
+    origin_of,
+    phase_class,
+)
 
 _ENTRY = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (.*)")
 
@@ -36,13 +43,14 @@ class Option:
 
 @dataclass(frozen=True)
 class PhaseDoc:
-    """A phase: its name in ``use``, its purpose, the process that runs it, its options and effect.
+    """A phase: its name in ``use``, its origin, empty for one of kvpipe's, its purpose, the process that runs it, its options and effect.
 
     The effect is that of its defaults, with every pool that it changes; ``SLOT`` and ``STEP`` stand
     for any.
     """
 
     name: str
+    origin: str
     summary: str
     runs_in: str
     options: tuple[Option, ...]
@@ -55,12 +63,15 @@ def describe(use: str, config: Kvpipe) -> PhaseDoc:
     Raises:
         InputError: there is no such phase.
     """
-    cls = phase_class(use)
-    first_paragraph = (module_of(cls).__doc__ or "").partition("\n\n")[0]
+    cls = phase_class(use, config.phase_path)
+    origin = origin_of(use, config.phase_path)
+    text = module_of(cls).__doc__ if is_file(cls) else cls.__doc__
+    first_paragraph = (text or "").partition("\n\n")[0]
     options = tuple(_options(cls, config))
     given = {o.name: o.name.upper() if o.required else o.default for o in options}
     return PhaseDoc(
         name=use,
+        origin=str(origin or ""),
         summary=" ".join(first_paragraph.replace("``", "").split()),
         runs_in=cls.runs_in,
         options=options,

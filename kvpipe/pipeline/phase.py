@@ -1,6 +1,6 @@
 """The base of every phase: what it declares, how it runs, what it returns.
 
-A phase is the one subclass of :class:`Phase` in ``phases/<use>.py``. The base class makes it a frozen
+A phase is the one subclass of :class:`Phase` in its file. The base class makes it a frozen
 dataclass; its fields are its options, so the config is checked against the very class that runs.
 Phases never name each other: they meet through facts (:mod:`kvpipe.pipeline.facts`) and the contexts
 (:mod:`kvpipe.pipeline.context`).
@@ -140,6 +140,7 @@ class Phase(_Frozen):
         effect: its effect, if that is always the same.
         on_failure: consequence of its failure.
         runs_in: the process that runs it.
+        replaces: whether it takes the place of another phase of its name, e.g. of one of kvpipe's.
     """
 
     step: str
@@ -147,6 +148,7 @@ class Phase(_Frozen):
     effect: ClassVar[Effect]
     on_failure: ClassVar[OnFailure] = OnFailure.STOP
     runs_in: ClassVar[str] = "worker"
+    replaces: ClassVar[bool] = False
 
     @classmethod
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:

@@ -1,67 +1,111 @@
-"""Load the phase files, and report a mistake in one as wrong input, with file and line.
+"""Find the phases, load them, and report a mistake in one as wrong input, with file and line.
 
-A file is executed under a private module name, so that no module or package of the user's can take
-its place. Nothing here may import jax.
+A phase is a file of kvpipe's, a file in a directory of ``phase_path``, or an entry point of the group
+``kvpipe.phases`` that an installed package brings along. Nothing here may import jax.
 """
 
-import importlib.util
+import hashlib
 import inspect
+import os
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.phase import Effect, OnFailure, ParentPhase, Phase, WorkerPhase
 from kvpipe.suggest import nearest
-from kvpipe.system import places
+from kvpipe.system import places, plugins
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+ENTRY_POINTS = "kvpipe.phases"
 _MODULE = "kvpipe_phase_"
 _BASES = (WorkerPhase, ParentPhase)
 _METHODS = ("run", "effect_given", "in_later_cycle")
 _OPTION_TYPES = (bool, int, float, str)
 
 
-def phase_names() -> list[str]:
-    """Return the names that ``use`` accepts: the files in ``phases/``."""
-    return sorted(path.stem for path in places.PHASES.glob("*.py") if path.stem != "__init__")
+@dataclass(frozen=True)
+class _Place:
+    """A file or an entry point that has a phase."""
+
+    at: "Path | EntryPoint"
+
+    @property
+    def shipped(self) -> bool:
+        return isinstance(self.at, Path) and _is_shipped(self.at)
+
+    @property
+    def shown(self) -> str:
+        return _shown(self.at) if isinstance(self.at, Path) else plugins.described(self.at)
 
 
-@cache
-def phase_class(use: str) -> type[Phase]:
-    """Return the one phase class of ``phases/<use>.py``.
+def phase_names(path: Sequence[str] = ()) -> list[str]:
+    """Return the names that ``use`` accepts with this ``phase_path``.
 
     Raises:
-        InputError: there is no such file, it cannot be executed, or its class is not a phase.
+        InputError: one of its directories does not exist.
     """
-    names = phase_names()
-    if use not in names:
-        raise InputError(f"there is no phases/{use}.py; {nearest(use, names)}")
-    path = places.PHASES / f"{use}.py"
-    module = _load(path)
-    found = [
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Phase) and cls.__module__ == module.__name__
-    ]
+    files = (
+        file for folder in _folders(tuple(path), places.PHASES) for file in folder.glob("*.py")
+    )
+    names = {file.stem for file in files} | {*plugins.installed(ENTRY_POINTS)}
+    return sorted(filter(_is_name, names))
+
+
+def check_path(path: Sequence[str]) -> None:
+    """Refuse a ``phase_path`` with a directory that does not exist.
+
+    Raises:
+        InputError: there is one.
+    """
+    _folders(tuple(path), places.PHASES)
+
+
+def phase_class(use: str, path: Sequence[str] = ()) -> type[Phase]:
+    """Return the class of the phase ``use``.
+
+    Raises:
+        InputError: there is no such phase, its code cannot be executed, its class is not a phase, or
+            it takes the name of another phase without saying so.
+    """
+    found = _places(use, path)
     if not found:
-        raise _refusal(path, None, "no class extends WorkerPhase or ParentPhase")
-    if others := [cls.__name__ for cls in found[1:]]:
-        reason = f"{', '.join(others)} is a second phase; write one class in each file"
-        raise _refusal(path, _line_of(found[1]), reason)
-    if mistake := _mistake(found[0]):
-        raise _refusal(path, _line_of(found[0]), f"class {found[0].__name__}: {mistake}")
-    return found[0]
+        raise InputError(f"there is no phase {use!r}; {nearest(use, phase_names(path))}")
+    cls = _class_at(found[0], _stamp(found[0]))
+    others = [place.shown for place in found[1:]]
+    if others and not cls.replaces:
+        raise InputError(
+            f"{found[0].shown}: {others[0]} has the name {use!r} too; choose another name, or write "
+            f"'replaces = True' into class {cls.__name__} if it takes the place of that phase"
+        )
+    return cls
+
+
+def origin_of(use: str, path: Sequence[str] = ()) -> plugins.Origin | None:
+    """Return where the code of a phase is, for records; None for kvpipe's own.
+
+    Raises:
+        InputError: as of :func:`phase_class`.
+    """
+    cls, (place, *_) = phase_class(use, path), _places(use, path)
+    return None if place.shipped else plugins.origin(place.at, cls)
 
 
 def module_of(cls: type[Phase]) -> ModuleType:
     """Return the module of a phase's class."""
     return sys.modules[cls.__module__]
+
+
+def is_file(cls: type[Phase]) -> bool:
+    """Whether a phase's class is the one of its file, not one of several of a package's module."""
+    return cls.__module__.startswith(_MODULE)
 
 
 @cache
@@ -94,23 +138,84 @@ def blamed_on(cls: type[Phase]) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         path = _file(cls)
-        if (line := _last_line(path, error)) is None:
+        at = plugins.last_line(error, [path])
+        if at is None and _is_shipped(path):
             raise
-        raise _refusal(path, line, _reason(error)) from error
+        raise _refusal(path, at and at[1], plugins.reason_of(error)) from error
 
 
-def _load(path: Path) -> ModuleType:
-    name = f"{_MODULE}{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses, pickle and inspect look it up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise _refusal(path, _last_line(path, error), _reason(error)) from error
-    return module
+@cache
+def _folders(path: tuple[str, ...], shipped: Path) -> tuple[Path, ...]:
+    """Return the directories of phase files, each once; the one that ships with kvpipe is the last."""
+    found = {}
+    for folder in map(Path, path):
+        if not folder.is_dir():
+            raise InputError(f"phase_path: there is no directory {folder}")
+        found[folder.resolve()] = folder.absolute()
+    found.pop(shipped.resolve(), None)
+    return (*found.values(), shipped)
+
+
+def _is_name(use: str) -> bool:
+    return "/" not in use and not use.startswith(("_", "."))
+
+
+def _places(use: str, path: Sequence[str]) -> list[_Place]:
+    """Return every place that has a phase of this name, the one that comes first first."""
+    if not _is_name(use):
+        return []
+    files = [folder / f"{use}.py" for folder in _folders(tuple(path), places.PHASES)]
+    # A link that leads nowhere counts: that it cannot be executed is another message.
+    found = [_Place(file) for file in files if os.path.lexists(file)]
+    own = [place for place in found if not place.shipped]
+    points = plugins.installed(ENTRY_POINTS).get(use, ())
+    if not own and points:
+        plugins.only(points)
+    return [*own, *map(_Place, points), *(place for place in found if place.shipped)]
+
+
+def _stamp(place: _Place) -> Any:
+    """Return what changes when the file of a phase does; a sweep may take hours."""
+    with suppress(OSError):
+        if isinstance(place.at, Path):
+            state = place.at.stat()
+            return state.st_mtime_ns, state.st_size
+    return None
+
+
+@cache
+def _class_at(place: _Place, stamp: Any) -> type[Phase]:
+    """Return the phase of a file or an entry point; the stamp is that of its file."""
+    if isinstance(place.at, Path):
+        return _only_phase(place.at)
+    cls = plugins.load_class(place.at)
+    if not issubclass(cls, Phase):
+        raise InputError(
+            f"{place.shown}: {cls.__name__} does not extend WorkerPhase or ParentPhase"
+        )
+    if mistake := _mistake(cls):
+        raise _refusal(_file(cls), _line_of(cls), f"class {cls.__name__}: {mistake}")
+    return cls
+
+
+def _only_phase(path: Path) -> type[Phase]:
+    """Return the one phase of a file."""
+    # Two directories may have files of one name.
+    mark = "" if _is_shipped(path) else f"_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+    module = plugins.load_file(path, _shown(path), f"{_MODULE}{path.stem}{mark}")
+    found = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Phase) and cls.__module__ == module.__name__
+    ]
+    if not found:
+        raise _refusal(path, None, "no class extends WorkerPhase or ParentPhase")
+    if others := [cls.__name__ for cls in found[1:]]:
+        reason = f"{', '.join(others)} is a second phase; write one class in each file"
+        raise _refusal(path, _line_of(found[1]), reason)
+    if mistake := _mistake(found[0]):
+        raise _refusal(path, _line_of(found[0]), f"class {found[0].__name__}: {mistake}")
+    return found[0]
 
 
 def _mistake(cls: type[Phase]) -> str | None:
@@ -166,19 +271,18 @@ def _line_of(cls: type[Phase]) -> int:
     return inspect.getsourcelines(cls)[1]
 
 
-def _last_line(path: Path, error: BaseException) -> int | None:
-    """Return the last line of a file that an exception came through; None if it did not."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    return next((at.lineno for at in reversed(frames) if at.filename == str(path)), None)
+def _is_shipped(path: Path) -> bool:
+    return path.parent == places.PHASES
 
 
-def _reason(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {' '.join(text.split())}"
+def _shown(path: Path) -> str:
+    """Return what messages call a file."""
+    if _is_shipped(path):
+        return f"phases/{path.name}"
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _refusal(path: Path, line: int | None, reason: str) -> InputError:
     where = f", line {line}" if line else ""
-    return InputError(f"phases/{path.name}{where}: {reason}")
+    return InputError(f"{_shown(path)}{where}: {reason}")

@@ -14,18 +14,26 @@ from kvpipe.config.schema import Kvpipe, refuse_wrong
 from kvpipe.errors import InputError
 from kvpipe.pipeline.cycles import CYCLE_MARK, Cycle, base_name, cycle_of, repeated, repeated_steps
 from kvpipe.pipeline.phase import ParentPhase, Phase
-from kvpipe.pipeline.phase_files import blamed_on, option_types, phase_class
+from kvpipe.pipeline.phase_files import (
+    blamed_on,
+    check_path,
+    option_types,
+    origin_of,
+    phase_class,
+)
 from kvpipe.records.run import RUN_RECORDS
 from kvpipe.suggest import nearest
+from kvpipe.system.plugins import Origin
 
 
 def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
     """Return the steps of the pipeline, in order.
 
     Raises:
-        InputError: a step is named twice, a name in ``phases`` is not a step, a step's ``use``,
+        InputError: a directory of ``phase_path`` does not exist, a step is named twice, a name in ``phases`` is not a step, a step's ``use``,
             option or value is wrong, or a parent phase comes after a worker phase.
     """
+    check_path(config.phase_path)
     _check_names(config)
     names = repeated(config.pipeline, config.repeat)
     stretch = repeated_steps(config.pipeline, config.repeat)
@@ -44,13 +52,24 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
 
 
 def use_of(step: str, config: Kvpipe) -> str:
-    """Return the name of a step's phase file.
+    """Return the name of a step's phase.
 
     Raises:
         InputError: it is not a string.
     """
     name = base_name(step)
     return _typed(config.phases.get(name, {}).get("use", name), str, f"phases.{name}.use")
+
+
+def origins(config: Kvpipe) -> dict[str, Origin]:
+    """Return the phases of a pipeline that are not kvpipe's own, and where the code of each is.
+
+    Raises:
+        InputError: one of them cannot be executed any more.
+    """
+    uses = sorted({use_of(name, config) for name in config.pipeline})
+    found = {use: origin_of(use, config.phase_path) for use in uses}
+    return {use: origin for use, origin in found.items() if origin}
 
 
 def _check_names(config: Kvpipe) -> None:
@@ -91,7 +110,7 @@ def _build_step(name: str, config: Kvpipe) -> Phase:
     use = use_of(name, config)
     given = {key: value for key, value in config.phases.get(name, {}).items() if key != "use"}
     try:
-        cls = phase_class(use)
+        cls = phase_class(use, config.phase_path)
     except InputError as error:
         raise InputError(f"pipeline step {name!r}: {error}") from None
     types = option_types(cls)

@@ -41,7 +41,9 @@ class RunStarted(JsonRecord):
         experiment: name of the experiment.
         config: the resolved config as plain values, without secrets.
         steps: names of the steps, in order, with those of further cycles.
-        versions: installed versions of Python, kvpipe and the packages that the run depends on.
+        versions: installed versions of Python, kvpipe and the packages that the run depends on;
+            ``phase NAME`` and ``sink NAME``, which are not kvpipe's own, have the file, or the package
+            and its version, and the SHA-256 of the file.
         started_at: start of the run in UTC, ISO 8601.
     """
 

@@ -11,7 +11,7 @@ from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.pipeline.output import difference
 from kvpipe.records.run import RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
-from kvpipe.report.side import Side
+from kvpipe.report.side import RUN, Side
 from kvpipe.units import counted
 
 TOTAL, PEAK, FULLEST = "total", "peak inside, sampled", "fullest device"
@@ -112,10 +112,16 @@ class Comparison:
         return None if base is None or other is None else config_changes(base, other)
 
     def version_changes(self, side: Side) -> list[KeyChange]:
-        """Return the packages that both sides know, with another version."""
+        """Return the packages, and the phases of one's own, with another version.
+
+        A plan knows only that of the engine.
+        """
         base, other = self.sides[0].versions, side.versions
-        both = base.keys() & other.keys()
-        return config_changes({n: base[n] for n in both}, {n: other[n] for n in both})
+        known = base.keys() & other.keys()
+        if self.sides[0].kind == side.kind == RUN:
+            known = base.keys() | other.keys()
+        old, new = ({n: v for n, v in held.items() if n in known} for held in (base, other))
+        return config_changes(old, new)
 
     @cached_property
     def sizes(self) -> list[Row]:

@@ -83,4 +83,6 @@ def _markdown(phase: PhaseDoc) -> Iterator[str]:
         yield ""
     yield from (f"- {heading}: {words}" for heading, words in effect_rows(phase.effect).items())
     yield f"- runs in: the {phase.runs_in}"
+    if phase.origin:
+        yield f"- from: {phase.origin}"
     yield ""

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kvpipe.errors import TimedOut, ending_of
+from kvpipe.errors import KvpipeError, RecordError, TimedOut, ending_of
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import FAILED, PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
+from kvpipe.system import plugins
 from kvpipe.system.alarm import limited
 
 
@@ -127,8 +128,8 @@ class Sinks(Sink):
             for end in (self._hand_all, self._hand_last):
                 try:
                     end(sink, record)
-                except Exception as error:
-                    errors.append(error)
+                except (Exception, SystemExit) as caught:
+                    errors.append(error := _error_of(sink, caught))
                     record = failed_by(record, error)
         _raise_all(errors)
 
@@ -154,8 +155,8 @@ class Sinks(Sink):
         for sink in self._sinks:
             try:
                 call(sink)
-            except Exception as error:
-                errors.append(error)
+            except (Exception, SystemExit) as error:
+                errors.append(_error_of(sink, error))
         _raise_all(errors)
 
 
@@ -165,6 +166,17 @@ def failed_by(record: RunFinished, error: Exception) -> RunFinished:
     if record.exit_code:
         return replace(record, error=f"{record.error}; then: {ending.error}")
     return replace(record, status=FAILED, exit_code=ending.exit_code, error=ending.error)
+
+
+def _error_of(sink: Sink, error: Exception | SystemExit) -> Exception:
+    """Return what a sink raised; what is not kvpipe's own is no defect of kvpipe."""
+    module = type(sink).__module__
+    if isinstance(error, KvpipeError) or module.startswith("kvpipe."):
+        return error
+    where = plugins.place_of(error, plugins.roots(module))
+    failed = RecordError(f"sink {sink.name}{where}: {plugins.reason_of(error)}")
+    failed.__cause__ = error
+    return failed
 
 
 def _raise_all(errors: Sequence[Exception]) -> None:

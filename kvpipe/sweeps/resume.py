@@ -18,6 +18,7 @@ _NOT_COMPARED = (
     "label",
     "output",
     "report",
+    "sinks",
     "sweep",
     "tracking",
 )

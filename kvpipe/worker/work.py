@@ -20,7 +20,7 @@ from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import WorkerPhase
-from kvpipe.pipeline.steps import build_steps, use_of
+from kvpipe.pipeline.steps import build_steps, origins, use_of
 from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.fold import Plan, PlannedStep, check_order
 from kvpipe.plan.inputs import check_inputs
@@ -86,6 +86,8 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
         "runner.on_error": config.runner.on_error,
         "plan.enforce": config.plan.enforce,
         "versions": installed_versions(),
+        # The directories may have other names there.
+        "the code of phases": {use: origin.sha256 for use, origin in origins(config).items()},
     }
 
 

@@ -22,7 +22,9 @@ DROP = default_names().index("kv_cache_dropped")
 
 STEPS_IN_A_FILE = (
     "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' into "
-    "DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME"
+    "DIR/pipeline/NAME.yaml, and choose it: --config-dir DIR pipeline=NAME; to change single steps: "
+    "pipeline_edit.after.STEP=NEW, pipeline_edit.before.STEP=NEW, pipeline_edit.replace.STEP=NEW, "
+    "pipeline_edit.remove=STEP"
 )
 
 
@@ -85,14 +87,14 @@ REFUSED = {
         f"{STEPS_IN_A_FILE}"
     ),
     "pipeline.1=nosuch": (
-        f"pipeline step 'nosuch': there is no phases/nosuch.py; valid are: {STEPS}"
+        f"pipeline step 'nosuch': there is no phase 'nosuch'; valid are: {STEPS}"
     ),
     "pipeline.2=jax_ready": (
         "pipeline: 'jax_ready' occurs 2 times; give each its own name and set "
         "'phases.<name>.use: jax_ready'"
     ),
     "phases.generate_result.use=generat": (
-        "pipeline step 'generate_result': there is no phases/generat.py; did you mean 'generate'?"
+        "pipeline step 'generate_result': there is no phase 'generat'; did you mean 'generate'?"
     ),
     "phases.generate_result.max_tokens=4": (
         "phases.generate_result.max_tokens: generate has no option 'max_tokens'; "

@@ -123,7 +123,7 @@ def test_the_markdown_of_a_phase_has_its_options_and_its_effect():
 
 def test_an_unknown_phase_is_refused_with_the_nearest():
     message = refusal(describe, "generat", CONFIG)
-    assert message.startswith("there is no phases/generat.py; did you mean 'generate'")
+    assert message.startswith("there is no phase 'generat'; did you mean 'generate'")
 
 
 PRINTS_PHASES = """
@@ -160,5 +160,5 @@ def test_a_word_after_the_verb_names_one_phase(kvpipe):
         "## `generate`\n"
     )
     assert kvpipe("phases", "generat") == Answer(
-        2, "", "kvpipe: there is no phases/generat.py; did you mean 'generate'?\n"
+        2, "", "kvpipe: there is no phase 'generat'; did you mean 'generate'?\n"
     )

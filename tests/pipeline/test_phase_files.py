@@ -144,9 +144,7 @@ def phases(tmp_path, monkeypatch):
     folder = tmp_path / "phases"
     folder.mkdir()
     monkeypatch.setattr(places, "PHASES", folder)
-    phase_class.cache_clear()
     yield folder
-    phase_class.cache_clear()
 
 
 def refused(use="it"):
@@ -221,5 +219,4 @@ def test_a_phase_is_the_file_of_kvpipe_whatever_else_has_its_name(tmp_path, monk
         path.parent.mkdir(exist_ok=True)
         path.write_text("raise AssertionError('executed')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    phase_class.cache_clear()
     assert inspect.getfile(phase_class("generate")) == str(places.PHASES / "generate.py")

@@ -148,20 +148,20 @@ def test_a_step_listed_twice_is_refused_with_the_way_to_name_it_again():
 
 def test_a_step_without_a_phase_file_is_refused_with_the_nearest():
     assert refusal(["jax_redy"]) == (
-        "pipeline step 'jax_redy': there is no phases/jax_redy.py; did you mean 'jax_ready' or "
+        "pipeline step 'jax_redy': there is no phase 'jax_redy'; did you mean 'jax_ready' or "
         "'trainer_ready'?"
     )
 
 
 def test_an_unknown_use_is_refused_with_the_step_and_the_nearest():
     assert refusal(["it"], {"it": {"use": "generat"}}) == (
-        "pipeline step 'it': there is no phases/generat.py; did you mean 'generate'?"
+        "pipeline step 'it': there is no phase 'generat'; did you mean 'generate'?"
     )
 
 
 def test_a_use_that_is_like_nothing_is_refused_with_all_that_there_are():
     assert refusal(["it"], {"it": {"use": "zzz"}}) == (
-        f"pipeline step 'it': there is no phases/zzz.py; valid are: {', '.join(FILES)}"
+        f"pipeline step 'it': there is no phase 'zzz'; valid are: {', '.join(FILES)}"
     )
 
 
@@ -229,7 +229,7 @@ def test_a_phase_of_the_parent_cannot_stand_after_one_of_the_worker():
 @given(st.text().filter(lambda name: name not in FILES and "#" not in name))
 def test_whatever_is_no_file_in_phases_is_refused_by_name(name):
     message = refusal([name])
-    assert f"pipeline step {name!r}: there is no phases/{name}.py; " in message
+    assert f"pipeline step {name!r}: there is no phase {name!r}; " in message
 
 
 plain_values = st.recursive(
