@@ -30,7 +30,8 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
     """Return the steps of the pipeline, in order.
 
     Raises:
-        InputError: a directory of ``phase_path`` does not exist, a step is named twice, a name in ``phases`` is not a step, a step's ``use``,
+        InputError: a directory of ``phase_path`` does not exist, a step is named twice, a name in
+            ``phases`` is not a step, a step's ``use``,
             option or value is wrong, or a parent phase comes after a worker phase.
     """
     check_path(config.phase_path)
