@@ -52,9 +52,7 @@ def phase_names(path: Sequence[str] = ()) -> list[str]:
     Raises:
         InputError: one of its directories does not exist.
     """
-    files = (
-        file for folder in _folders(tuple(path), places.PHASES) for file in folder.glob("*.py")
-    )
+    files = (file for folder in _folders(path) for file in folder.glob("*.py"))
     names = {file.stem for file in files} | {*plugins.installed(ENTRY_POINTS)}
     return sorted(filter(_is_name, names))
 
@@ -65,7 +63,7 @@ def check_path(path: Sequence[str]) -> None:
     Raises:
         InputError: there is one.
     """
-    _folders(tuple(path), places.PHASES)
+    _folders(path)
 
 
 def phase_class(use: str, path: Sequence[str] = ()) -> type[Phase]:
@@ -144,14 +142,18 @@ def blamed_on(cls: type[Phase]) -> Iterator[None]:
         raise _refusal(path, at and at[1], plugins.reason_of(error)) from error
 
 
-@cache
-def _folders(path: tuple[str, ...], shipped: Path) -> tuple[Path, ...]:
+def _folders(path: Sequence[str]) -> tuple[Path, ...]:
     """Return the directories of phase files, each once; the one that ships with kvpipe is the last."""
+    return _folders_from(Path.cwd(), tuple(path), places.PHASES)
+
+
+@cache
+def _folders_from(here: Path, path: tuple[str, ...], shipped: Path) -> tuple[Path, ...]:
     found = {}
     for folder in map(Path, path):
-        if not folder.is_dir():
+        if not (here / folder).is_dir():
             raise InputError(f"phase_path: there is no directory {folder}")
-        found[folder.resolve()] = folder.absolute()
+        found[(here / folder).resolve()] = here / folder
     found.pop(shipped.resolve(), None)
     return (*found.values(), shipped)
 
@@ -164,7 +166,7 @@ def _places(use: str, path: Sequence[str]) -> list[_Place]:
     """Return every place that has a phase of this name, the one that comes first first."""
     if not _is_name(use):
         return []
-    files = [folder / f"{use}.py" for folder in _folders(tuple(path), places.PHASES)]
+    files = [folder / f"{use}.py" for folder in _folders(path)]
     # A link that leads nowhere counts: that it cannot be executed is another message.
     found = [_Place(file) for file in files if os.path.lexists(file)]
     own = [place for place in found if not place.shipped]

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kvpipe.errors import InputError
-from kvpipe.system.versions import version_of
+from kvpipe.system.versions import distribution_version
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -62,8 +62,9 @@ def only(points: "Sequence[EntryPoint]") -> "EntryPoint":
 
 def described(point: "EntryPoint") -> str:
     """Return the package, its version and the object of an entry point, for people and records."""
-    name = point.dist.name if point.dist else ""
-    return f"{name} {version_of(name)}, {point.value}"
+    package = point.dist
+    assert package is not None
+    return f"{package.name} {distribution_version(package)}, {point.value}"
 
 
 def load_class(point: "EntryPoint") -> type[Any]:

@@ -3,6 +3,10 @@
 import json
 import platform
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 # The packages that determine a run's bytes, programs and outputs.
 _PACKAGES = (
@@ -40,7 +44,11 @@ def version_of(package: str) -> str:
     """
     from importlib.metadata import distribution
 
-    installed = distribution(package)
+    return distribution_version(distribution(package))
+
+
+def distribution_version(installed: "Distribution") -> str:
+    """Return the version of a distribution, as :func:`version_of`."""
     # PEP 610: pip and uv record where a package comes from, unless it is from an index.
     origin = json.loads(installed.read_text("direct_url.json") or "{}")
     commit = origin.get("vcs_info", {}).get("commit_id")
