@@ -4,6 +4,7 @@ Most is asked of one run. It comes from a wheel that was built from the reposito
 directory, with tensor parallel 4 and the KV heads replicated as on the TPU.
 """
 
+import hashlib
 import html
 import json
 import re
@@ -20,6 +21,7 @@ import pytest
 from tests.command import FAKE_KEY, Finished, environment, kvpipe
 from tests.conftest import SIZES
 from tests.helpers_config import default_names
+from tests.installed_package import install
 from tests.sinks import wandb_file
 from tests.sop import STEPS
 
@@ -29,6 +31,31 @@ ROOT = Path(__file__).parents[1]
 PARAMS = 17_863_680
 # A busy machine takes longer for a phase than the time after which a line on stderr says so.
 QUIET = "runner.heartbeat_s=null"
+PHASE = """
+from kvpipe.pipeline.facts import ENGINE, KV_LIVE
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+
+
+class Own(WorkerPhase):
+    effect = Effect(needs=(ENGINE, KV_LIVE))
+
+    def run(self, ctx):
+        from kvpipe.engine import kv_cache
+
+        return Result({"layers": len(kv_cache.buffers(ctx.engine))})
+"""
+SINK = """
+from kvpipe.sinks import Sink
+
+
+class Names(Sink):
+    def __init__(self, run_dir):
+        self.file = run_dir / "names.txt"
+
+    def received(self, record):
+        with self.file.open("a") as file:
+            print(record.to_json()["phase"], file=file)
+"""
 KV = 3 * (1024 + 1) * 2 * 4 * 128 * 2
 
 
@@ -48,7 +75,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny experiment from the wheel, tensor parallel 4, W&B offline, JSON piped.
 
-    It runs in the directory of a project with packages and configs of its own.
+    It runs in the directory of a project with packages and configs of its own. Two phases and a sink
+    are the user's, from a directory and from an installed package.
     """
     cwd = tmp_path_factory.mktemp("elsewhere")
     for package in ("conf", "phases", "tests"):
@@ -56,13 +84,31 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
         (cwd / package / "__init__.py").write_text("raise AssertionError('executed')\n")
     (cwd / "conf/config.yaml").write_text("lr: 0.1\n")
     (cwd / "phases/generate.py").write_text("raise AssertionError('executed')\n")
-    options = (*SIZES, "sampling.max_new_tokens=32", QUIET)
-    return kvpipe(cwd, "+experiment=tiny", *options, site=installed)
+    (cwd / "mine").mkdir()
+    (cwd / "mine/own_kv.py").write_text(PHASE)
+    packages = tmp_path_factory.mktemp("packages")
+    points = {"phases": {"packed_kv": "acme:Own"}, "sinks": {"acme": "acme:Names"}}
+    install(packages, "acme", {"acme.py": PHASE + SINK}, **points)
+    own = (
+        "phase_path=[mine]",
+        "sinks=[acme]",
+        "pipeline_edit.after.kv_cache_rebuilt=[own_kv,packed_kv]",
+    )
+    options = (*SIZES, "sampling.max_new_tokens=32", QUIET, *own)
+    path = f"{installed}:{packages}"
+    return kvpipe(cwd, "+experiment=tiny", *options, PYTHONPATH=path)
+
+
+def step_names() -> list[str]:
+    """Return the names of the steps of that run."""
+    names = default_names()
+    rebuilt = names.index("kv_cache_rebuilt") + 1
+    return [*names[:rebuilt], "own_kv", "packed_kv", *names[rebuilt:]]
 
 
 def test_the_wheel_runs_all_phases_in_order_and_passes(run: Finished) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
-    phases = ["run_started", "wandb_init", "run_planned", *default_names()[1:], "run_finished"]
+    phases = ["run_started", "wandb_init", "run_planned", *step_names()[1:], "run_finished"]
     assert [line["phase"] for line in run.lines] == phases
     assert (run.end["status"], run.end["exit_code"], run.end["error"]) == ("passed", 0, None)
     assert all(check["passed"] for check in run.end["checks"])
@@ -100,6 +146,24 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in files if "__pycache__" not in path.parts)
 
 
+def test_phases_and_a_sink_of_the_users_own_run_and_the_records_say_where_they_come_from(
+    run: Finished,
+) -> None:
+    assert [run.phase(step)["layers"] for step in ("own_kv", "packed_kv")] == [3, 3]
+    own = {name: at for name, at in run.lines[0]["versions"].items() if " " in name}
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in (PHASE, PHASE + SINK)]
+    assert own == {
+        "phase own_kv": f"{run.cwd}/mine/own_kv.py (sha256 {digests[0]})",
+        "phase packed_kv": f"acme 2.1, acme:Own (sha256 {digests[1]})",
+        "sink acme": f"acme 2.1, acme:Names (sha256 {digests[1]})",
+    }
+    page = html.unescape((run.run_dir / "report.html").read_text())
+    assert all(at in page for at in own.values())
+    names = [line["phase"] for line in run.lines]
+    assert (run.run_dir / "names.txt").read_text().split() == names
+    assert "'phase_path=[mine]'" in run.end["command"]
+
+
 def test_the_records_file_holds_the_very_lines_of_stdout(run: Finished) -> None:
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout
     assert run.run_dir.is_relative_to(run.cwd / "outputs" / "tiny")
@@ -107,7 +171,7 @@ def test_the_records_file_holds_the_very_lines_of_stdout(run: Finished) -> None:
 
 def test_the_first_line_says_what_runs(run: Finished) -> None:
     first = run.lines[0]
-    assert (first["experiment"], first["steps"]) == ("tiny", default_names())
+    assert (first["experiment"], first["steps"]) == ("tiny", step_names())
     assert first["config"]["engine"]["tp_size"] == 4
     assert first["versions"]["sglang-jax"] == "0.0.2"
 
@@ -203,7 +267,7 @@ def test_the_offline_wandb_file_holds_every_key_table_text_and_file(run: Finishe
     (path,) = run.run_dir.glob("wandb/*/*.wandb")
     logged = wandb_file.read(path)
     rows = {row["phase/name"]: row for row in logged["history"] if "phase/name" in row}
-    assert list(rows) == default_names()
+    assert list(rows) == step_names()
     dropped = rows["kv_cache_dropped"]
     assert dropped["kv/fused_bytes_total"] == KV
     assert dropped["kv/deleted_buffers"] == 3

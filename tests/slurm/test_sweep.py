@@ -29,6 +29,16 @@ WITHOUT_AN_ENGINE = (
     "hydra.launcher.array_parallelism=8 tracking=disabled pipeline=none "
     "engine.max_total_tokens=512,1024"
 )
+OWN = """
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+
+
+class Own(WorkerPhase):
+    effect = Effect()
+
+    def run(self, ctx):
+        return Result({"file": __file__})
+"""
 OF_THE_GUIDE = pytest.param(
     COMMAND,
     marks=[
@@ -93,8 +103,11 @@ class Going:
 def swept(cluster, tmp_path_factory, request):
     """A sweep that goes well, ended; its directory has the README's files."""
     cwd = tmp_path_factory.mktemp("swept")
-    bare = "# @package _global_\npipeline: [jax_ready]\nphases: {}\n"
-    for name, content in {**named_files(README, "yaml"), "mine/pipeline/none.yaml": bare}.items():
+    bare = (
+        "# @package _global_\npipeline: [jax_ready, own]\nphases: {}\nphase_path: [mine/phases]\n"
+    )
+    own = {"mine/pipeline/none.yaml": bare, "mine/phases/own.py": OWN}
+    for name, content in {**named_files(README, "yaml"), **own}.items():
         path = cwd / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
@@ -126,6 +139,15 @@ def test_the_guides_jobs_have_the_bytes_that_were_planned_for_them(swept):
     jobs = sweep_of(swept.cwd)["jobs"]
     assert all(job["kv_bytes"] == job["planned_kv_bytes"] > 0 for job in jobs)
     assert [job["plan_error_bytes"] for job in jobs] == [0] * len(sizes_of(swept))
+
+
+@pytest.mark.parametrize("swept", [WITHOUT_AN_ENGINE], indirect=True)
+def test_a_phase_of_ones_own_is_found_on_the_nodes(swept):
+    for records in Path(sweep_of(swept.cwd)["sweep_dir"]).glob("*/records.jsonl"):
+        lines = [json.loads(line) for line in records.read_text().splitlines()]
+        (record,) = (line for line in lines if line["phase"] == "own")
+        (origin,) = (at for name, at in lines[0]["versions"].items() if name == "phase own")
+        assert record["file"] == origin.partition(" ")[0] == str(swept.cwd / "mine/phases/own.py")
 
 
 def test_the_records_and_logs_of_each_job_are_in_the_sweeps_directory(swept):
