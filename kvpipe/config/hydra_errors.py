@@ -34,7 +34,9 @@ _FORCED = re.compile(r"force-add of config groups is not supported: '\+\+(.+?)=(
 _IN_PACKAGE = re.compile(r"(In '.+'): Could not override '\w+@")
 # Groups whose files set keys of the whole config.
 _GLOBAL = ("experiment", "pipeline", "sweep")
-_HEADER = "the file must begin with '# @package _global_'"
+_HEADER = (
+    "the file must begin with '# @package _global_', without a byte order mark (BOM) before it"
+)
 # Config files of packages that only an extra of kvpipe installs.
 _OF_EXTRAS = {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "slurm"}
 
@@ -178,7 +180,7 @@ def _wrong_value(error: OmegaConfBaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{where}it has no value, and there is no default"
     if _NO_LIST in str(error):
-        return f"{where}it must be a list; write '{error.full_key}=[VALUE]'"
+        return f"{where}it must be a list: [A, B]"
     return where + _first_line(error)
 
 

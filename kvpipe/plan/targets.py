@@ -23,6 +23,7 @@ _GIB = 1024**3
 # share is not published, so it is not subtracted here.
 _HBM_BYTES = {"v4": 32 * _GIB, "v5e": 16 * _GIB, "v5p": 95 * _GIB, "v6e": 32 * _GIB}
 _EXAMPLES = [CPU, *(f"{chip}:2x2x1" for chip in _HBM_BYTES)]
+_VALID = f"valid are: {', '.join(_EXAMPLES)}, or an accelerator type, e.g. v5e-8"
 
 _TOPOLOGY = re.compile(r"[1-9]\d*(x[1-9]\d*){1,2}")
 
@@ -80,7 +81,9 @@ def _tpu(name: str) -> Target:
     name = _topology_of(name)
     chip, colon, topology = name.partition(":")
     if chip not in _HBM_BYTES:
-        raise InputError(f"plan.target is {name!r}; {nearest(name, _EXAMPLES)}")
+        # "tpu" and "gpu" are like nothing but "cpu", which is not meant.
+        hint = nearest(name, _EXAMPLES) if re.search(r"\d", name) else _VALID
+        raise InputError(f"plan.target is {name!r}; {hint}")
     if not colon or not _TOPOLOGY.fullmatch(topology):
         raise InputError(
             f"plan.target is {name!r}; write the chip and its topology, e.g. {chip}:2x2x1"

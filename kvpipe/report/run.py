@@ -121,13 +121,13 @@ def records_file(path: Path) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file.
+    """Return the text of a file, without a byte order mark at its start.
 
     Raises:
         InputError: it cannot be read, or it is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 at byte {error.start}") from None
     except OSError as error:

@@ -171,7 +171,9 @@ def failed_by(record: RunFinished, error: Exception) -> RunFinished:
 def _error_of(sink: Sink, error: Exception | SystemExit) -> Exception:
     """Return what a sink raised; what is not kvpipe's own is no defect of kvpipe."""
     module = type(sink).__module__
-    if isinstance(error, KvpipeError) or module.startswith("kvpipe."):
+    if isinstance(error, Exception) and (
+        isinstance(error, KvpipeError) or module.startswith("kvpipe.")
+    ):
         return error
     where = plugins.place_of(error, plugins.roots(module))
     failed = RecordError(f"sink {sink.name}{where}: {plugins.reason_of(error)}")

@@ -28,6 +28,9 @@ STEPS_IN_A_FILE = (
 )
 
 
+HEADER = "the file must begin with '# @package _global_', without a byte order mark (BOM) before it"
+
+
 TOP_KEYS = ", ".join(sorted(field.name for field in fields(Kvpipe)))
 
 
@@ -128,7 +131,7 @@ REFUSED = {
     "tracking.mode=onlin": (
         "tracking.mode: Invalid value 'onlin', expected one of [online, offline, disabled]"
     ),
-    "tracking.tags=x": "tracking.tags: it must be a list; write 'tracking.tags=[VALUE]'",
+    "tracking.tags=x": "tracking.tags: it must be a list: [A, B]",
     "phase_path=[nosuch]": "phase_path: there is no directory nosuch",
     "sinks=[nosuch]": "sinks: no installed package has a sink 'nosuch'; valid are: none",
     "pipeline_edit.after.jax_redy=release": (
@@ -313,8 +316,7 @@ def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
         ),
         (
             "# @package _global_\npipeline: jax_ready\n",
-            "In 'experiment/mine': pipeline: Invalid value assigned: AnyNode is not a ListConfig, "
-            "list or tuple.",
+            "In 'experiment/mine': pipeline: it must be a list: [A, B]",
         ),
         (
             "# @package _global_\npipeline: [[jax_ready]]\n",
@@ -330,11 +332,15 @@ def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
         ),
         (
             "engine: {tp_size: 2}\n",
-            "In 'experiment/mine': the file must begin with '# @package _global_'",
+            f"In 'experiment/mine': {HEADER}",
+        ),
+        (
+            "\ufeff# @package _global_\nengine: {tp_size: 2}\n",
+            f"In 'experiment/mine': {HEADER}",
         ),
         (
             "defaults:\n  - override /pipeline: cycles\n",
-            "In 'experiment/mine': the file must begin with '# @package _global_'",
+            f"In 'experiment/mine': {HEADER}",
         ),
         (
             "# @package _global_\nexperiment: ../../evil\n",
@@ -364,9 +370,9 @@ def test_a_defect_of_an_experiment_file_is_told_in_one_line(kvpipe, tmp_path, te
 @pytest.mark.parametrize(
     ("group", "text", "why"),
     [
-        ("pipeline", "pipeline: [jax_ready]\n", "the file must begin with '# @package _global_'"),
-        ("pipeline", "", "the file must begin with '# @package _global_'"),
-        ("sweep", "engine: {page_size: 16}\n", "the file must begin with '# @package _global_'"),
+        ("pipeline", "pipeline: [jax_ready]\n", HEADER),
+        ("pipeline", "", HEADER),
+        ("sweep", "engine: {page_size: 16}\n", HEADER),
         (
             "trainer",
             "trainer: {dtype: float32}\n",

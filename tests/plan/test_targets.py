@@ -47,7 +47,14 @@ def test_the_host_is_the_target_of_a_cpu_engine_and_its_devices_share_its_memory
     ("name", "message"),
     [
         ("v7:2x2x1", "plan.target is 'v7:2x2x1'; did you mean 'v4:2x2x1' or "),
-        ("gpu", "plan.target is 'gpu'; did you mean 'cpu'?"),
+        *(
+            (
+                name,
+                f"plan.target is '{name}'; valid are: cpu, v4:2x2x1, v5e:2x2x1, v5p:2x2x1, "
+                "v6e:2x2x1, or an accelerator type, e.g. v5e-8",
+            )
+            for name in ("tpu", "gpu", "CPU")
+        ),
         ("v4", "plan.target is 'v4'; write the chip and its topology, e.g. v4:2x2x1"),
         ("v4-30", "plan.target is 'v4-30'; valid are: v4-8, v4-16, v4-32, v4-64, v4-128, v4-256, "),
         ("v5litepod-3", "plan.target is 'v5litepod-3'; valid are: v5e-1, v5e-4, v5e-8, v5e-16, "),

@@ -35,6 +35,12 @@ def test_a_whole_last_line_without_its_newline_counts(tmp_path):
     assert read_run(tmp_path / "r").status == "passed"
 
 
+def test_a_byte_order_mark_before_the_first_line_is_not_a_part_of_it(tmp_path):
+    path = write(tmp_path / "r", *LINES)
+    path.write_text(f"\ufeff{path.read_text()}")
+    assert read_run(path).status == "passed"
+
+
 def test_records_without_a_first_one_are_a_run_of_the_directorys_name(tmp_path):
     write(tmp_path / "r", *LINES[1:3])
     run = read_run(tmp_path / "r")
