@@ -9,7 +9,6 @@ from kvpipe.system.places import CONF
 from kvpipe.units import counted
 
 _BYTES_PER_TOKEN = 3
-_BOM = "\ufeff"
 _SHIPPED = "pkg://conf/prompt/"
 
 
@@ -17,8 +16,8 @@ def read_prompt(config: PromptConfig) -> str:
     """Return the prompt.
 
     Raises:
-        InputError: text and file are both given or both missing, the file is missing, not UTF-8 or
-            begins with a byte order mark, the prompt is empty, or its SHA-256 differs.
+        InputError: text and file are both given or both missing, the file is missing or not UTF-8,
+            the prompt is empty, or its SHA-256 differs.
     """
     if (config.text is None) == (config.file is None):
         raise InputError("prompt: give one of prompt.text and prompt.file, and not both")
@@ -29,11 +28,6 @@ def read_prompt(config: PromptConfig) -> str:
         raise InputError(
             f"prompt.file: {config.file} is not UTF-8, byte {error.start} is {data[error.start]:#x}"
         ) from None
-    if config.file and prompt.startswith(_BOM):
-        raise InputError(
-            f"prompt.file: {config.file} begins with a byte order mark (BOM), which would be a part of "
-            "the prompt; save it as UTF-8 without one"
-        )
     if not prompt:
         raise InputError(f"prompt: {config.file or 'prompt.text'} is empty")
     digest = hashlib.sha256(data).hexdigest()

@@ -135,14 +135,16 @@ REFUSED = {
     "phase_path=[nosuch]": "phase_path: there is no directory nosuch",
     "sinks=[nosuch]": "sinks: no installed package has a sink 'nosuch'; valid are: none",
     "pipeline_edit.after.jax_redy=release": (
-        "pipeline_edit.after.jax_redy: the pipeline has no step 'jax_redy'; did you mean 'jax_ready' "
-        "or 'engine_ready_dummy'?"
+        "pipeline_edit.after.jax_redy: the pipeline has no step 'jax_redy'; did you mean 'jax_ready'?"
     ),
     "pipeline_edit.after.jax_ready=wandb_init": (
         "pipeline: 'wandb_init' occurs 2 times; give each its own name and set "
         "'phases.<name>.use: wandb_init'"
     ),
-    "pipeline_edit.remove=jax_ready": ("pipeline: step 'engine_ready_dummy' needs the JAX devices"),
+    "pipeline_edit.remove=jax_ready": (
+        "pipeline: step 'engine_ready_dummy' needs the JAX devices, but no step before it provides "
+        "it; put 'jax_ready' before it"
+    ),
     "~model": "model.id: it has no value, and there is no default",
     "prompt.text=${nope}": "prompt.text: Interpolation key 'nope' not found",
     "prompt.text=Hello, world": (

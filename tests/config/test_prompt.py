@@ -68,16 +68,6 @@ def test_a_file_that_is_not_utf_8_is_named_with_the_byte(tmp_path):
     assert refusal(file=str(path)) == f"prompt.file: {path} is not UTF-8, byte 2 is 0xf6"
 
 
-def test_a_file_that_begins_with_a_byte_order_mark_is_refused(tmp_path):
-    """Some editors write one; it would be a token that nobody sees."""
-    path = tmp_path / "prompt.txt"
-    path.write_text("\ufeffHello")
-    assert refusal(file=str(path)) == (
-        f"prompt.file: {path} begins with a byte order mark (BOM), which would be a part of the prompt; "
-        "save it as UTF-8 without one"
-    )
-
-
 def test_a_text_that_is_not_unicode_is_refused_and_does_not_crash():
     """A shell passes bytes that are no UTF-8 on as lone surrogates, which cannot be encoded."""
     assert refusal(text="ab\udcff") == "prompt.text: it is not Unicode at character 2"
