@@ -13,6 +13,7 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
+from kvpipe.engine import lean_import
 from kvpipe.system.versions import version_of
 
 
@@ -45,16 +46,17 @@ def shards_explicitly() -> bool:
 
     The version number cannot decide it: bd09a87 also calls itself 0.0.2.
     """
-    from sgl_jax.srt.utils import mesh_utils
+    with lean_import.lean():
+        from sgl_jax.srt.utils import mesh_utils
 
     return hasattr(mesh_utils, "default_mesh_axes")
 
 
 def device_mesh(tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh that the engine's scheduler makes of ``devices``, by default all of jax's."""
+    experts = [] if shards_explicitly() else [1]  # only 0.0.2 has this axis
     from sgl_jax.srt.utils.mesh_utils import create_device_mesh
 
-    experts = [] if shards_explicitly() else [1]  # only 0.0.2 has this axis
     return create_device_mesh([-1, tp_size, *experts], [1, 1, *experts], devices=devices)
 
 

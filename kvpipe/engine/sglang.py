@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from kvpipe.config.schema import EngineConfig, SamplingConfig
-from kvpipe.engine import compat, memory, multihost
+from kvpipe.engine import compat, lean_import, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
@@ -182,6 +182,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     # The engine imports its attention backend only in its constructor.
     with (
         compat.pytree_registered_twice(),
+        lean_import.lean(),
         compat.failure_signals_stay_here(),
         failure.starting(),
         compat.starts_no_second_runtime(),

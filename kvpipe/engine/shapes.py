@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat
+from kvpipe.engine import compat, lean_import
 from kvpipe.engine.kv_capacity import abstract, pool_size
 from kvpipe.engine.params import param_paths, path_name
 from kvpipe.engine.sglang import server_arguments
@@ -103,7 +103,7 @@ def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> E
 
 def import_engine() -> Any:
     """Import the engine modules that the shapes need (takes seconds); return the worker's class."""
-    with compat.pytree_registered_twice():
+    with compat.pytree_registered_twice(), lean_import.lean():
         importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
         from sgl_jax.srt.managers.tp_worker import ModelWorker
     return ModelWorker
