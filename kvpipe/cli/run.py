@@ -26,7 +26,14 @@ from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import RUN_DIR, owned
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import origins as phase_origins
-from kvpipe.records.run import FAILED, RECORDS_FILE, RunFinished, RunStarted
+from kvpipe.records.run import (
+    FAILED,
+    OWN_PHASE,
+    OWN_SINK,
+    RECORDS_FILE,
+    RunFinished,
+    RunStarted,
+)
 from kvpipe.sinks import Sink, Sinks
 from kvpipe.sinks.failed_records import FailedRecords
 from kvpipe.sinks.heartbeat import Heartbeat
@@ -198,8 +205,8 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
 
 def _own_code(config: Kvpipe) -> dict[str, str]:
     """Return where the phases and sinks that are not kvpipe's own come from."""
-    found = {"phase": phase_origins(config), "sink": sink_origins(config.sinks)}
-    return {f"{kind} {name}": str(at) for kind, each in found.items() for name, at in each.items()}
+    found = {OWN_PHASE: phase_origins(config), OWN_SINK: sink_origins(config.sinks)}
+    return {f"{kind}{name}": str(at) for kind, each in found.items() for name, at in each.items()}
 
 
 def _taken_over(started: RunStarted, run_dir: Path) -> bool:

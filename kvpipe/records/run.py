@@ -24,6 +24,8 @@ PASSED = "passed"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
 SKIPPED = "skipped"
+OWN_PHASE, OWN_SINK = OWN_CODE = ("phase ", "sink ")
+"""Beginnings of the names in ``versions`` of phases and sinks that are not kvpipe's own."""
 SUMMARY_FIELDS = (
     "bytes_in_use",
     "peak_bytes_in_use",

@@ -9,7 +9,7 @@ from kvpipe.config.schema import CompareConfig
 from kvpipe.errors import InputError
 from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.pipeline.output import difference
-from kvpipe.records.run import RunPlanned
+from kvpipe.records.run import OWN_CODE, RunPlanned
 from kvpipe.report.config_changes import KeyChange, config_changes
 from kvpipe.report.side import RUN, Side
 from kvpipe.units import counted
@@ -112,14 +112,14 @@ class Comparison:
         return None if base is None or other is None else config_changes(base, other)
 
     def version_changes(self, side: Side) -> list[KeyChange]:
-        """Return the packages, and the phases of one's own, with another version.
+        """Return the packages that both sides know, with another version.
 
-        A plan knows only that of the engine.
+        Of runs also the user's own phases and sinks, which one of them may not have.
         """
         base, other = self.sides[0].versions, side.versions
         known = base.keys() & other.keys()
         if self.sides[0].kind == side.kind == RUN:
-            known = base.keys() | other.keys()
+            known |= {name for name in (*base, *other) if name.startswith(OWN_CODE)}
         old, new = ({n: v for n, v in held.items() if n in known} for held in (base, other))
         return config_changes(old, new)
 

@@ -237,6 +237,16 @@ def test_other_versions_and_keys_are_told(tmp_path, base):
     assert "`jax`" not in shown
 
 
+def test_a_phase_of_ones_own_that_only_one_run_has_is_told(tmp_path, base):
+    """It may take the place of one of kvpipe's, with every name in the records as before."""
+    first = replace(
+        started(), versions={"phase generate": "/mine/generate.py (sha256 0123456789ab)"}
+    )
+    comparison = Comparison([base, side(tmp_path / "b", first, *pipeline(), passed())])
+    shown = as_markdown(comparison, STRICT)
+    assert '| `phase generate` | – | `"/mine/generate.py (sha256 0123456789ab)"` |' in shown
+
+
 @pytest.mark.parametrize("name", ["bigkv_131072", "kv32k", "param_swap_4096"])
 def test_a_published_log_of_the_script_is_a_side(name):
     script = read_side(SOP / f"{name}.jsonl")
