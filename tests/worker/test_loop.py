@@ -8,6 +8,7 @@ import pytest
 
 from kvpipe.config.schema import Kvpipe, RunnerConfig
 from kvpipe.engine import peaks
+from kvpipe.engine.compile_count import Compilations
 from kvpipe.errors import BAD_INPUT, WRONG_WEIGHTS, InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
@@ -119,7 +120,7 @@ def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second()
 def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
     class Compiling:
         total = 2
-        so_far = SimpleNamespace(count=2, seconds=1.5)
+        so_far = Compilations(count=2, seconds=1.5, loaded=3)
         compiling_s = 0.25
 
         def take(self):
@@ -127,8 +128,8 @@ def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
 
     monkeypatch.setattr(loop, "CompileCounter", Compiling)
     (record,), told = run(Waits("first", 0.4))
-    assert Progress("first", COMPILING, 1.75, {"programs": 2}) in told
-    assert (record.compilations, record.compile_s) == (2, 1.5)
+    assert Progress("first", COMPILING, 1.75, {"programs": 5}) in told
+    assert (record.compilations, record.programs_loaded, record.compile_s) == (2, 3, 1.5)
 
 
 @pytest.mark.parametrize(
