@@ -255,7 +255,7 @@ def _walk(
         seen: objects that were visited, kept alive so that no id is used again; it grows.
     """
     found: dict[int, Path] = {}
-    ahead = deque(((name,), thing) for name, thing in roots)
+    ahead: deque[tuple[Path, Any]] = deque(((name,), thing) for name, thing in roots)
     while ahead and len(found) < len(wanted):
         path, thing = ahead.popleft()
         if id(thing) in seen or isinstance(thing, _ATOMS) or _is_ours(thing):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def test_an_entry_is_returned_as_it_was_put_and_another_key_has_none(tmp_path: P
     ],
     ids=["cut", "empty", "a bit", "another format"],
 )
-def test_a_damaged_entry_is_missing_and_can_be_written_again(tmp_path: Path, damage) -> None:
+def test_a_damaged_entry_is_missing_and_can_be_written_again(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     store = Store(tmp_path, LARGE)
     store.put("key", b"program")
     (tmp_path / "key").write_bytes(damage((tmp_path / "key").read_bytes()))
