@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,6 @@ def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_re
     assert "ModelRunner.leaked" in described
 
 
-class Holder:
-    """Stands for an object of the engine that holds arrays."""
-
-
 @pytest.mark.usefixtures("four_devices")
 def test_an_array_is_looked_for_where_such_arrays_were_and_named_only_while_it_is_held(
     monkeypatch: pytest.MonkeyPatch,
@@ -95,8 +92,8 @@ def test_an_array_is_looked_for_where_such_arrays_were_and_named_only_while_it_i
 
     from kvpipe.engine import owners
 
-    engine: Any = Holder()
-    engine.runner, engine.scheduler, engine.engine = Holder(), Holder(), Holder()
+    parts: dict[str, Any] = {name: SimpleNamespace() for name in ("runner", "scheduler", "engine")}
+    engine: Any = SimpleNamespace(**parts)
     monkeypatch.setattr(owners, "_is_ours", lambda thing: False)
     walked: list[int] = []
     walk = owners._held_by
