@@ -4,12 +4,10 @@ CPU time, including children, is compared as well as wall time, because other pr
 less.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+
+from benchmarks.command import kvpipe
 
 _TURNS = 3
 _DEVICES = 2
@@ -45,24 +43,5 @@ def _added(measured: dict[bool, list[float]]) -> float:
 
 def _run(cwd: str, isolate: bool) -> tuple[float, float]:
     """Run the tiny experiment; return its wall and CPU seconds."""
-    # The run must not inherit the benchmarks' devices.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    before, began = os.times(), time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "kvpipe", f"runner.isolate={str(isolate).lower()}"),
-                *(f"engine.tp_size={_DEVICES}", f"cache_dir={cwd}/cache"),
-            ],
-            cwd=cwd,
-            env=inherited,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    wall_s, after = time.monotonic() - began, os.times()
-    if done.returncode:
-        raise RuntimeError(f"the run ended with exit code {done.returncode}")
-    cpu_s = (after.children_user - before.children_user) + (
-        after.children_system - before.children_system
-    )
-    return wall_s, cpu_s
+    ran = kvpipe(cwd, f"runner.isolate={str(isolate).lower()}", f"engine.tp_size={_DEVICES}")
+    return ran.seconds, ran.cpu_seconds

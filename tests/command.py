@@ -55,6 +55,11 @@ class Finished:
         return next(line for line in self.lines if line["phase"] == name)
 
 
+def programs(record: dict[str, Any]) -> int:
+    """Return the programs that a phase needed anew, compiled or loaded from an earlier test's."""
+    return record["compilations"] + record["programs_loaded"]
+
+
 def kvpipe(
     cwd: Path,
     *arguments: str,

@@ -406,6 +406,9 @@ class RunnerConfig(Section, section="runner"):
             measures; the run fails either way. Cleanup steps run after any failure.
         overwrite: allow a run or a sweep in a directory that has the records of an earlier one,
             which are lost.
+        compile_cache_bytes: most bytes of compiled programs that stay in ``cache_dir`` for later runs,
+            of all runs together; 0 neither keeps nor loads any. If the environment has
+            JAX_COMPILATION_CACHE_DIR, jax's own cache is used instead.
     """
 
     isolate: bool = True
@@ -419,6 +422,7 @@ class RunnerConfig(Section, section="runner"):
     sink_timeout_s: float | None = checked(300.0, seconds)
     on_error: str = checked(STOP, one_of(STOP, CONTINUE))
     overwrite: bool = False
+    compile_cache_bytes: int = checked(2 * 1024**3, at_least(0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -505,7 +509,8 @@ class CompareConfig(Section, section="compare"):
         outputs: whether a different output exceeds the allowance.
         duration_factor: allowed factor on a phase's duration; None means any. Phases shorter than
             0.1 s do not count.
-        compilations: allowed additional compilations in a phase; None means any number.
+        compilations: allowed additional programs, compiled or loaded, in a phase; None means any
+            number.
     """
 
     format: CompareFormat = CompareFormat.markdown
@@ -570,7 +575,8 @@ class Kvpipe:
         output: format of stdout.
         sinks: names of further receivers of the records, which installed packages bring along as
             entry points of the group ``kvpipe.sinks``.
-        cache_dir: directory of generated checkpoints; None means ``$XDG_CACHE_HOME/kvpipe``.
+        cache_dir: directory of generated checkpoints, compiled programs and plans; None means
+            ``$XDG_CACHE_HOME/kvpipe``.
     """
 
     experiment: str = checked("tiny", directory_name)

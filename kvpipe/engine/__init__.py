@@ -1,4 +1,4 @@
 """Adapter to sglang-jax: the only package that imports it or touches its private attributes.
 
-It runs in the worker process; the parent imports :mod:`.architectures` alone, which has no jax.
+It runs in the worker process; the parent imports :mod:`.program_cache` alone, which has no jax.
 """

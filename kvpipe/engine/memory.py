@@ -64,9 +64,10 @@ def per_device(
     return tuple(sizes[device] for device in devices)
 
 
-def live_arrays() -> list[jax.Array]:
-    """Return every live array, ready, after a garbage collection."""
-    collect_garbage()
+def live_arrays(collect: bool = True) -> list[jax.Array]:
+    """Return every live array, ready, after a garbage collection unless ``collect`` is false."""
+    if collect:
+        collect_garbage()
     with _counting:
         alive = [array for array in jax.live_arrays() if not array.is_deleted()]
     return jax.block_until_ready(alive)
@@ -127,7 +128,10 @@ def _buffer(array: jax.Array) -> tuple[Any, int]:
 
 
 def measure(
-    params: Iterable[jax.Array], kv: Iterable[jax.Array], slots: Mapping[str, Iterable[jax.Array]]
+    params: Iterable[jax.Array],
+    kv: Iterable[jax.Array],
+    slots: Mapping[str, Iterable[jax.Array]],
+    collect: bool = True,
 ) -> tuple[Ledger, list[list[jax.Array]]]:
     """Attribute every live array of this host to a pool: params, then kv, slots, and other.
 
@@ -137,9 +141,10 @@ def measure(
     An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
     that the engine computes with. Where the backend reports its bytes in use, those beyond the
     arrays and their padding are the pool ``program``: compiled code and the runtime's buffers.
+    Without ``collect`` arrays that only garbage refers to are in the pool other too.
     """
     devices = jax.local_devices()
-    alive = live_arrays()
+    alive = live_arrays(collect)
     rest = {id(array): array for array in alive}
     owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
     ledger = Ledger(len(devices))

@@ -13,7 +13,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -29,6 +29,9 @@ from kvpipe.errors import EngineError
 
 LAST_BATCH = "last batch"
 _ENGINE_MODULES = "sgl_jax."
+Path = tuple[str, ...]
+"""Names that lead from one of the roots to an object, each as the ending of what is before it."""
+
 _ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
 _MOST_REFERRERS = 3
 _MOST_DESCRIBED = 5
@@ -43,6 +46,8 @@ class Owners:
         sizes: bytes over all devices that each owner has had from the start, by its path.
         arrays: the arrays themselves, as another path may become the shorter one.
         after_generate: owners since the first generate; their bytes follow the batch.
+        paths: where arrays were found in the engine's objects so far.
+        thread_paths: the same in the local variables of its threads.
     """
 
     engine: SglangEngine
@@ -51,6 +56,8 @@ class Owners:
         default_factory=weakref.WeakValueDictionary
     )
     after_generate: set[str] | None = None
+    paths: set[Path] = field(default_factory=set)
+    thread_paths: set[Path] = field(default_factory=set)
 
     @classmethod
     def when_ready(cls, engine: SglangEngine) -> "Owners":
@@ -61,9 +68,9 @@ class Owners:
                 counts.
         """
         pools = params.parameters(engine).values(), kv_cache.buffers(engine)
-        rest = [array for group in memory.measure(*pools, {})[1] for array in group]
-        owners, paths = cls(engine), _held_by(engine, rest)[0]
-        for array in rest:
+        owners, groups = cls(engine), memory.measure(*pools, {})[1]
+        paths, _ = owners._held(groups)
+        for array in (array for group in groups for array in group):
             if (path := paths.get(id(array))) is not None:
                 owners.sizes[path] = owners.sizes.get(path, 0) + _nbytes(array)
                 owners.arrays[id(array)] = array
@@ -78,7 +85,7 @@ class Owners:
         Args:
             groups: live arrays that are in no pool; those of a group share a buffer.
         """
-        held, last = _held_by(self.engine, [array for group in groups for array in group])
+        held, last = self._held(groups)
         if self.engine.generated and self.after_generate is None:
             self.after_generate = {*held.values()} - self.sizes.keys()
         owned: dict[str, int] = {}
@@ -91,6 +98,26 @@ class Owners:
             else:
                 unowned.append(group[0])
         return owned, unowned
+
+    def _held(
+        self, groups: Sequence[Sequence[jax.Array]]
+    ) -> tuple[dict[int, str], Collection[int]]:
+        """Return the paths of the arrays that the engine's objects hold, and ids of its threads' ones.
+
+        Look first where such arrays were before: a walk over all objects takes tens of milliseconds.
+        """
+        arrays = [array for group in groups for array in group]
+        cached = any(path[0].startswith(_ENGINE_MODULES) for path in self.paths)
+        roots = [*_roots(self.engine), *(_module_caches() if cached else ())]
+        held = _found_at(self.paths, arrays, roots)
+        last = _found_at(self.thread_paths, arrays, _thread_locals())
+        found = held.keys() | last.keys()
+        missing = [a for group in groups if found.isdisjoint(map(id, group)) for a in group]
+        more_held, more_last = _held_by(self.engine, missing)
+        self.paths.update(more_held.values())
+        self.thread_paths.update(more_last.values())
+        names = {key: _name_of_path(path) for key, path in (held | more_held).items()}
+        return names, last.keys() | more_last.keys()
 
     def _may_hold(self, path: str, array: jax.Array) -> bool:
         return (
@@ -164,22 +191,62 @@ def _refuse_pools(sizes: Mapping[str, int], layer_bytes: int) -> None:
             )
 
 
+def _name_of_path(path: Path) -> str:
+    """Return a path as text; that of a module's cache without the key in it."""
+    text = "".join(path)
+    return text.partition("[")[0] if text.startswith(_ENGINE_MODULES) else text
+
+
+def _roots(engine: SglangEngine) -> list[tuple[str, Any]]:
+    return [("runner", engine.runner), ("scheduler", engine.scheduler), ("engine", engine.engine)]
+
+
+def _found_at(
+    paths: Iterable[Path], arrays: Iterable[jax.Array], roots: Iterable[tuple[str, Any]]
+) -> dict[int, Path]:
+    """Return the paths, of these, that now lead from the roots to one of the arrays, by its id."""
+    wanted = {id(array) for array in arrays}
+    inside: dict[Path, dict[str, list[Any]]] = {(): _by_name(roots)}
+
+    def things_at(path: Path) -> list[Any]:
+        return inside[path[:-1]].get(path[-1], [])
+
+    found: dict[int, Path] = {}
+    for path in sorted(paths, key=len):
+        for end in range(1, len(path)):
+            if path[:end] not in inside:
+                things = things_at(path[:end])
+                inside[path[:end]] = _by_name(
+                    child for thing in things for child in _children(thing)
+                )
+        for thing in things_at(path):
+            if id(thing) in wanted:
+                found.setdefault(id(thing), path)
+    return found
+
+
+def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """Return the things of each name; a bound method's two children, for example, have none."""
+    things: dict[str, list[Any]] = {}
+    for name, thing in named:
+        things.setdefault(name, []).append(thing)
+    return things
+
+
 def _held_by(
     engine: SglangEngine, arrays: Sequence[jax.Array]
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Return who holds the arrays: the engine's objects and modules, and else its threads."""
+) -> tuple[dict[int, Path], dict[int, Path]]:
+    """Return the paths at which the engine's objects and modules hold the arrays, and its threads."""
     wanted = {id(array) for array in arrays}
     seen: dict[int, Any] = {}
-    roots = [("runner", engine.runner), ("scheduler", engine.scheduler), ("engine", engine.engine)]
-    held = _walk(roots, wanted, seen)
-    for found, path in _walk(_module_caches(), wanted - held.keys(), seen).items():
-        held[found] = path.partition("[")[0]
+    held = _walk(_roots(engine), wanted, seen)
+    held |= _walk(_module_caches(), wanted - held.keys(), seen)
     return held, _walk(_thread_locals(), wanted - held.keys(), seen)
 
 
 def _walk(
     roots: Iterable[tuple[str, Any]], wanted: set[int], seen: dict[int, Any]
-) -> dict[int, str]:
+) -> dict[int, Path]:
     """Return the shortest path to each wanted object.
 
     Args:
@@ -187,8 +254,8 @@ def _walk(
         wanted: ids of the objects.
         seen: objects that were visited, kept alive so that no id is used again; it grows.
     """
-    found: dict[int, str] = {}
-    ahead = deque(roots)
+    found: dict[int, Path] = {}
+    ahead: deque[tuple[Path, Any]] = deque(((name,), thing) for name, thing in roots)
     while ahead and len(found) < len(wanted):
         path, thing = ahead.popleft()
         if id(thing) in seen or isinstance(thing, _ATOMS) or _is_ours(thing):
@@ -197,7 +264,7 @@ def _walk(
         if id(thing) in wanted:
             found[id(thing)] = path
             continue
-        ahead.extend((path + name, child) for name, child in _children(thing))
+        ahead.extend(((*path, name), child) for name, child in _children(thing))
     return found
 
 

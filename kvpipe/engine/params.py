@@ -21,6 +21,9 @@ class ParamTable:
 
     It maps paths, which never change, to positions in the engine's live list of leaves: the next
     step computes with whatever :meth:`put_in_step` writes.
+
+    Attributes:
+        positions: path → position in the list.
     """
 
     def __init__(self, engine: SglangEngine) -> None:
@@ -34,12 +37,12 @@ class ParamTable:
         flat, self._structure = jax.tree_util.tree_flatten_with_path(state)
         positions = {path_name(path): i for i, (path, _) in enumerate(flat)}
         paths = param_paths(nnx.state(self._model, nnx.Param))
-        self._positions = {path: positions[path] for path in sorted(paths)}
+        self.positions = {path: positions[path] for path in sorted(paths)}
 
     @property
     def params(self) -> dict[str, Param]:
         """The current parameters: an array, or the shape of a dropped one."""
-        return {path: self._leaves[i] for path, i in self._positions.items()}
+        return {path: self._leaves[i] for path, i in self.positions.items()}
 
     @property
     def blueprint(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -47,7 +50,7 @@ class ParamTable:
         return {path: as_shape(leaf) for path, leaf in self.params.items()}
 
     def __getitem__(self, path: str) -> Param:
-        return self._leaves[self._positions[path]]
+        return self._leaves[self.positions[path]]
 
     def put_in_step(self, new: Mapping[str, Param]) -> None:
         """Replace these parameters in the compiled step only.
@@ -55,13 +58,13 @@ class ParamTable:
         An old array is freed at once if :meth:`let_model_go` has run before.
         """
         for path, leaf in new.items():
-            self._leaves[self._positions[path]] = leaf
+            self._leaves[self.positions[path]] = leaf
 
     def let_model_go(self) -> None:
         """Replace the model's arrays by shapes, so that the step's list is their only owner."""
         leaves = list(self._leaves)
         for path, shape in self.blueprint.items():
-            leaves[self._positions[path]] = shape
+            leaves[self.positions[path]] = shape
         self._set_model(leaves)
 
     def update_model(self) -> None:
@@ -77,7 +80,10 @@ def parameters(engine: SglangEngine) -> dict[str, Param]:
 
     A dropped parameter is returned as its shape, dtype and sharding.
     """
-    return ParamTable(engine).params
+    if not engine.positions:
+        engine.positions = ParamTable(engine).positions
+    leaves = _step_leaves(engine.runner)
+    return {path: leaves[i] for path, i in engine.positions.items()}
 
 
 def num_leaves(engine: SglangEngine) -> int:

@@ -18,6 +18,7 @@ from kvpipe.system.versions import version_of
 
 # Goes up when kvpipe's own programs change, or what is kept of a program.
 _FORMAT = 3
+PROGRAMS = "programs"
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -43,10 +44,10 @@ def cached(
     return programs
 
 
-def file_for(content: Mapping[str, Any], cache_dir: Path) -> Path:
+def file_for(content: Mapping[str, Any], cache_dir: Path, folder: str = PROGRAMS) -> Path:
     """Return the cache's file for ``content``, with the versions of what compiles."""
     key = json.dumps({**content, "format": _FORMAT, "versions": _versions()}, sort_keys=True)
-    return cache_dir / "programs" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    return cache_dir / folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def write(path: Path, content: Any) -> None:

@@ -44,6 +44,8 @@ class SglangEngine:
         proof: the digests of its weights; of offloaded ones those that they had.
         cache_digests: digests of the weights that the prefix cache was written under.
         generated: whether it has generated.
+        positions: where each parameter is in the list of the compiled step, by path; it never changes,
+            so it is looked up once.
     """
 
     engine: Any
@@ -58,6 +60,7 @@ class SglangEngine:
     proof: Proof = field(default_factory=Proof)
     cache_digests: frozenset[str] = frozenset()
     generated: bool = False
+    positions: dict[str, int] = field(default_factory=dict)
 
     @property
     def version(self) -> str:

@@ -22,6 +22,8 @@ import psutil
 from kvpipe.system.pipes import STACKS_FILE, remove_tree, send
 
 _LOG_TAIL_LINES = 8
+# XLA writes long lines about preferences of its compiler for each program that a CPU loads.
+_LOG_NOISE = "cpu_aot_loader.cc"
 # Of the child's log, so that it takes any text, whatever the encoding of this process's streams.
 _LOG_ENCODING = "utf-8:backslashreplace"
 _READ_BYTES = 1 << 16
@@ -105,7 +107,8 @@ class Child:
 
     def log_tail(self) -> str:
         """Return the last lines of its log."""
-        return "\n".join(self.log_text().splitlines()[-_LOG_TAIL_LINES:])
+        lines = [line for line in self.log_text().splitlines() if _LOG_NOISE not in line]
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
 
     def log_text(self) -> str:
         """Return its log; a note in its place if somebody has removed it during the run."""

@@ -1,13 +1,13 @@
 """The parent's side of planning without a run: a child process evaluates the engine's shapes.
 
-Keep the child for the next job of a sweep: it spends nearly all of its time on imports.
+The plan of an unchanged config is on disk (:mod:`kvpipe.parent.plan_cache`). Keep the child for the next job of a sweep: it spends nearly all of its time on imports.
 """
 
 import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.config.schema import Kvpipe, PlanConfig
 from kvpipe.errors import EngineError, InputError, KvpipeError, OutOfMemory, TimedOut
+from kvpipe.parent import plan_cache
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.plan.targets import Target
 from kvpipe.records.run import RunPlanned
@@ -44,17 +45,26 @@ class Planners:
     def plan(self, config: Kvpipe, plain: dict[str, Any], target: Target) -> RunPlanned:
         """Return the plan for a target of a config, typed and plain, that has passed every check.
 
+        Only a plan that no earlier call has made starts a child.
+
         Raises:
             InputError: the engine refuses the model, the mesh or the capacity.
             EngineError: its shapes cannot be evaluated for another reason, or the child died.
             OutOfMemory: the host has no memory left for that.
             TimedOut: it took longer than ``plan.timeout_s``.
         """
+        model_dir = shape_dir(config, self._scratch)
+        make = partial(self._ask, config, plain, target, model_dir)
+        return plan_cache.kept(config, plain, target, model_dir, make)
+
+    def _ask(
+        self, config: Kvpipe, plain: dict[str, Any], target: Target, model_dir: Path
+    ) -> RunPlanned:
         child = self._child(target.devices)
-        model_dir = str(shape_dir(config, self._scratch))
+        job = {"config": plain, "target": asdict(target), "model_dir": str(model_dir)}
         try:
             with limited(*plan_limit(config.plan, "the plan")):
-                child.send({"config": plain, "target": asdict(target), "model_dir": model_dir})
+                child.send(job)
                 answer = next(child.messages(), None)
         except TimedOut:
             # Its answer, if it came, would be taken for that of the next job.

@@ -10,7 +10,7 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
     """Return a phase's values under the metric keys that existing dashboards use.
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
-    ``plan/<pool>_error_bytes``, ``compile/count``, ``mem/process/peak_rss_bytes`` and
+    ``plan/<pool>_error_bytes``, ``compile/...``, ``time/outside_s``, ``mem/process/peak_rss_bytes`` and
     ``mem/peak/...`` (inside the phase) are kvpipe's.
     """
     values: dict[str, int | float | str] = {
@@ -18,10 +18,12 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
         "phase/name": record.phase,
         "time/elapsed_s": record.elapsed_s,
         "time/duration_s": record.duration_s,
+        "time/outside_s": record.outside_s,
         "mem/process/rss_bytes": record.memory.process_rss_bytes,
         "mem/process/peak_rss_bytes": record.memory.process_peak_rss_bytes,
         "compile/count": record.compilations,
         "compile/seconds": record.compile_s,
+        "compile/loaded": record.programs_loaded,
     }
     values |= dict(_device_metrics(record.memory))
     values |= dict(_peak_metrics(record.peak))

@@ -165,7 +165,9 @@ class PhaseRecord(JsonRecord):
         other_bytes: bytes of the ledger's pool ``other``, by owner.
         plan_error_bytes: measured minus planned bytes, by pool that the plan predicts exactly.
         compilations: programs that XLA compiled during the phase.
-        compile_s: seconds that XLA compiled, summed over threads.
+        compile_s: seconds of compiling and loading programs, summed over threads.
+        programs_loaded: programs that jax loaded during the phase, as an earlier run compiled them.
+        outside_s: seconds since the end of the worker's step before, in which no phase ran.
         checks: the phase's assertions.
         fields: values that the phase reports; they are top-level keys of the JSON line.
     """
@@ -182,6 +184,8 @@ class PhaseRecord(JsonRecord):
     plan_error_bytes: Mapping[str, int] = field(default_factory=dict)
     compilations: int = 0
     compile_s: float = 0.0
+    programs_loaded: int = 0
+    outside_s: float = 0.0
     checks: Sequence[Check] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -189,6 +193,11 @@ class PhaseRecord(JsonRecord):
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def programs(self) -> int:
+        """Programs that it needed anew, compiled or loaded."""
+        return self.compilations + self.programs_loaded
 
     @property
     def bytes_in_use(self) -> int:
@@ -213,14 +222,15 @@ class PhaseRecord(JsonRecord):
     @override
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the record of a phase; one from before there were peaks or owners has none."""
+        """Return the record of a phase; what an earlier version did not record has its default."""
         memory = {key: value for key, value in data["memory"].items() if key != _SUMMARY}
-        if missing := _PHASE_KEYS - {"peak", "other_bytes"} - data.keys():
+        if missing := _PHASE_KEYS - _LATER_KEYS - data.keys():
             raise KeyError(*sorted(missing))
         return super().from_json({**data, "memory": memory})
 
 
 _PHASE_KEYS = {field.name for field in fields(PhaseRecord)} - {"fields"}
+_LATER_KEYS = {"peak", "other_bytes", "programs_loaded", "outside_s"}
 _SUMMARY = "jax_device_memory_summary"
 
 

@@ -22,7 +22,7 @@ FIGURES = {
     PEAK: "peak",
     FULLEST: "fullest",
     SECONDS: "duration_s",
-    PROGRAMS: "compilations",
+    PROGRAMS: "programs",
     TEXT: "text_sha256",
 }
 # A sample may miss the moment of the peak: those of one phase were up to 1.4 times each other.

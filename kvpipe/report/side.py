@@ -31,7 +31,7 @@ class SidePhase:
     fullest: int | None = None
     peak: int | None = None
     duration_s: float | None = None
-    compilations: int | None = None
+    programs: int | None = None
     text_sha256: str | None = None
     token_ids: Sequence[int] | None = None
 
@@ -124,7 +124,7 @@ def _of_record(phase: PhaseRecord) -> SidePhase:
         total=phase.bytes_in_use if phase.ledger else None,
         peak=phase.peak.bytes_in_use_total if phase.peak else None,
         duration_s=phase.duration_s,
-        compilations=phase.compilations,
+        programs=phase.programs,
         text_sha256=phase.fields.get("text_sha256"),
         token_ids=phase.fields.get("token_ids"),
     )

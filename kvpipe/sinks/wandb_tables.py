@@ -19,6 +19,7 @@ PHASES_COLUMNS = (
     "peak_bytes",
     "rss_bytes",
     "compilations",
+    "programs_loaded",
     "checks_failed",
 )
 CHARTS = ("duration_s", "total_bytes", "peak_bytes")
@@ -39,6 +40,7 @@ def phase_row(record: PhaseRecord) -> list[Any]:
         peak.bytes_in_use_total if peak else None,
         record.memory.process_rss_bytes,
         record.compilations,
+        record.programs_loaded,
         sum(not check.passed for check in record.checks),
     ]
 

@@ -9,17 +9,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvpipe.system.pipes import STACKS_FILE, remove_tree
 
 if TYPE_CHECKING:
-    from kvpipe.worker.work import Planner
+    from kvpipe.worker.work import Load
 
 
-def main(load: "Callable[[], Planner] | None" = None) -> None:
+def main(load: "Load | None" = None) -> None:
     """Entry point of ``python -m kvpipe.worker.entry FD``: do the job on stdin, report on FD.
 
     The job is one line with the plain config (``config``), the start of the run (``run_began``,

@@ -161,6 +161,8 @@ class _Loop:
         self._compiles = CompileCounter()
         self._drift = Drift()
         self._step_began = 0.0
+        self._step_ended: float | None = None
+        self._outside_s = 0.0
         self._step = ""
         self._memory: Memory | None = None
         self.engine_lives = True
@@ -175,13 +177,15 @@ class _Loop:
             self._sampler.begin(self._memory)
         self._compiles.take()
         self._step_began = time.monotonic()
+        self._outside_s = self._step_began - (self._step_ended or self._step_began)
 
     def report(self, progressed: Callable[[Progress], None]) -> float:
         """Report the step's progress, if it has any; return the seconds until the next report."""
         step, activity, compiled = self._step, progress.now(), self._compiles.so_far
         if (compiling_s := self._compiles.compiling_s) is not None:
             seconds = round(compiled.seconds + compiling_s, 3)
-            progressed(Progress(step, COMPILING, seconds, {PROGRAMS: compiled.count}))
+            programs = {PROGRAMS: compiled.programs}
+            progressed(Progress(step, COMPILING, seconds, programs))
         elif activity is not None:
             progressed(activity.progress(step))
         return _REPORT_EVERY_S
@@ -266,7 +270,8 @@ class _Loop:
 
     def _timed(self, job: Job) -> dict[str, Any]:
         """Stop the clock and the counts of a step; return them by the record's field names."""
-        duration_s = time.monotonic() - self._step_began
+        self._step_ended = time.monotonic()
+        duration_s = self._step_ended - self._step_began
         compiled = self._compiles.take()
         return {
             "phase": job.phase.step,
@@ -275,6 +280,8 @@ class _Loop:
             "duration_s": round(duration_s, 6),
             "compilations": compiled.count,
             "compile_s": round(compiled.seconds, 6),
+            "programs_loaded": compiled.loaded,
+            "outside_s": round(self._outside_s, 6),
         }
 
 

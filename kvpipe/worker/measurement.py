@@ -5,6 +5,7 @@ It runs in the worker between phases, with the engine idle and the devices synch
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import UNOWNED, Ledger
@@ -39,24 +40,17 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     """
     if not ctx.jax_ready:
         return Measurement(process_memory(), None)
-    from kvpipe.engine import kv_cache, memory, owners, weights
+    from kvpipe.engine import memory
 
     engine = ctx.started
     if engine is not None and settle:
         engine.wait_idle()
-    ledger, unpooled = memory.measure(
-        params=weights.parameters(engine).values() if engine else (),
-        kv=kv_cache.buffers(engine) if engine else (),
-        slots={name: arrays.values() for name, arrays in ctx.slots.items()}
-        | (ctx.made_trainer.sets if ctx.made_trainer else {}),
-    )
-    other: dict[str, int] = {}
-    unowned = [group[0] for group in unpooled]
-    if ctx.owners:
-        other, unowned = ctx.owners.attribute(unpooled)
-    described = owners.describe(unowned, unpooled)
-    if unowned:
-        other[UNOWNED] = sum(memory.bytes_of(unowned))
+    # A collection takes longer than all the rest. An array that garbage holds has no owner, so it can
+    # wait for one that has none; but compiled code that garbage holds is in no list, so where devices
+    # count it too, garbage is collected each time.
+    counts_itself = memory.device_stats() is not None
+    found = None if counts_itself else _attributed(ctx, collect=False)
+    ledger, other, described = found or _attributed(ctx, collect=True)
     stats = memory.device_stats()
     source = "device"
     if stats is None:
@@ -69,3 +63,31 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
         other,
         described,
     )
+
+
+def _attributed(ctx: WorkerContext, collect: bool) -> Any:
+    """Return the ledger, the bytes of each owner, and the arrays that have none, in words.
+
+    Return None without ``collect`` if an array has no owner: garbage may hold it. No array stays
+    referred to then.
+    """
+    from kvpipe.engine import kv_cache, memory, owners, weights
+
+    engine = ctx.started
+    ledger, unpooled = memory.measure(
+        params=weights.parameters(engine).values() if engine else (),
+        kv=kv_cache.buffers(engine) if engine else (),
+        slots={name: arrays.values() for name, arrays in ctx.slots.items()}
+        | (ctx.made_trainer.sets if ctx.made_trainer else {}),
+        collect=collect,
+    )
+    other: dict[str, int] = {}
+    unowned = [group[0] for group in unpooled]
+    if ctx.owners:
+        other, unowned = ctx.owners.attribute(unpooled)
+    if unowned and not collect:
+        return None
+    described = owners.describe(unowned, unpooled)
+    if unowned:
+        other[UNOWNED] = sum(memory.bytes_of(unowned))
+    return ledger, other, described

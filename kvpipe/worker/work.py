@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
@@ -30,13 +31,15 @@ from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
 
 Planner = Callable[[Sequence[PlannedStep], Kvpipe, Path], Plan]
+Load = Callable[[Kvpipe], Planner]
 
 
-def with_engine() -> Planner:
+def with_engine(config: Kvpipe) -> Planner:
     """Import jax and the engine, which takes seconds; return the planner."""
-    from kvpipe.engine import shapes
+    from kvpipe.engine import compile_cache, shapes
     from kvpipe.worker import planner
 
+    compile_cache.keep_in(cache_dir(config) / "compiled", config.runner.compile_cache_bytes)
     shapes.import_engine()
     return planner.plan_here
 
@@ -46,7 +49,7 @@ def execute(
     callbacks: loop.Callbacks,
     run_began: float,
     may_begin: Callable[[], object] = lambda: None,
-    load: Callable[[], Planner] = with_engine,
+    load: Load = with_engine,
 ) -> Ending:
     """Run the worker's steps in this process, and shut the engine down at the end.
 
@@ -55,7 +58,7 @@ def execute(
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
     try:
-        planner = load()
+        planner = load(config)
         may_begin()
         callbacks.joined(multihost.join(config.engine, _common(ctx)))
         jobs = _planned_jobs(ctx, callbacks, run_began, planner)
@@ -96,7 +99,7 @@ def work(
     run_began: float,
     descriptor: int,
     next_order: Callable[[], object],
-    load: Callable[[], Planner] = with_engine,
+    load: Load = with_engine,
 ) -> int:
     """Do the job and report on a descriptor; return the exit code.
 

@@ -41,7 +41,7 @@ def at_checkpoint(four_devices: None, monkeypatch: pytest.MonkeyPatch) -> Any:
         }
         alive = [array for arrays in held.values() for array in arrays]
         stats = {"bytes_in_use": in_use // 4, "pool": "HBM"}
-        monkeypatch.setattr(memory, "live_arrays", lambda: alive)
+        monkeypatch.setattr(memory, "live_arrays", lambda collect=True: alive)
         monkeypatch.setattr(jax, "local_devices", lambda: [_Counting(d, stats) for d in devices])
         return held
 

@@ -38,7 +38,7 @@ def test_three_drops_and_rebuilds_give_back_the_same_bytes_and_the_same_ids(
         assert rebuilt.changed_bytes == rebuilt.nbytes == kv_bytes
         assert sum(memory.bytes_in_use()) == with_kv
         assert real_engine.generate("Hello", greedy(8)).token_ids == first.token_ids
-        assert cycle == 0 or compilations.take().count == 0
+        assert cycle == 0 or compilations.take().programs == 0
 
 
 def test_a_second_drop_and_a_rebuild_of_what_is_there_are_refused(real_engine: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(
     compilations = CompileCounter()
     compilations.take()
     assert real_engine.generate("Hello", greedy(60)).token_ids == first
-    assert compilations.take().count == 0  # the first capacity's programs are still there
+    assert compilations.take().programs == 0  # the first capacity's programs are still there
 
 
 def test_a_capacity_that_holds_no_request_is_refused_and_the_cache_can_be_rebuilt(
@@ -346,7 +346,7 @@ def test_a_hundred_cycles_drift_by_no_byte_and_no_token(real_engine: Any) -> Non
         resident.append(process_memory().process_rss_bytes)
     assert len(seen) == 1, seen
     assert len(in_use) == 1, in_use
-    assert compilations.take().count == 0
+    assert compilations.take().programs == 0
     drift = resident[-1] - resident[9]
     assert drift < 32 * 2**20
 

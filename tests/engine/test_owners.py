@@ -1,6 +1,8 @@
 """Every live array has an owner: what the engine holds besides its pools is named, the rest is found."""
 
+import gc
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,63 @@ def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_re
         del engine.runner.leaked
     assert "float32[1], 4 bytes" in described
     assert "ModelRunner.leaked" in described
+
+
+@pytest.mark.usefixtures("four_devices")
+def test_an_array_is_looked_for_where_such_arrays_were_and_named_only_while_it_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import jax.numpy as jnp
+
+    from kvpipe.engine import owners
+
+    parts: dict[str, Any] = {name: SimpleNamespace() for name in ("runner", "scheduler", "engine")}
+    engine: Any = SimpleNamespace(**parts)
+    monkeypatch.setattr(owners, "_is_ours", lambda thing: False)
+    walked: list[int] = []
+    walk = owners._held_by
+    monkeypatch.setattr(
+        owners, "_held_by", lambda at, arrays: walked.append(len(arrays)) or walk(at, arrays)
+    )
+    named, first, second = owners.Owners(engine), jnp.zeros(3), jnp.ones(3)
+
+    def found(*groups: list[Any]) -> tuple[list[str], list[int]]:
+        walked.clear()
+        names, _ = named._held(groups)
+        return [names.get(id(group[0]), "") for group in groups], list(walked)
+
+    engine.runner.tables = {"first": [first]}
+    assert found([first]) == (["runner.tables['first'][0]"], [1])
+    assert found([first]) == (["runner.tables['first'][0]"], [0]), "it was looked for everywhere"
+    engine.runner.tables["first"][0] = second
+    assert found([second], [first]) == (["runner.tables['first'][0]", ""], [1])
+    engine.scheduler.moved = engine.runner.tables.pop("first")
+    assert found([second]) == (["scheduler.moved[0]"], [1])
+    assert found([second, first]) == (["scheduler.moved[0]"], [0]), "one of a buffer suffices"
+
+
+@pytest.mark.usefixtures("four_devices")
+def test_an_array_that_only_garbage_holds_is_collected_before_it_counts_as_unowned() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from kvpipe.config.schema import Kvpipe
+    from kvpipe.pipeline.context import WorkerContext
+    from kvpipe.worker import measurement
+
+    def left() -> list[Any]:
+        return [array.shape for array in jax.live_arrays() if array.shape == (977,)]
+
+    gc.disable()
+    try:
+        cycle: list[Any] = [jnp.zeros(977)]
+        cycle.append(cycle)
+        del cycle
+        assert left() == [(977,)]
+        measurement.measure(WorkerContext(Kvpipe(), "Hello", jax_ready=True))
+        assert left() == []
+    finally:
+        gc.enable()
 
 
 def test_a_second_kv_list_is_refused_with_its_size_when_the_engine_is_ready(

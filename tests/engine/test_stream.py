@@ -47,7 +47,7 @@ def test_weights_swapped_in_and_back_give_the_first_ids_and_nothing_is_compiled_
         assert output.cached_tokens == 0
         found.append(output.token_ids)
     assert found[1] == first != found[0]
-    assert compilations.take().count == 0
+    assert compilations.take().programs == 0
 
 
 def test_a_streamed_set_is_bit_for_bit_the_one_that_is_built(
@@ -183,7 +183,7 @@ def test_offloaded_weights_free_their_bytes_and_come_back_with_the_same_ids_and_
     again = real_engine.generate(prompt, greedy(8))
     assert again.token_ids == first.token_ids
     assert again.cached_tokens > 0
-    assert compilations.take().count == 0
+    assert compilations.take().programs == 0
     assert proof.proven and real_engine.proof == proof
     with pytest.raises(EngineError, match="the weights are there"):
         weights.restore(real_engine, kept)

@@ -61,7 +61,7 @@ def test_a_sync_gives_what_a_host_cast_of_the_trained_tree_gives_bit_for_bit(
     compilations.take()
     change = training.sync(real_engine, trainer.params)
     output = real_engine.generate(PROMPT, greedy(8))
-    assert compilations.take().count == 0
+    assert compilations.take().programs == 0
     assert change.fields["num_params"] == len(before)
     assert (output.cached_tokens, output.token_ids != first.token_ids) == (0, True)
     synced = in_engine(real_engine)

@@ -76,7 +76,7 @@ def test_a_swap_compiles_nothing_and_changes_the_output_back_and_forth(
     real_engine.flush()
     weights.swap(real_engine, real)
     assert real_engine.generate("Hello", greedy(8)).token_ids == real_ids != zero_ids
-    assert compilations().count == 0
+    assert compilations().programs == 0
 
 
 def test_after_a_swap_the_engine_computes_with_the_very_arrays_and_frees_the_old_ones(

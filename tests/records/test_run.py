@@ -76,6 +76,8 @@ phase_records = st.builds(
     plan_error_bytes=pools,
     compilations=st.integers(0, 99),
     compile_s=times,
+    programs_loaded=st.integers(0, 99),
+    outside_s=times,
     checks=several_checks,
     fields=st.dictionaries(names.filter(lambda n: n not in KNOWN_KEYS), json_values, max_size=4),
 )
@@ -242,6 +244,8 @@ def test_the_json_of_a_phase_has_the_scripts_names():
         "plan_error_bytes": {"kv": 0},
         "compilations": 2,
         "compile_s": 0.0,
+        "programs_loaded": 0,
+        "outside_s": 0.0,
         "checks": [{"name": "freed", "expected": 1, "actual": 2, "passed": False, "detail": "why"}],
         "drop_info": {"deleted_buffers": 3},
     }
@@ -267,10 +271,12 @@ def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
         "phase/name": "p",
         "time/elapsed_s": 2.0,
         "time/duration_s": 0.5,
+        "time/outside_s": 0.0,
         "mem/process/rss_bytes": 10,
         "mem/process/peak_rss_bytes": 20,
         "compile/count": 2,
         "compile/seconds": 0.0,
+        "compile/loaded": 0,
         "mem/jax/bytes_in_use_sum": 5,
         "mem/jax/bytes_in_use_min": 5,
         "mem/jax/bytes_in_use_max": 5,
@@ -291,9 +297,10 @@ def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
     }
 
 
-def test_a_record_from_before_there_were_peaks_reads_without_one():
+def test_a_record_from_before_there_were_peaks_or_loaded_programs_reads_without():
     written = a_record().to_json()
-    del written["peak"]
+    for key in ("peak", "other_bytes", "programs_loaded", "outside_s"):
+        del written[key]
     assert PhaseRecord.from_json(written) == a_record()
 
 

@@ -162,6 +162,17 @@ def test_durations_and_compile_counts_stand_in_a_table():
     assert row[:3] == ["generate_result", "1.250", "2"]
 
 
+def test_loaded_programs_and_the_time_between_phases_are_told():
+    later = replace(phase(5), programs_loaded=7, outside_s=0.25)
+    page = page_of([*RECORDS[:6], later])
+    row = next(r for r in page.table("Durations and compilations") if r[0] == STEPS[5])
+    assert (row[3], row[5]) == ("7", "0.250 s")
+    header = page.text_of("header")
+    assert "and 7 loaded" in header
+    share = 100 * 0.25 / (0.25 + 5 * 1.25)
+    assert f"0.25 s{share:.1f} % of the time from the first step to the last" in header
+
+
 def test_peaks_inside_phases_are_told_if_there_are_any():
     none = [replace(record, peak=None) for record in pipeline()[:5]]
     page = page_of([*RECORDS[:2], *none, with_peak(phase(5), 20 << 30)])

@@ -33,7 +33,7 @@ class NoEngine:
         raise AssertionError("there is no module")
 
 
-def without_engine():
+def without_engine(config):
     """Import nothing; return what plans steps that hold nothing on a device."""
     return plan_nothing
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvpipe.config.schema import Kvpipe, RunnerConfig
 from kvpipe.engine import peaks
+from kvpipe.engine.compile_count import Compilations
 from kvpipe.errors import BAD_INPUT, WRONG_WEIGHTS, InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.ledger import Ledger
@@ -69,15 +70,18 @@ def run(*phases, **options):
     return records + ([ending.error] if ending.error else []), told
 
 
-def run_in(ctx, phases, planned=None):
-    """Run the phases; return the records, what was told of their progress, and the ending."""
+def run_in(ctx, phases, planned=None, take=lambda record: None):
+    """Run the phases; return the records, what was told of their progress, and the ending.
+
+    ``take`` is called with each record, after it is in the list.
+    """
     records, told = [], []
     events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,
-        finished=records.append,
+        finished=lambda record: (records.append(record), take(record)),
     )
     jobs = [
         loop.Job(idx, phase.step, phase, planned or Ledger(1)) for idx, phase in enumerate(phases)
@@ -119,7 +123,7 @@ def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second()
 def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
     class Compiling:
         total = 2
-        so_far = SimpleNamespace(count=2, seconds=1.5)
+        so_far = Compilations(count=2, seconds=1.5, loaded=3)
         compiling_s = 0.25
 
         def take(self):
@@ -127,8 +131,21 @@ def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
 
     monkeypatch.setattr(loop, "CompileCounter", Compiling)
     (record,), told = run(Waits("first", 0.4))
-    assert Progress("first", COMPILING, 1.75, {"programs": 2}) in told
-    assert (record.compilations, record.compile_s) == (2, 1.5)
+    assert Progress("first", COMPILING, 1.75, {"programs": 5}) in told
+    assert (record.compilations, record.programs_loaded, record.compile_s) == (2, 3, 1.5)
+
+
+def test_the_time_between_two_steps_is_in_the_record_of_the_later_one():
+    """Whoever receives the record of a step takes time that is no phase's."""
+    received_s = 0.05
+    ctx = WorkerContext(Kvpipe(), "Hello")
+    phases = [Waits("a"), Fails("b"), Cleans("c")]
+    records, *_ = run_in(ctx, phases, take=lambda record: time.sleep(received_s))
+    first, *later = records
+    assert first.outside_s == 0
+    assert all(record.outside_s >= received_s for record in later)
+    spent = sum(record.outside_s + record.duration_s for record in later)
+    assert spent <= later[-1].elapsed_s - first.duration_s
 
 
 @pytest.mark.parametrize(
