@@ -31,6 +31,7 @@ from kvpipe.sinks.failed_records import FailedRecords
 from kvpipe.sinks.heartbeat import Heartbeat
 from kvpipe.sinks.jsonl import JsonFile, JsonLines
 from kvpipe.sinks.report import ReportFile, write_page, write_timeline
+from kvpipe.sinks.rollouts import RolloutFiles
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
 from kvpipe.sweeps.jobs import HYDRA_DIR, SWEEP_CONFIG, NoteSweep, command_line
@@ -162,6 +163,7 @@ def _sinks(config: Kvpipe, run_dir: Path, tracker: Sink) -> Iterator[Sink]:
                 ReportFile(run_dir, write_timeline),
                 tracker,
                 ReportFile(run_dir, write_page),
+                RolloutFiles(run_dir),
                 records,
                 _screen(config.output),
                 *_heartbeat(config),
