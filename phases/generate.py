@@ -85,12 +85,13 @@ class Generate(SampledPhase):
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        output = ctx.outputs[self.step] = ctx.engine.generate(ctx.prompt, self.sampling)
+        sampling = self.draw_sampling()
+        output = ctx.outputs[self.step] = ctx.engine.generate(ctx.prompt, sampling)
         checks = tuple(self.checks(ctx, output))
         fields = {
             "prompt": ctx.prompt,
             "prompt_sha256": sha256(ctx.prompt),
-            "sampling_params": asdict(self.sampling),
+            "sampling_params": asdict(sampling),
             **asdict(output),
             "text_sha256": sha256(output.text),
             "log_text": self.log_text,

@@ -1,6 +1,5 @@
 """Generate samples of many prompts at once, and compare them with those of an earlier rollout."""
 
-import secrets
 from dataclasses import asdict, replace
 from typing import Self, override
 
@@ -12,7 +11,7 @@ from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
 from kvpipe.pipeline.ledger import PROGRAM, Size
 from kvpipe.pipeline.phase import Effect, OnFailure, Result, follows
-from kvpipe.pipeline.rollout import Request, complete, same_rollout, seed_of
+from kvpipe.pipeline.rollout import Request, rollout_proven, same_rollout, seed_of
 from kvpipe.pipeline.sampled import SampledPhase
 
 
@@ -67,20 +66,17 @@ class Rollout(SampledPhase):
         from kvpipe.checkpoints.tokenizer import open_tokenizer, prompt_ids
         from kvpipe.engine import rollout
 
-        seed = secrets.randbits(31) if self.seed is None else self.seed
+        sampling = self.draw_sampling()
         ids = prompt_ids(ctx.prompts, open_tokenizer(ctx.model_dir))
         requests = [
-            Request(
-                prompt.id, i, its_ids, seed_of(seed, prompt.id, i) if self.temperature else None
-            )
+            Request(prompt.id, i, its_ids, seed_of(sampling.seed, prompt.id, i))
             for prompt, its_ids in zip(ctx.prompts, ids, strict=True)
             for i in range(self.n)
         ]
-        made = ctx.rollouts[self.step] = rollout.roll_out(ctx.engine, requests, self.sampling)
-        checks = [complete(made.samples, self.max_new_tokens)]
+        made = ctx.rollouts[self.step] = rollout.roll_out(ctx.engine, requests, sampling)
+        checks = list(rollout_proven(made, self.max_new_tokens))
         if (step := self.same_rollout_as) is not None:
             name = "aa_control" if self.aa_control else "same_rollout"
             checks.append(same_rollout(name, ctx.rollout_of(step), made))
-        chosen = {"sampling_params": asdict(replace(self.sampling, seed=seed))}
-        lines = [sample.to_json() for sample in made.samples]
-        return Result(chosen | made.fields(self.shown), tuple(checks), lines)
+        chosen = {"sampling_params": asdict(sampling)}
+        return Result(chosen | made.fields(self.shown), tuple(checks), made.lines())

@@ -92,6 +92,16 @@ def at_least(least: int) -> Refusal:
     return refuse
 
 
+def between(least: int, most: int) -> Refusal:
+    """Refuse a number below ``least`` or above ``most``."""
+
+    def refuse(key: str, value: Any) -> None:
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise InputError(f"{key} is {value}, it must be from {least} to {most}")
+
+    return refuse
+
+
 def seconds(key: str, value: float | None) -> None:
     """Refuse a time that is not positive or not finite."""
     if value is not None and not 0 < value < math.inf:
@@ -109,6 +119,15 @@ def texts(key: str, values: list[Any]) -> None:
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
+
+
+def stops(key: str, values: list[Any]) -> None:
+    """Refuse an item that is no text, or an empty one: it would end every sample at once."""
+    texts(key, values)
+    if "" in values:
+        raise InputError(
+            f"{key} has an empty text, which would end every sample at its first token"
+        )
 
 
 def name(key: str, value: str | None) -> None:
@@ -345,13 +364,14 @@ class SamplingConfig(Section, section="sampling"):
         temperature: sampling temperature, at least 0; 0.0 is greedy.
         ignore_eos: continue after an end-of-sequence token.
         n: samples of each prompt in a rollout; ``generate`` takes one.
-        top_p: smallest sum of probabilities that the candidates must have, more than 0, at most 1.
+        top_p: smallest sum of probabilities, at temperature 1, that the candidates must have; more
+            than 0 and at most 1.
         top_k: number of most probable tokens that are candidates; None means all.
-        min_p: probability of a candidate, at least, as a share of the most probable one's.
+        min_p: probability of a candidate, at least, as a share of the most probable one's, from 0 to 1.
         stop: texts that end a sample.
         stop_token_ids: token ids that end a sample.
-        seed: seed of the random numbers, at least 0; the same seed gives the same token ids. None
-            draws a new one for each rollout.
+        seed: seed of the random numbers, from 0 to 2^31 - 1; the same seed gives the same token ids.
+            None draws a new one for each step.
     """
 
     max_new_tokens: int = checked(64, at_least(1))
@@ -360,10 +380,10 @@ class SamplingConfig(Section, section="sampling"):
     n: int = checked(1, at_least(1))
     top_p: float = checked(1.0, share)
     top_k: int | None = checked(None, at_least(1))
-    min_p: float = checked(0.0, at_least(0))
-    stop: list[str] = field(default_factory=list, metadata={"refuse": texts})
+    min_p: float = checked(0.0, between(0, 1))
+    stop: list[str] = field(default_factory=list, metadata={"refuse": stops})
     stop_token_ids: list[int] = field(default_factory=list)
-    seed: int | None = checked(None, at_least(0))
+    seed: int | None = checked(None, between(0, 2**31 - 1))
 
 
 @dataclass

@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpipe.config.schema import SamplingConfig
 from kvpipe.engine import multihost
-from kvpipe.engine.rollout_hooks import rollout_of
 from kvpipe.engine.sglang import SglangEngine, json_plain, parameters
 from kvpipe.pipeline.rollout import Request, Rollout, Sample
 from kvpipe.records import progress
@@ -27,9 +26,7 @@ def roll_out(
         EngineError: the engine cannot generate now, or failed.
     """
     hooks = engine.rollouts
-    ids = hooks.new_ids(len(requests))
-    rollout = rollout_of(ids[0])
-    assert rollout is not None
+    rollout, ids = hooks.new_ids(len(requests))
     total = {
         progress.REQUESTS: len(requests),
         progress.TOKENS: len(requests) * sampling.max_new_tokens,
@@ -44,21 +41,23 @@ def roll_out(
         chosen = [parameters(sampling, request.seed or 0) for request in requests]
         return _ask(manager, rid=ids, input_ids=prompts, sampling_params=chosen)
 
-    answers, ended = None, 0.0
-    with progress.under_way(progress.GENERATING, total, so_far):
+    with progress.under_way(progress.GENERATING, total, so_far), engine.generating() as origin:
+        found = None
         # The first host's engine forwards the requests to those of the others.
         if multihost.rank() == 0:
             answers, ended = engine.on_caller.call(ask), time.monotonic()
-        engine.wait_idle()
-    held = hooks.taken(rollout)
-    of_each = [
-        [answer["text"], answer["output_ids"], answer["meta_info"], *held.known(request_id)]
-        for request_id, answer in zip(ids, answers or (), strict=bool(answers))
-    ]
-    found = json_plain({"samples": of_each, "duration_s": ended - (held.began or 0.0)})
-    received = multihost.of_first(found, engine.failure.raise_if_failed)
-    samples = zip(requests, received["samples"], strict=True)
-    return Rollout([_sample(*each) for each in samples], received["duration_s"])
+            engine.wait_idle()  # an answer comes before the hooks have seen its last token
+            found = json_plain(
+                {
+                    "answers": answers,
+                    "hooks": [hooks.known(request_id) for request_id in ids],
+                    "duration_s": hooks.seconds(rollout, ended),
+                }
+            )
+        received = multihost.of_first(found, engine.failure.raise_if_failed)
+    hooks.forget(rollout)
+    each = zip(requests, received["answers"], received["hooks"], strict=True)
+    return Rollout([_sample(*one) for one in each], received["duration_s"], **origin)
 
 
 def _ask(manager: Any, **requests: Any) -> Any:
@@ -74,15 +73,15 @@ def _ask(manager: Any, **requests: Any) -> Any:
     return loop.run_until_complete(anext(answers))
 
 
-def _sample(request: Request, answer: Sequence[Any]) -> Sample:
+def _sample(request: Request, answer: Mapping[str, Any], known: Sequence[Any]) -> Sample:
     """Return the sample of a request from the engine's answer and what the hooks know."""
-    text, token_ids, meta, logprobs, first_token_s = answer
+    meta, (logprobs, first_token_s) = answer["meta_info"], known
     return Sample(
         prompt=request.prompt,
         index=request.index,
         seed=request.seed,
-        text=text,
-        token_ids=tuple(token_ids),
+        text=answer["text"],
+        token_ids=tuple(answer["output_ids"]),
         logprobs=tuple(logprobs),
         finish_reason=meta["finish_reason"]["type"],
         prompt_tokens=meta["prompt_tokens"],

@@ -26,21 +26,17 @@ class Held:
 
     Attributes:
         waiting: those that have arrived, until all have.
-        began: monotonic time at which the scheduler got all of them; None before.
+        began: monotonic time at which the scheduler got all of them.
         logprobs: log-probabilities of the tokens so far, by request id.
         first_token_s: seconds from ``began`` to the first token, by request id.
         finished: number of requests that have ended.
     """
 
     waiting: list[Any] = field(default_factory=list)
-    began: float | None = None
+    began: float = 0.0
     logprobs: dict[str, list[float]] = field(default_factory=dict)
     first_token_s: dict[str, float] = field(default_factory=dict)
     finished: int = 0
-
-    def known(self, request_id: str) -> tuple[Sequence[float], float]:
-        """Return the log-probabilities of a request, and the seconds to its first token."""
-        return self.logprobs.get(request_id, ()), self.first_token_s.get(request_id, 0.0)
 
 
 class RolloutHooks:
@@ -63,29 +59,42 @@ class RolloutHooks:
         self._resolve = _wrap(client, "resolve_last_batch_result", self._keep)
         self._compute = _wrap(client.worker, "forward_batch_generation", self._forward)
 
-    def new_ids(self, count: int) -> list[str]:
-        """Return the ids of the requests of a new rollout."""
-        number = next(self._numbers)
-        return [f"{_OURS}/{number}/{place}/{count}" for place in range(count)]
+    def new_ids(self, count: int) -> tuple[str, list[str]]:
+        """Return the name of a new rollout, and the ids of its requests."""
+        rollout = str(next(self._numbers))
+        self._held[rollout] = Held()
+        return rollout, [f"{_OURS}/{rollout}/{place}/{count}" for place in range(count)]
 
-    def taken(self, rollout: str) -> Held:
-        """Return what is known of a rollout, and forget it."""
-        return self._held.pop(rollout)
+    def known(self, request_id: str) -> tuple[Sequence[float], float]:
+        """Return the log-probabilities of a request, and the seconds to its first token.
+
+        They are complete once the engine is idle.
+        """
+        held = self._held[_rollout_of(request_id) or ""]
+        return held.logprobs.get(request_id, ()), held.first_token_s.get(request_id, 0.0)
 
     def done(self, rollout: str) -> tuple[int, int]:
         """Return the ended requests and the new tokens so far; safe from any thread."""
-        held = self._held.get(rollout, Held())
+        held = self._held[rollout]
         return held.finished, sum(map(len, list(held.logprobs.values())))
+
+    def seconds(self, rollout: str, ended: float) -> float:
+        """Return the seconds from the hand-over of all requests to ``ended``, a monotonic time."""
+        return ended - self._held[rollout].began
+
+    def forget(self, rollout: str) -> None:
+        """Forget a rollout, whose requests have ended."""
+        del self._held[rollout]
 
     def _wait_for_all(self, requests: list[Any]) -> None:
         """Hand the requests of a rollout over once all are there."""
         now = []
         for request in requests:
-            rollout = rollout_of(getattr(request, "rid", None))
+            rollout = _rollout_of(getattr(request, "rid", None))
             if rollout is None:
                 now.append(request)
                 continue
-            held = self._held.setdefault(rollout, Held())
+            held = self._held[rollout]
             held.waiting.append(request)
             if len(held.waiting) == int(request.rid.rpartition("/")[2]):
                 held.began = time.monotonic()
@@ -95,7 +104,7 @@ class RolloutHooks:
 
     def _note_batch(self, batch: Any) -> Any:
         """Note whether a batch has a request of a rollout, for what the engine makes of it."""
-        self._wanted = any(rollout_of(request.rid) for request in batch.reqs)
+        self._wanted = any(_rollout_of(request.rid) for request in batch.reqs)
         return self._run_batch(batch)
 
     def _mark(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,16 +133,16 @@ class RolloutHooks:
         self._resolved = None
         done = self._finish_batch(batch, *args, **kwargs)
         for request, had, value in zip(requests, before, self._resolved or (), strict=False):
-            rollout = rollout_of(request.rid)
+            rollout = _rollout_of(request.rid)
             if rollout and len(request.output_ids) > had:
                 held = self._held[rollout]
                 held.logprobs.setdefault(request.rid, []).append(value)
-                held.first_token_s.setdefault(request.rid, time.monotonic() - (held.began or 0.0))
+                held.first_token_s.setdefault(request.rid, time.monotonic() - held.began)
                 held.finished += bool(request.finished())
         return done
 
 
-def rollout_of(request_id: str | None) -> str | None:
+def _rollout_of(request_id: str | None) -> str | None:
     """Return the rollout of a request, as its id says; None if it is of none."""
     ours, _, rest = (request_id or "").partition("/")
     return rest.partition("/")[0] if ours == _OURS else None

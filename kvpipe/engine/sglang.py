@@ -6,6 +6,8 @@ change of the engine's state goes through :class:`SchedulerThread`.
 
 import atexit
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,26 +93,41 @@ class SglangEngine:
             EngineError: the engine cannot generate now, or failed.
         """
         params = parameters(sampling, sampling.seed or 0)
-        steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
-        with progress.under_way(
-            progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
+        with (
+            progress.under_way(
+                progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
+            ),
+            self.generating() as origin,
         ):
-            self.generated = True
             raw = self._answer(prompt, params)
-            self.wait_idle()
-        if digest is not None:
-            self.cache_digests = cached | {digest}
         return Output(
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
             prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
             cached_tokens=int(raw["meta_info"]["cached_tokens"]),
             raw=raw,
-            forward_steps=self.scheduler.forward_ct - steps,
             stopped=(raw["meta_info"]["finish_reason"] or {}).get("type") == "stop",
-            weights_digest=digest,
-            cache_digests=tuple(sorted(cached)),
+            **origin,
         )
+
+    @contextmanager
+    def generating(self) -> Iterator[dict[str, Any]]:
+        """Generate in the block, and wait until the engine is idle again.
+
+        What it yields has, after the block, ``forward_steps``, ``weights_digest`` and
+        ``cache_digests`` of :class:`kvpipe.pipeline.output.Output`.
+
+        Raises:
+            EngineError: the engine failed or stayed busy.
+        """
+        steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
+        origin: dict[str, Any] = {"weights_digest": digest, "cache_digests": tuple(sorted(cached))}
+        self.generated = True
+        yield origin
+        self.wait_idle()
+        if digest is not None:
+            self.cache_digests = cached | {digest}
+        origin["forward_steps"] = self.scheduler.forward_ct - steps
 
     def _answer(self, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
         """Return the engine's answer as JSON types.

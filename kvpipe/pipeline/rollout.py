@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvpipe.pipeline.output import difference
+from kvpipe.pipeline.output import cache_of_these_weights, computed, difference
 from kvpipe.records.run import Check
 from kvpipe.units import counted
 
@@ -15,16 +15,18 @@ LENGTH = "length"
 """The finish reason of a sample that has all tokens that were asked for."""
 
 
-def seed_of(seed: int, prompt: str, index: int) -> int:
+def seed_of(seed: int | None, prompt: str, index: int) -> int | None:
     """Return the seed of one sample, from 0 to 2^31 - 1, the engine's int32.
 
     It depends on the prompt's id, not on its place, so a sample stays the same among other prompts.
 
     Args:
-        seed: the rollout's seed.
+        seed: the rollout's seed; None if it is greedy, and then its samples have none either.
         prompt: id of the prompt.
         index: number of the sample of this prompt, from 0.
     """
+    if seed is None:
+        return None
     text = f"{seed}/{index}/{prompt}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4]) >> 1
 
@@ -81,10 +83,6 @@ class Sample:
         """The sample in messages."""
         return f"sample {self.index} of prompt {self.prompt!r}"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the sample's line in the file of the rollout."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -93,10 +91,16 @@ class Rollout:
     Attributes:
         samples: the samples.
         duration_s: seconds from the hand-over of all requests to the last answer.
+        forward_steps: steps that the engine ran meanwhile, by its own count.
+        weights_digest: digest of the weights that they were generated under; None without digests.
+        cache_digests: those that the prefix cache was written under before.
     """
 
     samples: Sequence[Sample]
     duration_s: float
+    forward_steps: int
+    weights_digest: str | None
+    cache_digests: tuple[str, ...]
 
     @property
     def decode_tokens(self) -> int:
@@ -123,6 +127,10 @@ class Rollout:
             whole.update(struct.pack(f"<{len(sample.logprobs)}f", *sample.logprobs))
         return whole.hexdigest()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of the rollout's file, one a sample."""
+        return [asdict(s) | {"weights_digest": self.weights_digest} for s in self.samples]
+
     def fields(self, shown: int) -> dict[str, Any]:
         """Return the fields of the phase's record.
 
@@ -148,38 +156,50 @@ class Rollout:
             "finish_reasons": dict(Counter(sample.finish_reason for sample in self.samples)),
             "lengths": {str(length): lengths[length] for length in sorted(lengths)},
             "mean_logprob": round(
-                sum(map(sum, (sample.logprobs for sample in self.samples))) / self.decode_tokens, 6
+                sum(sum(sample.logprobs) for sample in self.samples) / max(1, self.decode_tokens), 6
             ),
             "rollout_sha256": self.digest,
-            "samples": [sample.to_json() for sample in self.samples[:shown]],
+            "forward_steps": self.forward_steps,
+            "weights_digest": self.weights_digest,
+            "cache_digests": self.cache_digests,
+            "samples": self.lines()[:shown],
         }
 
 
-def complete(samples: Sequence[Sample], asked: int) -> Check:
-    """Return the check that each sample ended as it was asked to.
-
-    The engine ends a request that outgrows the KV cache with fewer tokens, and says ``length``.
+def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
+    """Yield the checks that a rollout is whole, computed just now, and of these weights alone.
 
     Args:
-        samples: the samples.
+        rollout: the rollout.
         asked: number of tokens that were asked for.
     """
-    short = [
-        sample
-        for sample in samples
-        if not sample.token_ids
-        or (sample.finish_reason == LENGTH and len(sample.token_ids) < asked)
-        or sample.finish_reason not in (LENGTH, "stop")
-    ]
+    samples = rollout.samples
+    short = [sample for sample in samples if not _is_whole(sample, asked)]
     detail = ""
     if short:
         first = short[0]
         detail = (
-            f"{first.name} has {counted(len(first.token_ids), 'token')} of {asked} and ended with "
-            f"{first.finish_reason!r}"
+            f"{first.name} has {counted(len(first.token_ids), 'token')} of {asked}, "
+            f"{len(first.logprobs)} with log-probability, and ended with {first.finish_reason!r}"
         )
     whole = len(samples) - len(short)
-    return Check("rollout_complete", len(samples), whole, not short, detail)
+    yield Check("rollout_complete", len(samples), whole, not short, detail)
+    longest = max(len(sample.token_ids) for sample in samples)
+    yield computed("rollout_computed", rollout.forward_steps, longest)
+    if (digest := rollout.weights_digest) is not None:
+        # The samples of a prompt share it through the prefix cache, within the rollout too.
+        used = {digest, *(rollout.cache_digests if rollout.cached_tokens else ())}
+        yield cache_of_these_weights([digest], sorted(used))
+
+
+def _is_whole(sample: Sample, asked: int) -> bool:
+    """Return whether a sample ended as it was asked to, with the log-probability of each token.
+
+    The engine ends a request that outgrows the KV cache with fewer tokens, and says ``length``.
+    """
+    count = len(sample.token_ids)
+    ended = sample.finish_reason == "stop" or (sample.finish_reason == LENGTH and count == asked)
+    return ended and 0 < count == len(sample.logprobs)
 
 
 def same_rollout(name: str, earlier: Rollout, later: Rollout) -> Check:

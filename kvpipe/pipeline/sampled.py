@@ -1,5 +1,6 @@
 """The options of the phases that generate tokens."""
 
+import secrets
 from dataclasses import fields
 from typing import Any
 
@@ -33,13 +34,13 @@ class SampledPhase(WorkerPhase):
     stop_token_ids: tuple[int, ...] = follows("sampling.stop_token_ids")
     seed: int | None = follows("sampling.seed")
 
-    @property
-    def sampling(self) -> SamplingConfig:
-        """The sampling parameters of this step."""
+    def draw_sampling(self) -> SamplingConfig:
+        """Return the sampling parameters; at a temperature they have a seed, a new one if it is null."""
         names = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(self)}
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         lists = {name: list(options[name]) for name in ("stop", "stop_token_ids")}
-        return SamplingConfig(**options | lists)
+        seed = secrets.randbits(31) if self.seed is None else self.seed
+        return SamplingConfig(**options | lists | {"seed": seed if self.temperature else None})
 
     def refuse_random(self, compared_with: str | None) -> None:
         """Refuse to compare an output that is drawn anew each time.
