@@ -49,6 +49,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any) -> list[tuple[int, ...
     Raises:
         InputError: the tokenizer has no chat template, or the template fails.
     """
+    refuse_chats(prompts, tokenizer)
     found = []
     for prompt in prompts:
         if prompt.text is not None:
@@ -73,12 +74,21 @@ def open_tokenizer(directory: Path) -> Any:
         raise InputError(f"{directory} has no tokenizer that can be read: {error}") from None
 
 
-def _chat_ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
-    if not getattr(tokenizer, "chat_template", None):
+def refuse_chats(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Refuse a chat if the tokenizer has no chat template.
+
+    Raises:
+        InputError: naming the first chat.
+    """
+    chat = next((prompt for prompt in prompts if prompt.text is None), None)
+    if chat is not None and not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f"prompts: {prompt.id!r} has messages, but the model's tokenizer has no chat template; "
+            f"prompts: {chat.id!r} has messages, but the model's tokenizer has no chat template; "
             "give 'prompt' instead"
         )
+
+
+def _chat_ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
     try:
         text = tokenizer.apply_chat_template(
             list(prompt.messages), tokenize=False, add_generation_prompt=True

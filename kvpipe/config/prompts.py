@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpipe.config.prompt import read_file
@@ -11,7 +11,6 @@ from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 from kvpipe.units import counted
 
-_SHIPPED = "prompts"
 _KEYS = ("id", "prompt", "messages")
 _MESSAGE = {"role": str, "content": str}
 
@@ -57,7 +56,17 @@ def read_prompts(config: PromptsConfig) -> tuple[Prompt, ...]:
         if prompt.id in seen:
             raise InputError(f"prompts: two have the id {prompt.id!r}; give each its own")
         seen.add(prompt.id)
+        _refuse_surrogates(prompt)
     return tuple(prompts)
+
+
+def _refuse_surrogates(prompt: Prompt) -> None:
+    """Refuse text that UTF-8 cannot encode: JSON may have half of a pair of surrogates."""
+    try:
+        json.dumps(asdict(prompt), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        wrong = error.object[error.start]
+        raise InputError(f"prompts: {prompt.id!r} is not Unicode, it has {wrong!r}") from None
 
 
 def _are(count: int, noun: str) -> str:
@@ -66,10 +75,7 @@ def _are(count: int, noun: str) -> str:
 
 def _of_file(name: str) -> Iterator[Prompt]:
     """Yield the prompts of a file; empty lines count as none."""
-    try:
-        text = read_file("prompts.file", name, _SHIPPED).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompts.file: {name} is not UTF-8 at byte {error.start}") from None
+    text = read_file("prompts.file", name, "prompts")
     # Not splitlines: it would split at U+2028 and the like, too.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -210,9 +210,12 @@ def same_rollout(name: str, earlier: Rollout, later: Rollout) -> Check:
 
 def _differences(earlier: Rollout, later: Rollout) -> Iterator[str]:
     """Yield what differs: which samples there are, token ids, log-probabilities."""
-    if [s.name for s in earlier.samples] != [s.name for s in later.samples]:
-        yield f"{len(earlier.samples)} samples before, {len(later.samples)} other ones now"
-        return
+    before, now = ([sample.name for sample in each.samples] for each in (earlier, later))
+    if len(before) != len(now):
+        yield f"{counted(len(before), 'sample')} before, {counted(len(now), 'sample')} now"
+    for a, b in zip(before, now, strict=False):
+        if a != b:
+            yield f"other samples: before {a}, now {b}"
     cached = ""
     if earlier.cached_tokens != later.cached_tokens:
         cached = (

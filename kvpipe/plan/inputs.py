@@ -193,5 +193,6 @@ def _count(config: Kvpipe, prompts: Sequence[Prompt], directory: Path | None) ->
         from kvpipe.checkpoints import tiny
 
         own = tiny.tokenizer(config.model.generate)
-        return tokenizer.count_with(own, texts) if texts else None
+        tokenizer.refuse_chats(prompts, own)
+        return tokenizer.count_with(own, texts)
     return None
