@@ -75,14 +75,14 @@ def _ask(manager: Any, **requests: Any) -> Any:
 
 def _sample(request: Request, answer: Mapping[str, Any], known: Sequence[Any]) -> Sample:
     """Return the sample of a request from the engine's answer and what the hooks know."""
-    meta, (logprobs, first_token_s) = answer["meta_info"], known
+    meta, (tokens, first_token_s) = answer["meta_info"], known
     return Sample(
         prompt=request.prompt,
         index=request.index,
         seed=request.seed,
         text=answer["text"],
-        token_ids=tuple(answer["output_ids"]),
-        logprobs=tuple(logprobs),
+        token_ids=tuple(token for token, _ in tokens),
+        logprobs=tuple(logprob for _, logprob in tokens),
         finish_reason=meta["finish_reason"]["type"],
         prompt_tokens=meta["prompt_tokens"],
         cached_tokens=meta["cached_tokens"],

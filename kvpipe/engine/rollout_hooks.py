@@ -27,14 +27,15 @@ class Held:
     Attributes:
         waiting: those that have arrived, until all have.
         began: monotonic time at which the scheduler got all of them.
-        logprobs: log-probabilities of the tokens so far, by request id.
+        tokens: ids and log-probabilities of the tokens so far, by request id. The engine's answer
+            leaves out the token that ended a request.
         first_token_s: seconds from ``began`` to the first token, by request id.
         finished: number of requests that have ended.
     """
 
     waiting: list[Any] = field(default_factory=list)
     began: float = 0.0
-    logprobs: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     first_token_s: dict[str, float] = field(default_factory=dict)
     finished: int = 0
 
@@ -65,18 +66,18 @@ class RolloutHooks:
         self._held[rollout] = Held()
         return rollout, [f"{_OURS}/{rollout}/{place}/{count}" for place in range(count)]
 
-    def known(self, request_id: str) -> tuple[Sequence[float], float]:
-        """Return the log-probabilities of a request, and the seconds to its first token.
+    def known(self, request_id: str) -> tuple[Sequence[tuple[int, float]], float]:
+        """Return ids and log-probabilities of a request's tokens, and the seconds to the first one.
 
         They are complete once the engine is idle.
         """
         held = self._held[_rollout_of(request_id) or ""]
-        return held.logprobs.get(request_id, ()), held.first_token_s.get(request_id, 0.0)
+        return held.tokens.get(request_id, ()), held.first_token_s.get(request_id, 0.0)
 
     def done(self, rollout: str) -> tuple[int, int]:
         """Return the ended requests and the new tokens so far; safe from any thread."""
         held = self._held[rollout]
-        return held.finished, sum(map(len, list(held.logprobs.values())))
+        return held.finished, sum(map(len, list(held.tokens.values())))
 
     def seconds(self, rollout: str, ended: float) -> float:
         """Return the seconds from the hand-over of all requests to ``ended``, a monotonic time."""
@@ -136,7 +137,8 @@ class RolloutHooks:
             rollout = _rollout_of(request.rid)
             if rollout and len(request.output_ids) > had:
                 held = self._held[rollout]
-                held.logprobs.setdefault(request.rid, []).append(value)
+                token = (request.output_ids[-1], value)
+                held.tokens.setdefault(request.rid, []).append(token)
                 held.first_token_s.setdefault(request.rid, time.monotonic() - held.began)
                 held.finished += bool(request.finished())
         return done

@@ -56,8 +56,8 @@ class Sample:
         prompt: id of its prompt.
         index: number of the sample of this prompt, from 0.
         seed: seed of this sample; None if it is greedy.
-        text: the new text, without the prompt.
-        token_ids: ids of the new tokens.
+        text: the new text, without the prompt and without what ended it.
+        token_ids: ids of the new tokens, with the one that ended it.
         logprobs: natural logarithm of the probability of each of them, at temperature 1 and over the
             whole vocabulary, in float32.
         finish_reason: why it ended: ``stop`` (an end-of-sequence token, a stop text or id) or

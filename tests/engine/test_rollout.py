@@ -4,30 +4,30 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.config.schema import SamplingConfig
 from kvpipe.errors import EngineError
-from kvpipe.pipeline.rollout import Request, Rollout, same_rollout, seed_of
+from kvpipe.pipeline.rollout import Request, Rollout, rollout_proven, same_rollout, seed_of
 from tests.conftest import IDLE_TIMEOUT_S, engine_config, greedy
 from tests.golden.answers import comparable, golden
 
-WARM = SamplingConfig(max_new_tokens=8, temperature=1.0, ignore_eos=True, seed=1)
+WARM = SamplingConfig(max_new_tokens=8, temperature=2.0, ignore_eos=True, seed=1)
 PROMPTS = (("Hello", "a"), ("The KV cache is dropped and rebuilt.", "b"))
 
 
 @pytest.fixture(scope="module")
 def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
     """An engine with the golden model's weights in float32."""
-    from kvpipe.engine import sglang
+    from kvpipe.engine import sglang, weights
 
-    config = engine_config(dtype="float32", load_format="auto")
-    shared = sglang.start(config, tiny_dir, IDLE_TIMEOUT_S)
+    shared = sglang.start(engine_config(dtype="float32"), tiny_dir, IDLE_TIMEOUT_S)
+    weights.stream(shared, open_checkpoint(tiny_dir))
     yield shared
     shared.shut_down()
 
@@ -150,17 +150,19 @@ def test_log_probabilities_do_not_depend_on_temperature_and_filters(flushed: Any
 
 
 def test_a_stop_text_and_a_stop_id_end_a_sample_and_only_it(flushed: Any) -> None:
+    tokenizer = flushed.engine.tokenizer_manager.tokenizer
     whole = roll_out(flushed, greedy(8), n=1)
     stop_id = whole.samples[0].token_ids[3]
     flushed.flush()
     by_id = roll_out(flushed, replace(greedy(8), stop_token_ids=[stop_id], ignore_eos=False), n=1)
-    tokenizer = flushed.engine.tokenizer_manager.tokenizer
+    assert by_id.samples[0].text == tokenizer.decode(whole.samples[0].token_ids[:3])
     text = tokenizer.decode([stop_id])
     flushed.flush()
     by_text = roll_out(flushed, replace(greedy(8), stop=[text], ignore_eos=False), n=1)
     for ended in (by_id, by_text):
         assert ended.samples[0].token_ids == whole.samples[0].token_ids[:4]
         assert len(ended.samples[0].logprobs) == 4
+        assert all(check.passed for check in rollout_proven(ended, 8))
         assert [sample.finish_reason for sample in ended.samples] == ["stop", "length"]
         assert ended.samples[1].token_ids == whole.samples[1].token_ids
 
@@ -243,18 +245,6 @@ def test_the_tokens_of_neighbouring_positions_and_seeds_are_independent(engine: 
         assert chi_squared(pairs, np.outer(SHARES, SHARES).ravel()) < 1.9
 
 
-def test_the_engines_own_seeded_sampler_needs_the_patch(engine: Any) -> None:
-    """If this fails, ``seeded_sampling_is_random`` can go."""
-    from sgl_jax.srt.layers import sampler
-
-    found = util.spec_from_file_location("unpatched_sampler", sampler.__file__)
-    assert found is not None
-    assert found.loader is not None
-    unpatched = util.module_from_spec(found)
-    found.loader.exec_module(unpatched)
-    assert chi_squared(counts(drawn(unpatched, SEEDS, ONE)), SHARES) > 100
-
-
 FILTERS = {
     "top_k": ({"top_ks": 2}, {0, 1}),
     "top_p": ({"top_ps": 0.6}, {0, 1}),
@@ -271,6 +261,7 @@ def test_a_filter_leaves_out_the_tokens_that_it_names_and_keeps_the_shares_of_th
 
     Top-p is of the probabilities at temperature 1, min-p of those at the temperature.
     """
+    import jax
     import jax.numpy as jnp
     from sgl_jax.srt.layers import sampler
 
@@ -289,7 +280,7 @@ def test_a_filter_leaves_out_the_tokens_that_it_names_and_keeps_the_shares_of_th
             jnp.full((MANY, 1), 2.0),
             jnp.asarray(SEEDS),
             jnp.asarray(options["min_ps"] > 0),
-            None,
+            jax.random.key(0),
         )
     )
     found = Counter(np.asarray(tokens).tolist())
