@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kvpipe.pipeline.rollout import Request, Rollout, rollout_proven, same_rollo
 from tests.conftest import IDLE_TIMEOUT_S, engine_config, greedy
 from tests.golden.answers import comparable, golden
 
-WARM = SamplingConfig(max_new_tokens=8, temperature=2.0, ignore_eos=True, seed=1)
+WARM = SamplingConfig(max_new_tokens=8, temperature=5.0, ignore_eos=True, seed=1)
 PROMPTS = (("Hello", "a"), ("The KV cache is dropped and rebuilt.", "b"))
 
 
@@ -211,11 +210,11 @@ def chi_squared(counts: np.ndarray[Any, Any], shares: np.ndarray[Any, Any]) -> f
 
 def drawn(sampler: Any, seeds: Any, positions: Any) -> np.ndarray[Any, Any]:
     """Return tokens drawn with the shares as probabilities, one for each seed and position."""
-    import jax.numpy as jnp
+    import jax
 
-    logits = jnp.broadcast_to(jnp.log(SHARES), (len(seeds), len(SHARES)))
-    operands = (logits, jnp.asarray(seeds), jnp.asarray(positions), None)
-    return np.asarray(sampler.multinomial_with_seed(operands))[:, 0]
+    logits = np.broadcast_to(np.log(SHARES), (len(seeds), len(SHARES)))
+    draw = jax.jit(sampler.multinomial_with_seed)
+    return np.asarray(draw((logits, seeds, positions, None)))[:, 0]
 
 
 def counts(tokens: np.ndarray[Any, Any], kinds: int = len(SHARES)) -> np.ndarray[Any, Any]:
@@ -262,24 +261,20 @@ def test_a_filter_leaves_out_the_tokens_that_it_names_and_keeps_the_shares_of_th
     Top-p is of the probabilities at temperature 1, min-p of those at the temperature.
     """
     import jax
-    import jax.numpy as jnp
     from sgl_jax.srt.layers import sampler
 
     given, expected = FILTERS[name]
     options = {"top_ks": len(SHARES), "top_ps": 1.0, "min_ps": 0.0} | given
-    rows = partial(jnp.full, MANY)
-    logits = jnp.broadcast_to(jnp.log(SHARES), (MANY, len(SHARES)))
-    tokens = sampler.top_k_top_p_min_p_sampling_from_probs_jax(
+    draw = jax.jit(sampler.top_k_top_p_min_p_sampling_from_probs_jax)
+    tokens = draw(
         (
-            logits,
+            np.broadcast_to(np.log(SHARES), (MANY, len(SHARES))),
             None,
-            rows(options["top_ks"]),
-            rows(options["top_ps"]),
-            rows(options["min_ps"]),
-            jnp.asarray(ONE),
-            jnp.full((MANY, 1), 2.0),
-            jnp.asarray(SEEDS),
-            jnp.asarray(options["min_ps"] > 0),
+            *(np.full(MANY, options[key]) for key in ("top_ks", "top_ps", "min_ps")),
+            ONE,
+            np.full((MANY, 1), 2.0),
+            SEEDS,
+            np.asarray(options["min_ps"] > 0),
             jax.random.key(0),
         )
     )
