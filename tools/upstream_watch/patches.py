@@ -83,12 +83,15 @@ def _seeded_noise_is_biased(model_dir: Path) -> str:
     import jax.numpy as jnp
     import numpy as np
 
+    many = 65_536
     shares = np.array([0.42, 0.25, 0.15, 0.1, 0.05, 0.03], np.float32)
-    logits = jnp.broadcast_to(jnp.log(shares), (4096, len(shares)))
-    operands = (logits, jnp.arange(4096), jnp.full(4096, 77), None)
-    share = float((_unpatched_sampler().multinomial_with_seed(operands) == 0).mean())
-    found = f"a token of probability 0.42 comes {share:.2f} of the time over 4,096 seeds"
-    return f"{NEEDED if abs(share - shares[0]) > 0.04 else NOT_NEEDED}: {found}"
+    logits = jnp.broadcast_to(jnp.log(shares), (many, len(shares)))
+    operands = (logits, jnp.arange(many), jnp.full(many, 77), None)
+    tokens = np.asarray(_unpatched_sampler().multinomial_with_seed(operands)).ravel()
+    counts, expected = np.bincount(tokens, minlength=len(shares)), many * shares
+    ratio = float(((counts - expected) ** 2 / expected).sum() / (len(shares) - 1))
+    found = f"over {many:,} seeds chi-squared is {ratio:.0f} times its degrees of freedom"
+    return f"{NEEDED if ratio > 10 else NOT_NEEDED}: {found}"
 
 
 def _min_p_is_of_logits(model_dir: Path) -> str:
