@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Self, override
 
-from kvpipe.config.schema import SamplingConfig, checked, one_of
+from kvpipe.config.schema import checked, one_of
 from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
@@ -19,20 +19,17 @@ from kvpipe.pipeline.output import (
     same_output,
     sha256,
 )
-from kvpipe.pipeline.phase import Effect, OnFailure, Result, WorkerPhase, follows
+from kvpipe.pipeline.phase import Effect, OnFailure, Result
+from kvpipe.pipeline.sampled import SampledPhase
 from kvpipe.records.run import Check, check_equal
 
 REAL, ANY = "real", "any"
 
 
-class Generate(WorkerPhase):
+class Generate(SampledPhase):
     """Generate.
 
     Attributes:
-        max_new_tokens: tokens to generate at most; follows ``sampling.max_new_tokens``.
-        temperature: divides the logits, without a unit; 0.0 is greedy. Follows
-            ``sampling.temperature``.
-        ignore_eos: go on after an end-of-sequence token; follows ``sampling.ignore_eos``.
         same_output_as: name of an earlier step whose token ids these must equal.
         aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
             differ, the engine itself is to blame, and what comes later proves nothing about KV.
@@ -47,9 +44,6 @@ class Generate(WorkerPhase):
         log_text: send prompt and text to W&B as media and files.
     """
 
-    max_new_tokens: int = follows("sampling.max_new_tokens")
-    temperature: float = follows("sampling.temperature")
-    ignore_eos: bool = follows("sampling.ignore_eos")
     same_output_as: str | None = None
     aa_control: bool = False
     different_output_from: str | None = None
@@ -61,13 +55,9 @@ class Generate(WorkerPhase):
     on_failure = OnFailure.MAY_CONTINUE
 
     def __post_init__(self) -> None:
+        self.refuse_random(self.same_output_as)
         if self.aa_control and self.same_output_as is None:
             raise InputError("aa_control is true, but same_output_as names no step to compare with")
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """The sampling parameters of this step."""
-        return SamplingConfig(self.max_new_tokens, self.temperature, self.ignore_eos)
 
     @override
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
@@ -95,12 +85,13 @@ class Generate(WorkerPhase):
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        output = ctx.outputs[self.step] = ctx.engine.generate(ctx.prompt, self.sampling)
+        sampling = self.draw_sampling()
+        output = ctx.outputs[self.step] = ctx.engine.generate(ctx.prompt, sampling)
         checks = tuple(self.checks(ctx, output))
         fields = {
             "prompt": ctx.prompt,
             "prompt_sha256": sha256(ctx.prompt),
-            "sampling_params": asdict(self.sampling),
+            "sampling_params": asdict(sampling),
             **asdict(output),
             "text_sha256": sha256(output.text),
             "log_text": self.log_text,

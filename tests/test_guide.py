@@ -155,7 +155,7 @@ def test_every_override_of_the_migration_table_is_one_that_a_run_takes():
 
 
 def test_every_key_that_the_guide_names_is_a_key():
-    groups = "engine|sampling|tracking|model|plan|compare|prompt|runner"
+    groups = "engine|sampling|tracking|model|plan|compare|prompts?|runner"
     plain = compose_plain("+experiment=qwen25_3b_bigkv")
     for name, text in PAGES.items():
         for key in re.findall(rf"`((?:{groups})\.[a-z_]+)\b", text):
@@ -165,7 +165,15 @@ def test_every_key_that_the_guide_names_is_a_key():
             assert field in plain[group], f"{name}: {key}"
 
 
-MAKE_A_CHECK = {"Check", "check_equal", "freed", "grown", "same_output", "different_output"}
+MAKE_A_CHECK = {
+    "Check",
+    "check_equal",
+    "computed",
+    "freed",
+    "grown",
+    "same_output",
+    "different_output",
+}
 
 
 def checks_in(path):
@@ -188,7 +196,8 @@ def test_every_check_is_explained_in_the_guide_or_in_the_summary_of_its_phase():
         for name in names
         if f"``{name}``" in ast.get_docstring(ast.parse(path.read_text())).partition("\n\n")[0]
     }
-    assert explained | in_summary == made | {"plan/<pool>_bytes", "same_output", "aa_control"}
+    by_option = {"plan/<pool>_bytes", "same_output", "same_rollout", "aa_control"}
+    assert explained | in_summary == made | by_option
 
 
 def test_the_guide_explains_the_fields_of_a_phases_record():

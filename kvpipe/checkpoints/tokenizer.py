@@ -1,10 +1,11 @@
 """A model's tokenizer files: whether they can be read, how many tokens they have, a prompt's length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.json_object import read_object
+from kvpipe.config.prompts import Prompt
 from kvpipe.errors import InputError
 
 _FAST, _VOCABULARY, _MERGES, _PIECES = (
@@ -38,15 +39,77 @@ def find_faults(directory: Path, vocab_size: int | None) -> Iterator[str]:
         )
 
 
-def count_tokens(prompt: str, directory: Path) -> int | None:
-    """Return the number of tokens of a prompt; None without a tokenizer.json."""
+def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Return the token ids of prompts, those of chats by the tokenizer's template.
+
+    Args:
+        prompts: the prompts.
+        tokenizer: the tokenizer as transformers has it, which is how the engine has it.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or the template fails.
+    """
+    refuse_chats(prompts, tokenizer)
+    found = []
+    for prompt in prompts:
+        if prompt.text is not None:
+            ids = tokenizer.encode(prompt.text)
+        else:
+            ids = _chat_ids(prompt, tokenizer)
+        found.append(tuple(ids))
+    return found
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model's directory as transformers has it; it takes a second.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the library raises no class of its own
+        raise InputError(f"{directory} has no tokenizer that can be read: {error}") from None
+
+
+def refuse_chats(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Refuse a chat if the tokenizer has no chat template.
+
+    Raises:
+        InputError: naming the first chat.
+    """
+    chat = next((prompt for prompt in prompts if prompt.text is None), None)
+    if chat is not None and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"prompts: {chat.id!r} has messages, but the model's tokenizer has no chat template; "
+            "give 'prompt' instead"
+        )
+
+
+def _chat_ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
+    try:
+        text = tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template raises what it likes
+        raise InputError(
+            f"prompts: the chat template refuses the messages of {prompt.id!r}: {error}"
+        ) from None
+    # The template writes the special tokens itself.
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def count_tokens(texts: Sequence[str], directory: Path) -> int | None:
+    """Return the number of tokens of the longest text; None without a tokenizer.json."""
     file = directory / _FAST
-    return count_with(_load(file), prompt) if file.is_file() else None
+    return count_with(_load(file), texts) if file.is_file() else None
 
 
-def count_with(tokenizer: Any, prompt: str) -> int:
-    """Return the number of tokens of a prompt."""
-    return len(tokenizer.encode(prompt).ids)
+def count_with(tokenizer: Any, texts: Sequence[str]) -> int:
+    """Return the number of tokens of the longest text."""
+    return max(len(tokenizer.encode(text).ids) for text in texts)
 
 
 def _ids(directory: Path) -> Iterator[int]:

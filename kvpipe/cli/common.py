@@ -1,9 +1,11 @@
 """Shared by several verbs: the checks of the input, the output file, errors on stderr."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +13,7 @@ from kvpipe.config.hosts import check_hosts
 from kvpipe.config.hydra_errors import one_message
 from kvpipe.config.jax_environment import check_mesh
 from kvpipe.config.prompt import read_prompt
+from kvpipe.config.prompts import read_prompts
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
 from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
@@ -49,8 +52,11 @@ def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
     check_mesh(config.engine)
     check_hosts(config)
     online = config.tracking.mode is TrackingMode.online
-    prompt = read_prompt(config.prompt)
-    refuse_secret("prompt.file", prompt, known_secrets(Path.cwd(), os.environ, online))
+    secrets = known_secrets(Path.cwd(), os.environ, online)
+    refuse_secret("prompt.file", read_prompt(config.prompt), secrets)
+    if any(item.effect.rolls_out for item in planned):
+        for prompt in read_prompts(config.prompts):
+            refuse_secret("prompts.file", json.dumps(asdict(prompt), ensure_ascii=False), secrets)
     return planned
 
 

@@ -41,6 +41,7 @@ from kvpipe.sinks.jsonl import JsonFile, JsonLines
 from kvpipe.sinks.own import origins as sink_origins
 from kvpipe.sinks.own import own_sinks
 from kvpipe.sinks.report import ReportFile, write_page, write_timeline
+from kvpipe.sinks.rollouts import RolloutFiles
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sweeps.group import grouped
 from kvpipe.sweeps.jobs import HYDRA_DIR, SWEEP_CONFIG, NoteSweep, command_line
@@ -176,6 +177,7 @@ def _sinks(config: Kvpipe, run_dir: Path, others: Sequence[Sink]) -> Iterator[Si
                 ReportFile(run_dir, write_timeline),
                 *others,
                 ReportFile(run_dir, write_page),
+                RolloutFiles(run_dir),
                 records,
                 _screen(config.output),
                 *_heartbeat(config),

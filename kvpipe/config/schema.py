@@ -93,10 +93,26 @@ def at_least(least: int) -> Refusal:
     return refuse
 
 
+def between(least: int, most: int) -> Refusal:
+    """Refuse a number below ``least`` or above ``most``."""
+
+    def refuse(key: str, value: Any) -> None:
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise InputError(f"{key} is {value}, it must be from {least} to {most}")
+
+    return refuse
+
+
 def seconds(key: str, value: float | None) -> None:
     """Refuse a time that is not positive or not finite."""
     if value is not None and not 0 < value < math.inf:
         raise InputError(f"{key} is {value}, it must be more than 0 seconds")
+
+
+def share(key: str, value: float | None) -> None:
+    """Refuse a share that is not more than 0 and at most 1."""
+    if value is not None and not 0 < value <= 1:
+        raise InputError(f"{key} is {value:g}, it must be more than 0 and at most 1")
 
 
 def texts(key: str, values: list[Any]) -> None:
@@ -104,6 +120,15 @@ def texts(key: str, values: list[Any]) -> None:
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
+
+
+def stops(key: str, values: list[Any]) -> None:
+    """Refuse an item that is no text, or an empty one: it would end every sample at once."""
+    texts(key, values)
+    if "" in values:
+        raise InputError(
+            f"{key} has an empty text, which would end every sample at its first token"
+        )
 
 
 def name(key: str, value: str | None) -> None:
@@ -267,7 +292,7 @@ class EngineConfig(Section, section="engine"):
     page_size: int = checked(1, at_least(1))
     max_running_requests: int = checked(16, at_least(1))
     max_prefill_tokens: int = checked(1024, at_least(1))
-    mem_fraction_static: float = 0.8
+    mem_fraction_static: float = checked(0.8, share)
     random_seed: int = 0
     precompile: bool = False
     download_dir: str | None = None
@@ -275,14 +300,6 @@ class EngineConfig(Section, section="engine"):
     log_level: str = checked("info", one_of("critical", "debug", "error", "info", "warning"))
     watchdog_timeout: float = checked(1800.0, seconds)
     weight_digests: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.mem_fraction_static <= 1:
-            raise InputError(
-                f"engine.mem_fraction_static is {self.mem_fraction_static:g}, it must be more "
-                "than 0 and at most 1"
-            )
 
 
 @dataclass
@@ -322,6 +339,24 @@ class PromptConfig:
 
 
 @dataclass
+class PromptsConfig(Section, section="prompts"):
+    """The prompts of rollouts: at most one of ``file`` and ``texts``.
+
+    Attributes:
+        file: path of a UTF-8 file; ``pkg://conf/prompts/NAME`` is a file that ships with kvpipe. If
+            its name ends in ``.jsonl`` each line is an object with ``prompt`` (a text) or
+            ``messages`` (a chat, for the tokenizer's chat template) and, optionally, ``id``; else
+            each line is a prompt.
+        texts: the prompts themselves.
+        limit: number of prompts to take, from the first; None takes all.
+    """
+
+    file: str | None = None
+    texts: list[str] = field(default_factory=list, metadata={"refuse": texts})
+    limit: int | None = checked(None, at_least(1))
+
+
+@dataclass
 class SamplingConfig(Section, section="sampling"):
     """How tokens are chosen.
 
@@ -329,11 +364,27 @@ class SamplingConfig(Section, section="sampling"):
         max_new_tokens: number of tokens to generate.
         temperature: sampling temperature, at least 0; 0.0 is greedy.
         ignore_eos: continue after an end-of-sequence token.
+        n: samples of each prompt in a rollout; ``generate`` takes one.
+        top_p: smallest sum of probabilities, at temperature 1, that the candidates must have; more
+            than 0 and at most 1.
+        top_k: number of most probable tokens that are candidates; None means all.
+        min_p: probability of a candidate, at least, as a share of the most probable one's, from 0 to 1.
+        stop: texts that end a sample.
+        stop_token_ids: token ids that end a sample.
+        seed: seed of the random numbers, from 0 to 2^31 - 1; the same seed gives the same token ids.
+            None draws a new one for each step.
     """
 
     max_new_tokens: int = checked(64, at_least(1))
     temperature: float = checked(0.0, at_least(0))
     ignore_eos: bool = False
+    n: int = checked(1, at_least(1))
+    top_p: float = checked(1.0, share)
+    top_k: int | None = checked(None, at_least(1))
+    min_p: float = checked(0.0, between(0, 1))
+    stop: list[str] = field(default_factory=list, metadata={"refuse": stops})
+    stop_token_ids: list[int] = field(default_factory=list)
+    seed: int | None = checked(None, between(0, 2**31 - 1))
 
 
 @dataclass
@@ -590,6 +641,7 @@ class Kvpipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)

@@ -6,6 +6,8 @@ change of the engine's state goes through :class:`SchedulerThread`.
 
 import atexit
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from kvpipe.engine import compat, lean_import, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
+from kvpipe.engine.rollout_hooks import RolloutHooks
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError
 from kvpipe.pipeline.output import Output
@@ -38,6 +41,7 @@ class SglangEngine:
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
         failure: detects that a thread of the engine has failed.
+        rollouts: holds the requests of a rollout together, and has their log-probabilities.
         longest_request: longest request, in tokens, that its tables were built for.
         proves_weights: whether digests hold its weights against their source.
         unavailable: what the engine needs to generate and lacks now, each with the remedy.
@@ -54,6 +58,7 @@ class SglangEngine:
     on_scheduler: SchedulerThread
     on_caller: CallerThread
     failure: FailureWatch
+    rollouts: RolloutHooks
     longest_request: int
     proves_weights: bool
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -90,31 +95,42 @@ class SglangEngine:
         Raises:
             EngineError: the engine cannot generate now, or failed.
         """
-        params = {
-            "temperature": sampling.temperature,
-            "max_new_tokens": sampling.max_new_tokens,
-            "ignore_eos": sampling.ignore_eos,
-        }
-        steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
-        with progress.under_way(
-            progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
+        params = parameters(sampling, sampling.seed or 0)
+        with (
+            progress.under_way(
+                progress.GENERATING, {progress.TOKENS: sampling.max_new_tokens}, self._tokens_so_far
+            ),
+            self.generating() as origin,
         ):
-            self.generated = True
             raw = self._answer(prompt, params)
-            self.wait_idle()
-        if digest is not None:
-            self.cache_digests = cached | {digest}
         return Output(
             text=raw["text"],
             token_ids=tuple(int(token) for token in raw["output_ids"]),
             prompt_tokens=int(raw["meta_info"]["prompt_tokens"]),
             cached_tokens=int(raw["meta_info"]["cached_tokens"]),
             raw=raw,
-            forward_steps=self.scheduler.forward_ct - steps,
             stopped=(raw["meta_info"]["finish_reason"] or {}).get("type") == "stop",
-            weights_digest=digest,
-            cache_digests=tuple(sorted(cached)),
+            **origin,
         )
+
+    @contextmanager
+    def generating(self) -> Iterator[dict[str, Any]]:
+        """Generate in the block, and wait until the engine is idle again.
+
+        What it yields has, after the block, ``forward_steps``, ``weights_digest`` and
+        ``cache_digests`` of :class:`kvpipe.pipeline.output.Output`.
+
+        Raises:
+            EngineError: the engine failed or stayed busy.
+        """
+        steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
+        origin: dict[str, Any] = {"weights_digest": digest, "cache_digests": tuple(sorted(cached))}
+        self.generated = True
+        yield origin
+        self.wait_idle()
+        if digest is not None:
+            self.cache_digests = cached | {digest}
+        origin["forward_steps"] = self.scheduler.forward_ct - steps
 
     def _answer(self, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
         """Return the engine's answer as JSON types.
@@ -124,7 +140,7 @@ class SglangEngine:
         """
         raw = None
         if multihost.rank() == 0:
-            raw = _plain(
+            raw = json_plain(
                 self.on_caller.call(
                     lambda: self.engine.generate(prompt=prompt, sampling_params=params)
                 )
@@ -197,6 +213,8 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
 
         compat.sampler_off_tpu()
         compat.bit_width_of_dtypes()
+        compat.seeded_sampling_is_random()
+        compat.min_p_of_probabilities()
         compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
         arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
@@ -210,6 +228,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
         on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
         on_caller=CallerThread(failure),
         failure=failure,
+        rollouts=RolloutHooks(scheduler),
         longest_request=scheduler.max_req_len,
         proves_weights=config.weight_digests,
     )
@@ -253,6 +272,8 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
         "node_rank": config.node_rank or 0,
         "enable_single_process": True,
         "skip_server_warmup": True,
+        # Without it every step draws with one fixed key, so all samples of a prompt are the same.
+        "enable_deterministic_sampling": True,
         "disable_precompile" if later else "disable_jax_precompile": not config.precompile,
     }
 
@@ -293,8 +314,23 @@ def _requests(batch: Any) -> list[Any]:
     return [request for part in parts for request in part.reqs or ()]
 
 
-def _plain(answer: dict[str, Any]) -> dict[str, Any]:
-    """Convert the engine's answer to JSON types; its scalars may be numpy's."""
+def parameters(sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+    """Return the engine's sampling parameters of one request."""
+    return {
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "ignore_eos": sampling.ignore_eos,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "sampling_seed": seed,
+    }
+
+
+def json_plain(answer: Any) -> Any:
+    """Convert an engine's answer to JSON types; its scalars may be numpy's."""
 
     def scalar(value: Any) -> Any:
         return value.item() if hasattr(value, "item") else str(value)

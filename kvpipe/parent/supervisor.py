@@ -273,6 +273,8 @@ class Run:
             self._on_started(message["started"], message["idx"])
         elif "hosts" in message:
             self._on_hosts(message["hosts"])
+        elif "sample" in message:
+            self._on_sample(message["of"], message["sample"])
         elif "progress" in message:
             self.sinks.phase_progressed(Progress(**message["progress"]))
         return message
@@ -314,10 +316,14 @@ class Run:
             self._on_own_record,
             self._on_started,
             self.sinks.phase_progressed,
+            self._on_sample,
             self._on_own_record,
         )
         with self._signals.allowed():
             return worker.execute(self.config, callbacks, self.began)
+
+    def _on_sample(self, step: str, sample: Mapping[str, Any]) -> None:
+        self.sinks.sampled(step, json.dumps(sample, ensure_ascii=False))
 
     def _on_hosts(self, names: Sequence[str]) -> None:
         self._hosts = tuple(names)

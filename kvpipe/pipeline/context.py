@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpipe.checkpoints.model_dir import find_model
+from kvpipe.config.prompts import Prompt, read_prompts
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.output import Output
+from kvpipe.pipeline.rollout import Rollout
 
 if TYPE_CHECKING:
     from kvpipe.engine.kv_cache import HostKv
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from kvpipe.engine.sglang import SglangEngine
     from kvpipe.engine.weights import HostWeights
     from kvpipe.trainer.state import Trainer
+
+_NO_OUTPUT = "step {!r}, which failed, left no output to compare with"
 
 
 @dataclass
@@ -34,6 +38,7 @@ class WorkerContext:
         slots: named parameter sets on the devices: engine path → array.
         host: named parameter trees on the host.
         outputs: outputs by step name.
+        rollouts: rollouts by step name.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
         owners: the engine's arrays that are in no pool, once it is ready.
@@ -48,6 +53,7 @@ class WorkerContext:
     slots: dict[str, dict[str, Any]] = field(default_factory=dict)
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
+    rollouts: dict[str, Rollout] = field(default_factory=dict)
     jax_ready: bool = False
     started: "SglangEngine | None" = None
     owners: "Owners | None" = None
@@ -87,9 +93,26 @@ class WorkerContext:
         return _present(self.host_weights, "there are no offloaded weights")
 
     def output_of(self, step: str) -> Output:
-        """Return the output of ``step``; a PhaseError if it has none, because it failed."""
-        failed = f"step {step!r}, which failed, left no output to compare with"
-        return _present(self.outputs.get(step), failed)
+        """Return the output of ``step``.
+
+        Raises:
+            PhaseError: it has none, because it failed.
+        """
+        return _present(self.outputs.get(step), _NO_OUTPUT.format(step))
+
+    def rollout_of(self, step: str) -> Rollout:
+        """Return the rollout of ``step``.
+
+        Raises:
+            PhaseError: it has none, because it failed.
+        """
+        return _present(self.rollouts.get(step), _NO_OUTPUT.format(step))
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompts of every rollout; empty if the config has none."""
+        given = self.config.prompts
+        return read_prompts(given) if given.file or given.texts else ()
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
         """Return the weights of a host tree, or of the model's files, named as in Hugging Face.

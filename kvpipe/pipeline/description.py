@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from kvpipe.config.schema import Kvpipe
 from kvpipe.pipeline import facts
@@ -80,8 +80,17 @@ def describe(use: str, config: Kvpipe) -> PhaseDoc:
 
 
 def meanings(cls: type[Phase]) -> dict[str, str]:
-    """Return the meaning of each option that the docstring of a phase's class explains."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")
+    """Return the meaning of each option that a phase's docstring, or that of a base, explains."""
+    own = [each for each in cls.__mro__ if each.__module__ != Phase.__module__]
+    found: dict[str, str] = {}
+    for each in reversed(own):
+        found |= _explained(inspect.cleandoc(each.__doc__ or ""))
+    return found
+
+
+def _explained(text: str) -> dict[str, str]:
+    """Return the meaning of each name of a docstring's section ``Attributes``."""
+    _, _, section = text.partition("\nAttributes:\n")
     found: dict[str, str] = {}
     names: list[str] = []
     for line in section.splitlines():
@@ -108,8 +117,8 @@ def _type_name(kind: Any) -> str:
     if NoneType in get_args(kind):
         inner = next(arg for arg in get_args(kind) if arg is not NoneType)
         return f"{_type_name(inner)} or null"
-    if kind == tuple[str, ...]:
-        return "list of str"
+    if get_origin(kind) is tuple:
+        return f"list of {get_args(kind)[0].__name__}"
     return kind.__name__
 
 

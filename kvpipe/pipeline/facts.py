@@ -88,6 +88,11 @@ def output(step: str) -> str:
     return f"output:{step}"
 
 
+def rollout(step: str) -> str:
+    """Fact: the step ``step`` has made a rollout."""
+    return f"rollout:{step}"
+
+
 def trained(step: str) -> str:
     """Fact: the step ``step`` has trained."""
     return f"trained:{step}"
@@ -95,7 +100,7 @@ def trained(step: str) -> str:
 
 def is_history(fact: str) -> bool:
     """Whether a fact says what a step has done; their number grows with that of the steps."""
-    return fact.startswith((output(""), trained("")))
+    return fact.startswith((output(""), rollout(""), trained("")))
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,8 @@ def meaning(fact: str) -> Meaning:
         return Meaning(what, f"load {name!r} before it", "give them another name")
     if kind == "output":
         return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
+    if kind == "rollout":
+        return Meaning(f"the rollout of step {name!r}", f"put step {name!r} before it")
     if kind == "kv_tokens":
         what = f"a KV cache of {name} tokens, whatever engine.max_total_tokens is"
         return Meaning(what, f"rebuild the KV cache with max_total_tokens={name} before it")

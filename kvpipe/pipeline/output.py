@@ -53,13 +53,27 @@ def output_proven(output: Output, max_new_tokens: int) -> Iterator[Check]:
     whole = count == max_new_tokens or (output.stopped and count < max_new_tokens)
     short = "" if whole or output.stopped else f"no end-of-sequence token ended it after {count}"
     yield Check("output_complete", max_new_tokens, count, whole, short)
-    steps = output.forward_steps
-    yield Check("output_computed", f"at least {count} steps", steps, steps >= count)
+    yield computed("output_computed", output.forward_steps, count)
     if output.weights_digest is not None:
         current = [output.weights_digest]
         used = list(output.cache_digests) if output.cached_tokens else current
-        detail = "weights that the cached part of the prompt was computed with"
-        yield check_equal("cache_of_these_weights", current, used, detail)
+        yield cache_of_these_weights(current, used)
+
+
+def computed(name: str, steps: int, least: int) -> Check:
+    """Return the check that the engine ran at least the steps that the tokens take."""
+    return Check(name, f"at least {counted(least, 'step')}", steps, steps >= least)
+
+
+def cache_of_these_weights(current: Sequence[str], used: Sequence[str]) -> Check:
+    """Return the check that what the prefix cache had was computed with the current weights.
+
+    Args:
+        current: digest of the weights in the engine.
+        used: digests of those that the used part of the cache was written under.
+    """
+    detail = "weights that the cached part of the prompt was computed with"
+    return check_equal("cache_of_these_weights", current, used, detail)
 
 
 def same_output(name: str, earlier: Output, later: Output) -> Check:

@@ -6,7 +6,7 @@ Phases never name each other: they meet through facts (:mod:`kvpipe.pipeline.fac
 (:mod:`kvpipe.pipeline.context`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from operator import attrgetter
@@ -57,7 +57,8 @@ class Effect:
             (:func:`kvpipe.pipeline.facts.pools`).
         runs: the programs that it runs, by their names in a plan; their temporaries count while it
             runs. Empty for a phase that runs the engine's steps, or none.
-        new_tokens: the most tokens that it generates for the prompt; 0 if it generates none.
+        new_tokens: the most tokens that it generates for a prompt; 0 if it generates none.
+        rolls_out: whether it generates for the prompts of rollouts, not for the one prompt.
         reads_weights: whether it reads the files of the model's weights.
     """
 
@@ -68,6 +69,7 @@ class Effect:
     pools: Mapping[str, PoolSize] = field(default_factory=dict)
     runs: tuple[str, ...] = ()
     new_tokens: int = 0
+    rolls_out: bool = False
     reads_weights: bool = False
 
     def __post_init__(self) -> None:
@@ -85,10 +87,17 @@ class Effect:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a phase: fields for its record, and its checks."""
+    """Result of a phase.
+
+    Attributes:
+        fields: fields for its record.
+        checks: its checks.
+        samples: the samples of a rollout, JSON-serialisable; they go to a file of their own.
+    """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 def freed(check: str, change: Change, group: str | None = None) -> Result:
@@ -154,7 +163,8 @@ class Phase(_Frozen):
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:
         """Return the values of the options that follow the config; a step overrides them."""
         keys = {each.name: each.metadata.get("follows") for each in fields(cls)}
-        return {name: attrgetter(key)(config) for name, key in keys.items() if key}
+        values = {name: attrgetter(key)(config) for name, key in keys.items() if key}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
         """Return the phase as it is in a later cycle; ``first`` is its name in the first one."""

@@ -139,7 +139,10 @@ def _in_later_cycle(step: str, first: Mapping[str, Phase], stretch: frozenset[st
     name = base_name(step)
     phase = first[name]
     with blamed_on(type(phase)):
-        return replace(phase, step=step).in_later_cycle(name, Cycle(cycle_of(step), stretch))
+        try:
+            return replace(phase, step=step).in_later_cycle(name, Cycle(cycle_of(step), stretch))
+        except InputError as error:
+            raise InputError(f"phases.{name}.{error}") from None
 
 
 def _typed(value: Any, expected: Any, where: str) -> Any:

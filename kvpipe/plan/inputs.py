@@ -5,6 +5,7 @@ once the model is generated or downloaded.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvpipe.checkpoints import model_dir
@@ -12,6 +13,7 @@ from kvpipe.checkpoints.model_check import Needs, check_directory
 from kvpipe.checkpoints.model_config import Model
 from kvpipe.config.jax_environment import device_total
 from kvpipe.config.prompt import read_prompt
+from kvpipe.config.prompts import Prompt, read_prompts
 from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
@@ -53,8 +55,10 @@ def check_inputs(
     for tokens in (engine.max_total_tokens, *sorted(kv_capacities(planned))):
         _check_capacity(tokens, engine.page_size)
     context = _context(engine, model)
-    prompt = read_prompt(config.prompt)
-    _check_requests(planned, engine, context, prompt, lambda: _count(config, prompt, directory))
+    longest = _longest_prompts(config, planned, directory)
+    for item in planned:
+        if item.effect.new_tokens:
+            _check_request(item, *_limit(item, engine, context), longest[item.effect.rolls_out])
 
 
 def check_split(engine: EngineConfig, model: Model, devices: int) -> None:
@@ -94,37 +98,75 @@ def _context(engine: EngineConfig, model: Model | None) -> int | None:
     return asked or own
 
 
-def _check_requests(
-    planned: Sequence[PlannedStep],
-    engine: EngineConfig,
-    context: int | None,
-    prompt: str,
-    count: Callable[[], int | None],
-) -> None:
-    """Refuse a prompt, or a number of new tokens, beyond the context or the KV cache of a step.
+@dataclass
+class _Longest:
+    """The longest prompt, in tokens; counted only if the most that it may have would be too many.
 
-    A prompt has at most one token a byte, so it is counted only if so many would be too many.
+    Attributes:
+        what: the prompt in messages.
+        most: the most tokens that it may have: a prompt has at most one a byte.
+        count: returns the number of its tokens; None if no tokenizer is known.
     """
-    most, exact = len(prompt.encode()) + 1, False
-    for item in planned:
-        new = item.effect.new_tokens
-        if not new:
-            continue
-        limit, key = _limit(item, engine, context)
-        if not exact and (most > limit - _BESIDE_PROMPT or most + new > limit - _BESIDE_ALL):
-            most, exact = count() or 1, True
-        step = f"step {item.step.step!r}"
-        if most > limit - _BESIDE_PROMPT:
-            raise InputError(
-                f"prompt: it has {most:,} tokens, but {key} is {limit:,}, which takes prompts of at "
-                f"most {limit - _BESIDE_PROMPT:,} ({step})"
-            )
-        if most + new > limit - _BESIDE_ALL:
-            raise InputError(
-                f"{step} asks for {new:,} tokens (sampling.max_new_tokens, or its own option) after "
-                f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
-                f"{limit - _BESIDE_ALL - most:,}"
-            )
+
+    what: str
+    most: int
+    count: Callable[[], int | None] | None
+
+    def exact(self) -> int:
+        """Return its tokens, or the most that are known of if there is no tokenizer."""
+        if self.count is not None:
+            self.most, self.count = self.count() or 1, None
+        return self.most
+
+
+def _longest_prompts(
+    config: Kvpipe, planned: Sequence[PlannedStep], directory: Path | None
+) -> dict[bool, _Longest]:
+    """Return the prompt (False), and the longest of a rollout's prompts (True) if there is a rollout.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    text = read_prompt(config.prompt)
+    one = [Prompt("", text)]
+    longest = {
+        False: _Longest("prompt: it has", _bound(one), lambda: _count(config, one, directory))
+    }
+    if any(item.effect.rolls_out for item in planned):
+        prompts = read_prompts(config.prompts)
+        chats = [prompt for prompt in prompts if prompt.text is None]
+        found = _Longest(
+            "prompts: the longest has",
+            _bound(prompts),
+            lambda: _count(config, prompts, directory),
+        )
+        if chats:  # the template adds what it likes
+            found.exact()
+        longest[True] = found
+    return longest
+
+
+def _bound(prompts: Sequence[Prompt]) -> int:
+    return 1 + max(len((prompt.text or "").encode()) for prompt in prompts)
+
+
+def _check_request(item: PlannedStep, limit: int, key: str, longest: _Longest) -> None:
+    """Refuse a prompt, or a number of new tokens, beyond the context or the KV cache of a step."""
+    new, step = item.effect.new_tokens, f"step {item.step.step!r}"
+    most = longest.most
+    if most > limit - _BESIDE_PROMPT or most + new > limit - _BESIDE_ALL:
+        most = longest.exact()
+    if most > limit - _BESIDE_PROMPT:
+        raise InputError(
+            f"{longest.what} {most:,} tokens, but {key} is {limit:,}, which takes prompts of at "
+            f"most {limit - _BESIDE_PROMPT:,} ({step})"
+        )
+    if most + new > limit - _BESIDE_ALL:
+        raise InputError(
+            f"{step} asks for {new:,} tokens (sampling.max_new_tokens, or its own option) after "
+            f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
+            f"{limit - _BESIDE_ALL - most:,}"
+        )
 
 
 def _limit(item: PlannedStep, engine: EngineConfig, context: int | None) -> tuple[int, str]:
@@ -137,14 +179,20 @@ def _limit(item: PlannedStep, engine: EngineConfig, context: int | None) -> tupl
     return context, "engine.context_length" if engine.context_length else "the model's context"
 
 
-def _count(config: Kvpipe, prompt: str, directory: Path | None) -> int | None:
-    """Return the number of tokens of the prompt; None if no tokenizer is known."""
+def _count(config: Kvpipe, prompts: Sequence[Prompt], directory: Path | None) -> int | None:
+    """Return the tokens of the longest prompt; None if no tokenizer is known."""
     from kvpipe.checkpoints import tokenizer
 
+    if any(prompt.text is None for prompt in prompts) and directory is not None:
+        ids = tokenizer.prompt_ids(prompts, tokenizer.open_tokenizer(directory))
+        return max(map(len, ids))
+    texts = [prompt.text for prompt in prompts if prompt.text is not None]
     if directory is not None:
-        return tokenizer.count_tokens(prompt, directory)
+        return tokenizer.count_tokens(texts, directory)
     if config.model.path is None and config.model.generate is not None:
         from kvpipe.checkpoints import tiny
 
-        return tokenizer.count_with(tiny.tokenizer(config.model.generate), prompt)
+        own = tiny.tokenizer(config.model.generate)
+        tokenizer.refuse_chats(prompts, own)
+        return tokenizer.count_with(own, texts)
     return None

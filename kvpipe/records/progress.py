@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kvpipe.units import unit_for
 
 LOADING, COMPILING, GENERATING = "loading", "compiling", "generating"
-LEAVES, BYTES, PROGRAMS, TOKENS = "leaves", "bytes", "programs", "tokens"
+LEAVES, BYTES, PROGRAMS, TOKENS, REQUESTS = "leaves", "bytes", "programs", "tokens", "requests"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Progress:
         step: name of the step.
         activity: ``loading``, ``compiling`` or ``generating``.
         elapsed_s: seconds since the activity began; for compiling, the phase's total so far.
-        done: completed amount, by unit: ``leaves`` and ``bytes``, ``programs`` or ``tokens``.
+        done: completed amount, by unit: ``leaves`` and ``bytes``, ``programs``, or ``tokens`` and
+            ``requests``.
         total: amount in total, by unit; unknown for compiling.
     """
 

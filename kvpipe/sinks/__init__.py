@@ -58,6 +58,9 @@ class Sink:
     def phase_progressed(self, progress: Progress) -> None:
         """Receive the running phase's progress; without ``runner.isolate``, on another thread."""
 
+    def sampled(self, step: str, line: str) -> None:
+        """Receive a sample of the running phase's rollout, as a JSON line; its record comes later."""
+
     def phase_finished(self, record: PhaseRecord) -> None:
         """Receive the record of a phase."""
         self.received(record)
@@ -114,6 +117,10 @@ class Sinks(Sink):
     def phase_progressed(self, progress: Progress) -> None:
         """Pass the phase's progress to every sink."""
         self._call(lambda sink: sink.phase_progressed(progress))
+
+    def sampled(self, step: str, line: str) -> None:
+        """Pass a sample to every sink."""
+        self._call(lambda sink: self._hand(sink, lambda: sink.sampled(step, line)))
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Pass the record of a phase to every sink."""

@@ -75,6 +75,7 @@ class Callbacks:
         planned: called with the plan, before anything is started.
         started: called with a step's name and position as it begins.
         progressed: called while it runs, a few times a second, from another thread.
+        sampled: called with its name and each sample of its rollout, before its record.
         finished: called with its record.
     """
 
@@ -82,6 +83,7 @@ class Callbacks:
     planned: Callable[[RunPlanned], None]
     started: Callable[[str, int], None]
     progressed: Callable[[Progress], None]
+    sampled: Callable[[str, Mapping[str, Any]], None]
     finished: Callable[[PhaseRecord], None]
 
 
@@ -132,6 +134,8 @@ def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | N
         ]
         error = multihost.first_failure(received)
     record = loop.record(job, own, host_results, error)
+    for sample in own.samples:
+        callbacks.sampled(step, sample)
     callbacks.finished(record)
     if error is not None:
         return error
@@ -145,6 +149,7 @@ class _Attempt:
     timed: Mapping[str, Any]
     host_result: HostResult
     fields: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
     error: KvpipeError | None
 
 
@@ -218,7 +223,7 @@ class _Loop:
             error = WeightsError(f"step {job.phase.step!r}: {error}")
         if error is not None and not isinstance(error, KvpipeError):
             error = failure_of(job.phase.step, error)
-        return _Attempt(timed, host_result, result.fields, error)
+        return _Attempt(timed, host_result, result.fields, result.samples, error)
 
     def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
         """Measure after a failed step, without waiting for the engine to become idle."""

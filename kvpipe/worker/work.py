@@ -85,6 +85,7 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
         "engine": asdict(config.engine) | own,
         "trainer": asdict(config.trainer),
         "prompt": ctx.prompt,
+        "prompts": [asdict(prompt) for prompt in ctx.prompts],
         "sampling": asdict(config.sampling),
         "runner.on_error": config.runner.on_error,
         "plan.enforce": config.plan.enforce,
@@ -133,6 +134,7 @@ def work(
             planned=record,
             started=start,
             progressed=lambda progress: report({"progress": asdict(progress)}),
+            sampled=lambda step, sample: report({"sample": sample, "of": step}),
             finished=record,
         )
         ending = execute(from_plain(dict(plain)), callbacks, run_began, next_order, load)

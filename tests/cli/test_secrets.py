@@ -58,6 +58,8 @@ def test_a_secret_in_a_file_of_the_users_is_refused_and_nothing_is_written(kvpip
     assert kvpipe("check", "prompt.text=null", "prompt.file=prompt.txt").err == TOLD.format(
         "prompt.file"
     )
+    told = kvpipe("check", "+experiment=tiny_rollout", "prompts.file=prompt.txt").err
+    assert told == TOLD.format("prompts.file")
     assert files(tmp_path) == before
     # Hydra writes the config of a job before it can be seen; the copy is removed.
     answer = kvpipe(*config, "-m", "+experiment=a,b", "hydra.output_subdir=hydra")

@@ -74,8 +74,8 @@ def _answers(directory: Path) -> list[dict]:
     answers = []
     for prompt in PROMPTS:
         prompt_ids = tokenizer(prompt)["input_ids"]
-        output_ids, gaps = _greedy(model, prompt_ids)
-        rounded_ids, _ = _greedy(rounded, prompt_ids)
+        output_ids, gaps, logprobs = _greedy(model, prompt_ids)
+        rounded_ids, _, _ = _greedy(rounded, prompt_ids)
         answers.append(
             {
                 "prompt": prompt,
@@ -83,14 +83,19 @@ def _answers(directory: Path) -> list[dict]:
                 "output_ids": output_ids,
                 "text": tokenizer.decode(output_ids),
                 "gaps": [round(gap, 5) for gap in gaps],
+                "logprobs": [round(logprob, 6) for logprob in logprobs],
                 "same_in_bfloat16": _common_prefix(output_ids, rounded_ids),
             }
         )
     return answers
 
 
-def _greedy(model: torch.nn.Module, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
-    """Return the greedy ids and, per step, how far the best logit is above the second."""
+def _greedy(
+    model: torch.nn.Module, prompt_ids: list[int]
+) -> tuple[list[int], list[float], list[float]]:
+    """Return the greedy ids and, per step, how far the best logit is above the second, and its
+    log-probability.
+    """
     out = model.generate(
         torch.tensor([prompt_ids]),
         attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
@@ -100,7 +105,9 @@ def _greedy(model: torch.nn.Module, prompt_ids: list[int]) -> tuple[list[int], l
         output_logits=True,
     )
     best = [logits[0].float().topk(2).values for logits in out.logits]
-    return out.sequences[0, len(prompt_ids) :].tolist(), [float(top - next_) for top, next_ in best]
+    logprobs = [float(logits[0].float().log_softmax(-1).max()) for logits in out.logits]
+    ids = out.sequences[0, len(prompt_ids) :].tolist()
+    return ids, [float(top - next_) for top, next_ in best], logprobs
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

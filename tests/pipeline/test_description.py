@@ -14,6 +14,7 @@ from kvpipe.pipeline.description import Option, describe, meanings
 from kvpipe.pipeline.ledger import KV, KvTokens
 from kvpipe.pipeline.phase import Effect
 from kvpipe.pipeline.phase_files import option_types, phase_class, phase_names
+from kvpipe.pipeline.sampled import SampledPhase
 from kvpipe.report.phases import as_json, as_markdown, effect_rows
 from tests.command import environment
 from tests.in_process import Answer, files
@@ -58,7 +59,7 @@ def test_an_options_default_is_the_one_that_a_step_would_get():
         "int",
         False,
         7,
-        "tokens to generate at most; follows ``sampling.max_new_tokens``.",
+        "tokens to generate at most.",
     )
     assert (options["same_output_as"].type, options["same_output_as"].default) == (
         "str or null",
@@ -75,7 +76,7 @@ def test_a_kv_cache_of_another_capacity_is_told_in_tokens():
 
 
 def test_a_docstring_may_explain_options_together_and_over_several_lines():
-    class Together(phase_class("generate")):
+    class Together(phase_class("flush_cache")):
         """Summary.
 
         Attributes:
@@ -86,6 +87,19 @@ def test_a_docstring_may_explain_options_together_and_over_several_lines():
 
     text = "first line: with a colon, second line."
     assert meanings(Together) == {"one": text, "two": text, "three": "alone."}
+
+
+def test_an_option_of_a_base_class_is_explained_there():
+    class Hotter(SampledPhase):
+        """Summary.
+
+        Attributes:
+            temperature: hotter than the base's.
+        """
+
+    explained = meanings(Hotter)
+    assert explained["temperature"] == "hotter than the base's."
+    assert explained["max_new_tokens"] == meanings(SampledPhase)["max_new_tokens"]
 
 
 def test_the_json_has_every_phase_and_says_facts_in_words():

@@ -86,7 +86,7 @@ REFUSED = {
             HEAD.replace("ParentPhase", "follows"),
         ),
         ", line 6: ValueError: there is no config key 'sampling.max_tokens'; did you mean "
-        "'sampling.max_new_tokens' or 'engine.max_total_tokens' or 'engine.max_prefill_tokens'?",
+        "'sampling.max_new_tokens' or 'sampling.stop_token_ids' or 'sampling.top_k'?",
     ),
     "no effect": (
         own(RUN),

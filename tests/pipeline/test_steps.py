@@ -10,6 +10,7 @@ import kvpipe.engine
 from kvpipe.config.schema import Kvpipe, SamplingConfig
 from kvpipe.errors import InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.description import meanings
 from kvpipe.pipeline.phase import ParentPhase, Phase, WorkerPhase
 from kvpipe.pipeline.phase_files import option_types, phase_class, phase_names
 from kvpipe.pipeline.steps import build_steps, use_of
@@ -50,7 +51,7 @@ def test_every_option_of_every_phase_is_described_in_its_docstring():
         (use, option)
         for use in FILES
         for option in option_types(phase_class(use))
-        if option not in (phase_class(use).__doc__ or "")
+        if option not in meanings(phase_class(use))
     }
     assert undescribed == set()
 
@@ -63,7 +64,8 @@ def test_the_steps_stand_in_the_order_of_the_pipeline_under_their_own_names():
 
 def test_the_steps_of_the_sop_have_the_phases_and_options_that_the_default_pipeline_says():
     options = {step.step: (type(step).__name__, asdict(step)) for step in build(STEPS)}
-    sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False}
+    sampling = {"max_new_tokens": 64, "temperature": 0.0, "ignore_eos": False, "seed": None}
+    sampling |= {"top_p": 1.0, "top_k": None, "min_p": 0.0, "stop": (), "stop_token_ids": ()}
     control = {"aa_control": False, "same_cached_tokens_as": None}
     control |= {"different_output_from": None, "same_output_as_before": None}
     generate = sampling | control | {"weights": "real", "log_text": True}
@@ -183,7 +185,7 @@ def test_options_for_a_step_that_is_not_in_the_pipeline_are_refused_with_the_nea
 def test_an_unknown_option_is_refused_with_the_nearest():
     assert refusal(["it"], {"it": {"use": "generate", "max_tokens": 4}}) == (
         "phases.it.max_tokens: generate has no option 'max_tokens'; "
-        "did you mean 'max_new_tokens' or 'same_cached_tokens_as'?"
+        "did you mean 'max_new_tokens' or 'stop_token_ids' or 'same_cached_tokens_as'?"
     )
 
 

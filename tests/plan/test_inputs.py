@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 
+from kvpipe.checkpoints import tokenizer
 from kvpipe.checkpoints.tiny import ensure
+from kvpipe.checkpoints.tiny import tokenizer as tiny_tokenizer
+from kvpipe.config.prompts import Prompt
 from kvpipe.config.schema import TinyModel
 from kvpipe.parent import doctor
 from kvpipe.parent.planner_client import Planners
@@ -25,6 +28,8 @@ def model(made, tmp_path):
     """A copy of it in ``model``, to spoil."""
     return shutil.copytree(made, tmp_path / "model")
 
+
+CHAT = '{"messages": [{"role": "user", "content": "Hello"}]}\n'
 
 REFUSED = {
     "engine.tp_size=3": (
@@ -81,12 +86,34 @@ REFUSED = {
         "phases.mllm_params_cpu_ready.orbax is 'nowhere', which is no directory"
     ),
     "model.config=nosuch.json model.generate=null": "model.config: there is no 'nosuch.json' in ",
+    "pipeline=rollout": "prompts: give one of prompts.file and prompts.texts, and not both",
+    **{
+        f"+experiment=tiny_rollout {line}": message
+        for line, message in {
+            "prompts.file=long.txt": (
+                "prompts: the longest has 72,000 tokens, but engine.context_length is 256, which "
+                "takes prompts of at most 249 (step 'rollout')"
+            ),
+            "sampling.max_new_tokens=250": "step 'rollout' asks for 250 tokens",
+            "engine.max_total_tokens=50": "step 'rollout' asks for 16 tokens",
+            "prompts.file=empty.jsonl": "prompts.file: empty.jsonl has no prompt",
+            "prompts.file=lines.jsonl": "prompts.file: lines.jsonl, line 2: not JSON: ",
+            "prompts.file=chat.jsonl": (
+                "prompts: '1' has messages, but the model's tokenizer has no chat template; give "
+                "'prompt' instead"
+            ),
+            "sampling.seed=null": "phases.rollout_control.seed is null and temperature is 1, so ",
+        }.items()
+    },
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_what_the_engine_cannot_have_is_refused_by_check(kvpipe, tmp_path, line):
     (tmp_path / "long.txt").write_text("1" * 72_000)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"\n')
+    (tmp_path / "chat.jsonl").write_text(CHAT)
     answer = kvpipe("check", *line.split())
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith(f"kvpipe: {REFUSED[line]}")
@@ -193,3 +220,31 @@ def test_a_model_in_the_hubs_cache_is_checked_as_far_as_it_is_there(kvpipe, made
     of_four_heads(snapshot)
     assert "model.id: " in (told := kvpipe("check", *hub).err)
     assert "num_attention_heads is 'four'" in told
+
+
+def templated(model, template):
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return ["check", "+experiment=tiny_rollout", "model.path=model", "prompts.file=chat.jsonl"]
+
+
+def test_a_chat_becomes_text_by_the_models_template_alone(kvpipe, tmp_path, model):
+    content = "1" * 300
+    (tmp_path / "chat.jsonl").write_text(CHAT.replace("Hello", content))
+    command = templated(model, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}~")
+    chat = Prompt("1", None, ({"role": "user", "content": content},))
+    (ids,) = tokenizer.prompt_ids([chat], tokenizer.open_tokenizer(model))
+    assert list(ids) == tiny_tokenizer(TinyModel()).encode(f"<user>{content}~").ids
+    answer = kvpipe(*command)
+    assert answer.code == 2
+    assert answer.err.startswith(f"kvpipe: prompts: the longest has {len(ids)} tokens, but ")
+
+
+def test_messages_that_the_template_refuses_are_named_with_its_reason(kvpipe, tmp_path, model):
+    (tmp_path / "chat.jsonl").write_text(CHAT)
+    answer = kvpipe(*templated(model, "{{ raise_exception('a system message is missing') }}"))
+    assert (answer.code, answer.err) == (
+        2,
+        "kvpipe: prompts: the chat template refuses the messages of '1': a system message is "
+        "missing\n",
+    )

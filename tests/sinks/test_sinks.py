@@ -32,6 +32,9 @@ class Recorder(Sink):
     def phase_progressed(self, progress):
         self._take("phase_progressed", progress)
 
+    def sampled(self, step, line):
+        self._take("sampled", step, line)
+
     def phase_finished(self, record):
         self._take("phase_finished", record)
 
@@ -45,6 +48,7 @@ def call_all(sinks):
     sinks.run_planned(plan())
     sinks.phase_started("jax_ready", 3, 16)
     sinks.phase_progressed(PROGRESS)
+    sinks.sampled("jax_ready", "{}")
     sinks.phase_finished(record)
     sinks.run_finished(last)
     return [
@@ -52,6 +56,7 @@ def call_all(sinks):
         ("run_planned", plan()),
         ("phase_started", "jax_ready", 3, 16),
         ("phase_progressed", PROGRESS),
+        ("sampled", "jax_ready", "{}"),
         ("phase_finished", record),
         ("run_finished", last),
     ]

@@ -31,6 +31,11 @@ class Waits(WorkerPhase):
         return Result()
 
 
+class Samples(WorkerPhase):
+    def run(self, ctx):
+        return Result({"requests": 2}, samples=[{"text": "a"}, {"text": "b"}])
+
+
 class Peaks(WorkerPhase):
     """Knows three moments of its own that may be its peak."""
 
@@ -81,6 +86,7 @@ def run_in(ctx, phases, planned=None, take=lambda record: None):
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,
+        sampled=lambda step, sample: records.append((step, sample)),
         finished=lambda record: (records.append(record), take(record)),
     )
     jobs = [
@@ -212,3 +218,9 @@ def test_every_record_has_a_peak_that_of_a_failed_phase_too():
 def test_without_sampling_there_are_no_peaks():
     (record,), _ = run(Waits("first"), sample_peaks=False)
     assert record.peak is None
+
+
+def test_the_samples_of_a_rollout_come_before_its_record_which_has_not_all_of_them():
+    (first, second, record), _ = run(Samples("it"))
+    assert [first, second] == [("it", {"text": "a"}), ("it", {"text": "b"})]
+    assert (record.phase, record.fields) == ("it", {"requests": 2})

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.config.schema import EngineConfig, SamplingConfig
+from kvpipe.pipeline.rollout import Request
 
 DEVICES = 4
 CONFIG = EngineConfig(
@@ -19,13 +20,14 @@ CONFIG = EngineConfig(
 )
 _IDLE_TIMEOUT_S = 120.0
 _FEW_TOKENS = SamplingConfig(max_new_tokens=4, ignore_eos=True)
+_REQUESTS = [Request("Hello", index, (39, 266, 419), seed=index) for index in range(3)]
 
 Step = tuple[str, Callable[[], Any]]
 
 
 def steps(model_dir: Path) -> Iterator[Step]:
     """Yield the adapter's operations by name; the first one starts the engine."""
-    from kvpipe.engine import kv_cache, sglang, shapes, weights
+    from kvpipe.engine import kv_cache, rollout, sglang, shapes, weights
 
     kept: dict[str, Any] = {}
 
@@ -38,6 +40,7 @@ def steps(model_dir: Path) -> Iterator[Step]:
     yield "plan from shapes", lambda: shapes.of_devices_here(CONFIG, model_dir).arrays([512])
     yield "start", lambda: keep("engine", sglang.start(CONFIG, model_dir, _IDLE_TIMEOUT_S))
     yield "generate", lambda: engine().generate("Hello", _FEW_TOKENS)
+    yield "roll out", lambda: rollout.roll_out(engine(), _REQUESTS, _FEW_TOKENS)
     yield "flush", lambda: engine().flush()
     yield "drop the KV cache", lambda: kv_cache.drop(engine())
     yield "rebuild it", lambda: kv_cache.rebuild(engine())

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import util
 from pathlib import Path
+from typing import Any
 
 NEEDED, NOT_NEEDED = "needed", "not needed"
 _GENERATE_WITHOUT = """
@@ -75,6 +77,41 @@ def _config_is_cached(model_dir: Path) -> str:
     if first is second:
         return f"{NEEDED}: two readers of a model's config get the same object"
     return f"{NOT_NEEDED}: each reader of a model's config gets its own"
+
+
+def _seeded_noise_is_biased(model_dir: Path) -> str:
+    import jax.numpy as jnp
+    import numpy as np
+
+    many = 65_536
+    shares = np.array([0.42, 0.25, 0.15, 0.1, 0.05, 0.03], np.float32)
+    logits = jnp.broadcast_to(jnp.log(shares), (many, len(shares)))
+    operands = (logits, jnp.arange(many), jnp.full(many, 77), None)
+    tokens = np.asarray(_unpatched_sampler().multinomial_with_seed(operands)).ravel()
+    counts, expected = np.bincount(tokens, minlength=len(shares)), many * shares
+    ratio = float(((counts - expected) ** 2 / expected).sum() / (len(shares) - 1))
+    found = f"over {many:,} seeds chi-squared is {ratio:.0f} times its degrees of freedom"
+    return f"{NEEDED if ratio > 10 else NOT_NEEDED}: {found}"
+
+
+def _min_p_is_of_logits(model_dir: Path) -> str:
+    import jax.numpy as jnp
+
+    operands = (jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.array([0.5]))
+    first, second, third = _unpatched_sampler()._apply_min_p_filter(operands)[0].tolist()
+    if third < second < first:
+        return f"{NOT_NEEDED}: min_p leaves out the right tokens"
+    return f"{NEEDED}: of 0.5, 0.3 and 0.2 a min_p of 0.5 gives {first:g}, {second:g}, {third:g}"
+
+
+def _unpatched_sampler() -> Any:
+    """Return a copy of the sampler's module; the adapter may have patched the other in this process."""
+    found = util.find_spec("sgl_jax.srt.layers.sampler")
+    assert found is not None
+    assert found.loader is not None
+    sampler = util.module_from_spec(found)
+    found.loader.exec_module(sampler)
+    return sampler
 
 
 def _kernel_calls_bit_width(model_dir: Path) -> str:
@@ -157,6 +194,8 @@ def _sources() -> Iterator[Path]:
 PROBES: dict[str, Callable[[Path], str]] = {
     "pytree_registered_twice": _works_without("pytree_registered_twice"),
     "sampler_off_tpu": _works_without("sampler_off_tpu"),
+    "seeded_sampling_is_random": _seeded_noise_is_biased,
+    "min_p_of_probabilities": _min_p_is_of_logits,
     "config_of_each_engine_is_its_own": _config_is_cached,
     "bit_width_of_dtypes": _kernel_calls_bit_width,
     "kernel_sees": _kernel_asks_jax_for_devices,

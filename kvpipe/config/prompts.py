@@ -1,0 +1,119 @@
+"""Read the prompts of rollouts; a chat becomes text only with a model's tokenizer."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvpipe.config.prompt import read_file
+from kvpipe.config.schema import PromptsConfig
+from kvpipe.errors import InputError
+from kvpipe.suggest import nearest
+from kvpipe.units import counted
+
+_KEYS = ("id", "prompt", "messages")
+_MESSAGE = {"role": str, "content": str}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        id: its name, one of its own.
+        text: the prompt itself; None for a chat.
+        messages: the messages of a chat, each with ``role`` and ``content``.
+    """
+
+    id: str
+    text: str | None
+    messages: Sequence[Mapping[str, str]] = ()
+
+
+def read_prompts(config: PromptsConfig) -> tuple[Prompt, ...]:
+    """Return the prompts, at least one.
+
+    Raises:
+        InputError: file and texts are both given or both missing, the file cannot be read or has no
+            prompt, a line is no prompt, a prompt is empty, or two have the same id.
+    """
+    if (config.file is None) == (not config.texts):
+        raise InputError("prompts: give one of prompts.file and prompts.texts, and not both")
+    if config.file is None:
+        found = [(f"prompts.texts[{i}]", text) for i, text in enumerate(config.texts)]
+        prompts = [_prompt(where, str(i), text) for i, (where, text) in enumerate(found)]
+    else:
+        prompts = list(_of_file(config.file))
+    if not prompts:
+        raise InputError(f"prompts.file: {config.file} has no prompt")
+    if config.limit is not None and config.limit > len(prompts):
+        raise InputError(
+            f"prompts.limit is {config.limit}, but there {_are(len(prompts), 'prompt')}"
+        )
+    prompts = prompts[: config.limit]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise InputError(f"prompts: two have the id {prompt.id!r}; give each its own")
+        seen.add(prompt.id)
+        _refuse_surrogates(prompt)
+    return tuple(prompts)
+
+
+def _refuse_surrogates(prompt: Prompt) -> None:
+    """Refuse text that UTF-8 cannot encode: JSON may have half of a pair of surrogates."""
+    try:
+        json.dumps(asdict(prompt), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        wrong = error.object[error.start]
+        raise InputError(f"prompts: {prompt.id!r} is not Unicode, it has {wrong!r}") from None
+
+
+def _are(count: int, noun: str) -> str:
+    return f"{'is' if count == 1 else 'are'} {counted(count, noun)}"
+
+
+def _of_file(name: str) -> Iterator[Prompt]:
+    """Yield the prompts of a file; empty lines count as none."""
+    text = read_file("prompts.file", name, "prompts")
+    # Not splitlines: it would split at U+2028 and the like, too.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"prompts.file: {name}, line {number}"
+            read = _json_line if name.endswith(".jsonl") else _prompt
+            yield read(where, str(number), line.removesuffix("\r"))
+
+
+def _json_line(where: str, own_id: str, line: str) -> Prompt:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: it is {line[:40]!r}, not an object with 'prompt' or 'messages'")
+    for key in data:
+        if key not in _KEYS:
+            raise InputError(f"{where}: there is no key {key!r}; {nearest(key, _KEYS)}")
+    if ("prompt" in data) == ("messages" in data):
+        raise InputError(f"{where}: give one of 'prompt' and 'messages', and not both")
+    given = str(data.get("id", own_id))
+    if "prompt" in data:
+        return _prompt(where, given, data["prompt"])
+    messages = data["messages"]
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise InputError(
+            f"{where}: 'messages' should be a list of objects with the texts 'role' and 'content'"
+        )
+    return Prompt(given, None, tuple(messages))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), kind) for key, kind in _MESSAGE.items()
+    )
+
+
+def _prompt(where: str, own_id: str, text: Any) -> Prompt:
+    if not isinstance(text, str) or not text:
+        raise InputError(f"{where}: a prompt is a text that is not empty, this is {text!r}")
+    return Prompt(own_id, text)

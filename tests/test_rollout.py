@@ -1,0 +1,73 @@
+"""A rollout as a user runs it: 128 samples, the same after a flush and after a rebuilt KV cache."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kvpipe.pipeline.rollout import seed_of
+from tests.command import Finished, kvpipe
+
+pytestmark = pytest.mark.slow
+
+ROLLOUTS = ["rollout", "rollout_control", "rollout_after_kv_rebuild"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The experiment as it ships; W&B offline, JSON piped."""
+    cwd = tmp_path_factory.mktemp("rollout")
+    return kvpipe(cwd, "+experiment=tiny_rollout", "runner.heartbeat_s=null")
+
+
+def samples(run: Finished, step: str) -> list[dict[str, object]]:
+    text = (run.run_dir / f"rollouts/{step}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_all_samples_are_the_same_after_a_flush_and_after_a_rebuild(run: Finished) -> None:
+    assert (run.exit_code, run.stderr) == (0, "")
+    passed = {check["name"]: check["passed"] for check in run.end["checks"]}
+    assert passed["aa_control"] is passed["same_rollout"] is True
+    first, *others = (samples(run, step) for step in ROLLOUTS)
+    assert len(first) == 128
+    for later in others:
+        for key in ("prompt", "index", "seed", "token_ids", "logprobs", "text"):
+            assert [s[key] for s in later] == [s[key] for s in first], key
+    assert run.phase("kv_cache_dropped")["drop_info"]["freed_bytes"] > 0
+
+
+def test_the_samples_of_a_prompt_are_distinct(run: Finished) -> None:
+    """At temperature 1 this model is sure of most tokens, so a few samples coincide."""
+    distinct = {(s["prompt"], tuple(s["token_ids"])) for s in samples(run, "rollout")}
+    assert len(distinct) == run.phase("rollout")["distinct_samples"] > 110
+
+
+def test_each_prompt_has_four_samples_in_the_order_of_the_file(run: Finished) -> None:
+    found = samples(run, "rollout")
+    prompts = Path(__file__).parents[1] / "conf/prompts/additions.jsonl"
+    ids = [json.loads(line)["id"] for line in prompts.read_text().splitlines()]
+    assert [(s["prompt"], s["index"]) for s in found] == [(i, n) for i in ids for n in range(4)]
+    assert [s["seed"] for s in found] == [seed_of(0, i, n) for i in ids for n in range(4)]
+
+
+def test_the_record_counts_what_the_file_has(run: Finished) -> None:
+    record, found = run.phase("rollout"), samples(run, "rollout")
+    assert (record["requests"], record["prompts"]) == (128, 32)
+    for key, of in {"decode_tokens": "token_ids", "finish_reasons": "finish_reason"}.items():
+        values = [s[of] for s in found]
+        counted = sum(map(len, values)) if of == "token_ids" else dict(Counter(values))
+        assert record[key] == counted
+    for key in ("prompt_tokens", "cached_tokens"):
+        assert record[key] == sum(s[key] for s in found)
+    assert record["samples"] == found[:8]
+    assert {s["weights_digest"] for s in found} == {record["weights_digest"]}
+    assert record["forward_steps"] < record["decode_tokens"]
+    assert record["sampling_params"]["seed"] == 0
+
+
+def test_every_token_has_its_log_probability(run: Finished) -> None:
+    for sample in samples(run, "rollout"):
+        assert len(sample["logprobs"]) == len(sample["token_ids"]) == 16
+        assert all(value <= 0 for value in sample["logprobs"])
