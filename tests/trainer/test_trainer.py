@@ -185,14 +185,14 @@ def test_gradients_are_of_the_seed_the_step_and_the_name_and_not_of_the_mesh(
 ) -> None:
     import jax
 
+    from kvpipe.trainer.gradients import compile_seeded, seeded_inputs
     from kvpipe.trainer.layout import lay_out
-    from kvpipe.trainer.step import compile_gradient, gradient_inputs
 
     def gradient(seed: int, step: int, name: str, data: int) -> Any:
         config = TrainerConfig(seed=seed)
         like = lay_out({name: (8, 4)}, mesh(data, DEVICES // data), config).gradients[name]
         last = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
-        return np.asarray(compile_gradient(like, seed)(last, *gradient_inputs(name, step)))
+        return np.asarray(compile_seeded(like, seed)(last, *seeded_inputs(name, step)))
 
     first = gradient(0, 0, "a", 2)
     assert np.array_equal(first, gradient(0, 0, "a", 4))
