@@ -1,10 +1,11 @@
-"""A model's tokenizer files: whether they can be read, how many tokens they have, a prompt's length."""
+"""A model's tokenizer: whether its files can be read, and the tokens of prompts and examples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.json_object import read_object
+from kvpipe.config.examples import TextExample
 from kvpipe.errors import InputError
 
 _FAST, _VOCABULARY, _MERGES, _PIECES = (
@@ -36,6 +37,39 @@ def find_faults(directory: Path, vocab_size: int | None) -> Iterator[str]:
             f"its tokenizer has the token id {largest}, but the model's vocabulary ends at "
             f"{vocab_size - 1} (vocab_size is {vocab_size})"
         )
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model's directory as transformers has it; it takes a second.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the library raises no class of its own
+        raise InputError(f"{directory} has no tokenizer that can be read: {error}") from None
+
+
+def example_ids(
+    examples: Sequence[TextExample], tokenizer: Any
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the token ids of prompts and responses; the end of the text ends each response.
+
+    Args:
+        examples: the examples.
+        tokenizer: the tokenizer as transformers has it, which is how the engine has it.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        (
+            tuple(tokenizer.encode(example.prompt)),
+            (*tokenizer.encode(example.response, add_special_tokens=False), *end),
+        )
+        for example in examples
+    ]
 
 
 def count_tokens(prompt: str, directory: Path) -> int | None:

@@ -9,7 +9,6 @@ from kvpipe.system.places import CONF
 from kvpipe.units import counted
 
 _BYTES_PER_TOKEN = 3
-_SHIPPED = "pkg://conf/prompt/"
 
 
 def read_prompt(config: PromptConfig) -> str:
@@ -21,7 +20,10 @@ def read_prompt(config: PromptConfig) -> str:
     """
     if (config.text is None) == (config.file is None):
         raise InputError("prompt: give one of prompt.text and prompt.file, and not both")
-    data = _encode(config.text) if config.text is not None else _read(config.file or "")
+    if config.text is not None:
+        data = _encode(config.text)
+    else:
+        data = read_file("prompt.file", config.file or "", "prompt")
     try:
         prompt = data.decode()
     except UnicodeDecodeError as error:
@@ -46,18 +48,21 @@ def _encode(text: str) -> bytes:
         raise InputError(f"prompt.text: it is not Unicode at character {error.start}") from None
 
 
-def _read(name: str) -> bytes:
-    if name.startswith(_SHIPPED):
-        path = CONF / "prompt" / name.removeprefix(_SHIPPED)
-    else:
-        path = Path(name)
+def read_file(key: str, name: str, group: str) -> bytes:
+    """Return the contents of a file, which may be one of ``pkg://conf/<group>/``.
+
+    Raises:
+        InputError: naming the key, if it cannot be read.
+    """
+    shipped = f"pkg://conf/{group}/"
+    path = CONF / group / name.removeprefix(shipped) if name.startswith(shipped) else Path(name)
     if path.is_fifo():
         # Reading it would wait for a writer, and it is read more than once.
-        raise InputError(f"prompt.file: {name} is a pipe, it must be a regular file")
+        raise InputError(f"{key}: {name} is a pipe, it must be a regular file")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"prompt.file: cannot read {name}: {error.strerror}") from None
+        raise InputError(f"{key}: cannot read {name}: {error.strerror}") from None
 
 
 def tokens_of_prompt(config: Kvpipe) -> int:

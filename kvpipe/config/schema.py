@@ -343,6 +343,11 @@ class TrainerConfig(Section, section="trainer"):
         return self.loss != "seeded"
 
     @property
+    def reads_data(self) -> bool:
+        """Whether it learns from ``data``."""
+        return self.loss == "sft"
+
+    @property
     def rows(self) -> int:
         """Examples of a forward and backward pass."""
         return self.micro_batch_size or self.batch_size

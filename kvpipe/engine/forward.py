@@ -110,7 +110,8 @@ class Forward:
             del shape
             leaf, like = self.leaves[path_name(path)], self.blueprint[path_name(path)]
             weight = in_engine_layout(trained[leaf.source], leaf.transpose, leaf.heads, like.dtype)
-            sharding = NamedSharding(auto(like.sharding.mesh), like.sharding.spec)
+            named: Any = like.sharding
+            sharding = NamedSharding(auto(named.mesh), named.spec)
             return jax.lax.with_sharding_constraint(weight, sharding)
 
         return jax.tree_util.tree_map_with_path(placed, self.params)

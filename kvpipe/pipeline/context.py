@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpipe.checkpoints.model_dir import find_model
+from kvpipe.config.examples import read_examples
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.output import Output
@@ -90,6 +91,18 @@ class WorkerContext:
         """Return the output of ``step``; a PhaseError if it has none, because it failed."""
         failed = f"step {step!r}, which failed, left no output to compare with"
         return _present(self.outputs.get(step), failed)
+
+    @cached_property
+    def examples(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The token ids of prompt and response of each example that the trainer learns from.
+
+        Raises:
+            InputError: the file or the tokenizer cannot be read.
+        """
+        from kvpipe.checkpoints import tokenizer
+
+        own = tokenizer.open_tokenizer(self.model_dir)
+        return tokenizer.example_ids(read_examples(self.config.trainer), own)
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
         """Return the weights of a host tree, or of the model's files, named as in Hugging Face.

@@ -46,7 +46,7 @@ def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]
         train = _program(TRAIN_STEP, step.used, began, step.temp_bytes, step.in_place_bytes)
         began = monotonic()
         lowered = training.lowered(found.sources, found.params, layout.params)
-        used = [program.compile().memory_analysis() for program in lowered.values()]
+        used: list[Any] = [each.compile().memory_analysis() for each in lowered.values()]
         temp_bytes = max(each.temp_size_in_bytes for each in used)
         return train, _program(WEIGHT_SYNC, used, began, temp_bytes)
     except JaxRuntimeError as error:

@@ -82,13 +82,11 @@ def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
     return Batch({TOKENS: tokens, WEIGHTS: (learns / max(learnt, 1)).astype(np.float32)}, learnt)
 
 
-def examples_of_step(
-    examples: Sequence[Example], step: int, config: TrainerConfig
-) -> list[Example]:
+def examples_of_step(examples: Sequence[Any], step: int, config: TrainerConfig) -> list[Example]:
     """Return the examples of a step: each pass over all of them has an order of its own.
 
     Args:
-        examples: all that there are.
+        examples: all that there are, as token ids of the prompt and new ones.
         step: number of the step, from 0.
         config: has the size of a batch, and the seed of the orders.
     """
@@ -98,4 +96,4 @@ def examples_of_step(
         turn: np.random.default_rng((config.seed, turn)).permutation(total)
         for turn in {place // total for place in places}
     }
-    return [examples[orders[place // total][place % total]] for place in places]
+    return [Example(*examples[orders[place // total][place % total]]) for place in places]

@@ -117,10 +117,8 @@ class Learned:
     @property
     def temp_bytes(self) -> int:
         """Bytes on a device beside the trainer's sets: temporaries and a micro-batch."""
-        shards = (
-            math.prod(like.sharding.shard_shape(like.shape)) * like.dtype.itemsize
-            for like in self.layout.batch.values()
-        )
+        batch: list[Any] = list(self.layout.batch.values())
+        shards = [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in batch]
         return self.used[0].temp_size_in_bytes + sum(shards)
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from kvpipe.config import examples
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
@@ -81,6 +82,7 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
         "repeat": config.repeat and asdict(config.repeat),
         "engine": asdict(config.engine) | own,
         "trainer": asdict(config.trainer),
+        "trainer.data": examples.digest(config.trainer),
         "prompt": ctx.prompt,
         "sampling": asdict(config.sampling),
         "runner.on_error": config.runner.on_error,
