@@ -63,7 +63,7 @@ def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compile
 
     def update(params: Any, gradients: Any, moments: Any) -> Any:
         reported = {
-            "gradient_norm": optax.global_norm(optax.tree.cast(gradients, jnp.float32)),
+            "gradient_norm": optax.tree.norm(optax.tree.cast(gradients, jnp.float32)),
             "learning_rate": jnp.float32(rate(steps_of(moments))),
         }
         # optax keeps the second moment in the parameters' dtype only if the gradients have that

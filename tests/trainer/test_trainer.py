@@ -9,7 +9,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.errors import InputError
+from kvpipe.errors import InputError, PhaseError
 from kvpipe.pipeline.ledger import Size
 from tests.conftest import DEVICES, engine_config
 
@@ -236,6 +236,25 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
     assert away.drop().changed_bytes == 0
     stayed.drop()
     assert sum(memory.bytes_in_use()) == before
+
+
+def test_gradients_that_are_not_finite_end_the_run_with_the_numbers_and_what_may_help(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.trainer.gradients import Seeded
+
+    made, _, given = trainer(TrainerConfig())
+    made.start(given)
+    call = Seeded.__call__
+
+    def infinite(self: Any, *args: Any) -> Any:
+        gradients, _ = call(self, *args)
+        return {name: gradient * np.float32(np.inf) for name, gradient in gradients.items()}, {}
+
+    monkeypatch.setattr(Seeded, "__call__", infinite)
+    with pytest.raises(PhaseError, match=r"training step 1: gradient_norm is inf; .*clip_norm may"):
+        made.step()
+    made.drop()
 
 
 @pytest.mark.parametrize(
