@@ -80,6 +80,7 @@ def test_loss_and_gradient_of_every_leaf_are_those_of_transformers(
     assert gradients.copied_bytes == 0
 
 
+@pytest.mark.nightly(finds="memory of a step that grows with the square of the length")
 def test_temporaries_grow_no_faster_than_the_length(four_devices: None, model_cache: Path) -> None:
     model_dir = ensure(TinyModel(num_hidden_layers=1, vocab_size=320), model_cache)
     held = [
