@@ -1,7 +1,11 @@
-"""Carry out one training step: an optax AdamW update of the whole parameter tree, in place."""
+"""Carry out one training step: an optax AdamW update of the whole parameter tree, in place.
+
+With ``trainer.loss=sft`` it learns a batch of ``trainer.data``; with ``seeded`` its gradients are random
+numbers, and it learns nothing.
+"""
 
 from dataclasses import replace
-from typing import Self, override
+from typing import TYPE_CHECKING, Self, override
 
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
@@ -9,6 +13,9 @@ from kvpipe.pipeline.facts import ENGINE, KV_LIVE, TRAINER_AHEAD, TRAINER_LIVE, 
 from kvpipe.pipeline.ledger import TRAIN_STEP, TRAINER_PROGRAM, Size
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 from kvpipe.records.run import check_equal
+
+if TYPE_CHECKING:
+    from kvpipe.trainer.batch import Batch
 
 
 class TrainStep(WorkerPhase):
@@ -41,10 +48,21 @@ class TrainStep(WorkerPhase):
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.engine import kv_cache
 
-        report = ctx.trainer.step()
+        report = ctx.trainer.step(self._batch(ctx))
         ctx.step_peaks[self.step] = report.peak_bytes
         checks = [check_equal("step_is_in_place", report.set_bytes, report.in_place_bytes)]
         if self.peak_below is not None:
             lower = ctx.step_peaks[self.peak_below] - report.peak_bytes
             checks += [check_equal("kv_drop_lowers_peak", kv_cache.nbytes(ctx.engine), lower)]
         return Result(report.fields, tuple(checks))
+
+    def _batch(self, ctx: WorkerContext) -> "Batch | None":
+        """Return what the step learns from; None if its gradients are seeded."""
+        from kvpipe.trainer import batch
+
+        config = ctx.config.trainer
+        if not config.learns:
+            return None
+        return batch.batch_of(
+            batch.examples_of_step(ctx.examples, ctx.trainer.steps, config), config
+        )

@@ -28,13 +28,15 @@ class TrainerReady(WorkerPhase):
     @override
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.engine import training
+        from kvpipe.engine.forward import Forward
         from kvpipe.trainer.layout import lay_out
         from kvpipe.trainer.state import Trainer
 
         config, weights = ctx.config.trainer, ctx.hf_weights(self.source)
         training.check(ctx.engine, weights)
         layout = lay_out(training.shapes(ctx.engine), training.mesh(ctx.engine), config)
-        trainer = Trainer(layout, config)
+        forward = Forward.of_engine(ctx.engine) if config.learns else None
+        trainer = Trainer(layout, config, forward)
         change = trainer.start(weights)
         ctx.made_trainer = trainer
         change = change.with_fields(trainer=asdict(config), num_params=len(layout.params))

@@ -73,6 +73,7 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "tiny_offload_restore",
         "tiny_rl_cycle",
         "tiny_rollout",
+        "tiny_sft",
         "tiny_stream",
     ]
 

@@ -1,10 +1,11 @@
-"""A model's tokenizer files: whether they can be read, how many tokens they have, a prompt's length."""
+"""A model's tokenizer: whether its files can be read, and the tokens of prompts and examples."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.json_object import read_object
+from kvpipe.config.examples import TextExample
 from kvpipe.config.prompts import Prompt
 from kvpipe.errors import InputError
 
@@ -99,6 +100,25 @@ def _chat_ids(prompt: Prompt, tokenizer: Any) -> Sequence[int]:
         ) from None
     # The template writes the special tokens itself.
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def example_ids(
+    examples: Sequence[TextExample], tokenizer: Any
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the token ids of prompts and responses; the end of the text ends each response.
+
+    Args:
+        examples: the examples.
+        tokenizer: the tokenizer as transformers has it, which is how the engine has it.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        (
+            tuple(tokenizer.encode(example.prompt)),
+            (*tokenizer.encode(example.response, add_special_tokens=False), *end),
+        )
+        for example in examples
+    ]
 
 
 def count_tokens(texts: Sequence[str], directory: Path) -> int | None:

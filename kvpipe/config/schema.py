@@ -115,6 +115,12 @@ def share(key: str, value: float | None) -> None:
         raise InputError(f"{key} is {value:g}, it must be more than 0 and at most 1")
 
 
+def positive(key: str, value: float | None) -> None:
+    """Refuse a number that is not positive or not finite."""
+    if value is not None and not 0 < value < math.inf:
+        raise InputError(f"{key} is {value}, it must be more than 0")
+
+
 def texts(key: str, values: list[Any]) -> None:
     """Refuse an item that is no text: OmegaConf lets a list pass as an item of list[str]."""
     for value in values:
@@ -307,20 +313,62 @@ class TrainerConfig(Section, section="trainer"):
     """The trainer that shares the devices with the engine, for pipelines that train.
 
     Attributes:
+        loss: ``sft`` learns the responses of ``data`` (cross entropy); ``seeded`` learns nothing: its
+            gradients are random numbers, without activations, to study memory and speed of the rest.
+        data: JSON lines to learn from, each with ``prompt`` and ``response``;
+            ``pkg://conf/data/NAME`` is a file that ships with kvpipe. For ``sft``.
+        batch_size: examples of a step.
+        micro_batch_size: examples of a forward and backward pass; a step sums the gradients of
+            several. It divides ``batch_size``; None means all at once.
+        length: length in tokens to which each example is padded, with its response.
         dtype: dtype of its parameters and of AdamW's second moment, ``float32`` or ``bfloat16``.
         gradients_dtype: dtype of the gradients; None means ``dtype``.
         mu_dtype: dtype of AdamW's first moment (optax's ``mu_dtype``); None means ``dtype``.
-        learning_rate: AdamW's learning rate, constant, at least 0.
+        learning_rate: AdamW's learning rate, at least 0; the largest if it changes.
+        warmup_steps: steps in which the learning rate rises to its value, in a line; 0 means none.
+        decay_steps: steps after them in which it falls to zero, as a cosine; None means never.
+        clip_norm: the norm of all gradients together that larger ones are scaled to; None clips none.
         weight_decay: AdamW's weight decay.
-        seed: seed of the gradients.
+        seed: seed of seeded gradients, and of the order of the examples.
     """
 
+    loss: str = checked("seeded", one_of("seeded", "sft"))
+    data: str | None = None
+    batch_size: int = checked(8, at_least(1))
+    micro_batch_size: int | None = checked(None, at_least(1))
+    length: int = checked(64, at_least(2))
     dtype: str = checked("float32", one_of("float32", "bfloat16"))
     gradients_dtype: str | None = checked(None, one_of("float32", "bfloat16"))
     mu_dtype: str | None = checked(None, one_of("float32", "bfloat16"))
     learning_rate: float = checked(1e-4, at_least(0))
+    warmup_steps: int = checked(0, at_least(0))
+    decay_steps: int | None = checked(None, at_least(1))
+    clip_norm: float | None = checked(None, positive)
     weight_decay: float = checked(1e-4, at_least(0))
     seed: int = checked(0, at_least(0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.rows:
+            raise InputError(
+                f"trainer.micro_batch_size is {self.micro_batch_size}, it must divide "
+                f"trainer.batch_size ({self.batch_size})"
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a loss."""
+        return self.loss != "seeded"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it learns from ``data``."""
+        return self.loss == "sft"
+
+    @property
+    def rows(self) -> int:
+        """Examples of a forward and backward pass."""
+        return self.micro_batch_size or self.batch_size
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from kvpipe.engine import memory, weights
 from kvpipe.engine.params import Param, ParamTable, as_shape
@@ -28,6 +28,14 @@ Blueprint = Mapping[str, jax.ShapeDtypeStruct]
 def mesh(engine: SglangEngine) -> Mesh:
     """Return the devices of the engine and their axes."""
     return engine.runner.mesh
+
+
+def auto(mesh: Mesh) -> Mesh:
+    """Return a mesh within whose programs XLA chooses the shardings.
+
+    Later engines have explicit axes.
+    """
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
 def shapes(engine: SglangEngine) -> dict[str, tuple[int, ...]]:
@@ -138,10 +146,17 @@ def _lowered_mover(
     """Return the program that lays a trained parameter out as ``like``."""
 
     def move(weight: jax.Array) -> jax.Array:
-        cast = weight.astype(like.dtype)
-        return _widened(cast.T if transpose else cast, heads)
+        return in_engine_layout(weight, transpose, heads, like.dtype)
 
     return jax.jit(move, out_shardings=like.sharding).lower(given)
+
+
+def in_engine_layout(
+    weight: jax.Array, transpose: bool, heads: Heads | None, dtype: Any
+) -> jax.Array:
+    """Return a trained parameter as the engine has it: cast, transposed, its heads widened."""
+    cast = weight.astype(dtype)
+    return _widened(cast.T if transpose else cast, heads)
 
 
 def _widened(weight: jax.Array, heads: Heads | None) -> jax.Array:

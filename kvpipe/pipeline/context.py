@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpipe.checkpoints.model_dir import find_model
+from kvpipe.config.examples import read_examples
 from kvpipe.config.prompts import Prompt, read_prompts
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
@@ -113,6 +114,18 @@ class WorkerContext:
         """The prompts of every rollout; empty if the config has none."""
         given = self.config.prompts
         return read_prompts(given) if given.file or given.texts else ()
+
+    @cached_property
+    def examples(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The token ids of prompt and response of each example that the trainer learns from.
+
+        Raises:
+            InputError: the file or the tokenizer cannot be read.
+        """
+        from kvpipe.checkpoints import tokenizer
+
+        own = tokenizer.open_tokenizer(self.model_dir)
+        return tokenizer.example_ids(read_examples(self.config.trainer), own)
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
         """Return the weights of a host tree, or of the model's files, named as in Hugging Face.

@@ -11,12 +11,14 @@ from pathlib import Path
 from kvpipe.checkpoints import model_dir
 from kvpipe.checkpoints.model_check import Needs, check_directory
 from kvpipe.checkpoints.model_config import Model
+from kvpipe.config.examples import read_examples
 from kvpipe.config.jax_environment import device_total
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.prompts import Prompt, read_prompts
 from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
+from kvpipe.pipeline.ledger import TRAIN_STEP
 from kvpipe.plan.fold import PlannedStep, kv_capacities
 from kvpipe.plan.pages import whole_pages
 
@@ -55,6 +57,8 @@ def check_inputs(
     for tokens in (engine.max_total_tokens, *sorted(kv_capacities(planned))):
         _check_capacity(tokens, engine.page_size)
     context = _context(engine, model)
+    if any(TRAIN_STEP in item.effect.runs for item in planned) and config.trainer.reads_data:
+        _check_examples(config, directory)
     longest = _longest_prompts(config, planned, directory)
     for item in planned:
         if item.effect.new_tokens:
@@ -167,6 +171,26 @@ def _check_request(item: PlannedStep, limit: int, key: str, longest: _Longest) -
             f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
             f"{limit - _BESIDE_ALL - most:,}"
         )
+
+
+def _check_examples(config: Kvpipe, directory: Path | None) -> None:
+    """Refuse an example to learn from that is longer than a row of a batch.
+
+    It has at most one token a byte, and one for each end of the text; so it is counted only if so
+    many would be too many.
+    """
+    length = config.trainer.length
+    for number, example in enumerate(read_examples(config.trainer), start=1):
+        parts = (example.prompt, example.response)
+        if sum(len(part.encode()) for part in parts) + 2 <= length:
+            continue
+        counts = [_count(config, [Prompt("", part)], directory) for part in parts]
+        found = sum(count or 0 for count in counts) + 1
+        if found > length:
+            raise InputError(
+                f"trainer.data: example {number} has {found:,} tokens with the end of its response, "
+                f"but trainer.length is {length:,}"
+            )
 
 
 def _limit(item: PlannedStep, engine: EngineConfig, context: int | None) -> tuple[int, str]:

@@ -10,8 +10,8 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
     """Return a phase's values under the metric keys that existing dashboards use.
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
-    ``plan/<pool>_error_bytes``, ``compile/...``, ``time/outside_s``, ``mem/process/peak_rss_bytes`` and
-    ``mem/peak/...`` (inside the phase) are kvpipe's.
+    ``plan/<pool>_error_bytes``, ``compile/...``, ``time/outside_s``, ``mem/process/peak_rss_bytes``,
+    ``mem/peak/...`` (inside the phase) and ``train/...`` are kvpipe's.
     """
     values: dict[str, int | float | str] = {
         "phase/idx": record.idx,
@@ -60,5 +60,9 @@ def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float
     for name in ("num_params", "num_model_state_leaves", "sgl_jax_version", "weights_digest"):
         if fields.get(name) is not None:
             yield name, fields[name]
+    if "train_step" in fields:
+        for name in ("loss", "entropy", "gradient_norm", "learning_rate", "tokens_per_second"):
+            if name in fields:
+                yield f"train/{name}", fields[name]
     if "same_output" in fields:
         yield "determinism/same_output", fields["same_output"]

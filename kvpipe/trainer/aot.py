@@ -10,6 +10,7 @@ from jax.errors import JaxRuntimeError
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import shapes, training
 from kvpipe.engine.aot import CompileFinding, Place, not_in_place
+from kvpipe.engine.forward import Forward
 from kvpipe.pipeline.ledger import TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records.run import Program
 from kvpipe.trainer.layout import lay_out
@@ -26,7 +27,7 @@ def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
         # The trees and the mesh depend on these; the size of the KV cache does not change the
         # programs.
         "engine": {key: asdict(place.config)[key] for key in ("tp_size", "dp_size", "dtype")},
-        "trainer": asdict(config),
+        "trainer": {key: value for key, value in asdict(config).items() if key != "data"},
     }
     return place.cached(content, lambda: compile_programs(place, config))
 
@@ -36,30 +37,34 @@ def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]
     found = shapes.of_mesh(place.config, place.model_dir, place.mesh, place.platform)
     tree = training.source_shapes(found.sources, found.params)
     layout = lay_out(tree, found.mesh, config)
+    forward = Forward.of_shapes(found) if config.learns else None
     began = monotonic()
     try:
-        step = compile_step(layout, config)
+        step = compile_step(layout, config, forward)
         if step.in_place_bytes != step.set_bytes:
             raise not_in_place(TRAIN_STEP, step.in_place_bytes, step.set_bytes, place.target)
-        train = _program(TRAIN_STEP, step.used, began, step.in_place_bytes)
+        train = _program(TRAIN_STEP, step.used, began, step.temp_bytes, step.in_place_bytes)
         began = monotonic()
         lowered = training.lowered(found.sources, found.params, layout.params)
-        used = [program.compile().memory_analysis() for program in lowered.values()]
-        return train, _program(WEIGHT_SYNC, used, began)
+        used: list[Any] = [each.compile().memory_analysis() for each in lowered.values()]
+        temp_bytes = max(each.temp_size_in_bytes for each in used)
+        return train, _program(WEIGHT_SYNC, used, began, temp_bytes)
     except JaxRuntimeError as error:
         raise CompileFinding(
             f"the trainer's programs do not compile for {place.target}: {str(error)[:300]}"
         ) from error
 
 
-def _program(name: str, used: Sequence[Any], began: float, in_place_bytes: int = 0) -> Program:
+def _program(
+    name: str, used: Sequence[Any], began: float, temp_bytes: int, in_place_bytes: int = 0
+) -> Program:
     """Return programs that run one at a time as one, from XLA's memory analysis of each."""
     return Program(
         name=name,
         requests=0,
         tokens=0,
         code_bytes=sum(each.generated_code_size_in_bytes for each in used),
-        temp_bytes=max(each.temp_size_in_bytes for each in used),
+        temp_bytes=temp_bytes,
         compile_s=round(monotonic() - began, 3),
         in_place_bytes=in_place_bytes,
     )

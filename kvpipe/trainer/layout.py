@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
+from kvpipe.engine.training import auto
 from kvpipe.pipeline.ledger import TRAINER_SETS, Size
+from kvpipe.trainer import batch
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -22,17 +24,24 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 class Layout:
     """Shape, dtype and sharding of every array of a trainer, on a number of devices.
 
-    Parameters and gradients are by Hugging Face name, the moments nested as in optax.
+    Parameters and gradients are by Hugging Face name, the moments nested as in optax. ``batch`` has
+    the arrays of a micro-batch by name, which are on the devices only during a step.
     """
 
     params: Shapes
     gradients: Shapes
     moments: optax.OptState
-    devices: int
+    batch: Shapes
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.mesh.size
 
     @property
     def leaves(self) -> list[jax.ShapeDtypeStruct]:
-        """All arrays."""
+        """All arrays of the sets."""
         return jax.tree.leaves((self.params, self.gradients, self.moments))
 
     @property
@@ -43,17 +52,43 @@ class Layout:
 
 
 def optimizer(config: TrainerConfig) -> optax.GradientTransformation:
-    """Return the AdamW optimizer that the config describes."""
-    return optax.adamw(
-        config.learning_rate, weight_decay=config.weight_decay, mu_dtype=config.mu_dtype
+    """Return the AdamW optimizer that the config describes, after clipping if there is any."""
+    changes = config.warmup_steps or config.decay_steps
+    adamw = optax.adamw(
+        # A schedule has a counter of its own among the moments.
+        learning_rate(config) if changes else config.learning_rate,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.mu_dtype,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def learning_rate(config: TrainerConfig) -> optax.Schedule:
+    """Return the learning rate of each step, from 0: a linear warm-up, then a cosine to zero."""
+    rate, warmup = config.learning_rate, config.warmup_steps
+    rising = optax.linear_schedule(rate / max(warmup, 1), rate, warmup - 1)
+    falling = (
+        optax.cosine_decay_schedule(rate, config.decay_steps)
+        if config.decay_steps
+        else optax.constant_schedule(rate)
+    )
+    return optax.join_schedules([rising, falling], [warmup])
+
+
+def steps_of(moments: optax.OptState) -> jax.Array:
+    """Return the number of steps that AdamW's moments have seen."""
+    return optax.tree.get(
+        moments,
+        "count",
+        filtering=lambda path, _: getattr(path[-1], "tuple_name", "") == "ScaleByAdamState",
     )
 
 
 def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerConfig) -> Layout:
     """Return the layout of a trainer on the engine's mesh, given its parameters' shapes by name."""
-    # XLA chooses the shardings within the step, so the axes are Auto, not Explicit as in later
-    # engines.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+    mesh = auto(mesh)
     placed = {name: NamedSharding(mesh, _spec(shape, mesh)) for name, shape in shapes.items()}
 
     def of(dtype: str) -> Shapes:
@@ -75,7 +110,20 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, config: TrainerCo
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
         ),
     )
-    return Layout(params, of(config.gradients_dtype or config.dtype), moments, mesh.size)
+    gradients = of(config.gradients_dtype or config.dtype)
+    return Layout(params, gradients, moments, _batch(mesh, config), mesh)
+
+
+def _batch(mesh: Mesh, config: TrainerConfig) -> Shapes:
+    """Return the arrays of a micro-batch, whose rows the first axis of the mesh shares out."""
+    axis = mesh.axis_names[0]
+    spec = PartitionSpec(None if config.rows % mesh.shape[axis] else axis)
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, jax.numpy.dtype(dtype), sharding=NamedSharding(mesh, spec)
+        )
+        for name, (shape, dtype) in batch.shapes(config).items()
+    }
 
 
 def _spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -3,6 +3,7 @@
 While its arrays are offloaded, their shapes take their places, as the engine's do.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ import jax
 from kvpipe.checkpoints import mapped
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import memory, transfer
+from kvpipe.engine.forward import Forward
 from kvpipe.engine.weight_map import HostArray
+from kvpipe.errors import PhaseError
 from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
+from kvpipe.trainer.batch import Batch
 from kvpipe.trainer.layout import Layout, optimizer
-from kvpipe.trainer.step import GRADIENTS, CompiledStep, compile_step, gradient_inputs
+from kvpipe.trainer.step import CompiledStep, compile_step
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,22 @@ class Trainer:
     zeros before the first one. The moments are nested as in optax.
     """
 
-    def __init__(self, layout: Layout, config: TrainerConfig) -> None:
-        """Make a trainer that holds shapes only, until :meth:`start`."""
+    def __init__(
+        self, layout: Layout, config: TrainerConfig, forward: Forward | None = None
+    ) -> None:
+        """Make a trainer that holds shapes only, until :meth:`start`.
+
+        Without the forward pass of its model it learns nothing: its gradients are seeded.
+        """
         self._layout = layout
         self._config = config
+        self._forward = forward
         self._kept: dict[Size, list[transfer.HostShards]] = {}
         self.params: dict[str, Any] = dict(layout.params)
         self.gradients: dict[str, Any] = dict(layout.gradients)
         self.moments: Any = layout.moments
         self.steps = 0
+        self.losses: list[float] = []
 
     @property
     def sets(self) -> dict[Size, list[jax.Array]]:
@@ -75,20 +86,29 @@ class Trainer:
         self.moments = jax.block_until_ready(init(self.params))
         return self._completed(before)
 
-    def step(self) -> StepReport:
-        """Carry out one step; the three sets take over their own memory."""
+    def step(self, batch: Batch | None = None) -> StepReport:
+        """Carry out one step; the three sets take over their own memory.
+
+        Args:
+            batch: what it learns from; None if its gradients are seeded.
+
+        Raises:
+            PhaseError: the loss or the gradients are not finite.
+        """
         compiled = self._compiled
         devices = self._layout.devices
         in_use = memory.total_in_use()
         began = time.monotonic()
-        for name, like in self._layout.gradients.items():
-            given = gradient_inputs(name, self.steps)
-            self.gradients[name] = compiled.gradients[like](self.gradients[name], *given)
-        self.params, self.gradients, self.moments = jax.block_until_ready(
-            compiled.update(self.params, self.gradients, self.moments)
-        )
+        self.gradients, numbers = compiled.gradients(self.params, self.gradients, self.steps, batch)
+        *sets, reported = compiled.update(self.params, self.gradients, self.moments)
+        self.params, self.gradients, self.moments = jax.block_until_ready(sets)
         compute_s = round(time.monotonic() - began, 6)
         self.steps += 1
+        numbers |= {name: float(value) for name, value in reported.items()}
+        _refuse_infinite(numbers, self.steps)
+        if batch is not None:
+            self.losses.append(numbers["loss"])
+            numbers |= {"tokens": batch.learnt, "tokens_per_second": batch.learnt / compute_s}
         temp = compiled.temp_bytes * devices
         held = {"in_use_bytes": in_use, "temp_bytes": temp, "peak_bytes": in_use + temp}
         return StepReport(
@@ -96,10 +116,11 @@ class Trainer:
             in_place_bytes=compiled.in_place_bytes * devices,
             peak_bytes=in_use + temp,
             fields={
-                "gradients": GRADIENTS,
+                "gradients": self._config.loss,
                 "train_step": self.steps,
                 "compute_s": compute_s,
                 "step_memory": held,
+                **numbers,
             },
         )
 
@@ -144,7 +165,7 @@ class Trainer:
 
     @cached_property
     def _compiled(self) -> CompiledStep:
-        return compile_step(self._layout, self._config)
+        return compile_step(self._layout, self._config, self._forward)
 
     def _zeros(self) -> dict[str, jax.Array]:
         return dict(zip(self._layout.gradients, transfer.zeros(self._gradients), strict=True))
@@ -181,3 +202,12 @@ class Trainer:
             "host_bytes": host_bytes,
         }
         return Change(memory.counted(leaves), changed_bytes, fields=fields)
+
+
+def _refuse_infinite(numbers: Mapping[str, float], step: int) -> None:
+    if wrong := {name: value for name, value in numbers.items() if not math.isfinite(value)}:
+        found = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        raise PhaseError(
+            f"training step {step}: {found}; a smaller trainer.learning_rate or a trainer.clip_norm "
+            "may keep them finite"
+        )

@@ -42,6 +42,7 @@ from kvpipe.trainer.layout import lay_out
 _RESERVE = 128 << 20
 # Temporaries of the engine's steps on a CPU are about twice what these read, in float32.
 _TIMES = 16
+_VALUE_BYTES = 4
 
 
 def plan_here(planned: Sequence[fold.PlannedStep], config: Kvpipe, model_dir: Path) -> fold.Plan:
@@ -75,7 +76,7 @@ def plan_for(
     sizes, padding = _bytes(arrays, device)
     kv = _kv_capacity(target, found, config, sizes, device)
     wanted = compiles and (
-        config.plan.compile is True or _may_not_suffice(target, sizes, kv, config)
+        config.plan.compile is True or _may_not_suffice(target, sizes, kv, config, arrays)
     )
     programs = _programs(planned, config, model_dir, target, wanted)
     sizes |= _code_sizes(programs, target.devices)
@@ -157,15 +158,23 @@ def _kv_capacity(
 
 
 def _may_not_suffice(
-    target: Target, sizes: Mapping[PoolSize, PerDevice], kv: fit.KvCapacity, config: Kvpipe
+    target: Target,
+    sizes: Mapping[PoolSize, PerDevice],
+    kv: fit.KvCapacity,
+    config: Kvpipe,
+    arrays: Mapping[PoolSize, Sequence[Any]],
 ) -> bool:
     """Whether temporaries could fill this host: they are a few times what the engine's steps read.
 
-    That is at most all arrays, and as much of the KV cache as the longest batch has.
+    That is at most all arrays, and as much of the KV cache as the longest batch has. A training step
+    computes as many values for each token as its matrices have outputs.
     """
     engine = config.engine
     longest = engine.max_running_requests * (engine.context_length or engine.max_total_tokens)
     read = sum(map(max, sizes.values())) + longest * kv.token_bytes
+    if config.trainer.learns:
+        outputs = sum(leaf.shape[0] for leaf in arrays.get(Size.TRAINER_PARAMS, ()))
+        read += _VALUE_BYTES * outputs * config.trainer.rows * config.trainer.length
     return config.plan.compile == AUTO and target.name == CPU and read * _TIMES > target.hbm_bytes
 
 

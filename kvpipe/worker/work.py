@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.model_dir import cache_dir
+from kvpipe.config import examples
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
@@ -84,6 +85,7 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
         "repeat": config.repeat and asdict(config.repeat),
         "engine": asdict(config.engine) | own,
         "trainer": asdict(config.trainer),
+        "trainer.data": examples.digest(config.trainer),
         "prompt": ctx.prompt,
         "prompts": [asdict(prompt) for prompt in ctx.prompts],
         "sampling": asdict(config.sampling),

@@ -77,8 +77,8 @@ def test_the_examples_in_the_help_pass_the_check(kvpipe, shown_help):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("kvpipe +experiment=tiny_s", ["+experiment=tiny_stream"]),
-        ("kvpipe check +experiment=tiny_s", ["+experiment=tiny_stream"]),
+        ("kvpipe +experiment=tiny_st", ["+experiment=tiny_stream"]),
+        ("kvpipe check +experiment=tiny_st", ["+experiment=tiny_stream"]),
         ("kvpipe plan  engine.max_to", ["engine.max_total_tokens="]),
         ("kvpipe tracking=o", ["tracking=offline", "tracking=online"]),
         ("kvpipe check", []),
@@ -92,7 +92,7 @@ def test_hydras_completion_completes_what_stands_after_a_verb_too(tmp_path, line
 
 def test_bash_completes_the_command_as_the_help_says(tmp_path, shown_help):
     (install,) = re.findall(r'eval "\$\(kvpipe -sc install=bash\)"', shown_help.stdout)
-    typed = "kvpipe check +experiment=tiny_s"
+    typed = "kvpipe check +experiment=tiny_st"
     script = f"""
 {install}
 COMP_LINE='{typed}' COMP_POINT={len(typed)} COMP_CWORD=2

@@ -251,6 +251,13 @@ def test_the_json_of_a_phase_has_the_scripts_names():
     }
 
 
+def test_the_numbers_of_a_training_step_are_metrics_that_make_curves():
+    fields = {"train_step": 3, "loss": 1.5, "gradient_norm": 2.5, "step_memory": {"peak_bytes": 1}}
+    added = metrics(a_record(fields=fields)).items() - metrics(a_record()).items()
+    assert dict(added) == {"train/loss": 1.5, "train/gradient_norm": 2.5}
+    assert metrics(a_record(fields={"loss": 1.5})) == metrics(a_record())
+
+
 def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
     record = a_record(
         memory=Memory(10, 20, [{"bytes_in_use": 5, "num_allocs": 1}], "device"),

@@ -9,7 +9,7 @@ import pytest
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.errors import InputError
+from kvpipe.errors import InputError, PhaseError
 from kvpipe.pipeline.ledger import Size
 from tests.conftest import DEVICES, engine_config
 
@@ -185,14 +185,14 @@ def test_gradients_are_of_the_seed_the_step_and_the_name_and_not_of_the_mesh(
 ) -> None:
     import jax
 
+    from kvpipe.trainer.gradients import compile_seeded, seeded_inputs
     from kvpipe.trainer.layout import lay_out
-    from kvpipe.trainer.step import compile_gradient, gradient_inputs
 
     def gradient(seed: int, step: int, name: str, data: int) -> Any:
         config = TrainerConfig(seed=seed)
         like = lay_out({name: (8, 4)}, mesh(data, DEVICES // data), config).gradients[name]
         last = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
-        return np.asarray(compile_gradient(like, seed)(last, *gradient_inputs(name, step)))
+        return np.asarray(compile_seeded(like, seed)(last, *seeded_inputs(name, step)))
 
     first = gradient(0, 0, "a", 2)
     assert np.array_equal(first, gradient(0, 0, "a", 4))
@@ -236,6 +236,25 @@ def test_a_trainer_comes_back_from_the_host_bit_for_bit_and_goes_on_as_if_it_had
     assert away.drop().changed_bytes == 0
     stayed.drop()
     assert sum(memory.bytes_in_use()) == before
+
+
+def test_gradients_that_are_not_finite_end_the_run_with_the_numbers_and_what_may_help(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.trainer.gradients import Seeded
+
+    made, _, given = trainer(TrainerConfig())
+    made.start(given)
+    call = Seeded.__call__
+
+    def infinite(self: Any, *args: Any) -> Any:
+        gradients, _ = call(self, *args)
+        return {name: gradient * np.float32(np.inf) for name, gradient in gradients.items()}, {}
+
+    monkeypatch.setattr(Seeded, "__call__", infinite)
+    with pytest.raises(PhaseError, match=r"training step 1: gradient_norm is inf; .*clip_norm may"):
+        made.step()
+    made.drop()
 
 
 @pytest.mark.parametrize(

@@ -212,3 +212,25 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(
     assert {"params", "kv", "slot:param_dict"} <= set(phases[3]["ledger"])
     kv = {line["phase"]: line["ledger"].get("kv", 0) for line in phases}
     assert 0 < kv["kv_cache_rebuilt"] < kv["rebuilt_again"] == kv["engine_ready_dummy"]
+
+
+def test_a_batch_whose_activations_could_fill_this_host_has_the_programs_compiled() -> None:
+    """A float32 matrix of 1,000 outputs, so at most 64,000 bytes a token, on a host of 1 GiB."""
+    from types import SimpleNamespace
+
+    from kvpipe.config.schema import EngineConfig, Kvpipe, TrainerConfig
+    from kvpipe.pipeline.ledger import Size
+    from kvpipe.plan.fit import KvCapacity
+    from kvpipe.plan.targets import Target
+    from kvpipe.worker.planner import _may_not_suffice
+
+    def compiled(**options: Any) -> bool:
+        engine = EngineConfig(max_total_tokens=100)
+        config = Kvpipe(pipeline=[], engine=engine, trainer=TrainerConfig(length=512, **options))
+        arrays: Any = {Size.TRAINER_PARAMS: [SimpleNamespace(shape=(1000, 10))]}
+        capacity = KvCapacity(202, 100, 1)
+        return _may_not_suffice(Target("cpu", 1, 1 << 30), {}, capacity, config, arrays)
+
+    assert [compiled(loss="sft", batch_size=size) for size in (32, 33)] == [False, True]
+    assert not compiled(loss="sft", batch_size=64, micro_batch_size=32)
+    assert not compiled(batch_size=33)

@@ -1,0 +1,99 @@
+"""A batch of examples to learn from: arrays on the host whose shapes the config fixes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvpipe.config.schema import TrainerConfig
+from kvpipe.errors import PhaseError
+from kvpipe.units import counted
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+TOKENS, WEIGHTS = "tokens", "weights"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sequence to learn from: the model is to continue the prompt with the new tokens.
+
+    Attributes:
+        prompt_ids: token ids that it is given, at least one.
+        new_ids: token ids that it learns.
+    """
+
+    prompt_ids: Sequence[int]
+    new_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arrays of a batch by name, each with a row for each example.
+
+    Attributes:
+        arrays: ``tokens`` are the token ids, padded with zeros on the right; ``weights`` the share
+            that each token from the second one on has in the loss, 0 for prompt and padding.
+        learnt: number of tokens that are learnt.
+    """
+
+    arrays: Mapping[str, Array]
+    learnt: int
+
+    def parts(self, rows: int) -> Iterator[dict[str, Array]]:
+        """Yield the arrays of micro-batches of so many rows."""
+        for first in range(0, len(self.arrays[TOKENS]), rows):
+            yield {name: array[first : first + rows] for name, array in self.arrays.items()}
+
+
+def shapes(config: TrainerConfig) -> dict[str, tuple[tuple[int, int], str]]:
+    """Return shape and dtype of each array of a micro-batch; none if nothing is learnt."""
+    if not config.learns:
+        return {}
+    rows, length = config.rows, config.length
+    return {TOKENS: ((rows, length), "int32"), WEIGHTS: ((rows, length - 1), "float32")}
+
+
+def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
+    """Return a batch in which each new token has the same share in the loss.
+
+    Raises:
+        PhaseError: there are not ``trainer.batch_size`` examples, one is longer than
+            ``trainer.length``, or one has no prompt.
+    """
+    if len(examples) != config.batch_size:
+        raise PhaseError(
+            f"trainer.batch_size is {config.batch_size}, but there are {len(examples)} examples"
+        )
+    tokens = np.zeros((config.batch_size, config.length), np.int32)
+    learns = np.zeros((config.batch_size, config.length - 1), bool)
+    for row, example in enumerate(examples):
+        ids = [*example.prompt_ids, *example.new_ids]
+        if not example.prompt_ids or len(ids) > config.length:
+            raise PhaseError(
+                f"example {row} of the batch has {counted(len(example.prompt_ids), 'token')} of "
+                f"prompt and {len(example.new_ids)} new; it needs one of prompt and fits "
+                f"trainer.length={config.length}"
+            )
+        tokens[row, : len(ids)] = ids
+        learns[row, len(example.prompt_ids) - 1 : len(ids) - 1] = True
+    learnt = int(learns.sum())
+    return Batch({TOKENS: tokens, WEIGHTS: (learns / max(learnt, 1)).astype(np.float32)}, learnt)
+
+
+def examples_of_step(examples: Sequence[Any], step: int, config: TrainerConfig) -> list[Example]:
+    """Return the examples of a step: each pass over all of them has an order of its own.
+
+    Args:
+        examples: all that there are, as token ids of the prompt and new ones.
+        step: number of the step, from 0.
+        config: has the size of a batch, and the seed of the orders.
+    """
+    total = len(examples)
+    places = range(step * config.batch_size, (step + 1) * config.batch_size)
+    orders = {
+        turn: np.random.default_rng((config.seed, turn)).permutation(total)
+        for turn in {place // total for place in places}
+    }
+    return [Example(*examples[orders[place // total][place % total]]) for place in places]

@@ -1,0 +1,71 @@
+"""Supervised training on the real engine: a run of the experiment, in the tiny model of one layer."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tests.command import Finished, kvpipe
+from tests.helpers_config import build
+
+SHORT = (
+    "repeat.times=3",
+    "model.generate.num_hidden_layers=1",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=4",
+    "trainer.warmup_steps=1",
+    "+phases.loss_fell.share=0.9",
+)
+WHOLE = pytest.mark.nightly(finds="training that lowers the loss, but not to what was asked for")
+
+
+def training(run: Finished) -> list[dict]:
+    """Return the records of a run's training steps."""
+    return [line for line in run.lines if "train_step" in line and "duration_s" in line]
+
+
+@pytest.fixture(
+    scope="module", params=[SHORT, pytest.param((), marks=WHOLE)], ids=["short", "whole"]
+)
+def run(request, tmp_path_factory):
+    options = ("tracking=disabled", "plan.compile=true", *request.param)
+    done = kvpipe(tmp_path_factory.mktemp("sft"), "+experiment=tiny_sft", *options)
+    assert done.exit_code == 0, done.end["error"]
+    return done
+
+
+@pytest.mark.slow
+def test_the_engine_answers_with_what_the_trainer_learnt(run):
+    """The checks of the run say the rest: bytes as planned, no array too many, another output."""
+    checks = {check["name"]: check for check in run.end["checks"]}
+    fell = checks["loss_fell"]
+    first, *_, last = (record["loss"] for record in training(run))
+    assert fell["actual"] == last <= fell["expected"] < first
+    assert checks["different_output"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_training_step_has_its_numbers_takes_no_byte_more_and_compiles_once(run):
+    first, *later = training(run)
+    assert {record["gradients"] for record in (first, *later)} == {"sft"}
+    assert first["compilations"] > 0
+    assert {record["compilations"] for record in later} == {0}
+    assert all(record["ledger"] == first["ledger"] for record in later)
+    for record in (first, *later):
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["compute_s"])
+        assert min(record["gradient_norm"], record["entropy"], record["learning_rate"]) > 0
+
+
+@pytest.mark.slow
+def test_the_plan_has_the_temporaries_that_the_step_takes(run):
+    programs = {program["name"]: program for program in run.phase("run_planned")["programs"]}
+    devices = run.phase("run_planned")["devices"]
+    for record in training(run):
+        assert record["step_memory"]["temp_bytes"] == devices * programs["train_step"]["temp_bytes"]
+
+
+@pytest.mark.parametrize(("losses", "passes"), [([8.0, 9.0, 0.8], True), ([8.0, 0.1, 0.9], False)])
+def test_the_last_loss_is_held_against_the_first(losses, passes):
+    (step,) = build(["loss_fell"], loss_fell={"share": 0.1})
+    context = SimpleNamespace(trainer=SimpleNamespace(losses=losses))
+    (check,) = step.run(context).checks
+    assert (check.name, check.passed) == ("loss_fell", passes)
