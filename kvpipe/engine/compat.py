@@ -1,6 +1,7 @@
 """Patches for upstream defects: one function each, with the affected versions and when it can go.
 
-:func:`kvpipe.engine.sglang.start` applies them. A patch does nothing in a version without its
+:func:`kvpipe.engine.sglang.start` applies them; :func:`construction` has those that any engine
+needs. A patch does nothing in a version without its
 defect.
 """
 
@@ -107,6 +108,17 @@ def sampler_off_tpu() -> None:
     from sgl_jax.srt.layers import sampler
 
     sampler.is_tpu_runtime = lambda: True
+
+
+@contextmanager
+def construction() -> Iterator[None]:
+    """Patch what an engine needs while it is constructed, whoever does it."""
+    # The engine imports its attention backend only in its constructor.
+    with pytree_registered_twice(), failure_signals_stay_here(), contexts_stay_open():
+        sampler_off_tpu()
+        bit_width_of_dtypes()
+        config_of_each_engine_is_its_own()
+        yield
 
 
 def config_of_each_engine_is_its_own() -> None:

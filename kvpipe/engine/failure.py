@@ -9,10 +9,14 @@ handler kills everything. Here the log line is kept, the signal reaches this pro
 import logging
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+import psutil
 
 from kvpipe.errors import EngineError
 
@@ -87,6 +91,31 @@ class FailureWatch(logging.Handler):
     def watch(self) -> None:
         """Make SIGQUIT, which the engine's threads send, only set the failure flag."""
         signal.signal(signal.SIGQUIT, self._on_sigquit)
+
+    @contextmanager
+    def instead_of_signals(self) -> Iterator[None]:
+        """Within the context, let the engine's threads set the failure flag and send no signal.
+
+        For an engine that somebody else made: its threads have the parent process to send to, and
+        its front end sets a handler for the signal that kills this process and its children.
+        """
+        send = psutil.Process.send_signal
+
+        def set_flag(process: psutil.Process, sig: int) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if sig != signal.SIGQUIT or not caller.startswith("sgl_jax."):
+                return send(process, sig)
+            return self._failed.set()
+
+        psutil.Process.send_signal = set_flag
+        try:
+            yield
+        finally:
+            psutil.Process.send_signal = send
+
+    def end(self) -> None:
+        """Stop reading the engine's log."""
+        logging.getLogger("sgl_jax").removeHandler(self)
 
     def _on_sigquit(self, signum: int, frame: FrameType | None) -> None:
         self._failed.set()

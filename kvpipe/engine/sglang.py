@@ -17,8 +17,9 @@ from kvpipe.engine import compat, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
+from kvpipe.engine.requests import Requests
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
-from kvpipe.errors import EngineError
+from kvpipe.errors import EngineError, InputError
 from kvpipe.pipeline.output import Output
 from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
@@ -37,10 +38,10 @@ class SglangEngine:
         runner: its model runner, which owns the model, the KV cache and the compiled step.
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
+        requests: refuses requests while the engine cannot generate.
         failure: detects that a thread of the engine has failed.
         longest_request: longest request, in tokens, that its tables were built for.
         proves_weights: whether digests hold its weights against their source.
-        unavailable: what the engine needs to generate and lacks now, each with the remedy.
         proof: the digests of its weights; of offloaded ones those that they had.
         cache_digests: digests of the weights that the prefix cache was written under.
         generated: whether it has generated.
@@ -51,10 +52,10 @@ class SglangEngine:
     runner: Any
     on_scheduler: SchedulerThread
     on_caller: CallerThread
+    requests: Requests
     failure: FailureWatch
     longest_request: int
     proves_weights: bool
-    unavailable: dict[str, str] = field(default_factory=dict)
     proof: Proof = field(default_factory=Proof)
     cache_digests: frozenset[str] = frozenset()
     generated: bool = False
@@ -63,6 +64,11 @@ class SglangEngine:
     def version(self) -> str:
         """Version of sglang-jax."""
         return compat.sgl_jax_version()
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """What it needs to generate and lacks now, each with the remedy."""
+        return self.requests.unavailable
 
     @property
     def max_total_tokens(self) -> int:
@@ -179,40 +185,88 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     """
     check_devices(config)
     failure = FailureWatch()
-    # The engine imports its attention backend only in its constructor.
     with (
-        compat.pytree_registered_twice(),
-        compat.failure_signals_stay_here(),
+        compat.construction(),
         failure.starting(),
         compat.starts_no_second_runtime(),
-        compat.contexts_stay_open(),
         compat.scheduler_of_any_host() as made,
     ):
         from sgl_jax.srt.entrypoints.engine import Engine
         from sgl_jax.srt.server_args import ServerArgs
 
-        compat.sampler_off_tpu()
-        compat.bit_width_of_dtypes()
-        compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
         arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
         engine = _constructed(Engine, arguments)
     (scheduler,) = made
     failure.watch()
-    started = SglangEngine(
-        engine=engine,
-        scheduler=scheduler,
-        runner=scheduler.tp_worker.worker.model_runner,
-        on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
-        on_caller=CallerThread(failure),
-        failure=failure,
-        longest_request=scheduler.max_req_len,
-        proves_weights=config.weight_digests,
-    )
-    _guard_requests(started)
+    started = _with_handles(engine, scheduler, failure, idle_timeout_s, config.weight_digests)
     memory.exclude_what_lives()  # much of it lives as long as the process
     _check_capacity(started, config)
     return started
+
+
+def adopt(engine: Any, idle_timeout_s: float, proves_weights: bool) -> SglangEngine:
+    """Take the handles on an engine that somebody else made; :func:`let_go` gives it back.
+
+    Its process is the caller's, so no signal handler and no part of the garbage collection changes.
+
+    Raises:
+        InputError: it is no Engine, runs in processes of its own or on several hosts, or kvpipe has
+            its handles already.
+    """
+    scheduler = _scheduler_of(engine)
+    failure = FailureWatch()
+    return _with_handles(engine, scheduler, failure, idle_timeout_s, proves_weights)
+
+
+def let_go(adopted: SglangEngine) -> None:
+    """Leave an engine as it was before :func:`adopt`, once it is idle.
+
+    Raises:
+        EngineError: it lacks its KV cache or its weights, failed or stayed busy.
+    """
+    if adopted.unavailable:
+        raise EngineError(f"the engine cannot generate: {'; '.join(adopted.unavailable.values())}")
+    if not adopted.failure.happened:
+        adopted.on_scheduler.call(adopted.on_scheduler.unhook)
+    adopted.requests.unguard()
+    adopted.failure.end()
+
+
+def _scheduler_of(engine: Any) -> Any:
+    """Return the scheduler of an engine that can be adopted."""
+    arguments = getattr(engine, "server_args", None)
+    if arguments is None or not hasattr(engine, "scheduler_info"):
+        raise InputError(f"attach: {engine!r} is not an Engine of sglang-jax")
+    if arguments.nnodes > 1:
+        raise InputError(f"attach: the engine runs on {arguments.nnodes} hosts; it must be on one")
+    scheduler = engine.scheduler_info.get("scheduler")
+    if scheduler is None:
+        raise InputError(
+            "attach: the engine runs in processes of its own; construct it with "
+            "enable_single_process=True"
+        )
+    hook = getattr(scheduler.process_input_requests, "__self__", None)
+    if isinstance(hook, SchedulerThread):
+        raise InputError("attach: the engine is attached already; detach it first")
+    return scheduler
+
+
+def _with_handles(
+    engine: Any, scheduler: Any, failure: FailureWatch, idle_timeout_s: float, proves_weights: bool
+) -> SglangEngine:
+    requests = Requests(engine.tokenizer_manager, failure)
+    return SglangEngine(
+        engine=engine,
+        scheduler=scheduler,
+        runner=scheduler.tp_worker.worker.model_runner,
+        on_scheduler=SchedulerThread(scheduler, requests, failure, idle_timeout_s),
+        on_caller=CallerThread(failure),
+        requests=requests,
+        failure=failure,
+        longest_request=scheduler.max_req_len,
+        proves_weights=proves_weights,
+    )
 
 
 def pool_ranks(allocator: Any) -> int:
@@ -261,26 +315,6 @@ def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
             f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}, which is what "
             f"fits mem_fraction_static={config.mem_fraction_static:g} of the free memory"
         )
-
-
-def _guard_requests(started: SglangEngine) -> None:
-    """Make every request to the engine raise while it cannot generate.
-
-    Without this a generate after a drop kills the engine's forward thread.
-    """
-    manager = started.engine.tokenizer_manager
-    if manager is None:  # ranks after 0 receive no requests
-        return
-    generate_request = manager.generate_request
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if started.unavailable:
-            raise EngineError(
-                f"the engine cannot generate: {'; '.join(started.unavailable.values())}"
-            )
-        return generate_request(*args, **kwargs)
-
-    manager.generate_request = guarded
 
 
 def _requests(batch: Any) -> list[Any]:

@@ -245,6 +245,7 @@ def replace_leaves(
             returns a function that waits until it is complete on the devices and returns it.
         done: called with the path of each leaf that is in its place.
     """
+    table.update_model()  # who else has put leaves in the step's list may have left others there
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
@@ -319,8 +320,9 @@ def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None])
     """Free every leaf, after ``keep`` has seen it."""
     if WEIGHTS in engine.unavailable:
         raise EngineError(f"the weights are not there: {engine.unavailable[WEIGHTS]}")
-    before = memory.total_in_use()
     table = ParamTable(engine)
+    table.update_model()
+    before = memory.total_in_use()
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()

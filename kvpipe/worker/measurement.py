@@ -29,10 +29,11 @@ class Measurement:
     unowned: tuple[str, ...] = ()
 
 
-def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
+def measure(ctx: WorkerContext, settle: bool = True, describes: bool = True) -> Measurement:
     """Measure the devices and this process.
 
-    With ``settle`` wait until the engine is idle; after a failure it may never be.
+    With ``settle`` wait until the engine is idle; after a failure it may never be. With ``describes``
+    put the arrays that have no owner into words, which takes time.
 
     Raises:
         EngineError: the engine failed or stayed busy, with ``settle``.
@@ -54,7 +55,7 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     unowned = [group[0] for group in unpooled]
     if ctx.owners:
         other, unowned = ctx.owners.attribute(unpooled)
-    described = owners.describe(unowned, unpooled)
+    described = owners.describe(unowned, unpooled) if describes else ()
     if unowned:
         other[UNOWNED] = sum(memory.bytes_of(unowned))
     stats = memory.device_stats()
