@@ -37,20 +37,12 @@ def attach(
         engine: an Engine with ``enable_single_process=True`` on one host.
         idle_timeout_s: seconds that a verb waits for the engine to become idle.
         weight_digests: prove after each change of the weights that every parameter is its source's;
-            False saves the time, and takes models whose parameters have no source of their own.
+            False saves the time.
 
     Raises:
         InputError: it is no such engine, or is attached already.
-        EngineError: it failed, stayed busy, or its parameters have no names in a checkpoint.
     """
-    adopted = sglang.adopt(engine, idle_timeout_s, weight_digests)
-    attached = Attached(adopted)
-    try:
-        weights.take_digests(adopted)
-    except BaseException:
-        attached.detach()
-        raise
-    return attached
+    return Attached(sglang.adopt(engine, idle_timeout_s, weight_digests))
 
 
 def engine_patches() -> AbstractContextManager[None]:
@@ -128,7 +120,11 @@ class Attached:
         Yields:
             The bytes that came free, over all devices.
         """
-        fields = self._do("weights_offloaded" if keep else "weights_dropped")
+        with self._lock:
+            weights.needs_weights(self._engine)
+            if keep:  # since the last proof the caller may have placed others
+                weights.take_digests(self._engine)
+            fields = self._do("weights_offloaded" if keep else "weights_dropped")
         try:
             yield fields["freed_bytes"]
         finally:
@@ -180,14 +176,9 @@ class Attached:
             self._signals.close()
             self._ctx.started = None
 
-    @property
-    def context(self) -> WorkerContext:
-        """What the phases share; for kvpipe's own use."""
-        return self._ctx
-
     @contextmanager
-    def carried_out_by(self, carry_out: CarryOut) -> Iterator[None]:
-        """Let ``carry_out`` run the phases within the context; for kvpipe's own use.
+    def _carried_out_by(self, carry_out: CarryOut) -> Iterator[None]:
+        """Let ``carry_out`` run the phases within the context, as :mod:`.recording` does.
 
         Raises:
             InputError: something else does already.

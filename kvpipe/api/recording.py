@@ -11,8 +11,8 @@ from typing import Any
 from kvpipe.api.attached import Attached
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine.sglang import SglangEngine
-from kvpipe.errors import Ending, InputError, KvpipeError, ending_of
 from kvpipe.errors import FAILED as FAILED_CODE
+from kvpipe.errors import Ending, InputError, KvpipeError, ending_of
 from kvpipe.pipeline.cycles import CYCLE_MARK
 from kvpipe.pipeline.phase import WorkerPhase
 from kvpipe.records.run import (
@@ -57,7 +57,7 @@ def record(
         recorder = _Recorder(attached, Sinks([lines]), threads)
         recorder.begin(experiment)
         try:
-            with attached.carried_out_by(recorder.carry_out):
+            with attached._carried_out_by(recorder.carry_out):
                 yield
         except BaseException as error:
             recorder.end(file.parent, _ending(error))
@@ -69,7 +69,7 @@ class _Recorder:
     """The records of the verbs so far, and what the worker's loop keeps between them."""
 
     def __init__(self, attached: Attached, sinks: Sinks, threads: ExitStack) -> None:
-        self._ctx = attached.context
+        self._ctx = attached._ctx
         self._sinks = sinks
         self._began = time.monotonic()
         self._loop = loop.Loop(self._ctx, self._began, threads)
