@@ -84,13 +84,11 @@ class Attached:
         Yields:
             The bytes that came free, over all devices.
         """
-        with self._lock:
-            kv_cache.needs_kv(self._engine)
-            fields = self._do("flush_cache", "kv_cache_dropped")
+        kv_cache.needs_kv(self._engine)
         try:
-            yield fields["drop_info"]["freed_bytes"]
+            yield self._do("flush_cache", "kv_cache_dropped")["drop_info"]["freed_bytes"]
         finally:
-            self._do("kv_cache_rebuilt")
+            self._bring_kv_back()
 
     @contextmanager
     def kv_offloaded(self) -> Iterator[int]:
@@ -101,13 +99,11 @@ class Attached:
         Yields:
             The bytes that came free, over all devices.
         """
-        fields = self._do("kv_cache_offloaded")
+        kv_cache.needs_kv(self._engine)
         try:
-            yield fields["drop_info"]["freed_bytes"]
+            yield self._do("kv_cache_offloaded")["drop_info"]["freed_bytes"]
         finally:
-            kept = self._ctx.host_kv
-            has_prefixes = kept is not None and kv_cache.holds_used_rows(self._engine, kept)
-            self._do("kv_cache_restored" if has_prefixes else "kv_cache_rebuilt")
+            self._bring_kv_back()
 
     @contextmanager
     def weights_released(self, *, keep: bool = True) -> Iterator[int]:
@@ -120,13 +116,11 @@ class Attached:
         Yields:
             The bytes that came free, over all devices.
         """
-        with self._lock:
-            weights.needs_weights(self._engine)
-            if keep:  # since the last proof the caller may have placed others
-                weights.take_digests(self._engine)
-            fields = self._do("weights_offloaded" if keep else "weights_dropped")
+        weights.needs_weights(self._engine)
+        if keep:  # since the last proof the caller may have placed others
+            weights.take_digests(self._engine)
         try:
-            yield fields["freed_bytes"]
+            yield self._do("weights_offloaded" if keep else "weights_dropped")["freed_bytes"]
         finally:
             if self._ctx.host_weights is not None:
                 self._do("weights_restored")
@@ -160,7 +154,6 @@ class Attached:
         count by themselves also ``program`` and ``padding``.
         """
         with self._lock, memory.lives_excluded():
-            self._engine.wait_idle()
             ledger = measurement.measure(self._ctx, describes=False).ledger
             assert ledger is not None
             return ledger
@@ -197,6 +190,13 @@ class Attached:
         if self._ctx.started is None:
             raise EngineError("the engine is detached; attach it again")
         return self._ctx.started
+
+    def _bring_kv_back(self) -> None:
+        """Make the KV cache again, also after a check that did not hold; not if it is still there."""
+        if kv_cache.KV in self._engine.unavailable:
+            kept = self._ctx.host_kv
+            has_prefixes = kept is not None and kv_cache.holds_used_rows(self._engine, kept)
+            self._do("kv_cache_restored" if has_prefixes else "kv_cache_rebuilt")
 
     def _do(self, *uses: str) -> Mapping[str, Any]:
         phases = [phase_class(use)(step=use) for use in uses]

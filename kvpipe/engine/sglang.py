@@ -6,6 +6,7 @@ change of the engine's state goes through :class:`SchedulerThread`.
 
 import atexit
 import json
+import weakref
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from kvpipe.records import progress
 
 # Options that are no argument of the engine under their own name.
 _NOT_OF_THE_ENGINE = ("virtual_devices", "precompile", "weight_digests")
+# The engine that somebody else made and kvpipe has the handles on; one at a time, as their threads
+# share a log and a way to signal.
+_adopted: "weakref.ref[SglangEngine] | None" = None
 
 
 @dataclass
@@ -212,11 +216,15 @@ def adopt(engine: Any, idle_timeout_s: float, proves_weights: bool) -> SglangEng
 
     Raises:
         InputError: it is no Engine, runs in processes of its own or on several hosts, or kvpipe has
-            its handles already.
+            the handles on it, or on another adopted one, already.
     """
+    global _adopted
     scheduler = _scheduler_of(engine)
-    failure = FailureWatch()
-    return _with_handles(engine, scheduler, failure, idle_timeout_s, proves_weights)
+    if _adopted is not None and _adopted() is not None:
+        raise InputError("attach: another engine is attached already; detach it first")
+    adopted = _with_handles(engine, scheduler, FailureWatch(), idle_timeout_s, proves_weights)
+    _adopted = weakref.ref(adopted)
+    return adopted
 
 
 def let_go(adopted: SglangEngine) -> None:
@@ -225,12 +233,14 @@ def let_go(adopted: SglangEngine) -> None:
     Raises:
         EngineError: it lacks its KV cache or its weights, failed or stayed busy.
     """
+    global _adopted
     if adopted.unavailable:
         raise EngineError(f"the engine cannot generate: {'; '.join(adopted.unavailable.values())}")
     if not adopted.failure.happened:
         adopted.on_scheduler.call(adopted.on_scheduler.unhook)
     adopted.requests.unguard()
     adopted.failure.end()
+    _adopted = None
 
 
 def _scheduler_of(engine: Any) -> Any:
@@ -246,9 +256,8 @@ def _scheduler_of(engine: Any) -> Any:
             "attach: the engine runs in processes of its own; construct it with "
             "enable_single_process=True"
         )
-    hook = getattr(scheduler.process_input_requests, "__self__", None)
-    if isinstance(hook, SchedulerThread):
-        raise InputError("attach: the engine is attached already; detach it first")
+    if isinstance(scheduler.process_input_requests.__self__, SchedulerThread):
+        raise InputError("attach: this engine is attached already; detach it first")
     return scheduler
 
 

@@ -251,7 +251,6 @@ def replace_leaves(
             returns a function that waits until it is complete on the devices and returns it.
         done: called with the path of each leaf that is in its place.
     """
-    table.update_model()  # who else has put leaves in the step's list may have left others there
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
@@ -325,9 +324,8 @@ def _by_shape(item: tuple[str, Param]) -> Any:
 def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> Change:
     """Free every leaf, after ``keep`` has seen it."""
     needs_weights(engine)
-    table = ParamTable(engine)
-    table.update_model()
     before = memory.total_in_use()
+    table = ParamTable(engine)
     blueprint = table.blueprint
     engine.unavailable[WEIGHTS] = _BROKEN_OFF
     table.let_model_go()

@@ -77,8 +77,9 @@ def script(four_devices, tiny_dir, model_cache):
     asyncio.set_event_loop(loop)
     with signals_as_before():
         exec(compile(SCRIPT, "the script of attach.md", "exec"), names)
-        yield SimpleNamespace(**names)
-        names["attached"].context.started.shut_down()
+        after = SimpleNamespace(**names)
+        yield after
+        after.attached._ctx.engine.shut_down()
     loop.close()
     asyncio.set_event_loop(None)
 
@@ -112,8 +113,13 @@ def test_what_cannot_be_attached_is_refused_with_the_remedy(script):
     engine = script.engine
     several = SimpleNamespace(server_args=SimpleNamespace(nnodes=2), scheduler_info={})
     processes = SimpleNamespace(server_args=SimpleNamespace(nnodes=1), scheduler_info={})
+    scheduler = SimpleNamespace(process_input_requests=engine.generate)
+    second = SimpleNamespace(
+        server_args=SimpleNamespace(nnodes=1), scheduler_info={"scheduler": scheduler}
+    )
     for wrong, why in [
-        (engine, "attached already; detach it first"),
+        (engine, "this engine is attached already; detach it first"),
+        (second, "another engine is attached already; detach it first"),
         (several, "runs on 2 hosts; it must be on one"),
         (processes, "construct it with enable_single_process=True"),
         ("engine", "'engine' is not an Engine of sglang-jax"),
@@ -314,7 +320,10 @@ def test_recorded_verbs_give_a_report_and_a_comparison(script, attached, tmp_pat
 
 
 class Sampler:
-    """What tunix's SglangJaxSampler does to its engine, with an event loop that stays open."""
+    """What tunix's SglangJaxSampler does to its engine, with an event loop that stays open.
+
+    tunix itself needs a later sglang-jax than the lock's.
+    """
 
     def __init__(self, engine):
         self.engine = engine
@@ -327,12 +336,13 @@ class Sampler:
         return [answer["output_ids"] for answer in answers]
 
     def update_params(self, leaves):
-        """Give the step other leaves; the model keeps its own, as with tunix."""
+        """Give model and step other leaves, of which kvpipe is not told."""
         from kvpipe.engine.params import ParamTable
 
         scheduler = self.engine.scheduler_info["scheduler"]
-        runner = scheduler.tp_worker.worker.model_runner
-        ParamTable(SimpleNamespace(runner=runner)).put_in_step(leaves)
+        table = ParamTable(SimpleNamespace(runner=scheduler.tp_worker.worker.model_runner))
+        table.put_in_step(leaves)
+        table.update_model()
 
 
 def test_a_cycle_with_tunix_trains_without_a_kv_cache_and_generates_with_the_new_weights(
@@ -360,7 +370,7 @@ def test_a_cycle_with_tunix_trains_without_a_kv_cache_and_generates_with_the_new
     assert len({len(ids) for rollouts in seen for ids in rollouts}) == 1
     one_set = attached.memory().sum_of("params")
     trained.clear()
-    with attached.weights_released() as freed:  # the model's own set goes too
+    with attached.weights_released() as freed:
         assert freed == one_set
     assert sampler(["Hello"], 8)[0] == seen[1][0]
     attached.sync(kvpipe.open_checkpoint(script.MODEL))
