@@ -14,10 +14,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import psutil
 
+from kvpipe.engine.compat import replaced
 from kvpipe.errors import EngineError
 
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -101,17 +101,15 @@ class FailureWatch(logging.Handler):
         """
         send = psutil.Process.send_signal
 
-        def set_flag(process: psutil.Process, sig: int) -> Any:
+        def set_flag(process: psutil.Process, sig: int) -> None:
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if sig != signal.SIGQUIT or not caller.startswith("sgl_jax."):
-                return send(process, sig)
-            return self._failed.set()
+            if sig == signal.SIGQUIT and caller.startswith("sgl_jax."):
+                self._failed.set()
+            else:
+                send(process, sig)
 
-        psutil.Process.send_signal = set_flag
-        try:
+        with replaced(psutil.Process, "send_signal", set_flag):
             yield
-        finally:
-            psutil.Process.send_signal = send
 
     def end(self) -> None:
         """Stop reading the engine's log."""
