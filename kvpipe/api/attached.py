@@ -154,7 +154,8 @@ class Attached:
         count by themselves also ``program`` and ``padding``.
         """
         with self._lock, memory.lives_excluded():
-            ledger = measurement.measure(self._ctx, describes=False).ledger
+            self._engine.wait_idle()
+            ledger = measurement.measure(self._ctx, settle=False, describes=False).ledger
             assert ledger is not None
             return ledger
 
