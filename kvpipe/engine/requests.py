@@ -62,16 +62,20 @@ class Requests:
             self._manager.generate_request = self._generate
 
     def _send_if_available(self, obj: Any, tokenized: Any, *others: Any, **more: Any) -> Any:
-        with self._lock:
-            self._failure.raise_if_failed()
-            if self.unavailable:
-                why = "; ".join(self.unavailable.values())
-                raise EngineError(f"the engine cannot generate: {why}")
+        with self._lock:  # it may have become unavailable since the check of the whole request
+            self.check()
             self._on_the_way.add(_id_of(tokenized))
             return self._send(obj, tokenized, *others, **more)
 
     def _generate_watched(self, obj: Any, request: Any = None) -> Any:
+        self.check()
         return self._generate(obj, _Caller(self._failure) if request is None else request)
+
+    def check(self) -> None:
+        """Raise an EngineError if the engine failed or cannot generate."""
+        self._failure.raise_if_failed()
+        if self.unavailable:
+            raise EngineError(f"the engine cannot generate: {'; '.join(self.unavailable.values())}")
 
 
 class _Caller:

@@ -234,9 +234,8 @@ def let_go(adopted: SglangEngine) -> None:
         EngineError: it lacks its KV cache or its weights, failed or stayed busy.
     """
     global _adopted
-    if adopted.unavailable:
-        raise EngineError(f"the engine cannot generate: {'; '.join(adopted.unavailable.values())}")
     if not adopted.failure.happened:
+        adopted.requests.check()
         adopted.on_scheduler.call(adopted.on_scheduler.unhook)
     adopted.requests.unguard()
     adopted.failure.end()
