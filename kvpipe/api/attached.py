@@ -117,6 +117,7 @@ class Attached:
             The bytes that came free, over all devices.
         """
         weights.needs_weights(self._engine)
+        memory.collect_garbage()  # which may hold leaves of the engine
         if keep:  # since the last proof the caller may have placed others
             weights.take_digests(self._engine)
         try:
@@ -144,6 +145,7 @@ class Attached:
         _check_kind(named_arrays, set(self._engine.runner.mesh.devices.flat))
         on_devices = any(isinstance(array, jax.Array) for array in named_arrays.values())
         use = "weights_synced" if on_devices else "weights_streamed"
+        memory.collect_garbage()  # which may hold leaves of the engine
         self._do_all({use: _Sync(step=use, named_arrays=named_arrays, on_devices=on_devices)})
         return self._engine.proof.whole
 
@@ -153,7 +155,7 @@ class Attached:
         The pools are ``params``, ``kv`` and, for all else in the process, ``other``; where the devices
         count by themselves also ``program`` and ``padding``.
         """
-        with self._lock, memory.lives_excluded():
+        with self._lock:
             self._engine.wait_idle()
             ledger = measurement.measure(self._ctx, settle=False, describes=False).ledger
             assert ledger is not None

@@ -296,13 +296,14 @@ def exclude_what_lives() -> None:
 def lives_excluded() -> Iterator[None]:
     """Exclude all objects that live now from the garbage collections within the context.
 
-    In a process that is not kvpipe's own they must become collectable again. If somebody has excluded
+    In a process that is not kvpipe's own they must become collectable again. What is garbage among
+    them stays until then, so it changes no difference between two counts. If somebody has excluded
     objects already, theirs stay so and no others are added.
     """
     if gc.get_freeze_count():
         yield
         return
-    exclude_what_lives()
+    gc.freeze()
     try:
         yield
     finally:
