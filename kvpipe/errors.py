@@ -50,6 +50,10 @@ class InputError(KvpipeError):
     exit_code: ClassVar[int] = BAD_INPUT
 
 
+class CheckFailed(KvpipeError):
+    """A check of a phase did not pass; the record says which."""
+
+
 class PhaseError(KvpipeError):
     """A phase failed, for whatever reason."""
 

@@ -17,9 +17,11 @@ import phases
 from tests.helpers_config import ROOT
 
 HEAVY = {"flax", "jax", "jaxlib", "optax", "sgl_jax", "torch", "transformers", "wandb"}
-# What a child process imports beside the engine's own room. The worker's own modules import jax
-# only once the parent can be listened to.
+# What a child process, or a process with an engine of its own, imports beside the engine's room. The
+# worker's own modules import jax only once the parent can be listened to.
 WORKER_ONLY = {
+    "kvpipe.api.attached",
+    "kvpipe.api.recording",
     "kvpipe.worker.doctor_probe",
     "kvpipe.worker.planner",
 }

@@ -53,7 +53,7 @@ They have the shape and dtype of the file (`[out, in]` for a linear layer's weig
 """
 
 
-def open_checkpoint(directory: Path) -> Tensors:
+def open_checkpoint(directory: Path | str) -> Tensors:
     """Map all safetensors files of a Hugging Face directory; return every tensor.
 
     The files are those that `model.safetensors.index.json` names, or, without an index,
@@ -62,6 +62,7 @@ def open_checkpoint(directory: Path) -> Tensors:
     Raises:
         InputError: the directory, an index entry or a file is missing, or a header is wrong.
     """
+    directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"checkpoint {directory} is not a directory")
     index_path = directory / INDEX_NAME

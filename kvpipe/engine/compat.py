@@ -1,6 +1,7 @@
 """Patches for upstream defects: one function each, with the affected versions and when it can go.
 
-:func:`kvpipe.engine.sglang.start` applies them. A patch does nothing in a version without its
+:func:`kvpipe.engine.sglang.start` applies them; :func:`construction` has those that any engine
+needs. A patch does nothing in a version without its
 defect.
 """
 
@@ -163,6 +164,19 @@ def min_p_of_probabilities() -> None:
         return jnp.where(logits < least[:, None], _NO_LOGIT, logits)
 
     sampler._apply_min_p_filter = filtered
+
+
+@contextmanager
+def construction() -> Iterator[None]:
+    """Patch what an engine needs while it is constructed, whoever does it."""
+    # The engine imports its attention backend only in its constructor.
+    with pytree_registered_twice(), failure_signals_stay_here(), contexts_stay_open():
+        sampler_off_tpu()
+        bit_width_of_dtypes()
+        seeded_sampling_is_random()
+        min_p_of_probabilities()
+        config_of_each_engine_is_its_own()
+        yield
 
 
 def config_of_each_engine_is_its_own() -> None:

@@ -9,11 +9,15 @@ handler kills everything. Here the log line is kept, the signal reaches this pro
 import logging
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
+
+from kvpipe.engine.compat import replaced
 from kvpipe.errors import EngineError
 
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -87,6 +91,29 @@ class FailureWatch(logging.Handler):
     def watch(self) -> None:
         """Make SIGQUIT, which the engine's threads send, only set the failure flag."""
         signal.signal(signal.SIGQUIT, self._on_sigquit)
+
+    @contextmanager
+    def instead_of_signals(self) -> Iterator[None]:
+        """Within the context, let the engine's threads set the failure flag and send no signal.
+
+        For an engine that somebody else made: its threads have the parent process to send to, and
+        its front end sets a handler for the signal that kills this process and its children.
+        """
+        send = psutil.Process.send_signal
+
+        def set_flag(process: psutil.Process, sig: int) -> None:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if sig == signal.SIGQUIT and caller.startswith("sgl_jax."):
+                self._failed.set()
+            else:
+                send(process, sig)
+
+        with replaced(psutil.Process, "send_signal", set_flag):
+            yield
+
+    def end(self) -> None:
+        """Stop reading the engine's log."""
+        logging.getLogger("sgl_jax").removeHandler(self)
 
     def _on_sigquit(self, signum: int, frame: FrameType | None) -> None:
         self._failed.set()

@@ -128,8 +128,13 @@ def used_rows(engine: SglangEngine) -> np.ndarray[Any, np.dtype[np.int32]]:
     return (pages[:, None] * page_size + np.arange(page_size)).ravel().astype(np.int32)
 
 
+def holds_used_rows(engine: SglangEngine, kept: HostKv) -> bool:
+    """Whether the tokens that are in use now are those that were offloaded: no flush has freed them."""
+    return np.array_equal(used_rows(engine), kept.rows)
+
+
 def _drop_unused(engine: SglangEngine) -> Change:
-    _needs_kv(engine)
+    needs_kv(engine)
     if used := len(used_rows(engine)):
         raise EngineError(f"{used} tokens of the KV cache are in use; flush it before the drop")
     return _delete(engine, "its KV cache is dropped; rebuild it first")
@@ -137,7 +142,7 @@ def _drop_unused(engine: SglangEngine) -> Change:
 
 def offload_now(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Offload at once; for the scheduler's own thread, when the engine is idle."""
-    _needs_kv(engine)
+    needs_kv(engine)
     rows = used_rows(engine)
     layers = engine.runner.token_to_kv_pool.kv_buffer
     starts = _block_starts(rows // _tokens_per_row(layers[0]), layers[0].shape[0])
@@ -158,7 +163,7 @@ def _rebuild_dropped(engine: SglangEngine, max_total_tokens: int | None) -> Chan
 
 def restore_now(engine: SglangEngine, kept: HostKv) -> Change:
     """Restore at once; for the scheduler's own thread, when the engine is idle."""
-    if not np.array_equal(used_rows(engine), kept.rows):
+    if not holds_used_rows(engine, kept):
         raise EngineError("the cache was flushed after it was offloaded; rebuild it instead")
     _needs_kv_away(engine)
     change = _allocate(engine)
@@ -167,7 +172,8 @@ def restore_now(engine: SglangEngine, kept: HostKv) -> Change:
     return change
 
 
-def _needs_kv(engine: SglangEngine) -> None:
+def needs_kv(engine: SglangEngine) -> None:
+    """Raise an EngineError unless the KV cache is on the devices."""
     if KV in engine.unavailable:
         raise EngineError(f"the KV cache is not there: {engine.unavailable[KV]}")
 

@@ -297,6 +297,24 @@ def exclude_what_lives() -> None:
     gc.freeze()
 
 
+@contextmanager
+def lives_excluded() -> Iterator[None]:
+    """Exclude all objects that live now from the garbage collections within the context.
+
+    In a process that is not kvpipe's own they must become collectable again. What is garbage among
+    them stays until then, so it changes no difference between two counts. If somebody has excluded
+    objects already, theirs stay so and no others are added.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def give_back_host_memory() -> None:
     """Collect garbage and return freed pages to the operating system.
 

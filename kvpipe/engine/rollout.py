@@ -26,6 +26,7 @@ def roll_out(
         EngineError: the engine cannot generate now, or failed.
     """
     hooks = engine.rollouts
+    assert hooks is not None, "an engine that kvpipe has started has them"
     rollout, ids = hooks.new_ids(len(requests))
     total = {
         progress.REQUESTS: len(requests),

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvpipe.engine import multihost
 from kvpipe.engine.failure import FailureWatch
+from kvpipe.engine.requests import Requests
 from kvpipe.errors import EngineError
 
 _POLL_S = 0.05
@@ -24,9 +25,12 @@ _BROADCAST_POLL_MS = 1
 class SchedulerThread:
     """Run callables on the scheduler's thread."""
 
-    def __init__(self, scheduler: Any, failure: FailureWatch, idle_timeout_s: float) -> None:
+    def __init__(
+        self, scheduler: Any, requests: Requests, failure: FailureWatch, idle_timeout_s: float
+    ) -> None:
         """Wrap ``scheduler.process_input_requests``, which every scheduler loop calls first."""
         self._scheduler = scheduler
+        self._requests = requests
         self._failure = failure
         self._idle_timeout_s = idle_timeout_s
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
@@ -56,6 +60,10 @@ class SchedulerThread:
 
         return _result(future, self._failure, give_up_late)
 
+    def unhook(self) -> None:
+        """Give the scheduler its own method back; nothing may be called any more."""
+        self._scheduler.process_input_requests = self._process_requests
+
     def stop(self) -> None:
         """End the scheduler's thread with SystemExit, which a thread ends on silently."""
 
@@ -69,6 +77,7 @@ class SchedulerThread:
 
     def _process_requests_then_ours(self, requests: list[Any]) -> None:
         self._process_requests(requests)
+        self._requests.received(requests)
         if not requests and self._queue.empty() and not self._follows and self._is_idle():
             # The engine's loop busy-waits while idle, which would take a core and the GIL from the
             # running phase.
@@ -103,6 +112,7 @@ class SchedulerThread:
         s = self._scheduler
         chunked = getattr(s, "chunked_req", None) or any(getattr(s, "chunked_reqs", None) or ())
         return {
+            "on the way": self._requests.on_the_way,
             "waiting": len(s.waiting_queue),
             "running": 0 if s.running_batch.is_empty() else 1,
             "current": int(getattr(s, "cur_batch", None) is not None),
@@ -126,7 +136,7 @@ class CallerThread:
     def __init__(self, failure: FailureWatch) -> None:
         self._failure = failure
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        threading.Thread(target=self._loop, name="kvpipe::caller", daemon=True).start()
+        self._thread: threading.Thread | None = None
 
     def call[T](self, function: Callable[[], T]) -> T:
         """Run ``function`` on the thread and return its result.
@@ -134,6 +144,9 @@ class CallerThread:
         Raises:
             EngineError: a thread of the engine failed meanwhile.
         """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name="kvpipe::caller", daemon=True)
+            self._thread.start()
         future: Future[T] = Future()
         self._queue.put((function, future))
         return _result(future, self._failure)

@@ -6,6 +6,7 @@ change of the engine's state goes through :class:`SchedulerThread`.
 
 import atexit
 import json
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,15 +20,19 @@ from kvpipe.engine import compat, lean_import, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
+from kvpipe.engine.requests import Requests, guards
 from kvpipe.engine.rollout_hooks import RolloutHooks
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
-from kvpipe.errors import EngineError
+from kvpipe.errors import EngineError, InputError
 from kvpipe.pipeline.output import Output
 from kvpipe.plan.pages import whole_pages
 from kvpipe.records import progress
 
 # Options that are no argument of the engine under their own name.
 _NOT_OF_THE_ENGINE = ("virtual_devices", "precompile", "weight_digests")
+# The engine that somebody else made and kvpipe has the handles on; one at a time, as their threads
+# share a log and a way to signal.
+_adopted: "weakref.ref[SglangEngine] | None" = None
 
 
 @dataclass
@@ -40,11 +45,12 @@ class SglangEngine:
         runner: its model runner, which owns the model, the KV cache and the compiled step.
         on_scheduler: runs functions on the scheduler's thread when idle.
         on_caller: makes the blocking front-end calls.
+        requests: refuses requests while the engine cannot generate.
         failure: detects that a thread of the engine has failed.
-        rollouts: holds the requests of a rollout together, and has their log-probabilities.
         longest_request: longest request, in tokens, that its tables were built for.
         proves_weights: whether digests hold its weights against their source.
-        unavailable: what the engine needs to generate and lacks now, each with the remedy.
+        rollouts: holds the requests of a rollout together, and has their log-probabilities; None for an
+            engine that somebody else made.
         proof: the digests of its weights; of offloaded ones those that they had.
         cache_digests: digests of the weights that the prefix cache was written under.
         generated: whether it has generated.
@@ -57,11 +63,11 @@ class SglangEngine:
     runner: Any
     on_scheduler: SchedulerThread
     on_caller: CallerThread
+    requests: Requests
     failure: FailureWatch
-    rollouts: RolloutHooks
     longest_request: int
     proves_weights: bool
-    unavailable: dict[str, str] = field(default_factory=dict)
+    rollouts: RolloutHooks | None = None
     proof: Proof = field(default_factory=Proof)
     cache_digests: frozenset[str] = frozenset()
     generated: bool = False
@@ -71,6 +77,11 @@ class SglangEngine:
     def version(self) -> str:
         """Version of sglang-jax."""
         return compat.sgl_jax_version()
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        """What it needs to generate and lacks now, each with the remedy."""
+        return self.requests.unavailable
 
     @property
     def max_total_tokens(self) -> int:
@@ -198,44 +209,94 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     """
     check_devices(config)
     failure = FailureWatch()
-    # The engine imports its attention backend only in its constructor.
     with (
-        compat.pytree_registered_twice(),
+        compat.construction(),
         lean_import.lean(),
-        compat.failure_signals_stay_here(),
         failure.starting(),
         compat.starts_no_second_runtime(),
-        compat.contexts_stay_open(),
         compat.scheduler_of_any_host() as made,
     ):
         from sgl_jax.srt.entrypoints.engine import Engine
         from sgl_jax.srt.server_args import ServerArgs
 
-        compat.sampler_off_tpu()
-        compat.bit_width_of_dtypes()
-        compat.seeded_sampling_is_random()
-        compat.min_p_of_probabilities()
-        compat.config_of_each_engine_is_its_own()
         compat.failure_does_not_kill(failure.on_kill)
         arguments = ServerArgs(**server_arguments(config, model_dir, ServerArgs))
         engine = _constructed(Engine, arguments)
     (scheduler,) = made
     failure.watch()
-    started = SglangEngine(
-        engine=engine,
-        scheduler=scheduler,
-        runner=scheduler.tp_worker.worker.model_runner,
-        on_scheduler=SchedulerThread(scheduler, failure, idle_timeout_s),
-        on_caller=CallerThread(failure),
-        failure=failure,
-        rollouts=RolloutHooks(scheduler),
-        longest_request=scheduler.max_req_len,
-        proves_weights=config.weight_digests,
-    )
-    _guard_requests(started)
+    started = _with_handles(engine, scheduler, failure, idle_timeout_s, config.weight_digests)
+    started.rollouts = RolloutHooks(scheduler)
     memory.exclude_what_lives()  # much of it lives as long as the process
     _check_capacity(started, config)
     return started
+
+
+def adopt(engine: Any, idle_timeout_s: float, proves_weights: bool) -> SglangEngine:
+    """Take the handles on an engine that somebody else made; :func:`let_go` gives it back.
+
+    Its process is the caller's, so no signal handler and no part of the garbage collection changes.
+
+    Raises:
+        InputError: it is no Engine, runs in processes of its own or on several hosts, or kvpipe has
+            the handles on it, or on another adopted one, already.
+    """
+    global _adopted
+    scheduler = _scheduler_of(engine)
+    if _adopted is not None and _adopted() is not None:
+        raise InputError("attach: another engine is attached already; detach it first")
+    adopted = _with_handles(engine, scheduler, FailureWatch(), idle_timeout_s, proves_weights)
+    _adopted = weakref.ref(adopted)
+    return adopted
+
+
+def let_go(adopted: SglangEngine) -> None:
+    """Leave an engine as it was before :func:`adopt`, once it is idle.
+
+    Raises:
+        EngineError: it lacks its KV cache or its weights, failed or stayed busy.
+    """
+    global _adopted
+    if not adopted.failure.happened:
+        adopted.requests.check()
+        adopted.on_scheduler.call(adopted.on_scheduler.unhook)
+    adopted.requests.unguard()
+    adopted.failure.end()
+    _adopted = None
+
+
+def _scheduler_of(engine: Any) -> Any:
+    """Return the scheduler of an engine that can be adopted."""
+    arguments = getattr(engine, "server_args", None)
+    if arguments is None or not hasattr(engine, "scheduler_info"):
+        raise InputError(f"attach: {engine!r} is not an Engine of sglang-jax")
+    if arguments.nnodes > 1:
+        raise InputError(f"attach: the engine runs on {arguments.nnodes} hosts; it must be on one")
+    scheduler = engine.scheduler_info.get("scheduler")
+    if scheduler is None:
+        raise InputError(
+            "attach: the engine runs in processes of its own; construct it with "
+            "enable_single_process=True"
+        )
+    if guards(engine.tokenizer_manager):
+        raise InputError("attach: this engine is attached already; detach it first")
+    return scheduler
+
+
+def _with_handles(
+    engine: Any, scheduler: Any, failure: FailureWatch, idle_timeout_s: float, proves_weights: bool
+) -> SglangEngine:
+    requests = Requests(engine.tokenizer_manager, failure)
+    return SglangEngine(
+        engine=engine,
+        scheduler=scheduler,
+        runner=scheduler.tp_worker.worker.model_runner,
+        on_scheduler=SchedulerThread(scheduler, requests, failure, idle_timeout_s),
+        on_caller=CallerThread(failure),
+        requests=requests,
+        failure=failure,
+        longest_request=scheduler.max_req_len,
+        proves_weights=proves_weights,
+    )
 
 
 def pool_ranks(allocator: Any) -> int:
@@ -286,26 +347,6 @@ def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
             f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}, which is what "
             f"fits mem_fraction_static={config.mem_fraction_static:g} of the free memory"
         )
-
-
-def _guard_requests(started: SglangEngine) -> None:
-    """Make every request to the engine raise while it cannot generate.
-
-    Without this a generate after a drop kills the engine's forward thread.
-    """
-    manager = started.engine.tokenizer_manager
-    if manager is None:  # ranks after 0 receive no requests
-        return
-    generate_request = manager.generate_request
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if started.unavailable:
-            raise EngineError(
-                f"the engine cannot generate: {'; '.join(started.unavailable.values())}"
-            )
-        return generate_request(*args, **kwargs)
-
-    manager.generate_request = guarded
 
 
 def _requests(batch: Any) -> list[Any]:

@@ -48,8 +48,14 @@ def live_bytes(engine: SglangEngine) -> int:
     return memory.counted(here)
 
 
+def needs_weights(engine: SglangEngine) -> None:
+    """Raise an EngineError unless the parameters are on the devices."""
+    if WEIGHTS in engine.unavailable:
+        raise EngineError(f"the weights are not there: {engine.unavailable[WEIGHTS]}")
+
+
 def take_digests(engine: SglangEngine) -> None:
-    """Compute the digests of the parameters that the engine was started with.
+    """Compute the digests of the parameters that the engine has, wherever they are from.
 
     Raises:
         EngineError: the engine stayed busy.
@@ -317,8 +323,7 @@ def _by_shape(item: tuple[str, Param]) -> Any:
 
 def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> Change:
     """Free every leaf, after ``keep`` has seen it."""
-    if WEIGHTS in engine.unavailable:
-        raise EngineError(f"the weights are not there: {engine.unavailable[WEIGHTS]}")
+    needs_weights(engine)
     before = memory.total_in_use()
     table = ParamTable(engine)
     blueprint = table.blueprint

@@ -16,6 +16,7 @@ from kvpipe.engine import multihost
 from kvpipe.engine.compile_count import CompileCounter
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.errors import (
+    CheckFailed,
     Ending,
     InputError,
     KvpipeError,
@@ -47,10 +48,6 @@ from kvpipe.worker.measurement import Measurement
 _REPORT_EVERY_S = 0.25
 # Of all devices, where no plan predicts the programs: those of Qwen2.5-3B take 336,592,640 bytes.
 _UNPLANNED_PROGRAMS_BYTES = 512 * 1024**2
-
-
-class CheckFailed(KvpipeError):
-    """A check of a phase did not pass; the record says which."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +97,29 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
     ending = Ending()
     stopped = False
     with ExitStack() as threads:
-        loop = _Loop(ctx, run_began, threads)
+        loop = Loop(ctx, run_began, threads)
         threads.enter_context(PeriodicThread("progress", lambda: loop.report(callbacks.progressed)))
         for job in jobs:
             if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
                 continue
-            error = _carry_out(replace(job, planned=None) if stopped else job, loop, callbacks)
+            error = carry_out(replace(job, planned=None) if stopped else job, loop, callbacks)
             if error is not None:
                 ending = ending if ending.exit_code else ending_of(error, job.phase.step)
                 stopped = stopped or not _goes_on(job.phase, loop)
     return ending
 
 
-def _goes_on(phase: WorkerPhase, loop: "_Loop") -> bool:
+def _goes_on(phase: WorkerPhase, loop: "Loop") -> bool:
     """Whether the run continues after this step has failed."""
     asked = loop.ctx.config.runner.on_error == CONTINUE
     return asked and phase.on_failure is OnFailure.MAY_CONTINUE and loop.engine_lives
 
 
-def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | None:
-    """Run one job and emit its record; return its error, if it failed."""
+def carry_out(job: Job, loop: "Loop", callbacks: Callbacks) -> KvpipeError | None:
+    """Run one job and emit its record; return its error, if it failed.
+
+    One that has no planned ledger is not compared with an earlier cycle either.
+    """
     step = job.phase.step
     callbacks.started(step, job.idx)
     loop.begin(step)
@@ -139,7 +139,7 @@ def _carry_out(job: Job, loop: "_Loop", callbacks: Callbacks) -> KvpipeError | N
     callbacks.finished(record)
     if error is not None:
         return error
-    return None if record.passed else CheckFailed(_explain(step, record.checks))
+    return None if record.passed else CheckFailed(explain(step, record.checks))
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Attempt:
     error: KvpipeError | None
 
 
-class _Loop:
+class Loop:
     """State that the loop keeps between steps: clocks, counts, the last measurement, past cycles.
 
     Attributes:
@@ -205,7 +205,7 @@ class _Loop:
         timed = self._timed(job)
         if error is None:
             try:
-                measured = measurement.measure(self.ctx)
+                measured = measurement.measure(self.ctx, describes=job.planned is not None)
             except Exception as raised:
                 error = raised
         checks = result.checks
@@ -265,7 +265,9 @@ class _Loop:
 
     def _compared(self, job: Job, whole: HostResult) -> Result:
         """Return the checks, including those against the plan and the previous cycle."""
-        cycle = self._drift.compare(job.phase.step, whole.measured, self._compiles.total)
+        cycle = Result()
+        if job.planned:
+            cycle = self._drift.compare(job.phase.step, whole.measured, self._compiles.total)
         checks = (*whole.checks, *cycle.checks)
         ledger, config = whole.measured.ledger, self.ctx.config.plan
         if ledger and job.planned and config.enforce:
@@ -332,7 +334,8 @@ def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check
     )
 
 
-def _explain(step: str, checks: Sequence[Check]) -> str:
+def explain(step: str, checks: Sequence[Check]) -> str:
+    """Return the message about those checks of a step that did not pass."""
     failed = [check for check in checks if not check.passed]
     lines = [
         f"{check.name}: expected {_short(check.expected)}, it was {_short(check.actual)}"

@@ -30,10 +30,11 @@ class Measurement:
     unowned: tuple[str, ...] = ()
 
 
-def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
+def measure(ctx: WorkerContext, settle: bool = True, describes: bool = True) -> Measurement:
     """Measure the devices and this process.
 
-    With ``settle`` wait until the engine is idle; after a failure it may never be.
+    With ``settle`` wait until the engine is idle; after a failure it may never be. With ``describes``
+    put the arrays that have no owner into words, which takes time.
 
     Raises:
         EngineError: the engine failed or stayed busy, with ``settle``.
@@ -49,8 +50,8 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     # wait for one that has none; but compiled code that garbage holds is in no list, so where devices
     # count it too, garbage is collected each time.
     counts_itself = memory.device_stats() is not None
-    found = None if counts_itself else _attributed(ctx, collect=False)
-    ledger, other, described = found or _attributed(ctx, collect=True)
+    found = None if counts_itself else _attributed(ctx, describes, collect=False)
+    ledger, other, described = found or _attributed(ctx, describes, collect=True)
     stats = memory.device_stats()
     source = "device"
     if stats is None:
@@ -65,7 +66,7 @@ def measure(ctx: WorkerContext, settle: bool = True) -> Measurement:
     )
 
 
-def _attributed(ctx: WorkerContext, collect: bool) -> Any:
+def _attributed(ctx: WorkerContext, describes: bool, collect: bool) -> Any:
     """Return the ledger, the bytes of each owner, and the arrays that have none, in words.
 
     Return None without ``collect`` if an array has no owner: garbage may hold it. No array stays
@@ -87,7 +88,7 @@ def _attributed(ctx: WorkerContext, collect: bool) -> Any:
         other, unowned = ctx.owners.attribute(unpooled)
     if unowned and not collect:
         return None
-    described = owners.describe(unowned, unpooled)
+    described = owners.describe(unowned, unpooled) if describes else ()
     if unowned:
         other[UNOWNED] = sum(memory.bytes_of(unowned))
     return ledger, other, described

@@ -192,7 +192,7 @@ def test_the_total_may_differ_from_the_plan_by_what_a_device_counts_as_programs(
         return Ledger(1, {"kv": (3,)} | {pool: (size,) for pool, size in pools.items()})
 
     found = Measurement(process_memory(), ledger(measured), {"owner": measured.get("other", 0)})
-    monkeypatch.setattr(loop.measurement, "measure", lambda ctx, settle=True: found)
+    monkeypatch.setattr(loop.measurement, "measure", lambda ctx, **_: found)
     ctx = WorkerContext(Kvpipe(), "Hello")
     (record,), _, _ = run_in(ctx, [Waits("first")], ledger(planned))
     (check,) = (check for check in record.checks if check.name == "plan/total_bytes")
