@@ -101,6 +101,7 @@ class _Recorder:
             planned=lambda plan: None,
             started=lambda step, idx: None,
             progressed=lambda progress: None,
+            sampled=lambda step, sample: None,
             finished=self._write,
         )
         if (error := loop.carry_out(job, self._loop, callbacks)) is not None:

@@ -130,13 +130,13 @@ def seeded_sampling_is_random() -> None:
 
     unseeded = sampler.multinomial
 
-    def drawn(operands: Any) -> jax.Array:
+    def drawn(operands: Any) -> Any:
         values, seeds, positions, _, *are_probabilities = operands
         if seeds is None:
             return unseeded(operands)
         logits = jnp.log(values) if any(are_probabilities) else values
 
-        def of_row(row: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
+        def of_row(row: jax.Array, seed: jax.Array, position: jax.Array) -> Any:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), position)
             return jax.random.categorical(key, row)
 

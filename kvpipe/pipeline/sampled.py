@@ -38,9 +38,10 @@ class SampledPhase(WorkerPhase):
         """Return the sampling parameters; at a temperature they have a seed, a new one if it is null."""
         names = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(self)}
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        lists = {name: list(options[name]) for name in ("stop", "stop_token_ids")}
+        options |= {name: list(options[name]) for name in ("stop", "stop_token_ids")}
         seed = secrets.randbits(31) if self.seed is None else self.seed
-        return SamplingConfig(**options | lists | {"seed": seed if self.temperature else None})
+        options["seed"] = seed if self.temperature else None
+        return SamplingConfig(**options)
 
     def refuse_random(self, compared_with: str | None) -> None:
         """Refuse to compare an output that is drawn anew each time.
