@@ -569,7 +569,8 @@ class Kvpipe:
         phases: step name → options; ``use`` names the file in ``phases/``.
         repeat: range of steps to repeat; cycle k of a step is called ``name#k``.
         output: format of stdout.
-        cache_dir: directory of generated checkpoints, compiled programs and plans; None means ``$XDG_CACHE_HOME/kvpipe``.
+        cache_dir: directory of generated checkpoints, compiled programs and plans; None means
+            ``$XDG_CACHE_HOME/kvpipe``.
     """
 
     experiment: str = checked("tiny", directory_name)
