@@ -291,12 +291,9 @@ def _copy_out(
 def _copy_in(layers: Sequence[jax.Array], kept: HostKv) -> list[jax.Array]:
     """Return the layers with the kept blocks written into them; the buffers are reused."""
     put = _putter(tuple(layer.sharding for layer in layers))
-    current = list(layers)
+    current, likes = list(layers), [_block_of(layer) for layer in layers]
     for start, blocks in zip(kept.starts, kept.blocks, strict=True):
-        placed = [
-            transfer.begin(block, _block_of(layer)).wait()
-            for block, layer in zip(blocks, current, strict=True)
-        ]
+        placed = transfer.place_together(blocks, likes)
         if start == kept.starts[0]:
             peaks.mark()
         current = put(current, np.int32(start), placed)

@@ -67,7 +67,7 @@ def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_re
     assert measured(engine, named)[1] == []
     # From bd09a87 on a module has the zeros that stand for no penalty, for each shape of a batch.
     cache = "sgl_jax.srt.sampling.sampling_batch_info.cache_of_a_later_version"
-    module = sys.modules[cache.rpartition(".")[0]]
+    module: Any = sys.modules[cache.rpartition(".")[0]]
     module.cache_of_a_later_version = {(4, 512): jnp.zeros(3, jnp.float32)}
     try:
         held, unowned = measured(engine, named)
