@@ -38,9 +38,13 @@ class SampledPhase(WorkerPhase):
         """Return the sampling parameters; at a temperature they have a seed, a new one if it is null."""
         names = {f.name for f in fields(SamplingConfig)} & {f.name for f in fields(self)}
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        lists = {name: list(options[name]) for name in ("stop", "stop_token_ids")}
-        seed = secrets.randbits(31) if self.seed is None else self.seed
-        return SamplingConfig(**options | lists | {"seed": seed if self.temperature else None})
+        for name in ("stop", "stop_token_ids"):
+            options[name] = list(options[name])
+        if self.temperature == 0:
+            options["seed"] = None
+        elif self.seed is None:
+            options["seed"] = secrets.randbits(31)
+        return SamplingConfig(**options)
 
     def refuse_random(self, compared_with: str | None) -> None:
         """Refuse to compare an output that is drawn anew each time.
