@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return kvpipe(cwd, "+experiment=tiny_rollout", "runner.heartbeat_s=null")
 
 
-def samples(run: Finished, step: str) -> list[dict[str, object]]:
+def samples(run: Finished, step: str) -> list[dict[str, Any]]:
     text = (run.run_dir / f"rollouts/{step}.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
