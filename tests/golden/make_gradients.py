@@ -22,7 +22,7 @@ LIKELY, UNLIKELY = 16, 24
 def main() -> None:
     for name in NAMES:
         content = _gradients(name)
-        text = json.dumps(content, indent=1) + "\n"
+        text = json.dumps(content) + "\n"
         Path(__file__).with_name(f"{name}_gradients.json").write_text(text, encoding="utf-8")
         print(f"{name}: loss {content['loss']:.6f}, {len(content['gradients'])} gradients")
 
