@@ -301,13 +301,10 @@ def exclude_what_lives() -> None:
 def lives_excluded() -> Iterator[None]:
     """Exclude all objects that live now from the garbage collections within the context.
 
-    In a process that is not kvpipe's own they must become collectable again. What is garbage among
-    them stays until then, so it changes no difference between two counts. If somebody has excluded
-    objects already, theirs stay so and no others are added.
+    In a process that is not kvpipe's own they must become collectable again; so do those that somebody
+    else has excluded. What is garbage among them stays until then, so it changes no difference between
+    two counts.
     """
-    if gc.get_freeze_count():
-        yield
-        return
     gc.freeze()
     try:
         yield
