@@ -99,6 +99,7 @@ def main(*overrides: str) -> None:
         planned=lambda plan: print(plan.line),
         started=lambda step, idx: None,
         progressed=lambda progress: None,
+        sampled=lambda step, sample: None,
         finished=lambda record: print(record.line),
     )
     with counting_devices():

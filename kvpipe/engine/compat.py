@@ -156,7 +156,7 @@ def min_p_of_probabilities() -> None:
 
     of_probabilities = sampler._apply_min_p_filter
 
-    def filtered(operands: Any) -> jax.Array:
+    def filtered(operands: Any) -> Any:
         logits, shares, *are_probabilities = operands
         if any(are_probabilities):
             return of_probabilities(operands)

@@ -488,7 +488,6 @@ def _base_url() -> str:
     from wandb.errors import UsageError
 
     _free_a_start_that_fails()
-    _import_less()
     hidden = {name: os.environ.pop(name) for name in OWN_TO_THE_CONFIG if name in os.environ}
     # The service of the process that started this one, which may have ended. wandb sets its own.
     os.environ.pop("WANDB_SERVICE", None)
@@ -522,19 +521,6 @@ def _free_a_start_that_fails() -> None:
 
     if isinstance(wandb_setup._singleton_lock, type(threading.Lock())):
         wandb_setup._singleton_lock = threading.RLock()
-
-
-def _import_less() -> None:
-    """Spare wandb two imports that cost a run half a second of CPU: W&B Launch's, and pandas.
-
-    wandb 0.31.0 imports the first to look for inputs that nothing here stages, and the second to
-    see that a table is no data frame. Remove this once it imports them where they are used.
-    """
-    from wandb import util
-    from wandb.sdk import wandb_run
-
-    setattr(wandb_run.Run, "_detect_and_apply_job_inputs", lambda run: None)  # noqa: B010
-    util.pd_available = False
 
 
 def _stop_service(stuck: bool = False) -> None:

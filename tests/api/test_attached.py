@@ -113,9 +113,10 @@ def test_what_cannot_be_attached_is_refused_with_the_remedy(script):
     engine = script.engine
     several = SimpleNamespace(server_args=SimpleNamespace(nnodes=2), scheduler_info={})
     processes = SimpleNamespace(server_args=SimpleNamespace(nnodes=1), scheduler_info={})
-    scheduler = SimpleNamespace(process_input_requests=engine.generate)
     second = SimpleNamespace(
-        server_args=SimpleNamespace(nnodes=1), scheduler_info={"scheduler": scheduler}
+        server_args=SimpleNamespace(nnodes=1),
+        scheduler_info={"scheduler": SimpleNamespace()},
+        tokenizer_manager=SimpleNamespace(generate_request=engine.generate),
     )
     for wrong, why in [
         (engine, "this engine is attached already; detach it first"),

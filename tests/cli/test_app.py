@@ -101,7 +101,7 @@ REFUSED = {
     ),
     "phases.generate_result.max_tokens=4": (
         "phases.generate_result.max_tokens: generate has no option 'max_tokens'; "
-        "did you mean 'max_new_tokens' or 'same_cached_tokens_as'?"
+        "did you mean 'max_new_tokens' or 'stop_token_ids' or 'same_cached_tokens_as'?"
     ),
     "phases.generate_result.max_new_tokens=five": (
         "phases.generate_result.max_new_tokens: 'five' is of type str, not int"

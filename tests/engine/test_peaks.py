@@ -158,6 +158,7 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
         planned=lambda plan: None,
         started=lambda step, idx: None,
         progressed=told.append,
+        sampled=lambda step, sample: None,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
     assert loop.run(jobs, ctx, events, time.monotonic()) == Ending()
