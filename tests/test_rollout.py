@@ -9,6 +9,7 @@ import pytest
 
 from kvpipe.pipeline.rollout import seed_of
 from tests.command import Finished, kvpipe
+from tests.sinks import wandb_file
 
 pytestmark = pytest.mark.slow
 
@@ -72,3 +73,20 @@ def test_every_token_has_its_log_probability(run: Finished) -> None:
     for sample in samples(run, "rollout"):
         assert len(sample["logprobs"]) == len(sample["token_ids"]) == 16
         assert all(value <= 0 for value in sample["logprobs"])
+
+
+def test_wandb_and_the_page_have_the_first_samples_and_the_speed(run: Finished) -> None:
+    (path,) = run.run_dir.glob("wandb/*/*.wandb")
+    history = wandb_file.read(path)["history"]
+    rows = {row["phase/name"]: row for row in history if "phase/name" in row}
+    for step in ROLLOUTS:
+        speed = run.phase(step)["tokens_per_second"]
+        assert rows[step]["rollout/tokens_per_second"] == speed
+        assert rows[step]["rollout/requests"] == 128
+    (table,) = path.parent.glob("files/media/table/rollout/samples_*.json")
+    logged = json.loads(table.read_text())
+    shown = [s for step in ROLLOUTS for s in run.phase(step)["samples"]]
+    assert [row[3] for row in logged["data"]] == [s["text"] for s in shown]
+    assert len(shown) == 8 * len(ROLLOUTS)
+    page = (run.run_dir / "report.html").read_text()
+    assert run.phase("rollout")["rollout_sha256"][:12] in page

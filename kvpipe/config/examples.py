@@ -1,17 +1,14 @@
 """Read the examples that a trainer learns from; they become token ids only with a model's tokenizer."""
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from kvpipe.config.json_lines import lines_of, object_of
 from kvpipe.config.prompt import read_file
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import InputError
-from kvpipe.suggest import nearest
 
-_GROUP = "data"
+_KEY, _GROUP = "trainer.data", "data"
 _KEYS = ("prompt", "response")
 
 
@@ -30,7 +27,7 @@ def read_examples(config: TrainerConfig) -> tuple[TextExample, ...]:
         InputError: there is no file, it cannot be read or has no example, or a line is none.
     """
     name = _named(config)
-    found = tuple(_examples(name, read_file("trainer.data", name, _GROUP)))
+    found = tuple(_example(where, line) for _, where, line in lines_of(_KEY, name, _GROUP))
     if not found:
         raise InputError(f"trainer.data: {name} has no example")
     return found
@@ -44,7 +41,7 @@ def digest(config: TrainerConfig) -> str | None:
     """
     if not config.reads_data:
         return None
-    return hashlib.sha256(read_file("trainer.data", _named(config), _GROUP).encode()).hexdigest()
+    return hashlib.sha256(read_file(_KEY, _named(config), _GROUP).encode()).hexdigest()
 
 
 def _named(config: TrainerConfig) -> str:
@@ -56,23 +53,8 @@ def _named(config: TrainerConfig) -> str:
     return config.data
 
 
-def _examples(name: str, text: str) -> Iterator[TextExample]:
-    # Not splitlines: it would split at U+2028 and the like, too.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _example(f"trainer.data: {name}, line {number}", line)
-
-
 def _example(where: str, line: str) -> TextExample:
-    try:
-        data: Any = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: it is {line[:40]!r}, not an object with 'prompt', 'response'")
-    for key in data:
-        if key not in _KEYS:
-            raise InputError(f"{where}: there is no key {key!r}; {nearest(key, _KEYS)}")
+    data = object_of(where, line, _KEYS, "'prompt', 'response'")
     for key in _KEYS:
         value = data.get(key)
         if not isinstance(value, str) or not value:

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvpipe.config.prompt import read_file
+from kvpipe.config.json_lines import lines_of, object_of
 from kvpipe.config.schema import PromptsConfig
 from kvpipe.errors import InputError
-from kvpipe.suggest import nearest
 from kvpipe.units import counted
 
 _KEYS = ("id", "prompt", "messages")
@@ -75,25 +74,13 @@ def _are(count: int, noun: str) -> str:
 
 def _of_file(name: str) -> Iterator[Prompt]:
     """Yield the prompts of a file; empty lines count as none."""
-    text = read_file("prompts.file", name, "prompts")
-    # Not splitlines: it would split at U+2028 and the like, too.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"prompts.file: {name}, line {number}"
-            read = _json_line if name.endswith(".jsonl") else _prompt
-            yield read(where, str(number), line.removesuffix("\r"))
+    for number, where, line in lines_of("prompts.file", name, "prompts"):
+        read = _json_line if name.endswith(".jsonl") else _prompt
+        yield read(where, str(number), line)
 
 
 def _json_line(where: str, own_id: str, line: str) -> Prompt:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: it is {line[:40]!r}, not an object with 'prompt' or 'messages'")
-    for key in data:
-        if key not in _KEYS:
-            raise InputError(f"{where}: there is no key {key!r}; {nearest(key, _KEYS)}")
+    data = object_of(where, line, _KEYS, "'prompt' or 'messages'")
     if ("prompt" in data) == ("messages" in data):
         raise InputError(f"{where}: give one of 'prompt' and 'messages', and not both")
     given = str(data.get("id", own_id))

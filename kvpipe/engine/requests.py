@@ -78,6 +78,12 @@ class Requests:
             raise EngineError(f"the engine cannot generate: {'; '.join(self.unavailable.values())}")
 
 
+def in_batch(batch: Any) -> list[Any]:
+    """Return the requests of a batch; later versions split them by data-parallel rank."""
+    parts = getattr(batch, "reqs_info", None) or (batch,)
+    return [request for part in parts for request in part.reqs or ()]
+
+
 def guards(manager: Any) -> bool:
     """Whether the requests of a tokenizer manager are guarded already."""
     return isinstance(getattr(manager.generate_request, "__self__", None), Requests)

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvpipe.engine.requests import in_batch
+
 _OURS = "kvpipe"
 
 
@@ -105,7 +107,7 @@ class RolloutHooks:
 
     def _note_batch(self, batch: Any) -> Any:
         """Note whether a batch has a request of a rollout, for what the engine makes of it."""
-        self._wanted = any(_rollout_of(request.rid) for request in batch.reqs)
+        self._wanted = any(_rollout_of(request.rid) for request in in_batch(batch))
         return self._run_batch(batch)
 
     def _mark(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +131,7 @@ class RolloutHooks:
 
     def _share_out(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Process a batch's result; give each request that got a token its log-probability."""
-        requests = batch.reqs or ()
+        requests = in_batch(batch)
         before = [len(request.output_ids) for request in requests]
         self._resolved = None
         done = self._finish_batch(batch, *args, **kwargs)

@@ -20,7 +20,7 @@ from kvpipe.engine import compat, lean_import, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
-from kvpipe.engine.requests import Requests, guards
+from kvpipe.engine.requests import Requests, guards, in_batch
 from kvpipe.engine.rollout_hooks import RolloutHooks
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError, InputError
@@ -162,7 +162,7 @@ class SglangEngine:
         """Return the tokens that the running requests have so far; safe from any thread."""
         names = ("running_batch", "cur_batch", "last_batch")
         batches = [getattr(self.scheduler, name, None) for name in names]
-        requests = {id(r): r for batch in batches if batch is not None for r in _requests(batch)}
+        requests = {id(r): r for batch in batches if batch is not None for r in in_batch(batch)}
         return {progress.TOKENS: sum(len(request.output_ids) for request in requests.values())}
 
     def flush(self) -> dict[str, int]:
@@ -347,12 +347,6 @@ def _check_capacity(engine: SglangEngine, config: EngineConfig) -> None:
             f"engine.max_total_tokens: the engine cut {asked} tokens down to {given}, which is what "
             f"fits mem_fraction_static={config.mem_fraction_static:g} of the free memory"
         )
-
-
-def _requests(batch: Any) -> list[Any]:
-    """Return the requests of a batch; later versions split them by data-parallel rank."""
-    parts = getattr(batch, "reqs_info", None) or (batch,)
-    return [request for part in parts for request in part.reqs or ()]
 
 
 def parameters(sampling: SamplingConfig, seed: int) -> dict[str, Any]:

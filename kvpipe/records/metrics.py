@@ -5,13 +5,23 @@ from typing import Any
 
 from kvpipe.records.run import Memory, Peak, PhaseRecord
 
+_ROLLOUT = (
+    "requests",
+    "distinct_samples",
+    "prompt_tokens",
+    "decode_tokens",
+    "cache_hit_rate",
+    "tokens_per_second",
+    "mean_logprob",
+)
+
 
 def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
     """Return a phase's values under the metric keys that existing dashboards use.
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
     ``plan/<pool>_error_bytes``, ``compile/...``, ``time/outside_s``, ``mem/process/peak_rss_bytes``,
-    ``mem/peak/...`` (inside the phase) and ``train/...`` are kvpipe's.
+    ``mem/peak/...`` (inside the phase), ``train/...`` and ``rollout/...`` are kvpipe's.
     """
     values: dict[str, int | float | str] = {
         "phase/idx": record.idx,
@@ -64,5 +74,9 @@ def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float
         for name in ("loss", "entropy", "gradient_norm", "learning_rate", "tokens_per_second"):
             if name in fields:
                 yield f"train/{name}", fields[name]
+    if "rollout_sha256" in fields:
+        for name in _ROLLOUT:
+            yield f"rollout/{name}", fields[name]
+        yield "rollout/first_token_s", fields["first_token_s"]["median"]
     if "same_output" in fields:
         yield "determinism/same_output", fields["same_output"]

@@ -13,6 +13,7 @@ from kvpipe.report.figures import (
     memory_chart,
     memory_keys,
 )
+from kvpipe.report.rollouts import rollout_tables, rollouts_of
 from kvpipe.report.run import UNFINISHED, Run
 from kvpipe.report.tables import Cell, Table, number
 from kvpipe.report.tokens import shortened
@@ -23,6 +24,7 @@ _SECTIONS = {
     "checks": "Checks",
     "plan": "Planned and actual",
     "times": "Time and compilation",
+    "rollouts": "Rollouts",
     "texts": "Texts",
     "config": "Config",
     "versions": "Versions",
@@ -35,13 +37,18 @@ def report_page(run: Run) -> str:
 
     outputs = [phase for phase in run.phases if "token_ids" in phase.fields]
     results = [_compared(phase, outputs[0]) for phase in outputs]
+    rollouts = rollouts_of(run.phases)
     chart = memory_chart(run)
     return rendered(
         "run.html.j2",
         run=run,
         title=f"{run.title}: {run.status}",
         footer=f"Made by kvpipe from {RECORDS_FILE}.",
-        sections={key: name for key, name in _SECTIONS.items() if key != "texts" or outputs},
+        sections={
+            key: name
+            for key, name in _SECTIONS.items()
+            if {"texts": outputs, "rollouts": rollouts}.get(key, True)
+        },
         tone={PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad"),
         reason=_reason(run),
         error=_error(run),
@@ -57,6 +64,7 @@ def report_page(run: Run) -> str:
         host=host_chart(run),
         outputs=outputs,
         results=results,
+        rollouts=rollout_tables(rollouts),
         differences={
             phase.phase: list(shortened(outputs[0].fields["token_ids"], phase.fields["token_ids"]))
             for phase, result in zip(outputs, results, strict=True)

@@ -33,7 +33,15 @@ from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
 from kvpipe.sinks.wandb_file import Stored, lacking, read_stored
 from kvpipe.sinks.wandb_log import upload_errors
-from kvpipe.sinks.wandb_tables import CHARTS, PHASES_COLUMNS, alert_of, phase_row, plan_table
+from kvpipe.sinks.wandb_tables import (
+    CHARTS,
+    PHASES_COLUMNS,
+    ROLLOUT_COLUMNS,
+    alert_of,
+    phase_row,
+    plan_table,
+    rollout_rows,
+)
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets
 from kvpipe.units import counted
 
@@ -53,6 +61,7 @@ _FLUSH_INTERVAL_S = 1.0
 _FILE_POLL_S = 0.02
 # Keys of tables and of a picture.
 _PLAN, _TEXTS, _PHASES, _TIMELINE = "plan/phases", "sample_texts", "phases", "memory_timeline"
+_ROLLOUTS = "rollout/samples"
 # Settings of wandb that describe a run; those that the config does not give must be empty.
 _OF_A_RUN = (
     "config_paths",
@@ -95,6 +104,7 @@ class WandbSink(Sink):
         self._next_step = 0
         self._experiment = ""
         self._phases: list[list[Any]] = []
+        self._rollouts: list[list[Any]] = []
 
     def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Start the W&B run with the resolved config; return the fields of its phase record.
@@ -162,6 +172,7 @@ class WandbSink(Sink):
         self._rows += 1
         self._next_step = record.idx + 1
         self._phases.append(phase_row(record))
+        self._rollouts += rollout_rows(record)
 
         def log() -> None:
             # Without commit a row waits for the next one, and is lost if there is none.
@@ -208,6 +219,7 @@ class WandbSink(Sink):
         samples = self._samples
         picture = self._run_dir / TIMELINE_FILE
         there = {_PHASES: True, _PLAN: self._planned, _TEXTS: samples, _TIMELINE: picture.is_file()}
+        there[_ROLLOUTS] = self._rollouts
         media = [sample.key for sample in samples] + [
             key for key, is_there in there.items() if is_there
         ]
@@ -344,10 +356,12 @@ class WandbSink(Sink):
         return self._new_table(TABLE_COLUMNS, [sample.row(limit) for sample in self._samples])
 
     def _by_phase(self) -> dict[str, Any]:
-        """Return the table of all phases, bar charts of it by phase, and the timeline."""
+        """Return the tables of all phases and of rollouts' samples, bar charts, and the timeline."""
         import wandb
 
         logged: dict[str, Any] = {_PHASES: self._new_table(PHASES_COLUMNS, self._phases)}
+        if self._rollouts:
+            logged[_ROLLOUTS] = self._new_table(ROLLOUT_COLUMNS, self._rollouts)
         picture = self._run_dir / TIMELINE_FILE
         if picture.is_file():
             logged[_TIMELINE] = wandb.Image(str(picture))

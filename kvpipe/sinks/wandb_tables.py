@@ -22,6 +22,16 @@ PHASES_COLUMNS = (
     "programs_loaded",
     "checks_failed",
 )
+ROLLOUT_COLUMNS = (
+    "phase",
+    "prompt",
+    "sample",
+    "text",
+    "finish_reason",
+    "new_tokens",
+    "logprob",
+    "weights_digest",
+)
 CHARTS = ("duration_s", "total_bytes", "peak_bytes")
 """Columns drawn as bar charts over the phases."""
 
@@ -42,6 +52,22 @@ def phase_row(record: PhaseRecord) -> list[Any]:
         record.compilations,
         record.programs_loaded,
         sum(not check.passed for check in record.checks),
+    ]
+
+
+def rollout_rows(record: PhaseRecord) -> list[list[Any]]:
+    """Return the rows of the samples in a record, in the order of :data:`ROLLOUT_COLUMNS`."""
+    if "rollout_sha256" not in record.fields:
+        return []
+    return [
+        [
+            record.phase,
+            *(sample[key] for key in ("prompt", "index", "text", "finish_reason")),
+            len(sample["token_ids"]),
+            sum(sample["logprobs"]),
+            sample["weights_digest"],
+        ]
+        for sample in record.fields["samples"]
     ]
 
 

@@ -56,15 +56,11 @@ def test_fastapi_is_empty_within_the_context_alone(monkeypatch: pytest.MonkeyPat
     assert fastapi is sys.modules["fastapi"] is pytest
 
 
-def test_the_names_that_transformers_exports_are_those_that_it_finds_by_itself(
-    four_devices: None,
-) -> None:
-    from kvpipe.engine import shapes
-
-    shapes.import_engine()
-    from transformers.utils import import_utils
-
-    scan: Any = import_utils.fetch__all__
+def test_the_names_that_transformers_exports_are_those_that_it_finds_by_itself() -> None:
+    with anew("transformers"):
+        with lean():
+            from transformers.utils import import_utils
+        scan: Any = import_utils.fetch__all__
     models = Path(import_utils.__file__).parents[1] / "models"
     texts = [path.read_text("utf-8") for path in models.glob("*/configuration_*.py")]
     assert len(texts) > 300
