@@ -56,7 +56,9 @@ def test_fastapi_is_empty_within_the_context_alone(monkeypatch: pytest.MonkeyPat
     assert fastapi is sys.modules["fastapi"] is pytest
 
 
-def test_the_names_that_transformers_exports_are_those_that_it_finds_by_itself() -> None:
+def test_the_names_that_transformers_exports_are_those_that_it_finds_by_itself(
+    four_devices: None,
+) -> None:
     with anew("transformers"):
         with lean():
             from transformers.utils import import_utils
