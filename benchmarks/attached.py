@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.devices import DEVICES
+from benchmarks.devices import engine_config
 from kvpipe.api.attached import Attached, attach, engine_patches
 from kvpipe.checkpoints.safetensors import Tensors, open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import memory, sglang
 from kvpipe.pipeline.phase import result_of
 from kvpipe.pipeline.phase_files import phase_class
@@ -46,15 +45,7 @@ def _engine(model_dir: Path) -> Any:
     from sgl_jax.srt.entrypoints.engine import Engine
     from sgl_jax.srt.server_args import ServerArgs
 
-    config = EngineConfig(
-        device="cpu",
-        tp_size=DEVICES,
-        max_total_tokens=100_000,
-        context_length=256,
-        max_running_requests=2,
-        max_prefill_tokens=128,
-        log_level="error",
-    )
+    config = engine_config(100_000)
     with engine_patches():
         return Engine(**sglang.server_arguments(config, model_dir, ServerArgs))
 

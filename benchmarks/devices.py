@@ -4,6 +4,7 @@ import os
 import sys
 
 from kvpipe.config.jax_environment import cpu_environment
+from kvpipe.config.schema import EngineConfig
 
 DEVICES = 2
 _READY = "KVPIPE_BENCHMARK"
@@ -18,3 +19,16 @@ def use_virtual_devices() -> None:
         return
     environ = os.environ | cpu_environment(DEVICES, os.environ) | {_READY: "1"}
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environ)
+
+
+def engine_config(max_total_tokens: int) -> EngineConfig:
+    """Return the config of a benchmark's engine, with a KV cache of so many tokens."""
+    return EngineConfig(
+        device="cpu",
+        tp_size=DEVICES,
+        max_total_tokens=max_total_tokens,
+        context_length=256,
+        max_running_requests=2,
+        max_prefill_tokens=128,
+        log_level="error",
+    )

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.devices import DEVICES
+from benchmarks.devices import engine_config
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import kv_cache, memory, sglang
 
 _TOKENS = 360_000
@@ -26,7 +25,7 @@ _REPETITIONS = 5
 def measure() -> dict[str, float]:
     """Return the figures of the KV cache by key."""
     with tempfile.TemporaryDirectory() as directory:
-        engine = sglang.start(_config(), ensure(TinyModel(), Path(directory)), 60.0)
+        engine = sglang.start(engine_config(_TOKENS), ensure(TinyModel(), Path(directory)), 60.0)
     size = sum(memory.bytes_of(kv_cache.buffers(engine)))
     times: dict[str, list[float]] = {}
     kv_cache.drop(engine)
@@ -54,18 +53,6 @@ def measure() -> dict[str, float]:
         "kv.offload_gb_per_s": size / median["offload"] / 1e9,
         "kv.restore_gb_per_s": size / median["restore"] / 1e9,
     }
-
-
-def _config() -> EngineConfig:
-    return EngineConfig(
-        device="cpu",
-        tp_size=DEVICES,
-        max_total_tokens=_TOKENS,
-        context_length=256,
-        max_running_requests=2,
-        max_prefill_tokens=128,
-        log_level="error",
-    )
 
 
 def _time(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> None:

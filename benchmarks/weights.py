@@ -18,12 +18,12 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from benchmarks.devices import DEVICES
+from benchmarks.devices import engine_config
 from kvpipe.checkpoints.mllm import hf_weights, tree_from_checkpoint
 from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
-from kvpipe.config.schema import EngineConfig, Kvpipe
+from kvpipe.config.schema import Kvpipe
 from kvpipe.engine import compat, memory, sglang, weights
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.peaks import PeakSampler
@@ -50,7 +50,7 @@ Run = Callable[[], Any]
 def measure() -> dict[str, float]:
     """Measure all ways, print a table, and return the ratios by key."""
     directory = ensure(MODEL, CACHE)
-    engine = sglang.start(_config(), directory, idle_timeout_s=60.0)
+    engine = sglang.start(engine_config(1024), directory, idle_timeout_s=60.0)
     ways = _ways(engine, directory)
     seconds = {name: [] for name in ways}
     for turn in range(TURNS + 1):
@@ -86,18 +86,6 @@ def measure() -> dict[str, float]:
             ("sop_path", "sop_path_undigested"),
         )
     }
-
-
-def _config() -> EngineConfig:
-    return EngineConfig(
-        device="cpu",
-        tp_size=DEVICES,
-        max_total_tokens=1024,
-        context_length=256,
-        max_running_requests=2,
-        max_prefill_tokens=128,
-        log_level="error",
-    )
 
 
 def _ways(engine: sglang.SglangEngine, directory: Path) -> dict[str, Run]:

@@ -63,14 +63,12 @@ class Rollout(SampledPhase):
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        from kvpipe.checkpoints.tokenizer import open_tokenizer, prompt_ids
         from kvpipe.engine import rollout
 
         sampling = self.draw_sampling()
-        ids = prompt_ids(ctx.prompts, open_tokenizer(ctx.model_dir))
         requests = [
             Request(prompt.id, i, its_ids, seed_of(sampling.seed, prompt.id, i))
-            for prompt, its_ids in zip(ctx.prompts, ids, strict=True)
+            for prompt, its_ids in zip(ctx.prompts, ctx.prompt_ids, strict=True)
             for i in range(self.n)
         ]
         made = ctx.rollouts[self.step] = rollout.roll_out(ctx.engine, requests, sampling)

@@ -116,6 +116,17 @@ class WorkerContext:
         return read_prompts(given) if given.file or given.texts else ()
 
     @cached_property
+    def prompt_ids(self) -> list[tuple[int, ...]]:
+        """The token ids of each of those prompts.
+
+        Raises:
+            InputError: the tokenizer cannot be read, or has no template for a chat.
+        """
+        from kvpipe.checkpoints import tokenizer
+
+        return tokenizer.prompt_ids(self.prompts, self._tokenizer)
+
+    @cached_property
     def examples(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The token ids of prompt and response of each example that the trainer learns from.
 
@@ -124,8 +135,13 @@ class WorkerContext:
         """
         from kvpipe.checkpoints import tokenizer
 
-        own = tokenizer.open_tokenizer(self.model_dir)
-        return tokenizer.example_ids(read_examples(self.config.trainer), own)
+        return tokenizer.example_ids(read_examples(self.config.trainer), self._tokenizer)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from kvpipe.checkpoints.tokenizer import open_tokenizer
+
+        return open_tokenizer(self.model_dir)
 
     def hf_weights(self, source: str | None) -> Mapping[str, Any]:
         """Return the weights of a host tree, or of the model's files, named as in Hugging Face.

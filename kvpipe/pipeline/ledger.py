@@ -1,8 +1,8 @@
 """The memory ledger: exact bytes per device, by the pool that owns them.
 
-A pool is ``params``, ``kv``, ``program``, ``slot:<name>``, ``other`` or ``padding``; a plan keeps the trainer's
-programs apart from the engine's, as ``program:trainer``. Bytes are integers; no
-rounding happens here. The plan predicts a ledger for each step, the probe measures one, and
+A pool is ``params``, ``kv``, ``program``, ``slot:<name>``, ``other`` or ``padding``; a plan keeps the
+trainer's programs apart from the engine's, as ``program:trainer``. Bytes are integers; no rounding
+happens here. The plan predicts a ledger for each step, the probe measures one, and
 :func:`differences` compares the two. A :class:`Change` is what one verb did to the bytes in use.
 """
 

@@ -127,9 +127,9 @@ class Rollout:
             whole.update(struct.pack(f"<{len(sample.logprobs)}f", *sample.logprobs))
         return whole.hexdigest()
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the lines of the rollout's file, one a sample."""
-        return [asdict(s) | {"weights_digest": self.weights_digest} for s in self.samples]
+    def lines(self, most: int | None = None) -> list[dict[str, Any]]:
+        """Return the lines of the rollout's file, one a sample; at most ``most``, from the first."""
+        return [asdict(s) | {"weights_digest": self.weights_digest} for s in self.samples[:most]]
 
     def fields(self, shown: int) -> dict[str, Any]:
         """Return the fields of the phase's record.
@@ -162,7 +162,7 @@ class Rollout:
             "forward_steps": self.forward_steps,
             "weights_digest": self.weights_digest,
             "cache_digests": self.cache_digests,
-            "samples": self.lines()[:shown],
+            "samples": self.lines(shown),
         }
 
 

@@ -31,8 +31,8 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
 
     Raises:
         InputError: a directory of ``phase_path`` does not exist, a step is named twice, a name in
-            ``phases`` is not a step, a step's ``use``,
-            option or value is wrong, or a parent phase comes after a worker phase.
+            ``phases`` is not a step, a step's ``use``, option or value is wrong, or a parent phase
+            comes after a worker phase.
     """
     check_path(config.phase_path)
     _check_names(config)

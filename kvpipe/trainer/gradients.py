@@ -1,6 +1,5 @@
 """The gradients of a step, written into the buffers of the last ones: seeded, or those of a loss."""
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import transfer
+from kvpipe.engine import memory, transfer
 from kvpipe.engine.forward import Forward
 from kvpipe.trainer.batch import TOKENS, Batch
 from kvpipe.trainer.layout import Layout
@@ -118,8 +117,7 @@ class Learned:
     def temp_bytes(self) -> int:
         """Bytes on a device beside the trainer's sets: temporaries and a micro-batch."""
         batch: list[Any] = list(self.layout.batch.values())
-        shards = [math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in batch]
-        return self.used[0].temp_size_in_bytes + sum(shards)
+        return self.used[0].temp_size_in_bytes + sum(map(memory.shard_bytes, batch))
 
     @property
     def copied_bytes(self) -> int:
