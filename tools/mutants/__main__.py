@@ -115,9 +115,12 @@ def _failing_without_fault(
             return {package: "processes in other directories import another one than the copy's"}
     answers: dict[str, Answer] = {}
     if tests := list(dict.fromkeys(test for fault in faults for test in fault.tests)):
-        # A file's tests share engines; processes for one file alone would only cost their start.
+        # A file's tests share engines; processes for one file alone would only cost their start. The
+        # files keep the order of tests/conftest.py: a test that imports jax without its fixture of
+        # four devices must not be the first of a process.
         files = {test.partition("::")[0] for test in tests}
-        spread = ("-n", str(_AT_ONCE), "--dist", "loadfile") if len(files) > 1 else ()
+        by_file = ("-n", str(_AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder")
+        spread = by_file if len(files) > 1 else ()
         answers["tests"] = sound.test(tests, *spread)
     runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
     copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
