@@ -37,10 +37,9 @@ def roll_out(
         return dict(zip(total, hooks.done(rollout), strict=True))
 
     def ask() -> Any:
-        manager = engine.engine.tokenizer_manager
         prompts = [list(request.prompt_ids) for request in requests]
         chosen = [parameters(sampling, request.seed or 0) for request in requests]
-        return _ask(manager, rid=ids, input_ids=prompts, sampling_params=chosen)
+        return _ask(engine.engine, rid=ids, input_ids=prompts, sampling_params=chosen)
 
     with progress.under_way(progress.GENERATING, total, so_far), engine.generating() as origin:
         found = None
@@ -61,17 +60,27 @@ def roll_out(
     return Rollout([_sample(*one) for one in each], received["duration_s"], **origin)
 
 
-def _ask(manager: Any, **requests: Any) -> Any:
+def _ask(engine: Any, **requests: Any) -> Any:
     """Send requests to the engine's tokenizer manager; return the answers, in the same order."""
     from sgl_jax.srt.managers.io_struct import GenerateReqInput
 
+    answers = engine.tokenizer_manager.generate_request(GenerateReqInput(**requests), None)
+    return _event_loop(engine).run_until_complete(anext(answers))
+
+
+def _event_loop(engine: Any) -> asyncio.AbstractEventLoop:
+    """Return the loop on which the engine's front end receives answers.
+
+    Since bd09a87 the engine has one of its own; before, the front end takes the calling thread's.
+    """
+    if (loop := getattr(engine, "loop", None)) is not None:
+        return loop
     try:
-        loop = asyncio.get_event_loop()
+        return asyncio.get_event_loop()
     except RuntimeError:
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
-    answers = manager.generate_request(GenerateReqInput(**requests), None)
-    return loop.run_until_complete(anext(answers))
+        return loop
 
 
 def _sample(request: Request, answer: Mapping[str, Any], known: Sequence[Any]) -> Sample:

@@ -161,6 +161,11 @@ def _wrap(owner: Any, name: str, function: Any) -> Any:
 
 @jax.jit
 def _logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return the log-probability of each row's token: (batch, vocabulary), (batch,) -> (batch,)."""
+    """Return the log-probability of each row's token: (batch, vocabulary), (batch,) -> (batch,).
+
+    It is picked out by a sum: later versions divide the vocabulary explicitly, and jax indexes no
+    such axis.
+    """
     whole = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return jnp.take_along_axis(whole, ids[:, None], axis=-1)[:, 0]
+    is_chosen = jnp.arange(whole.shape[-1]) == ids[:, None]
+    return jnp.where(is_chosen, whole, 0.0).sum(axis=-1)

@@ -326,6 +326,7 @@ def server_arguments(config: EngineConfig, model_dir: Path, accepted: Any) -> di
     of_engine = {k: v for k, v in asdict(config).items() if k not in _NOT_OF_THE_ENGINE}
     later = "disable_jax_precompile" not in accepted.__dataclass_fields__
     path = str(model_dir.resolve())
+    of_engine |= compat.prefill_within_its_program(config.max_prefill_tokens, config.page_size)
     return of_engine | {
         "model_path": path,
         "tokenizer_path": path,

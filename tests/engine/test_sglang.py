@@ -63,6 +63,51 @@ def test_the_sampler_is_patched_in_the_version_that_needs_it_and_in_no_later_one
     assert patched != compat.shards_explicitly()
 
 
+@pytest.mark.parametrize(
+    ("explicit", "max_prefill_tokens", "page_size", "arguments"),
+    [
+        (True, 256, 1, {"chunked_prefill_size": 256}),
+        (True, 250, 16, {"chunked_prefill_size": 240}),
+        (True, 8, 16, {"chunked_prefill_size": 16}),
+        (True, 4096, 1, {}),
+        (False, 256, 1, {}),
+    ],
+)
+def test_later_versions_prefill_no_more_at_once_than_their_programs_take(
+    four_devices: None,
+    monkeypatch: pytest.MonkeyPatch,
+    explicit: bool,
+    max_prefill_tokens: int,
+    page_size: int,
+    arguments: dict[str, int],
+) -> None:
+    from kvpipe.engine import compat
+
+    monkeypatch.setattr(compat, "shards_explicitly", lambda: explicit)
+    assert compat.prefill_within_its_program(max_prefill_tokens, page_size) == arguments
+
+
+def test_no_batch_has_its_page_table_in_the_array_of_another(
+    four_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
+
+    from kvpipe.engine import compat
+
+    shared = np.arange(8)
+
+    def part_of_shared(batch: Any, size: int) -> Any:
+        return shared[:size]
+
+    monkeypatch.setattr(ScheduleBatch, "_merge_cache_loc", part_of_shared, raising=False)
+    for _ in range(2):  # an engine of a process after its first
+        compat.page_table_of_each_batch_is_its_own()
+    table = ScheduleBatch._merge_cache_loc(None, 4)  # pyright: ignore[reportAttributeAccessIssue]
+    assert table.tolist() == [0, 1, 2, 3]
+    assert not np.shares_memory(table, shared)
+
+
 def test_a_capacity_that_the_engine_cut_down_is_an_error(
     start_engine: StartEngine, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Test whether the installed sglang-jax still has the defects that the adapter patches."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -184,6 +185,27 @@ def _garbage_waits_for_itself(model_dir: Path) -> str:
     return f"{NOT_NEEDED}: a context and its open socket are collected"
 
 
+def _prefill_is_bounded_by_its_chunk(model_dir: Path) -> str:
+    from sgl_jax.srt.managers.schedule_policy import PrefillAdder
+
+    texts = [
+        "".join(inspect.getsource(method).split())
+        for method in vars(PrefillAdder).values()
+        if inspect.isfunction(method)
+    ]
+    if any("rem_chunk_tokens_listisNoneandreal_input_tokens>=" in text for text in texts):
+        return f"{NEEDED}: with chunks, a prefill's batch is not bounded by max_prefill_tokens"
+    return f"{NOT_NEEDED}: every prefill's batch is bounded by max_prefill_tokens"
+
+
+def _page_table_is_shared(model_dir: Path) -> str:
+    if found := [
+        path.name for path in _sources() if "cache_loc_host_buf" in path.read_text("utf-8")
+    ]:
+        return f"{NEEDED}: all batches share an array for their page tables in {', '.join(found)}"
+    return f"{NOT_NEEDED}: each batch makes its page table"
+
+
 def _sources() -> Iterator[Path]:
     import sgl_jax
 
@@ -196,6 +218,8 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "sampler_off_tpu": _works_without("sampler_off_tpu"),
     "seeded_sampling_is_random": _seeded_noise_is_biased,
     "min_p_of_probabilities": _min_p_is_of_logits,
+    "prefill_within_its_program": _prefill_is_bounded_by_its_chunk,
+    "page_table_of_each_batch_is_its_own": _page_table_is_shared,
     "config_of_each_engine_is_its_own": _config_is_cached,
     "bit_width_of_dtypes": _kernel_calls_bit_width,
     "kernel_sees": _kernel_asks_jax_for_devices,
