@@ -77,6 +77,40 @@ def use_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
     return jax.set_mesh(mesh) if shards_explicitly() else mesh
 
 
+def in_engine_axes[**P, T](function: Callable[P, T], *shardings: Any) -> Callable[P, T]:
+    """Return ``function`` for a program that leaves its shardings to XLA; it runs the engine's model.
+
+    Args:
+        function: what runs the model.
+        shardings: for each of its arguments, how the engine's mesh has it.
+    """
+    if not shards_explicitly():
+        return function
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+    explicit_axes: Any = jax.sharding.explicit_axes
+
+    def explicit(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.sharding.use_abstract_mesh(Mesh(mesh.devices, mesh.axis_names).abstract_mesh):
+            return explicit_axes(function, in_sharding=specs)(*args, **kwargs)
+
+    return explicit
+
+
+def axes_left_to_xla[**P](function: Callable[P, jax.Array], spec: Any) -> Callable[P, jax.Array]:
+    """Return ``function`` for the engine's model; its own shardings are left to XLA.
+
+    Args:
+        function: returns an array.
+        spec: the partition of that array.
+    """
+    if not shards_explicitly():
+        return function
+    auto_axes: Any = jax.sharding.auto_axes
+    return auto_axes(function, out_sharding=spec)
+
+
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set the attribute ``name`` of ``owner`` to ``value`` within the context."""

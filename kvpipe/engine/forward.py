@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.engine import compat
 from kvpipe.engine.params import ParamTable, path_name
@@ -85,17 +85,29 @@ class Forward:
             tokens: token ids of shape [sequences, length]. Padding is on the right: no token sees
                 one to its right.
         """
+        params = self._engine_params(trained)
+        shardings = jax.tree_util.tree_map_with_path(self._sharding, self.params)
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return compat.in_engine_axes(self._scores_of, shardings, everywhere)(params, tokens)
+
+    def _scores_of(self, params: Any, tokens: jax.Array) -> Scores:
+        """Return the scores of sequences; the engine's model runs as the engine runs it."""
         from sgl_jax.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
-        from sgl_jax.srt.model_executor.forward_batch_info import ForwardMode
+        from sgl_jax.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 
         rows, length = tokens.shape
         logits_of = LogitsProcessor.__call__
         # By this mode it returns the logits of all the positions that it is given.
-        metadata = LogitsMetadata(forward_mode=ForwardMode.DECODE)
-        model = nnx.merge(self.definition, self._engine_params(trained), self.others)
+        metadata = LogitsMetadata(
+            forward_mode=ForwardMode.DECODE, capture_hidden_mode=CaptureHiddenMode.NULL
+        )
+        model = nnx.merge(self.definition, params, self.others)
         with _layers_computed_again(model), compat.replaced(LogitsProcessor, "__call__", _unscored):
-            batch = _Batch(tokens.reshape(-1), jnp.tile(jnp.arange(length), rows), _attention(rows))
-            (processor, hidden, head), *_ = model(batch, None, metadata)
+            positions = jnp.tile(jnp.arange(length), rows)
+            attention = _attention(rows)
+            batch = _Batch(tokens.reshape(-1), positions, attention, metadata.forward_mode)
+            (processor, hidden, head), *_ = model(batch, _Pools(), metadata)
         hidden = hidden.reshape(rows, length, -1)[:, :-1]
 
         def logits(part: jax.Array) -> jax.Array:
@@ -110,11 +122,16 @@ class Forward:
             del shape
             leaf, like = self.leaves[path_name(path)], self.blueprint[path_name(path)]
             weight = in_engine_layout(trained[leaf.source], leaf.transpose, leaf.heads, like.dtype)
-            named: Any = like.sharding
+            named = self._sharding(path)
             sharding = NamedSharding(auto(named.mesh), named.spec)
             return jax.lax.with_sharding_constraint(weight, sharding)
 
         return jax.tree_util.tree_map_with_path(placed, self.params)
+
+    def _sharding(self, path: tuple[Any, ...], shape: Any = None) -> Any:
+        """Return the sharding of a parameter in the engine."""
+        del shape
+        return self.blueprint[path_name(path)].sharding
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,14 @@ class _Batch:
     input_ids: jax.Array
     positions: jax.Array
     attn_backend: Callable[..., Any]
+    forward_mode: Any
+
+
+@dataclass(frozen=True)
+class _Pools:
+    """The KV caches that a model hands to its attention: there are none."""
+
+    token_to_kv_pool: None = None
 
 
 def _unplaced(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -158,9 +183,14 @@ def _attention(rows: int) -> Callable[..., Any]:
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, *_: Any
     ) -> tuple[jax.Array, None]:
-        q, k, v = (x.reshape(rows, -1, x.shape[-2], x.shape[-1]) for x in (q, k, v))
-        found = _causal(q, k, v, layer.scaling)
-        return found.reshape(-1, found.shape[-2] * found.shape[-1]), None
+        def of_sequences(*projected: jax.Array) -> jax.Array:
+            q, k, v = (x.reshape(rows, -1, x.shape[-2], x.shape[-1]) for x in projected)
+            found = _causal(q, k, v, layer.scaling)
+            return found.reshape(-1, found.shape[-2] * found.shape[-1])
+
+        # Tokens and heads lie where those of the queries do.
+        spec = PartitionSpec(*jax.typeof(q).sharding.spec[:2])
+        return compat.axes_left_to_xla(of_sequences, spec)(q, k, v), None
 
     return attend
 
@@ -187,7 +217,8 @@ def _scores(
 
     def of_chunk(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         logprobs = jax.nn.log_softmax(logits_of(part).astype(jnp.float32))
-        chosen = jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+        is_chosen = jnp.arange(logprobs.shape[-1]) == ids[:, None]
+        chosen = jnp.where(is_chosen, logprobs, 0.0).sum(axis=-1)
         return chosen, -(jnp.exp(logprobs) * logprobs).sum(-1)
 
     parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), _TOKENS, axis=0)
