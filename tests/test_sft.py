@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.command import Finished, kvpipe
+from tests.conftest import SIZES
 from tests.helpers_config import build
 
 SHORT = (
+    *SIZES,
+    "engine.tp_size=2",
     "repeat.times=3",
     "model.generate.num_hidden_layers=1",
     "trainer.batch_size=8",
