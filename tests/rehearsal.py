@@ -19,7 +19,6 @@ import pytest
 
 from kvpipe.records.run import PhaseRecord, RunPlanned, record_from_json
 from tests.command import environment
-from tests.conftest import SIZES
 from tests.helpers_config import ROOT, compose_plain, config_of
 
 CHIPS = "v4:2x2x1"
@@ -110,7 +109,7 @@ def main(*overrides: str) -> None:
 
 def run(directory: Path, experiment: str) -> Rehearsed:
     """Rehearse an experiment on four devices, with few tokens and no tracking."""
-    few = (*SIZES, "sampling.max_new_tokens=4", "tracking=disabled")
+    few = ("engine.tp_size=4", "sampling.max_new_tokens=4", "tracking=disabled")
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", f"+experiment={experiment}", *few],
         cwd=ROOT,

@@ -250,6 +250,7 @@ CELLS = {
         "wait_for_signal",
         act=kill_wandb,
         rows_lost=True,
+        finds="a row that is counted as taken although W&B's service died",
     ),
     "W&B's service hangs": Cell(
         3,

@@ -9,6 +9,7 @@ import pytest
 
 from kvpipe.pipeline.rollout import seed_of
 from tests.command import Finished, kvpipe
+from tests.conftest import SIZES
 from tests.sinks import wandb_file
 
 pytestmark = pytest.mark.slow
@@ -22,8 +23,8 @@ ROLLOUTS = ["rollout", "rollout_control", "rollout_after_kv_rebuild"]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The experiment with a quarter of its prompts; W&B offline, JSON piped."""
     cwd = tmp_path_factory.mktemp("rollout")
-    few = f"prompts.limit={PROMPTS}"
-    return kvpipe(cwd, "+experiment=tiny_rollout", few, "runner.heartbeat_s=null")
+    few = (*SIZES, "engine.tp_size=2", "engine.max_running_requests=16", f"prompts.limit={PROMPTS}")
+    return kvpipe(cwd, "+experiment=tiny_rollout", *few, "runner.heartbeat_s=null")
 
 
 def samples(run: Finished, step: str) -> list[dict[str, Any]]:
