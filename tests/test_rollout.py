@@ -14,14 +14,14 @@ from tests.sinks import wandb_file
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = 8
+PROMPTS = 4
 SAMPLES = 4 * PROMPTS
 ROLLOUTS = ["rollout", "rollout_control", "rollout_after_kv_rebuild"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The experiment with a quarter of its prompts; W&B offline, JSON piped."""
+    """The experiment with an eighth of its prompts; W&B offline, JSON piped."""
     cwd = tmp_path_factory.mktemp("rollout")
     few = (*SIZES, "engine.tp_size=2", "engine.max_running_requests=16", f"prompts.limit={PROMPTS}")
     return kvpipe(cwd, "+experiment=tiny_rollout", *few, "runner.heartbeat_s=null")
