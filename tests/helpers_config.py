@@ -31,7 +31,11 @@ def compose_plain(*overrides: str) -> dict[str, Any]:
 @cache
 def _composed(*overrides: str) -> dict[str, Any]:
     store_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        read_shipped_files_once(patch)
         return to_plain(compose("config", overrides=list(overrides)))
 
 
