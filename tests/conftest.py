@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Only the first of pytest's processes makes the directory; the others inherit it.
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # One seed for all of pytest's processes, so that the report can name it.
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = secrets.randbits(32)

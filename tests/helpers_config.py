@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.importlib_resources_config_source import (
-    ImportlibResourcesConfigSource,
-)
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 
 from kvpipe.config.hydra_store import store_schema
@@ -33,7 +31,11 @@ def compose_plain(*overrides: str) -> dict[str, Any]:
 @cache
 def _composed(*overrides: str) -> dict[str, Any]:
     store_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        read_shipped_files_once(patch)
         return to_plain(compose("config", overrides=list(overrides)))
 
 
@@ -49,7 +51,10 @@ def read_shipped_files_once(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(kind, "load_config", _remembering(parse))
 
 
-_parse = {kind: kind.load_config for kind in (FileConfigSource, ImportlibResourcesConfigSource)}
+# Hydra executes the modules of its plugins itself: the classes that an import gives are others.
+Plugins.instance()
+_kinds = map(SourcesRegistry.instance().resolve, ("file", "pkg"))
+_parse = {kind: kind.load_config for kind in _kinds}
 _parsed: dict[tuple[str, str], bytes] = {}
 
 

@@ -301,7 +301,7 @@ def assert_refused_by_name(overrides, key):
     assert "Traceback" not in message
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(bad_configs)
 def test_a_bad_config_is_refused_in_a_few_lines_that_name_the_key(bad):
     assert_refused_by_name(*bad)

@@ -35,7 +35,10 @@ CELLS = {
         failing="engine_ready_dummy",
         cleaned=True,
     ),
-    "a thread of the engine fails": cell(3, "the engine failed: ", "generate_while_dropped"),
+    "a thread of the engine fails": cell(
+        *(3, "the engine failed: ", "generate_while_dropped"),
+        finds="a run that outlives a thread of its engine, or does not say what failed in it",
+    ),
     "SIGQUIT to the worker": cell(
         *(3, "the engine failed: ", "wait_for_signal"),
         act=lambda run: run.tell_worker(signal.SIGQUIT),

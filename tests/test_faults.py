@@ -144,7 +144,10 @@ CELLS = {
         finds="a step that fails to clean keeps those that clean after it from their turn",
     ),
     "exception in a phase of the parent": Cell(
-        3, "ValueError: a fault", pipeline="in_the_parent", failing="fault_parent"
+        *(3, "ValueError: a fault"),
+        pipeline="in_the_parent",
+        overrides=(UNTRACKED,),
+        failing="fault_parent",
     ),
     # Signals to the worker.
     "SIGQUIT to the worker": Cell(
@@ -208,11 +211,15 @@ CELLS = {
         overrides=("runner.run_timeout_s=0.5", UNTRACKED),
         failing="run_planned",
     ),
-    "the clock is set back": Cell(*(3, "ValueError: a fault", "set_the_clock_back"), cleaned=True),
+    "the clock is set back": Cell(
+        *(3, "ValueError: a fault", "set_the_clock_back"), overrides=(UNTRACKED,), cleaned=True
+    ),
     # The disk, and who reads.
     "a full disk": Cell(3, "No space left on device", "fill_disk", disk_bytes=64 << 20),
     "a reader that has gone": Cell(
-        3, "<stdout>: cannot write the record", "wait_for_signal", act=reader_goes
+        *(3, "<stdout>: cannot write the record", "wait_for_signal"),
+        overrides=(UNTRACKED,),
+        act=reader_goes,
     ),
     # W&B.
     "no W&B server at the start": Cell(
@@ -226,6 +233,7 @@ CELLS = {
         act=server_goes,
         respond=wandb_server.well_behaved,
         failing=None,
+        finds="a run that waits longer for a server that has gone than for one that is stuck",
     ),
     "the W&B server gets stuck at the end": Cell(
         3,
@@ -242,6 +250,7 @@ CELLS = {
         "wait_for_signal",
         act=kill_wandb,
         rows_lost=True,
+        finds="a row that is counted as taken although W&B's service died",
     ),
     "W&B's service hangs": Cell(
         3,
@@ -387,7 +396,8 @@ def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_p
 
 
 def test_a_run_in_one_process_records_the_failure_of_a_step_like_any_other(site, tmp_path):
-    overrides = ["pipeline=without_engine", "phases.fault.how=exception", "runner.isolate=false"]
+    overrides = ["pipeline=without_engine", "phases.fault.how=exception"]
+    overrides += ["runner.isolate=false", UNTRACKED]
     run = start(WITHOUT_ENGINE, overrides, site, tmp_path)
     stdout, _ = run.process.communicate(timeout=PATIENCE_S)
     records = [json.loads(line) for line in stdout.splitlines()]

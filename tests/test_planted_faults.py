@@ -46,6 +46,11 @@ LINES = ("LINES = 3", "LINES = 4")
 BROKEN = ("PAGE = 8", "PAGE = 70")  # the run ends as with a NameError
 
 
+OF_THE_SECOND_TIER = pytest.mark.nightly(
+    finds="planted faults, which `make test-all` runs, that count as noticed although none noticed them"
+)
+
+
 def repository(root: Path, tests: str = TESTS) -> Path:
     for name, text in {
         "kvpipe/__init__.py": PACKAGE,
@@ -72,6 +77,7 @@ def planted(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str):
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@OF_THE_SECOND_TIER
 def test_what_is_not_noticed_and_a_hole_that_is_closed_fail_and_the_rest_is_counted(
     tmp_path, capsys
 ):
@@ -96,6 +102,7 @@ def test_what_is_not_noticed_and_a_hole_that_is_closed_fail_and_the_rest_is_coun
     assert (root / "kvpipe/__init__.py").read_text() == PACKAGE
 
 
+@OF_THE_SECOND_TIER
 def test_all_that_is_noticed_passes_and_a_word_chooses_by_name(tmp_path, capsys):
     root = repository(tmp_path)
     plant(root, "page", PAGE, tests=[ELSEWHERE])
@@ -112,6 +119,7 @@ def test_all_that_is_noticed_passes_and_a_word_chooses_by_name(tmp_path, capsys)
     )
 
 
+@OF_THE_SECOND_TIER
 def test_a_test_that_fails_without_a_fault_notices_none(tmp_path, capsys):
     root = repository(tmp_path, TESTS.replace("LINES == 3", "LINES == 5"))
     plant(root, "page", PAGE, tests=["tests/test_it.py"])

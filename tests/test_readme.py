@@ -95,12 +95,16 @@ def starts_an_engine(block):
 
 # In the first tier SLURM's jobs are a sweep with engines, where there is a SLURM.
 A_SWEEP = pytest.mark.nightly(finds="engines of one sweep's jobs that disturb each other")
+# The first tier compiles the tiny model for a TPU (tests/engine/test_aot.py).
+A_LARGE_PLAN = pytest.mark.nightly(finds="a plan of a large model that does not compile for a TPU")
 
 
 def parameter(block):
     marks = [pytest.mark.slow] if starts_an_engine(block) else []
     if marks and re.search(r"^python -m kvpipe .*-m ", block, re.MULTILINE):
         marks.append(A_SWEEP)
+    if re.search(r"^python -m kvpipe plan .*qwen", block, re.MULTILINE):
+        marks.append(A_LARGE_PLAN)
     return pytest.param(block, marks=marks, id=block.splitlines()[-1])
 
 

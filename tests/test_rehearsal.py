@@ -11,18 +11,10 @@ from tests.helpers_config import EXPERIMENTS
 pytestmark = pytest.mark.slow
 
 TINY = [name for name in EXPERIMENTS if name.startswith("tiny")]
-# It offloads and restores what is padded: the weights.
-FIRST = "tiny_stream"
-FINDS = "bytes that a check of this experiment alone compares without their padding, or with code"
 
 
-@pytest.mark.parametrize(
-    "experiment",
-    [
-        name if name == FIRST else pytest.param(name, marks=pytest.mark.nightly(finds=FINDS))
-        for name in TINY
-    ],
-)
+@pytest.mark.nightly(finds="bytes that a check compares without their padding, or with code")
+@pytest.mark.parametrize("experiment", TINY)
 def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_count(
     tmp_path: Path, experiment: str
 ) -> None:

@@ -12,6 +12,7 @@ from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fit import KvCapacity, fit_of, temporaries
 from kvpipe.plan.fold import check_order, plan_ledgers
 from kvpipe.records.run import Program
+from tests import conftest
 from tests.command import Finished, kvpipe, programs
 from tests.helpers_config import build, compose_plain, config_of
 from tests.refusal import refusal
@@ -237,7 +238,8 @@ def cycles(request, tmp_path_factory):
     """The number of cycles of the tiny experiment, and the run that ended after them."""
     times = request.param
     cwd = tmp_path_factory.mktemp("rl")
-    options = ("tracking=disabled", f"repeat.times={times}")
+    few = (*conftest.SIZES, "sampling.max_new_tokens=8")
+    options = ("tracking=disabled", f"repeat.times={times}", *few)
     run = kvpipe(cwd, "+experiment=tiny_rl_cycle", *options)
     assert run.exit_code == 0, run.end["error"]
     return times, run

@@ -94,7 +94,7 @@ def run(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "sinks=[acme]",
         "pipeline_edit.after.kv_cache_rebuilt=[own_kv,packed_kv]",
     )
-    options = (*SIZES, "sampling.max_new_tokens=32", QUIET, *own)
+    options = (*SIZES, "sampling.max_new_tokens=16", QUIET, *own)
     path = f"{installed}:{packages}"
     return kvpipe(cwd, "+experiment=tiny", *options, PYTHONPATH=path)
 
@@ -219,8 +219,8 @@ def test_the_same_text_comes_after_the_rebuild(run: Finished) -> None:
     first, second = run.phase("generate_result"), run.phase("generate_result_after_kv_rebuild")
     assert second["same_output"] == 1
     assert first["token_ids"] == second["token_ids"]
-    assert len(first["token_ids"]) == 32
-    assert len(set(first["token_ids"])) > 20
+    assert len(first["token_ids"]) == 16
+    assert len(set(first["token_ids"])) > 10
     assert first["text"] == second["text"] != ""
     assert second["text_sha256"] == first["text_sha256"] == second["text_sha256_before"]
 

@@ -116,6 +116,7 @@ def test_another_capacity_or_prompt_is_another_program(
     assert len(asked) == 3
 
 
+@pytest.mark.nightly(finds="a refusal of the TPU's compiler that is told without its advice")
 def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
     four_devices: None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_repository_of_something_else_is_refused(sides, tmp_path, monkeypatch)
     assert said.endswith("; choose a revision of kvpipe")
 
 
+@pytest.mark.nightly(finds="a revision that is planned by the code or the configs of another one")
 def test_a_branch_that_doubles_the_kv_cache_is_shown_and_held_to_the_budget(repository):
     """Each revision is planned by its own code: on the branch a slot is freed two phases later."""
     git(repository, "checkout", "-q", "-b", "branch")

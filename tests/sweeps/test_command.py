@@ -210,6 +210,9 @@ def test_what_hydra_calls_can_be_sent_to_another_process():
     assert pickle.loads(pickle.dumps(task)) == task
 
 
+@pytest.mark.nightly(
+    finds="a Ctrl-C that ends a job of a sweep and not the sweep, or loses its record"
+)
 def test_ctrl_c_ends_a_sweep_and_leaves_what_there_is(site, tmp_path):
     process = subprocess.Popen(
         [

@@ -18,6 +18,7 @@ def model_dir(model_cache: Path) -> Path:
     return ensure(TinyModel(num_hidden_layers=1, vocab_size=320), model_cache)
 
 
+@pytest.mark.nightly(finds="a training step or a sync that does not compile for a TPU")
 def test_step_and_sync_compile_and_come_from_the_cache_the_next_time(
     four_devices: None, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,9 @@ PRECISIONS = {
     "float32_gradients": TrainerConfig(dtype="bfloat16", gradients_dtype="float32"),
     "bfloat16": TrainerConfig(dtype="bfloat16"),
 }
+ONE_MESH = pytest.mark.nightly(
+    finds="a trainer's leaf that one model or mesh alone places otherwise"
+)
 MIXED = pytest.mark.nightly(finds="a trainer whose parameters are bfloat16 and are rounded twice")
 SHAPES = {"matrix": (12, 8), "odd": (5, 3)}
 
@@ -139,10 +142,10 @@ def test_the_moments_are_counted_with_optaxs_own_step_counter(four_devices: None
 @pytest.mark.parametrize(
     ("model", "tp_size"),
     [
-        ("Qwen2ForCausalLM", 1),
         ("Qwen2ForCausalLM", 4),
         ("Qwen3ForCausalLM", 2),
-        ("LlamaForCausalLM", 4),
+        pytest.param("Qwen2ForCausalLM", 1, marks=ONE_MESH),
+        pytest.param("LlamaForCausalLM", 4, marks=ONE_MESH),
     ],
 )
 def test_a_trainer_of_a_models_own_tree_takes_what_is_planned_of_its_config_alone(

@@ -101,6 +101,7 @@ def test_what_does_not_fit_on_two_data_parallel_ranks_is_refused_in_the_same_way
     does_not_fit(tmp_path, 8_942_880, "engine.tp_size=2", "engine.dp_size=2")
 
 
+@pytest.mark.nightly(finds="a sweep of plans that ends with the first refused one")
 def test_heads_that_the_mesh_cannot_part_are_refused_and_do_not_end_the_sweep(
     tmp_path: Path,
 ) -> None:

@@ -172,7 +172,7 @@ def _make_interpreter(folder: Path) -> None:
 def _environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
     inherited = {k: v for k, v in os.environ.items() if k not in left_out}
