@@ -75,6 +75,8 @@ def pools(facts: frozenset[str]) -> dict[str, PoolSize]:
 
 def changed_pools(before: frozenset[str], after: frozenset[str]) -> dict[str, PoolSize]:
     """Return the size of each pool that a change of facts changes."""
+    if before == after:
+        return {}
     was, now = pools(before), pools(after)
     return {
         pool: now.get(pool, Size.NOTHING)

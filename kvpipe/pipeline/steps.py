@@ -5,8 +5,9 @@ checked here. Nothing here may import jax.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -38,7 +39,8 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
     _check_names(config)
     names = repeated(config.pipeline, config.repeat)
     stretch = repeated_steps(config.pipeline, config.repeat)
-    first = {name: _build_step(name, config) for name in config.pipeline}
+    kind_of = cache(partial(_kind, config))
+    first = {name: _build_step(name, config, kind_of) for name in config.pipeline}
     steps = tuple(first.get(name) or _in_later_cycle(name, first, stretch) for name in names)
     in_worker = ""
     for step in steps:
@@ -107,27 +109,48 @@ def _check_names(config: Kvpipe) -> None:
                 )
 
 
-def _build_step(name: str, config: Kvpipe) -> Phase:
+@dataclass(frozen=True)
+class _Kind:
+    """What the steps of one phase share, found once: each look at its file costs as much as a step.
+
+    Attributes:
+        cls: class of the phase.
+        types: option → its type.
+        defaults: option → its value by the config.
+        required: options without a default.
+    """
+
+    cls: type[Phase]
+    types: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    required: frozenset[str]
+
+
+def _kind(config: Kvpipe, use: str) -> _Kind:
+    cls = phase_class(use, config.phase_path)
+    with blamed_on(cls):
+        defaults = cls.defaults(config)
+    required = {f.name for f in fields(cls) if f.default is f.default_factory} - {"step"}
+    return _Kind(cls, option_types(cls), defaults, frozenset(required - set(defaults)))
+
+
+def _build_step(name: str, config: Kvpipe, kind_of: Callable[[str], _Kind]) -> Phase:
     use = use_of(name, config)
     given = {key: value for key, value in config.phases.get(name, {}).items() if key != "use"}
     try:
-        cls = phase_class(use, config.phase_path)
+        kind = kind_of(use)
     except InputError as error:
         raise InputError(f"pipeline step {name!r}: {error}") from None
-    types = option_types(cls)
     for option, value in given.items():
-        if option not in types:
-            raise InputError(
-                f"phases.{name}.{option}: {use} has no option {option!r}; {nearest(option, types)}"
-            )
-        given[option] = _typed(value, types[option], f"phases.{name}.{option}")
-    required = {f.name for f in fields(cls) if f.default is f.default_factory} - {"step"}
-    with blamed_on(cls):
-        options: Mapping[str, Any] = {**cls.defaults(config), **given}
-        if missing := sorted(required - set(options)):
-            raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
+        if option not in kind.types:
+            hint = nearest(option, kind.types)
+            raise InputError(f"phases.{name}.{option}: {use} has no option {option!r}; {hint}")
+        given[option] = _typed(value, kind.types[option], f"phases.{name}.{option}")
+    if missing := sorted(kind.required - set(given)):
+        raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
+    with blamed_on(kind.cls):
         try:
-            phase = cls(step=name, **options)
+            phase = kind.cls(step=name, **{**kind.defaults, **given})
             refuse_wrong(phase)
         except InputError as error:
             raise InputError(f"phases.{name}.{error}") from None
