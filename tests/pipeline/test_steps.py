@@ -329,5 +329,5 @@ def test_the_file_of_a_phase_is_looked_at_once_for_all_its_steps(monkeypatch):
         lambda use, path: looked.append(use) or phase_class(use, path),
     )
     names = [f"ready{number}" for number in range(50)]
-    build(names, **dict.fromkeys(names, {"use": "jax_ready"}))
+    build(names, **{name: {"use": "jax_ready"} for name in names})
     assert looked == ["jax_ready"]
