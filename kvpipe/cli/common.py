@@ -18,9 +18,9 @@ from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
 from kvpipe.errors import InputError
 from kvpipe.parent.planner_client import Planners
 from kvpipe.pipeline.phase import Phase
-from kvpipe.pipeline.steps import build_steps
-from kvpipe.plan.fold import PlannedStep, check_order
+from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.inputs import check_inputs
+from kvpipe.plan.kv_choice import ordered
 from kvpipe.sinks.own import origins
 from kvpipe.system.secrets import known_secrets, redactor, refuse_secret
 
@@ -47,7 +47,7 @@ def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
     Raises:
         InputError: a check failed.
     """
-    planned = check_order(build_steps(config))
+    planned = ordered(config)
     origins(config.sinks)
     check_mesh(config.engine)
     check_hosts(config)

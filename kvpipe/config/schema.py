@@ -562,6 +562,8 @@ class PlanConfig(Section, section="plan"):
         reserve_bytes: bytes of each device that a plan leaves free, since an allocator cannot give
             what is free in pieces; None is 128 MiB on a TPU and 0 on a CPU, whose pages can lie
             anywhere.
+        limit_bytes: bytes of each device that a plan may use, with ``reserve_bytes``; None is all of
+            its memory. A run on a CPU can so be planned as for a smaller device.
     """
 
     enforce: bool = True
@@ -573,6 +575,7 @@ class PlanConfig(Section, section="plan"):
     prompt_tokens: int | None = checked(None, at_least(1))
     timeout_s: float | None = checked(1800.0, seconds)
     reserve_bytes: int | None = checked(None, at_least(0))
+    limit_bytes: int | None = checked(None, at_least(1))
 
 
 @dataclass

@@ -58,12 +58,14 @@ class EngineShapes:
             InputError: the engine cannot have such a capacity.
         """
         pool = self.runner.token_to_kv_pool
+        size, buffers = pool.size, pool.kv_buffer
         params = list(self.params.values())
         found: dict[PoolSize, list[Any]] = {Size.PARAMS: params, Size.KV: list(pool.kv_buffer)}
         for tokens in capacities:
             pool.size = pool_size(tokens, self.runner.token_to_kv_pool_allocator)
             abstract(type(pool)._create_buffers)(pool)
             found[KvTokens(tokens)] = list(pool.kv_buffer)
+        pool.size, pool.kv_buffer = size, buffers
         return found
 
     @property

@@ -120,6 +120,12 @@ def grown(check: str, change: Change, *others: Check, group: str | None = None) 
     return Result(fields, (check_equal(check, added, change.changed_bytes), *others))
 
 
+def together(*results: Result) -> Result:
+    """Return the results of several verbs of one phase as one; none has a field of another."""
+    fields = {key: value for result in results for key, value in result.fields.items()}
+    return Result(fields, tuple(check for result in results for check in result.checks))
+
+
 def follows(key: str) -> Any:
     """Return an option whose default and check are those of a config key, e.g. ``engine.dtype``."""
     if key not in _KEYS:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from kvpipe.pipeline.facts import own_kv_tokens
 from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger
 from kvpipe.pipeline.phase import Effect
-from kvpipe.plan.fold import PlannedStep
+from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import Fit, Program, RunPlanned
@@ -94,11 +94,13 @@ def fit_of(
     kv: KvCapacity,
     temporaries: Sequence[int] | None = None,
     reserve_bytes: int = 0,
+    limited: bool = False,
 ) -> Fit:
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
     ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
-    ledger says is there after it; ``reserve_bytes`` have to stay free on each.
+    ledger says is there after it; ``reserve_bytes`` have to stay free on each. ``limited`` says that
+    ``hbm_bytes`` are those of ``plan.limit_bytes``.
 
     It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
 
@@ -132,6 +134,7 @@ def fit_of(
         peak_phase=planned[peak].step.step,
         max_total_tokens=0 if too_full_without_kv else most,
         reserve_bytes=reserve_bytes,
+        limited=limited,
     )
 
 
@@ -146,7 +149,7 @@ def why_not_fit(plan: RunPlanned) -> str | None:
     needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
     if fit.temp_bytes:
         needs += f", {fit.temp_bytes} of them for temporaries"
-    has = f"which has {fit.hbm_bytes}"
+    has = f"which has {fit.hbm_bytes}{' (plan.limit_bytes)' if fit.limited else ''}"
     if fit.reserve_bytes:
         has += f" less {fit.reserve_bytes} for fragmentation (plan.reserve_bytes)"
     if needed > fit.hbm_bytes - fit.reserve_bytes:
@@ -165,15 +168,42 @@ def left_out(plan: RunPlanned) -> str:
     return f"{what} and the runtime's own memory are left out"
 
 
+def free_bytes(plan: RunPlanned) -> int:
+    """Return the bytes of the fullest device that stay free; less than 0 if it is too full."""
+    fit = plan.fit
+    return fit.hbm_bytes - fit.reserve_bytes - plan.peak.max_device_bytes - fit.temp_bytes
+
+
 def warning(plan: RunPlanned) -> str | None:
     """Return why a plan that fits may not fit after all; None if it leaves the margin free."""
-    fit = plan.fit
-    free = fit.hbm_bytes - fit.reserve_bytes - plan.peak.max_device_bytes - fit.temp_bytes
-    margin, what = (_MARGIN_COMPILED if plan.programs else _MARGIN), left_out(plan)
-    if plan.target == CPU and not plan.programs:
-        # Attention on a CPU copies the whole cache.
-        margin = max(phase.pools.get(KV, 0) // plan.devices for phase in plan.phases)
-        what = "attention on a CPU copies the KV cache"
-    if not fit.fits or free >= margin:
+    free, (margin, what) = free_bytes(plan), _margin(plan)
+    if not plan.fit.fits or free >= margin:
         return None
     return f"only {free:,} bytes of a device stay free, less than {margin:,}: {what}"
+
+
+def _margin(plan: RunPlanned) -> tuple[int, str]:
+    """Return the bytes of a device that should stay free, and what for."""
+    if plan.target == CPU and not plan.programs:
+        held = max(phase.pools.get(KV, 0) // plan.devices for phase in plan.phases)
+        return held, "attention on a CPU copies the KV cache"
+    return (_MARGIN_COMPILED if plan.programs else _MARGIN), left_out(plan)
+
+
+def largest_own(plan: Plan, kv: KvCapacity, tokens: int) -> int:
+    """Return the largest capacity, in place of a cache of ``tokens`` of its own, that leaves the margin.
+
+    It is less than that of the engine's cache, and 0 if no capacity would do.
+    """
+    fit = plan.record.fit
+    usable = fit.hbm_bytes - fit.reserve_bytes - _margin(plan.record)[0]
+    held = kv.padded_bytes(tokens) if kv.padded_bytes else None
+    rooms = [
+        usable - total - temporaries(item.effect, plan.record.programs) + (held or own)
+        for item, ledger in zip(plan.steps, plan.ledgers, strict=True)
+        if own_kv_tokens(item.facts) == tokens
+        for total, own in zip(ledger.per_device, ledger.of(KV), strict=True)
+        if own
+    ]
+    most = kv.most_in(min(rooms)) if rooms else kv.tokens
+    return min(most, kv.tokens - kv.page_size)

@@ -34,10 +34,17 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan as a record, and the exact ledger after each step, per device."""
+    """A plan as a record, and the exact ledger after each step, per device.
+
+    Attributes:
+        record: the plan as a record.
+        ledgers: the ledger after each step.
+        steps: the steps that it is of, with what was open in them decided.
+    """
 
     record: RunPlanned
     ledgers: tuple[Ledger, ...]
+    steps: tuple[PlannedStep, ...]
 
 
 def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:

@@ -83,6 +83,11 @@ def check_split(engine: EngineConfig, model: Model, devices: int) -> None:
     )
 
 
+def least_capacity(page_size: int) -> int:
+    """Return the smallest KV cache that holds a request, in tokens: whole pages of it."""
+    return (_BESIDE_PROMPT // page_size + 1) * page_size
+
+
 def _check_capacity(tokens: int, page_size: int) -> None:
     if whole_pages(tokens, page_size) <= _BESIDE_PROMPT:
         raise InputError(

@@ -263,6 +263,7 @@ class Fit:
         max_total_tokens: largest KV cache capacity that would fit, 0 if none does.
         temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
         reserve_bytes: bytes of a device that stay free for fragmentation.
+        limited: whether ``hbm_bytes`` is ``plan.limit_bytes``.
     """
 
     fits: bool
@@ -271,6 +272,7 @@ class Fit:
     max_total_tokens: int
     temp_bytes: int = 0
     reserve_bytes: int = 0
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,37 @@ class Program:
 
 
 @dataclass(frozen=True)
+class KvAction:
+    """What ``kv: auto`` can do to the KV cache, and what that costs, each time.
+
+    Attributes:
+        action: ``keep``, ``shrink`` or ``drop``.
+        chosen: whether the plan is with it.
+        why_not: why it was not to be chosen; None if its plan fits and leaves the margin.
+        fits: whether its plan fits.
+        max_total_tokens: capacity of the cache that is left, in tokens; 0 if none is.
+        peak_phase: the phase with the fullest device.
+        peak_bytes: bytes of that device, with temporaries.
+        free_bytes: bytes of it that stay free; less than 0 if it does not fit.
+        freed_bytes: bytes of KV cache that come free, over all devices.
+        remade_bytes: bytes of KV cache that are allocated again, over all devices.
+        lost_tokens: most tokens of prefixes to prefill again that ``keep`` would not lose.
+    """
+
+    action: str
+    chosen: bool
+    why_not: str | None
+    fits: bool = False
+    max_total_tokens: int = 0
+    peak_phase: str = ""
+    peak_bytes: int = 0
+    free_bytes: int = 0
+    freed_bytes: int = 0
+    remade_bytes: int = 0
+    lost_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class RunPlanned(JsonRecord):
     """The plan; emitted before the worker's first phase record.
 
@@ -310,6 +343,7 @@ class RunPlanned(JsonRecord):
         programs: what has been compiled for the target; empty if nothing was.
         padded: whether the padding of the target's devices is known, or they pad nothing.
         warning: why a plan that fits may not fit after all; None if it leaves a margin.
+        kv_actions: what could happen to the KV cache, the smallest first; empty if the config says it.
         elapsed_s: seconds since the run began.
     """
 
@@ -323,6 +357,7 @@ class RunPlanned(JsonRecord):
     programs: Sequence[Program] = ()
     padded: bool = True
     warning: str | None = None
+    kv_actions: Sequence[KvAction] = ()
     elapsed_s: float = 0.0
 
     @property

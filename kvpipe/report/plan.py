@@ -9,6 +9,7 @@ from typing import Any
 
 from kvpipe.pipeline.ledger import PADDING
 from kvpipe.plan.fit import left_out
+from kvpipe.plan.kv_choice import described
 from kvpipe.plan.targets import CPU
 from kvpipe.records.run import RunPlanned
 from kvpipe.units import counted
@@ -18,12 +19,15 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
     """Return the plan as ``plan.format=json`` prints it.
 
     ``fit`` has ``temp_bytes``, and the plan ``programs``, only if programs were compiled, and
-    ``reserve_bytes`` only if any stay free.
+    ``reserve_bytes`` only if any stay free; ``kv_actions`` are there only if the plan chose one.
     """
     known = plan.to_json()
-    if not plan.fit.reserve_bytes:
-        del known["fit"]["reserve_bytes"]
+    for key in ("reserve_bytes", "limited"):
+        if not known["fit"][key]:
+            del known["fit"][key]
     shown = ["target", "devices", "sglang_jax", "phases", "fit", "warning"]
+    if plan.kv_actions:
+        shown.append("kv_actions")
     if plan.programs:
         shown.append("programs")
         for program in known["programs"]:
@@ -53,6 +57,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         else ""
     )
     warned = plan.warning if plan.target != CPU else None
+    lines = [*described(plan.kv_actions), *compiled(plan)]
     return "\n".join(
         [
             f"# Plan of `{experiment}`",
@@ -63,8 +68,8 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
             f"{verdict(plan)}.",
             "",
             *([f"Warning: {warned}.", ""] if warned else []),
-            *(f"- {line}" for line in compiled(plan)),
-            *([""] if plan.programs else []),
+            *(f"- {line}" for line in lines),
+            *([""] if lines else []),
             *markdown_table(heading, rows),
             "",
         ]
@@ -92,8 +97,9 @@ def verdict(plan: RunPlanned) -> str:
     fits = "fits" if fit.fits else "does not fit"
     temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     if plan.target == CPU:
+        where = f"plan.limit_bytes={fit.hbm_bytes:,}" if fit.limited else "this host"
         return (
-            f"It {fits} this host: the peak is {peak.max_device_bytes:,} bytes{temporaries} a device "
+            f"It {fits} {where}: the peak is {peak.max_device_bytes:,} bytes{temporaries} a device "
             f"after `{peak.name}`; {left_out(plan)}"
         )
     reserve = f" less {fit.reserve_bytes:,} for fragmentation" if fit.reserve_bytes else ""

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from kvpipe.pipeline.ledger import KV, OTHER, PARAMS, PROGRAM
+from kvpipe.plan.kv_choice import described
 from kvpipe.records.progress import Progress
 from kvpipe.records.run import (
     ENGINE_LOG,
@@ -109,6 +110,8 @@ class ConsoleTable(Sink):
             soft_wrap=True,
             highlight=False,
         )
+        for line in described(record.kv_actions):
+            self._console.print(line.replace("`", ""), style="dim", soft_wrap=True, highlight=False)
         if record.warning:
             line = f"warning: {record.warning}"
             self._console.print(line, style="yellow", soft_wrap=True, highlight=False)

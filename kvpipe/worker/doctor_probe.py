@@ -12,8 +12,7 @@ from typing import Any
 from kvpipe.config.schema import from_plain
 from kvpipe.engine import compat, devices
 from kvpipe.errors import KvpipeError, ending_of
-from kvpipe.pipeline.steps import build_steps
-from kvpipe.plan import fit, fold
+from kvpipe.plan import fit, kv_choice
 from kvpipe.system.pipes import send
 from kvpipe.worker import planner
 
@@ -41,8 +40,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         }
         if job["model_dir"] is None:
             return found
-        planned = fold.check_order(build_steps(config))
-        record = planner.plan_here(planned, config, Path(job["model_dir"])).record
+        record = planner.plan_here(kv_choice.ordered(config), config, Path(job["model_dir"])).record
     except Exception as error:
         if not isinstance(error, KvpipeError):
             traceback.print_exc()

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvpipe.checkpoints.model_check import check_config
 from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.config.prompt import tokens_of_prompt
 from kvpipe.config.schema import AUTO, EngineConfig, Kvpipe, from_plain
-from kvpipe.engine import aot, devices, memory, physical, shapes, training
+from kvpipe.engine import aot, devices, memory, multihost, physical, shapes, training
 from kvpipe.errors import EngineError, InputError, KvpipeError, ending_of
 from kvpipe.pipeline.ledger import (
     KV_PROGRAMS,
@@ -28,9 +29,8 @@ from kvpipe.pipeline.ledger import (
     PoolSize,
     Size,
 )
-from kvpipe.pipeline.steps import build_steps
-from kvpipe.plan import fit, fold
-from kvpipe.plan.inputs import check_split
+from kvpipe.plan import fit, fold, kv_choice
+from kvpipe.plan.inputs import check_inputs, check_split
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU, Target
 from kvpipe.records.run import Program, RunPlanned
@@ -49,7 +49,8 @@ def plan_here(planned: Sequence[fold.PlannedStep], config: Kvpipe, model_dir: Pa
     """Plan all steps of a pipeline for this machine's devices."""
     devices.check_devices(config.engine)
     count = devices.describe()["device_count"]
-    target = Target(devices.target_name(), count, devices.memory_bytes())
+    # All hosts must make the same choices; those of virtual devices may have different memory.
+    target = Target(devices.target_name(), count, min(multihost.each(devices.memory_bytes())))
     _check_model(config.engine, model_dir, count)
     device = None if memory.device_stats() is None else memory.counting_device()
     with physical.kept_in(cache_dir(config)):
@@ -70,11 +71,29 @@ def plan_for(
     not, or if the target pads nothing. With ``compiles`` programs may be compiled for the target
     here, as ``plan.compile`` says; else only what an earlier plan has compiled is in the plan.
     """
-    engine = config.engine
-    found = shapes.of_devices_here(engine, model_dir)
+    found = shapes.of_devices_here(config.engine, model_dir)
+    sizes, _ = _bytes(found.arrays(), device)
+    kv = _kv_capacity(target, found, config, sizes, device)
+
+    def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
+        return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
+
+    return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
+
+
+def _plan_of(
+    planned: Sequence[fold.PlannedStep],
+    target: Target,
+    config: Kvpipe,
+    model_dir: Path,
+    device: Any,
+    compiles: bool,
+    found: shapes.EngineShapes,
+    kv: fit.KvCapacity,
+) -> fold.Plan:
+    """Plan steps in which nothing is open."""
     arrays = _arrays(found, planned, config)
     sizes, padding = _bytes(arrays, device)
-    kv = _kv_capacity(target, found, config, sizes, device)
     wanted = compiles and (
         config.plan.compile is True or _may_not_suffice(target, sizes, kv, config, arrays)
     )
@@ -85,16 +104,31 @@ def plan_for(
     if reserve is None:
         reserve = 0 if target.name == CPU else _RESERVE
     temporaries = [fit.temporaries(item.effect, programs) for item in planned]
+    limited, limit = _limit(config, target)
     record = RunPlanned(
         target=target.name,
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=fold.planned_phases(planned, ledgers),
-        fit=fit.fit_of(planned, ledgers, target.hbm_bytes, kv, temporaries, reserve),
+        fit=fit.fit_of(planned, ledgers, limit, kv, temporaries, reserve, limited),
         programs=programs,
         padded=device is not None or target.name == CPU,
     )
-    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers)
+    return fold.Plan(replace(record, warning=fit.warning(record)), ledgers, tuple(planned))
+
+
+def _limit(config: Kvpipe, target: Target) -> tuple[bool, int]:
+    """Return whether the bytes of a device that may be used are stated, and how many they are.
+
+    Raises:
+        InputError: the device has fewer.
+    """
+    stated = config.plan.limit_bytes
+    if stated is not None and stated > target.hbm_bytes:
+        raise InputError(
+            f"plan.limit_bytes is {stated}, but a device of {target.name} has {target.hbm_bytes}"
+        )
+    return stated is not None, stated or target.hbm_bytes
 
 
 def _arrays(
@@ -242,7 +276,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     # Here the target's devices are virtual CPU devices.
     config = replace(config, engine=replace(config.engine, device=CPU))
     try:
-        planned = fold.check_order(build_steps(config))
+        planned = kv_choice.ordered(config)
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
         _check_model(config.engine, model_dir, target.devices)
         device = None if target.name == CPU else aot.described_device(target.name)

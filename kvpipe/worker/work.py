@@ -22,10 +22,11 @@ from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import WorkerPhase
-from kvpipe.pipeline.steps import build_steps, origins, use_of
+from kvpipe.pipeline.steps import origins, use_of
 from kvpipe.plan.fit import why_not_fit
-from kvpipe.plan.fold import Plan, PlannedStep, check_order
+from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.inputs import check_inputs
+from kvpipe.plan.kv_choice import ordered
 from kvpipe.records.run import PhaseRecord, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
@@ -152,7 +153,7 @@ def _planned_jobs(
 ) -> Sequence[loop.Job]:
     """Plan the run, report the plan, and return the worker's steps with their planned ledgers."""
     config = ctx.config
-    planned = check_order(build_steps(config))
+    planned = ordered(config)
 
     def make() -> Plan:
         check_inputs(config, planned, ctx.model_dir)
@@ -165,7 +166,7 @@ def _planned_jobs(
     plan = multihost.in_stage(make)
     return [
         loop.Job(idx, use_of(item.step.step, config), item.step, ledger)
-        for idx, (item, ledger) in enumerate(zip(planned, plan.ledgers, strict=True))
+        for idx, (item, ledger) in enumerate(zip(plan.steps, plan.ledgers, strict=True))
         if isinstance(item.step, WorkerPhase)
     ]
 
