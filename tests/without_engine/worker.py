@@ -42,7 +42,7 @@ def plan_nothing(planned, config, model_dir):
     ledgers = fold.plan_ledgers(planned, {}, devices=1)
     phases = fold.planned_phases(planned, ledgers)
     fit = Fit(True, 1 << 30, planned[0].step.step, config.engine.max_total_tokens)
-    return fold.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers)
+    return fold.Plan(RunPlanned("cpu", 1, "none", phases, fit), ledgers, tuple(planned))
 
 
 if __name__ == "__main__":
