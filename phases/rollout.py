@@ -59,6 +59,7 @@ class Rollout(SampledPhase):
             pools={PROGRAM: Size.PROGRAM},
             new_tokens=self.max_new_tokens,
             rolls_out=True,
+            samples=self.n,
         )
 
     @override

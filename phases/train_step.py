@@ -1,12 +1,13 @@
 """Carry out one training step: an optax AdamW update of the whole parameter tree, in place.
 
-With ``trainer.loss=sft`` it learns a batch of ``trainer.data``; with ``seeded`` its gradients are random
-numbers, and it learns nothing.
+With ``trainer.loss=sft`` it learns a batch of ``trainer.data``; with ``grpo`` the samples that were rewarded
+last; with ``seeded`` its gradients are random numbers, and it learns nothing.
 """
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, override
 
+from kvpipe.errors import PhaseError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, TRAINER_AHEAD, TRAINER_LIVE, trained
@@ -48,13 +49,16 @@ class TrainStep(WorkerPhase):
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.engine import kv_cache
 
-        report = ctx.trainer.step(self._batch(ctx))
+        # The model that it began with: the files, which take no memory of the devices.
+        reference = ctx.hf_weights(None) if ctx.config.trainer.has_reference else None
+        report = ctx.trainer.step(self._batch(ctx), reference)
         ctx.step_peaks[self.step] = report.peak_bytes
         checks = [check_equal("step_is_in_place", report.set_bytes, report.in_place_bytes)]
         if self.peak_below is not None:
             lower = ctx.step_peaks[self.peak_below] - report.peak_bytes
             checks += [check_equal("kv_drop_lowers_peak", kv_cache.nbytes(ctx.engine), lower)]
-        return Result(report.fields, tuple(checks))
+        rewards = ctx.rewarded.numbers if ctx.rewarded and ctx.config.trainer.rewarded else {}
+        return Result({**report.fields, **rewards}, tuple(checks))
 
     def _batch(self, ctx: WorkerContext) -> "Batch | None":
         """Return what the step learns from; None if its gradients are seeded."""
@@ -63,6 +67,12 @@ class TrainStep(WorkerPhase):
         config = ctx.config.trainer
         if not config.learns:
             return None
+        if config.rewarded:
+            found = ctx.rewarded
+            if found is None:
+                raise PhaseError("no samples have been rewarded")
+            samples = batch.examples_of_samples(found.rollout, ctx.ids_by_prompt, found.advantages)
+            return batch.batch_of(samples, config)
         return batch.batch_of(
             batch.examples_of_step(ctx.examples, ctx.trainer.steps, config), config
         )

@@ -19,7 +19,11 @@ class WeightsSynced(WorkerPhase):
             # A slot that shares the old arrays would keep them alive beside the new ones.
             forbids=facts.shared_in(before),
             adds=(WEIGHTS_LIVE, WEIGHTS_REAL),
-            removes=(TRAINER_AHEAD, *facts.PREFIX_CACHE, facts.WEIGHTS_OFFLOADED),
+            removes=(
+                *(TRAINER_AHEAD, *facts.PREFIX_CACHE, facts.WEIGHTS_OFFLOADED),
+                # They were sampled from the weights before.
+                facts.SAMPLES_REWARDED,
+            ),
             pools={TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
             runs=(WEIGHT_SYNC,),
         )

@@ -13,7 +13,7 @@ def install(site: Path, name: str, files: Mapping[str, str], **points: Mapping[s
         site: a folder of ``sys.path``.
         name: the distribution's name.
         files: path below ``site`` → content.
-        points: ``phases`` or ``sinks`` → name → ``module:class``.
+        points: ``phases``, ``sinks`` or ``rewards`` → name → ``module:object``.
     """
     info = site / f"{name.replace('-', '_')}-{VERSION}.dist-info"
     info.mkdir(parents=True)

@@ -70,6 +70,7 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "tiny",
         "tiny_cycles",
         "tiny_drop_rebuild_aa",
+        "tiny_grpo",
         "tiny_kv_auto",
         "tiny_offload_restore",
         "tiny_rl_cycle",

@@ -72,10 +72,11 @@ def workplace(tmp_path_factory):
     """The reader's directory: the files that the pages show, and the records of a run."""
     cwd = tmp_path_factory.mktemp("guide")
     for text in PAGES.values():
-        for name, content in named_files(text, "yaml").items():
-            path = cwd / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
+        for language in ("yaml", "json", "python"):
+            for name, content in named_files(text, language).items():
+                path = cwd / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content)
     lines = "".join(json.dumps(record.to_json()) + "\n" for record in RECORDS)
     for name in ("run.jsonl", "outputs/tiny/my_run/records.jsonl"):
         path = cwd / name
@@ -155,7 +156,7 @@ def test_every_override_of_the_migration_table_is_one_that_a_run_takes():
 
 
 def test_every_key_that_the_guide_names_is_a_key():
-    groups = "engine|sampling|tracking|model|plan|compare|prompts?|runner"
+    groups = "engine|sampling|tracking|trainer|model|plan|compare|prompts?|runner"
     plain = compose_plain("+experiment=qwen25_3b_bigkv")
     for name, text in PAGES.items():
         for key in re.findall(rf"`((?:{groups})\.[a-z_]+)\b", text):

@@ -25,10 +25,12 @@ from kvpipe.errors import HELD, InputError, TrackingError
 from kvpipe.parent import supervisor
 from kvpipe.parent.run_directory import RUN_DIR, owned
 from kvpipe.pipeline.phase import Phase
+from kvpipe.pipeline.rewards import origins as reward_origins
 from kvpipe.pipeline.steps import origins as phase_origins
 from kvpipe.records.run import (
     FAILED,
     OWN_PHASE,
+    OWN_REWARD,
     OWN_SINK,
     RECORDS_FILE,
     RunFinished,
@@ -206,8 +208,12 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
 
 
 def _own_code(config: Kvpipe) -> dict[str, str]:
-    """Return where the phases and sinks that are not kvpipe's own come from."""
-    found = {OWN_PHASE: phase_origins(config), OWN_SINK: sink_origins(config.sinks)}
+    """Return where the phases, sinks and rewards that are not kvpipe's own come from."""
+    found = {
+        OWN_PHASE: phase_origins(config),
+        OWN_SINK: sink_origins(config.sinks),
+        OWN_REWARD: reward_origins(config),
+    }
     return {f"{kind}{name}": str(at) for kind, each in found.items() for name, at in each.items()}
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvpipe.config.json_lines import lines_of, object_of
@@ -10,7 +10,7 @@ from kvpipe.config.schema import PromptsConfig
 from kvpipe.errors import InputError
 from kvpipe.units import counted
 
-_KEYS = ("id", "prompt", "messages")
+_KEYS = ("id", "prompt", "messages", "answer")
 _MESSAGE = {"role": str, "content": str}
 
 
@@ -22,11 +22,13 @@ class Prompt:
         id: its name, one of its own.
         text: the prompt itself; None for a chat.
         messages: the messages of a chat, each with ``role`` and ``content``.
+        answer: the right answer, for rewards; None if it has none.
     """
 
     id: str
     text: str | None
     messages: Sequence[Mapping[str, str]] = ()
+    answer: str | None = None
 
 
 def read_prompts(config: PromptsConfig) -> tuple[Prompt, ...]:
@@ -83,15 +85,17 @@ def _json_line(where: str, own_id: str, line: str) -> Prompt:
     data = object_of(where, line, _KEYS, "'prompt' or 'messages'")
     if ("prompt" in data) == ("messages" in data):
         raise InputError(f"{where}: give one of 'prompt' and 'messages', and not both")
-    given = str(data.get("id", own_id))
+    given, answer = str(data.get("id", own_id)), data.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise InputError(f"{where}: 'answer' should be a text, this is {answer!r}")
     if "prompt" in data:
-        return _prompt(where, given, data["prompt"])
+        return replace(_prompt(where, given, data["prompt"]), answer=answer)
     messages = data["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise InputError(
             f"{where}: 'messages' should be a list of objects with the texts 'role' and 'content'"
         )
-    return Prompt(given, None, tuple(messages))
+    return Prompt(given, None, tuple(messages), answer)
 
 
 def _is_message(value: Any) -> bool:

@@ -313,11 +313,21 @@ class TrainerConfig(Section, section="trainer"):
     """The trainer that shares the devices with the engine, for pipelines that train.
 
     Attributes:
-        loss: ``sft`` learns the responses of ``data`` (cross entropy); ``seeded`` learns nothing: its
-            gradients are random numbers, without activations, to study memory and speed of the rest.
+        loss: ``sft`` learns the responses of ``data`` (cross entropy); ``grpo`` learns from the rewards
+            of a rollout's samples; ``seeded`` learns nothing: its gradients are random numbers,
+            without activations, to study memory and speed of the rest.
         data: JSON lines to learn from, each with ``prompt`` and ``response``;
             ``pkg://conf/data/NAME`` is a file that ships with kvpipe. For ``sft``.
-        batch_size: examples of a step.
+        reward: what scores a sample: ``MODULE:FUNCTION`` of one's own, or the name of one that kvpipe or
+            an installed package brings along.
+        reward_options: keyword arguments of that function.
+        clip_ratio: for ``grpo``, how far from 1 the ratio of a token's new probability to the sampled
+            one counts (PPO's clipping).
+        kl_coefficient: for ``grpo``, weight of the divergence from the model's files in the loss; 0
+            leaves it out.
+        entropy_coefficient: for ``grpo``, weight of the entropy, which the loss rewards; 0 leaves it
+            out.
+        batch_size: examples of a step; for ``grpo`` all samples of a rollout.
         micro_batch_size: examples of a forward and backward pass; a step sums the gradients of
             several. It divides ``batch_size``; None means all at once.
         length: length in tokens to which each example is padded, with its response.
@@ -332,8 +342,13 @@ class TrainerConfig(Section, section="trainer"):
         seed: seed of seeded gradients, and of the order of the examples.
     """
 
-    loss: str = checked("seeded", one_of("seeded", "sft"))
+    loss: str = checked("seeded", one_of("seeded", "sft", "grpo"))
     data: str | None = None
+    reward: str | None = None
+    reward_options: dict[str, Any] = field(default_factory=dict)
+    clip_ratio: float = checked(0.2, positive)
+    kl_coefficient: float = checked(0.0, at_least(0))
+    entropy_coefficient: float = checked(0.0, at_least(0))
     batch_size: int = checked(8, at_least(1))
     micro_batch_size: int | None = checked(None, at_least(1))
     length: int = checked(64, at_least(2))
@@ -366,6 +381,16 @@ class TrainerConfig(Section, section="trainer"):
         return self.loss == "sft"
 
     @property
+    def rewarded(self) -> bool:
+        """Whether it learns from the rewards of samples."""
+        return self.loss == "grpo"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether its loss compares the model with the one of the model's files."""
+        return self.rewarded and self.kl_coefficient > 0
+
+    @property
     def rows(self) -> int:
         """Examples of a forward and backward pass."""
         return self.micro_batch_size or self.batch_size
@@ -393,8 +418,8 @@ class PromptsConfig(Section, section="prompts"):
     Attributes:
         file: path of a UTF-8 file; ``pkg://conf/prompts/NAME`` is a file that ships with kvpipe. If
             its name ends in ``.jsonl`` each line is an object with ``prompt`` (a text) or
-            ``messages`` (a chat, for the tokenizer's chat template) and, optionally, ``id``; else
-            each line is a prompt.
+            ``messages`` (a chat, for the tokenizer's chat template) and, optionally, ``id`` and
+            ``answer``, which rewards read; else each line is a prompt.
         texts: the prompts themselves.
         limit: number of prompts to take, from the first; None takes all.
     """
@@ -713,13 +738,16 @@ class Kvpipe:
 def schema() -> DictConfig:
     """Return the schema that configs are merged into.
 
-    Keys that are step names need no ``+``; step names and options are validated when the steps are
-    built.
+    Keys that are names of steps or of a reward's options need no ``+``; they are validated when the
+    steps are built and the reward is loaded.
     """
     node = _structured()
     edit = node.pipeline_edit
-    by_step = (node.phases, node.runner.phase_timeouts, edit.before, edit.after, edit.replace)
-    for mapping in by_step:
+    open_ones = (
+        *(node.phases, node.runner.phase_timeouts, edit.before, edit.after, edit.replace),
+        node.trainer.reward_options,
+    )
+    for mapping in open_ones:
         OmegaConf.set_struct(mapping, False)
     return node
 

@@ -17,6 +17,7 @@ from kvpipe.config.prompts import Prompt, read_prompts
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.output import Output
+from kvpipe.pipeline.rewards import Reward, Rewarded, reward_of
 from kvpipe.pipeline.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class WorkerContext:
         host_kv: the offloaded KV cache, else None.
         host_weights: the engine's offloaded weights, else None.
         made_trainer: the trainer, on the devices or offloaded, else None.
+        rewarded: the samples that were rewarded last, else None.
+        reward_means: the mean of each time that samples were rewarded.
         step_peaks: most bytes in use during each training step, over all devices, by step name.
     """
 
@@ -61,6 +64,8 @@ class WorkerContext:
     host_kv: "HostKv | None" = None
     host_weights: "HostWeights | None" = None
     made_trainer: "Trainer | None" = None
+    rewarded: Rewarded | None = None
+    reward_means: list[float] = field(default_factory=list)
     step_peaks: dict[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -125,6 +130,20 @@ class WorkerContext:
         from kvpipe.checkpoints import tokenizer
 
         return tokenizer.prompt_ids(self.prompts, self._tokenizer)
+
+    @property
+    def ids_by_prompt(self) -> dict[str, tuple[int, ...]]:
+        """The token ids of each prompt of rollouts, by its id."""
+        return {p.id: ids for p, ids in zip(self.prompts, self.prompt_ids, strict=True)}
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The function that scores samples.
+
+        Raises:
+            InputError: there is none, or it cannot be loaded.
+        """
+        return reward_of(self.config)
 
     @cached_property
     def examples(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

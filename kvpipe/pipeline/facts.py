@@ -22,6 +22,7 @@ WEIGHTS_REAL = "weights:real"
 TRAINER_LIVE = "trainer:live"
 TRAINER_OFFLOADED = "trainer:offloaded"
 TRAINER_AHEAD = "trainer:ahead"
+SAMPLES_REWARDED = "samples:rewarded"
 
 PREFIX_CACHE = (KV_WRITTEN, KV_STALE, KV_OFFLOADED)
 """Facts about the contents of the prefix cache; a flush removes all of them."""
@@ -154,6 +155,10 @@ _MEANINGS = {
         "trained weights that are not synced to the engine",
         "put 'train_step' before it",
         "put 'weights_synced' between, or set unsynced=true for this step",
+    ),
+    SAMPLES_REWARDED: Meaning(
+        "rewarded samples of the engine's weights",
+        "put 'rollout' and 'rewarded' before it, after the last 'weights_synced'",
     ),
 }
 

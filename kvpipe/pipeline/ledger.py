@@ -24,9 +24,10 @@ has the bytes that were asked for."""
 
 PerDevice = tuple[int, ...]
 
-TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
-TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
-"""The trainer's programs: an update of its tree, and the transfer of that tree into the engine."""
+TRAIN_STEP, WEIGHT_SYNC, POLICY_SCORES = "train_step", "weight_sync", "policy_scores"
+TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC, POLICY_SCORES)
+"""The trainer's programs: an update of its tree, the transfer of that tree into the engine, and its
+forward pass over samples."""
 
 KV_ZEROS, KV_TAKE, KV_PUT = "kv_zeros", "kv_take", "kv_put"
 KV_PROGRAMS = (KV_ZEROS, KV_TAKE, KV_PUT)

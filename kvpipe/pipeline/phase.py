@@ -59,6 +59,7 @@ class Effect:
             runs. Empty for a phase that runs the engine's steps, or none.
         new_tokens: the most tokens that it generates for a prompt; 0 if it generates none.
         rolls_out: whether it generates for the prompts of rollouts, not for the one prompt.
+        samples: number of samples of each of them.
         reads_weights: whether it reads the files of the model's weights.
     """
 
@@ -70,6 +71,7 @@ class Effect:
     runs: tuple[str, ...] = ()
     new_tokens: int = 0
     rolls_out: bool = False
+    samples: int = 0
     reads_weights: bool = False
 
     def __post_init__(self) -> None:

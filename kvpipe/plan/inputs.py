@@ -21,6 +21,7 @@ from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
 from kvpipe.pipeline.ledger import TRAIN_STEP
 from kvpipe.plan.fold import PlannedStep, kv_capacities
 from kvpipe.plan.pages import whole_pages
+from kvpipe.plan.policy_inputs import check_policy
 
 # Tokens that the engine keeps free in the shorter of context and KV cache: after the prompt alone
 # (max_req_input_len), and after the prompt and all new tokens.
@@ -59,10 +60,13 @@ def check_inputs(
     context = _context(engine, model)
     if any(TRAIN_STEP in item.effect.runs for item in planned) and config.trainer.reads_data:
         _check_examples(config, directory)
+    check_policy(config, planned)
     longest = _longest_prompts(config, planned, directory)
     for item in planned:
         if item.effect.new_tokens:
             _check_request(item, *_limit(item, engine, context), longest[item.effect.rolls_out])
+        if item.effect.rolls_out and config.trainer.rewarded:
+            _check_row(item, config.trainer.length, longest[True])
 
 
 def check_split(engine: EngineConfig, model: Model, devices: int) -> None:
@@ -175,6 +179,17 @@ def _check_request(item: PlannedStep, limit: int, key: str, longest: _Longest) -
             f"{step} asks for {new:,} tokens (sampling.max_new_tokens, or its own option) after "
             f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
             f"{limit - _BESIDE_ALL - most:,}"
+        )
+
+
+def _check_row(item: PlannedStep, length: int, longest: _Longest) -> None:
+    """Refuse samples that are, with their prompts, longer than a row of a batch."""
+    new = item.effect.new_tokens
+    if longest.most + new > length and longest.exact() + new > length:
+        raise InputError(
+            f"step {item.step.step!r} asks for {new:,} tokens (sampling.max_new_tokens, or its own "
+            f"option) after a prompt of {longest.most:,}, but trainer.length is {length:,}; set "
+            f"trainer.length={longest.most + new}"
         )
 
 

@@ -14,6 +14,11 @@ _ROLLOUT = (
     "tokens_per_second",
     "mean_logprob",
 )
+_REWARD = ("reward_mean", "reward_spread")
+_TRAIN = (
+    *("loss", "entropy", "kl", "sampled_kl", "clipped_share", *_REWARD),
+    *("gradient_norm", "learning_rate", "tokens_per_second"),
+)
 
 
 def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
@@ -21,7 +26,7 @@ def metrics(record: PhaseRecord) -> dict[str, int | float | str]:
 
     The keys are those of the script that kvpipe replaces; ``time/duration_s``, ``ledger/<pool>``,
     ``plan/<pool>_error_bytes``, ``compile/...``, ``time/outside_s``, ``mem/process/peak_rss_bytes``,
-    ``mem/peak/...`` (inside the phase), ``train/...`` and ``rollout/...`` are kvpipe's.
+    ``mem/peak/...`` (inside the phase), ``train/...``, ``rollout/...`` and ``policy/...`` are kvpipe's.
     """
     values: dict[str, int | float | str] = {
         "phase/idx": record.idx,
@@ -70,10 +75,13 @@ def _field_metrics(fields: Mapping[str, Any]) -> Iterator[tuple[str, int | float
     for name in ("num_params", "num_model_state_leaves", "sgl_jax_version", "weights_digest"):
         if fields.get(name) is not None:
             yield name, fields[name]
-    if "train_step" in fields:
-        for name in ("loss", "entropy", "gradient_norm", "learning_rate", "tokens_per_second"):
-            if name in fields:
-                yield f"train/{name}", fields[name]
+    kind = "train" if "train_step" in fields else "rollout"
+    for name in _TRAIN if kind == "train" else _REWARD:
+        if name in fields:
+            yield f"{kind}/{name}", fields[name]
+    if "policy_difference" in fields:
+        for name in ("mean", "most"):
+            yield f"policy/difference_{name}", fields["policy_difference"][name]
     if "rollout_sha256" in fields:
         for name in _ROLLOUT:
             yield f"rollout/{name}", fields[name]

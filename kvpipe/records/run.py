@@ -24,8 +24,8 @@ PASSED = "passed"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
 SKIPPED = "skipped"
-OWN_PHASE, OWN_SINK = OWN_CODE = ("phase ", "sink ")
-"""Beginnings of the names in ``versions`` of phases and sinks that are not kvpipe's own."""
+OWN_PHASE, OWN_SINK, OWN_REWARD = OWN_CODE = ("phase ", "sink ", "reward ")
+"""Beginnings of the names in ``versions`` of phases, sinks and rewards that are not kvpipe's own."""
 SUMMARY_FIELDS = (
     "bytes_in_use",
     "peak_bytes_in_use",
@@ -44,8 +44,8 @@ class RunStarted(JsonRecord):
         config: the resolved config as plain values, without secrets.
         steps: names of the steps, in order, with those of further cycles.
         versions: installed versions of Python, kvpipe and the packages that the run depends on;
-            ``phase NAME`` and ``sink NAME``, which are not kvpipe's own, have the file, or the package
-            and its version, and the SHA-256 of the file.
+            ``phase NAME``, ``sink NAME`` and ``reward NAME``, which are not kvpipe's own, have the
+            file, or the package and its version, and the SHA-256 of the file.
         started_at: start of the run in UTC, ISO 8601.
     """
 

@@ -6,6 +6,7 @@ from kvpipe.pipeline.ledger import is_contracted
 from kvpipe.pipeline.output import difference
 from kvpipe.records.run import PASSED, RECORDS_FILE, SKIPPED, Check, PhaseRecord
 from kvpipe.report.config_changes import flat, value_text
+from kvpipe.report.curves import CurvesChart, curves_of, training_table
 from kvpipe.report.figures import (
     DevicesChart,
     host_chart,
@@ -24,6 +25,7 @@ _SECTIONS = {
     "checks": "Checks",
     "plan": "Planned and actual",
     "times": "Time and compilation",
+    "training": "Training",
     "rollouts": "Rollouts",
     "texts": "Texts",
     "config": "Config",
@@ -37,7 +39,7 @@ def report_page(run: Run) -> str:
 
     outputs = [phase for phase in run.phases if "token_ids" in phase.fields]
     results = [_compared(phase, outputs[0]) for phase in outputs]
-    rollouts = rollouts_of(run.phases)
+    rollouts, curves = rollouts_of(run.phases), curves_of(run.phases)
     chart = memory_chart(run)
     return rendered(
         "run.html.j2",
@@ -47,7 +49,7 @@ def report_page(run: Run) -> str:
         sections={
             key: name
             for key, name in _SECTIONS.items()
-            if {"texts": outputs, "rollouts": rollouts}.get(key, True)
+            if {"texts": outputs, "training": curves, "rollouts": rollouts}.get(key, True)
         },
         tone={PASSED: "good", SKIPPED: "", UNFINISHED: ""}.get(run.status, "bad"),
         reason=_reason(run),
@@ -64,6 +66,8 @@ def report_page(run: Run) -> str:
         host=host_chart(run),
         outputs=outputs,
         results=results,
+        curves=CurvesChart(run.experiment, curves),
+        training=training_table(run.phases),
         rollouts=rollout_tables(rollouts),
         differences={
             phase.phase: list(shortened(outputs[0].fields["token_ids"], phase.fields["token_ids"]))

@@ -67,16 +67,25 @@ def described(point: "EntryPoint") -> str:
     return f"{package.name} {distribution_version(package)}, {point.value}"
 
 
+def load(point: "EntryPoint") -> Any:
+    """Import the object of an entry point.
+
+    Raises:
+        InputError: its code cannot be executed.
+    """
+    with blamed_on(f"{point.group}: {described(point)}", roots(point.module)):
+        return point.load()
+
+
 def load_class(point: "EntryPoint") -> type[Any]:
     """Import the class of an entry point.
 
     Raises:
         InputError: its code cannot be executed, or it is no class.
     """
-    where = f"{point.group}: {described(point)}"
-    with blamed_on(where, roots(point.module)):
-        found = point.load()
+    found = load(point)
     if not isinstance(found, type):
+        where = f"{point.group}: {described(point)}"
         raise InputError(f"{where}: it is no class; write {point.name} = 'PACKAGE.MODULE:CLASS'")
     return found
 
@@ -102,8 +111,12 @@ def load_file(path: Path, shown: str, name: str) -> ModuleType:
 
 def origin(at: "EntryPoint | Path", cls: type[Any]) -> Origin:
     """Return the origin of a class that was loaded from a file or an entry point."""
-    where = str(at) if isinstance(at, Path) else described(at)
-    file = Path(sys.modules[cls.__module__].__file__ or "")
+    return origin_of(str(at) if isinstance(at, Path) else described(at), cls)
+
+
+def origin_of(where: str, code: Any) -> Origin:
+    """Return the origin of a class or a function that was loaded from ``where``."""
+    file = Path(sys.modules[code.__module__].__file__ or "")
     return Origin(where, hashlib.sha256(file.read_bytes()).hexdigest()[:_DIGITS])
 
 

@@ -11,10 +11,14 @@ from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine import shapes, training
 from kvpipe.engine.aot import CompileFinding, Place, not_in_place
 from kvpipe.engine.forward import Forward
-from kvpipe.pipeline.ledger import TRAIN_STEP, WEIGHT_SYNC
+from kvpipe.pipeline.ledger import POLICY_SCORES, TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records.run import Program
 from kvpipe.trainer.layout import lay_out
+from kvpipe.trainer.scoring import Scorer
 from kvpipe.trainer.step import compile_step
+
+# What a trainer learns from; its programs do not depend on that.
+_NOT_COMPILED = ("data", "reward", "reward_options")
 
 
 def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
@@ -27,7 +31,9 @@ def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
         # The trees and the mesh depend on these; the size of the KV cache does not change the
         # programs.
         "engine": {key: asdict(place.config)[key] for key in ("tp_size", "dp_size", "dtype")},
-        "trainer": {key: value for key, value in asdict(config).items() if key != "data"},
+        "trainer": {
+            key: value for key, value in asdict(config).items() if key not in _NOT_COMPILED
+        },
     }
     return place.cached(content, lambda: compile_programs(place, config))
 
@@ -48,7 +54,12 @@ def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]
         lowered = training.lowered(found.sources, found.params, layout.params)
         used: list[Any] = [each.compile().memory_analysis() for each in lowered.values()]
         temp_bytes = max(each.temp_size_in_bytes for each in used)
-        return train, _program(WEIGHT_SYNC, used, began, temp_bytes)
+        sync = _program(WEIGHT_SYNC, used, began, temp_bytes)
+        if forward is None or not config.rewarded:
+            return train, sync
+        began = monotonic()
+        scorer = Scorer.compiled(layout.params, layout, config, forward)
+        return train, sync, _program(POLICY_SCORES, [scorer.used], began, scorer.temp_bytes)
     except JaxRuntimeError as error:
         raise CompileFinding(
             f"the trainer's programs do not compile for {place.target}: {str(error)[:300]}"

@@ -8,11 +8,15 @@ import numpy as np
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import PhaseError
+from kvpipe.pipeline.rollout import Rollout
 from kvpipe.units import counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TOKENS, WEIGHTS = "tokens", "weights"
+ADVANTAGES, SAMPLED, REFERENCE = "advantages", "sampled", "reference"
+_OF_TOKENS = {"sft": (WEIGHTS,), "grpo": (WEIGHTS, ADVANTAGES, SAMPLED)}
+"""The arrays that a loss reads, with a value for each token from the second one on."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,14 @@ class Example:
     Attributes:
         prompt_ids: token ids that it is given, at least one.
         new_ids: token ids that it learns.
+        logprobs: log-probability of each new one when it was sampled; none if nobody reads them.
+        advantage: how much better than its group a sample is; without a unit.
     """
 
     prompt_ids: Sequence[int]
     new_ids: Sequence[int]
+    logprobs: Sequence[float] = ()
+    advantage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,10 @@ class Batch:
     """The arrays of a batch by name, each with a row for each example.
 
     Attributes:
-        arrays: ``tokens`` are the token ids, padded with zeros on the right; ``weights`` the share
-            that each token from the second one on has in the loss, 0 for prompt and padding.
+        arrays: ``tokens`` are the token ids, padded with zeros on the right. The others have a value
+            for each token from the second one on: ``weights`` its share in the loss, 0 for prompt and
+            padding, ``advantages`` that of its sample, ``sampled`` its log-probability when it was
+            sampled, ``reference`` that of the model's files.
         learnt: number of tokens that are learnt.
     """
 
@@ -52,7 +62,9 @@ def shapes(config: TrainerConfig) -> dict[str, tuple[tuple[int, int], str]]:
     if not config.learns:
         return {}
     rows, length = config.rows, config.length
-    return {TOKENS: ((rows, length), "int32"), WEIGHTS: ((rows, length - 1), "float32")}
+    names = [*_OF_TOKENS[config.loss], *([REFERENCE] if config.has_reference else [])]
+    of_tokens = {name: ((rows, length - 1), "float32") for name in names}
+    return {TOKENS: ((rows, length), "int32"), **of_tokens}
 
 
 def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
@@ -68,6 +80,7 @@ def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
         )
     tokens = np.zeros((config.batch_size, config.length), np.int32)
     learns = np.zeros((config.batch_size, config.length - 1), bool)
+    sampled, advantages = (np.zeros(learns.shape, np.float32) for _ in range(2))
     for row, example in enumerate(examples):
         ids = [*example.prompt_ids, *example.new_ids]
         if not example.prompt_ids or len(ids) > config.length:
@@ -78,8 +91,34 @@ def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
             )
         tokens[row, : len(ids)] = ids
         learns[row, len(example.prompt_ids) - 1 : len(ids) - 1] = True
+        advantages[row] = example.advantage
+        if example.logprobs:
+            sampled[row, learns[row]] = example.logprobs
     learnt = int(learns.sum())
-    return Batch({TOKENS: tokens, WEIGHTS: (learns / max(learnt, 1)).astype(np.float32)}, learnt)
+    weights = (learns / max(learnt, 1)).astype(np.float32)
+    of_tokens = {WEIGHTS: weights, ADVANTAGES: advantages, SAMPLED: sampled}
+    chosen = {name: of_tokens[name] for name in _OF_TOKENS[config.loss]}
+    return Batch({TOKENS: tokens, **chosen}, learnt)
+
+
+def examples_of_samples(
+    rollout: Rollout,
+    prompt_ids: Mapping[str, Sequence[int]],
+    advantages: Sequence[float] | None = None,
+) -> list[Example]:
+    """Return the samples of a rollout as examples.
+
+    Args:
+        rollout: the rollout.
+        prompt_ids: token ids of each prompt, by its id.
+        advantages: that of each sample; None if nobody reads them.
+    """
+    samples = rollout.samples
+    each = zip(samples, advantages or [0.0] * len(samples), strict=True)
+    return [
+        Example(prompt_ids[sample.prompt], sample.token_ids, sample.logprobs, advantage)
+        for sample, advantage in each
+    ]
 
 
 def examples_of_step(examples: Sequence[Any], step: int, config: TrainerConfig) -> list[Example]:

@@ -87,7 +87,7 @@ class Learned:
 
         def accumulate(params: Arrays, last: Arrays, batch: Arrays, first: jax.Array) -> Any:
             def numbers(params: Arrays) -> Any:
-                return loss(forward(params, batch[TOKENS]), batch)
+                return loss(forward(params, batch[TOKENS]), batch, config)
 
             found, reported = jax.grad(numbers, has_aux=True)(params)
             summed = {

@@ -19,8 +19,9 @@ from kvpipe.engine.forward import Forward
 from kvpipe.engine.weight_map import HostArray
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
-from kvpipe.trainer.batch import Batch
+from kvpipe.trainer.batch import REFERENCE, Array, Batch
 from kvpipe.trainer.layout import Layout, optimizer
+from kvpipe.trainer.scoring import Scorer
 from kvpipe.trainer.step import CompiledStep, compile_step
 
 
@@ -86,11 +87,15 @@ class Trainer:
         self.moments = jax.block_until_ready(init(self.params))
         return self._completed(before)
 
-    def step(self, batch: Batch | None = None) -> StepReport:
+    def step(
+        self, batch: Batch | None = None, reference: Mapping[str, HostArray] | None = None
+    ) -> StepReport:
         """Carry out one step; the three sets take over their own memory.
 
         Args:
             batch: what it learns from; None if its gradients are seeded.
+            reference: the weights, by Hugging Face name, that the loss compares with; None if it
+                compares with none.
 
         Raises:
             PhaseError: the loss or the gradients are not finite.
@@ -99,6 +104,8 @@ class Trainer:
         devices = self._layout.devices
         in_use = memory.total_in_use()
         began = time.monotonic()
+        if batch is not None and reference is not None:
+            batch = self._compared(batch, reference)
         self.gradients, numbers = compiled.gradients(self.params, self.gradients, self.steps, batch)
         *sets, reported = compiled.update(self.params, self.gradients, self.moments)
         self.params, self.gradients, self.moments = jax.block_until_ready(sets)
@@ -123,6 +130,25 @@ class Trainer:
                 **numbers,
             },
         )
+
+    def logprobs(self, batch: Batch) -> Array:
+        """Return the log-probability of each token of a batch from the second one on."""
+        return self._scorer(self.params, batch)
+
+    def _compared(self, batch: Batch, reference: Mapping[str, HostArray]) -> Batch:
+        """Return a batch with the log-probabilities of the reference.
+
+        Its weights take the place of the last gradients, which nobody reads any more, leaf by leaf.
+        So it takes no memory of its own.
+        """
+        scorer = self._compiled.reference
+        assert scorer is not None, "the loss has a reference"
+        for name, like in self._layout.gradients.items():
+            self.gradients[name].delete()
+            self.gradients[name] = transfer.begin(reference[name], like).wait()
+            mapped.let_go(reference[name])
+        logprobs = scorer(self.gradients, batch)
+        return replace(batch, arrays={**batch.arrays, REFERENCE: logprobs})
 
     def offload(self) -> Change:
         """Copy parameters and moments to the host, leaf by leaf, and free the devices.
@@ -166,6 +192,11 @@ class Trainer:
     @cached_property
     def _compiled(self) -> CompiledStep:
         return compile_step(self._layout, self._config, self._forward)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        assert self._forward is not None, "only a trainer that learns has a forward pass"
+        return Scorer.compiled(self._layout.params, self._layout, self._config, self._forward)
 
     def _zeros(self) -> dict[str, jax.Array]:
         return dict(zip(self._layout.gradients, transfer.zeros(self._gradients), strict=True))

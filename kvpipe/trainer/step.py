@@ -12,6 +12,7 @@ from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine.forward import Forward
 from kvpipe.trainer.gradients import Gradients, compile_gradients
 from kvpipe.trainer.layout import Layout, learning_rate, optimizer, steps_of
+from kvpipe.trainer.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,19 @@ class CompiledStep:
 
     ``gradients`` writes new gradients into the old ones' buffers; ``update`` maps parameters,
     gradients and moments to new ones in the same buffers, and to the numbers to report.
+    ``reference`` scores a batch with the model's files in the place of the gradients, if the loss
+    needs that.
     """
 
     gradients: Gradients
     update: jax.stages.Compiled
+    reference: Scorer | None = None
 
     @property
     def temp_bytes(self) -> int:
         """Bytes on each device beside the sets; the programs run one at a time."""
-        return max(self.gradients.temp_bytes, self.used[-1].temp_size_in_bytes)
+        scoring = self.reference.temp_bytes if self.reference else 0
+        return max(self.gradients.temp_bytes, self.used[-1].temp_size_in_bytes, scoring)
 
     @property
     def set_bytes(self) -> int:
@@ -43,7 +48,8 @@ class CompiledStep:
     @property
     def used(self) -> list[Any]:
         """XLA's memory analysis of each program, the update's last."""
-        return [*self.gradients.used, self.update.memory_analysis()]
+        scoring = [self.reference.used] if self.reference else []
+        return [*scoring, *self.gradients.used, self.update.memory_analysis()]
 
 
 def compile_step(layout: Layout, config: TrainerConfig, forward: Forward | None) -> CompiledStep:
@@ -55,7 +61,10 @@ def compile_step(layout: Layout, config: TrainerConfig, forward: Forward | None)
         forward: the forward pass; None if nothing is learnt.
     """
     gradients = compile_gradients(layout, config, forward)
-    return CompiledStep(gradients, _compile_update(layout, config))
+    reference = None
+    if forward is not None and config.has_reference:
+        reference = Scorer.compiled(layout.gradients, layout, config, forward)
+    return CompiledStep(gradients, _compile_update(layout, config), reference)
 
 
 def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:

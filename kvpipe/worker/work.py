@@ -20,6 +20,7 @@ from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
 from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
+from kvpipe.pipeline import rewards
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import WorkerPhase
 from kvpipe.pipeline.steps import origins, use_of
@@ -95,6 +96,7 @@ def _common(ctx: WorkerContext) -> dict[str, Any]:
         "versions": installed_versions(),
         # The directories may have other names there.
         "the code of phases": {use: origin.sha256 for use, origin in origins(config).items()},
+        "the code of the reward": [origin.sha256 for origin in rewards.origins(config).values()],
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import PhaseError
-from kvpipe.trainer.batch import Example, batch_of, examples_of_step
+from kvpipe.trainer.batch import Example, batch_of, examples_of_step, shapes
 
 CONFIG = TrainerConfig(loss="sft", batch_size=2, length=6)
 
@@ -50,3 +50,12 @@ def test_each_pass_has_every_example_once_and_an_order_of_its_own() -> None:
     assert passes[0] != passes[1]
     other = TrainerConfig(loss="sft", batch_size=4, seed=4)
     assert examples_of_step(examples, 0, config) != examples_of_step(examples, 0, other)
+
+
+def test_a_sample_brings_its_advantage_and_its_sampled_log_probabilities() -> None:
+    config = TrainerConfig(loss="grpo", batch_size=2, length=5, kl_coefficient=0.1)
+    examples = [Example((1, 2), (3, 4), (-0.5, -0.25), 1.5), Example((5,), (6,), (-1.0,), -1.5)]
+    batch = batch_of(examples, config)
+    assert batch.arrays["sampled"].tolist() == [[0, -0.5, -0.25, 0], [-1, 0, 0, 0]]
+    assert batch.arrays["advantages"].tolist() == [[1.5] * 4, [-1.5] * 4]
+    assert shapes(config).keys() - batch.arrays.keys() == {"reference"}

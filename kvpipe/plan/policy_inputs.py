@@ -1,0 +1,88 @@
+"""Check what a policy learns from: rollouts, their groups and rewards, before anything is started."""
+
+from collections.abc import Sequence
+
+from kvpipe.config.prompts import read_prompts
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import InputError
+from kvpipe.pipeline import facts, rewards
+from kvpipe.pipeline.facts import SAMPLES_REWARDED
+from kvpipe.pipeline.ledger import POLICY_SCORES
+from kvpipe.pipeline.sampled import SampledPhase
+from kvpipe.plan.fold import PlannedStep
+from kvpipe.units import counted
+
+
+def check_policy(config: Kvpipe, planned: Sequence[PlannedStep]) -> None:
+    """Refuse a reward, rollout or batch that ``trainer.loss=grpo`` cannot learn from.
+
+    Raises:
+        InputError: naming what is wrong.
+    """
+    if any(SAMPLES_REWARDED in item.effect.adds for item in planned):
+        rewards.check(config, read_prompts(config.prompts))
+    elif config.trainer.reward is not None:
+        rewards.check(config, ())
+    scored = next((item for item in planned if POLICY_SCORES in item.effect.runs), None)
+    if scored is not None and not config.trainer.rewarded:
+        raise InputError(
+            f"step {scored.step.step!r} scores samples, whose number and length are those of a batch "
+            f"of trainer.loss=grpo, but trainer.loss is {config.trainer.loss!r}"
+        )
+    if not config.trainer.rewarded:
+        return
+    before: frozenset[str] = frozenset()
+    learnt_from: PlannedStep | None = None
+    by_name = {item.step.step: item for item in planned}
+    for item in planned:
+        if SAMPLES_REWARDED in item.effect.adds:
+            learnt_from = by_name[_rolled_out(item)]
+        if facts.trained(item.step.step) in item.effect.adds:
+            if SAMPLES_REWARDED not in before or learnt_from is None:
+                raise InputError(_no_samples(item.step.step))
+            check_group(config, learnt_from)
+        before = item.facts
+
+
+def check_group(config: Kvpipe, item: PlannedStep) -> None:
+    """Refuse a rollout whose samples are no batch of groups that were sampled from the policy.
+
+    Raises:
+        InputError: naming the step and the key.
+    """
+    step, each = item.step, item.effect.samples
+    if each < 2:
+        raise InputError(
+            f"step {step.step!r} makes {counted(each, 'sample')} of each prompt (sampling.n, or its "
+            "own option), but trainer.loss=grpo compares the samples of a prompt: it needs at least 2"
+        )
+    assert isinstance(step, SampledPhase), "only a sampled phase rolls out"
+    for name, whole in (("temperature", 1.0), ("top_p", 1.0), ("top_k", None), ("min_p", 0.0)):
+        if (value := getattr(step, name)) != whole:
+            right = "null" if whole is None else f"{whole:g}"
+            raise InputError(
+                f"step {step.step!r} samples with {name}={value:g}, but trainer.loss=grpo learns by "
+                "the probabilities at temperature 1 over the whole vocabulary; set "
+                f"sampling.{name}={right}"
+            )
+    prompts = len(read_prompts(config.prompts))
+    if (total := prompts * each) != config.trainer.batch_size:
+        raise InputError(
+            f"trainer.batch_size is {config.trainer.batch_size}, but step {step.step!r} makes "
+            f"{total} samples ({counted(prompts, 'prompt')}, {each} of each); set "
+            f"trainer.batch_size={total}"
+        )
+
+
+def _rolled_out(item: PlannedStep) -> str:
+    """Return the name of the step whose rollout a step rewards."""
+    prefix = facts.rollout("")
+    return next(f.removeprefix(prefix) for f in item.effect.needs if f.startswith(prefix))
+
+
+def _no_samples(step: str) -> str:
+    means = facts.meaning(SAMPLES_REWARDED)
+    return (
+        f"pipeline: trainer.loss is 'grpo', so step {step!r} needs {means.what}, but there are none; "
+        f"{means.if_missing}"
+    )

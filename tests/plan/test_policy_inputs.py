@@ -1,0 +1,61 @@
+"""What GRPO cannot learn from is refused before anything is started."""
+
+import pytest
+
+from kvpipe.cli.common import checked_steps
+from tests.helpers_config import compose_plain, config_of
+from tests.refusal import refusal
+
+GRPO = "+experiment=tiny_grpo"
+REFUSED = {
+    "sampling.n=1": "step 'rollout' makes 1 sample of each prompt (sampling.n, or its own option)",
+    "trainer.batch_size=24": (
+        "trainer.batch_size is 24, but step 'rollout' makes 16 samples (2 prompts, 8 of each); set "
+        "trainer.batch_size=16"
+    ),
+    "sampling.temperature=0.7": "step 'rollout' samples with temperature=0.7, but trainer.loss=grpo",
+    "phases.rollout.top_k=5": "step 'rollout' samples with top_k=5, but trainer.loss=grpo learns",
+    "trainer.length=27": (
+        "step 'rollout' asks for 16 tokens (sampling.max_new_tokens, or its own option) after a "
+        "prompt of 12, but trainer.length is 27; set trainer.length=28"
+    ),
+    "trainer.reward=null": "trainer.reward is null, but samples are rewarded; give one of even_ids",
+    "pipeline_edit.remove=[rewarded,reward_rose]": (
+        "pipeline: trainer.loss is 'grpo', so step 'train_step' needs rewarded samples of the engine's "
+        "weights, but there are none; put 'rollout' and 'rewarded' before it"
+    ),
+    "pipeline_edit.remove=[rollout] repeat.first=rewarded": (
+        "pipeline: step 'rewarded' needs the rollout of step 'rollout', but no step before it provides "
+        "it; put step 'rollout' before it"
+    ),
+    "repeat.first=flush_cache": (
+        "pipeline: trainer.loss is 'grpo', so step 'train_step#2' needs rewarded samples of the "
+        "engine's weights, but there are none"
+    ),
+    "pipeline_edit.remove=[weights_synced]": (
+        "pipeline: step 'policy_checked#2' requires trained weights that are not synced to the engine "
+        "to be absent, but step 'train_step' created it; put 'weights_synced' between"
+    ),
+    "trainer.loss=seeded": "step 'policy_checked' scores samples, whose number and length are those",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_grpo_cannot_learn_from_is_refused(overrides: str) -> None:
+    composed = compose_plain(GRPO, *overrides.split(" "))
+    told = refusal(lambda: checked_steps(config_of(composed)))
+    assert told.startswith(REFUSED[overrides])
+
+
+def test_a_greedy_rollout_that_is_only_rewarded_is_none_of_its_business() -> None:
+    overrides = ("phases.rollout_trained.temperature=0", "phases.rollout_trained.n=1")
+    steps = checked_steps(config_of(compose_plain(GRPO, *overrides)))
+    assert "rewarded_trained" in [step.step for step in steps]
+
+
+def test_several_steps_may_learn_from_a_rollout_before_a_sync() -> None:
+    again = (
+        "pipeline_edit.after.train_step=train_step_again",
+        "phases.train_step_again.use=train_step",
+    )
+    assert checked_steps(config_of(compose_plain(GRPO, *again)))

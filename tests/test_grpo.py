@@ -1,0 +1,115 @@
+"""GRPO on the real engine: a run of the experiment, in the tiny model of one layer; nightly it learns."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.command import Finished, kvpipe
+from tests.helpers_config import build
+from tests.sinks import wandb_file
+
+SHORT = (
+    "repeat.times=2",
+    "model.generate.num_hidden_layers=1",
+    "pipeline_edit.remove=[reward_rose]",
+)
+CYCLES = ["", "#2"]
+ROLLOUTS = ["rollout", "rollout#2", "rollout_trained"]
+REWARDED = ["rewarded", "rewarded#2", "rewarded_trained"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = kvpipe(tmp_path_factory.mktemp("grpo"), "+experiment=tiny_grpo", *SHORT)
+    assert done.exit_code == 0, done.end["error"]
+    return done
+
+
+def lines(run: Finished, step: str) -> list[dict[str, Any]]:
+    text = (run.run_dir / f"rollouts/{step}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.slow
+def test_each_sync_is_checked_by_the_samples_after_it(run: Finished) -> None:
+    """The checks of the run say the rest: bytes as planned, no array too many, each digest."""
+    for step in ("policy_checked", "policy_checked#2", "policy_checked_at_end"):
+        record = run.phase(step)
+        checks = {check["name"]: check for check in record["checks"]}
+        check = checks["policy_is_synced"]
+        assert check["passed"] and check["expected"] == 1e-3
+        assert 0 < check["actual"] == record["policy_difference"]["most"] < 1e-3
+        assert record["policy_tokens"] == 16 * 16
+
+
+@pytest.mark.slow
+def test_rewards_and_advantages_are_those_of_the_samples(run: Finished) -> None:
+    for rollout, rewarded in zip(ROLLOUTS, REWARDED, strict=True):
+        samples, found = lines(run, rollout), lines(run, rewarded)
+        assert [(s["prompt"], s["index"], s["text"]) for s in samples] == [
+            (f["prompt"], f["index"], f["text"]) for f in found
+        ]
+        even = [sum(i % 2 == 0 for i in s["token_ids"]) / len(s["token_ids"]) for s in samples]
+        assert [f["reward"] for f in found] == even
+        record = run.phase(rewarded)
+        assert record["reward_mean"] == pytest.approx(sum(even) / 16)
+        for prompt in ("0", "1"):
+            group = [f["advantage"] for f in found if f["prompt"] == prompt]
+            assert len(group) == 8 and sum(group) == pytest.approx(0, abs=1e-9)
+            assert sum(a * a for a in group) == pytest.approx(7, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_step_has_its_numbers_takes_no_byte_more_and_compiles_once(run: Finished) -> None:
+    first, second = (run.phase(f"train_step{cycle}") for cycle in CYCLES)
+    for record, rewarded in ((first, REWARDED[0]), (second, REWARDED[1])):
+        assert record["reward_mean"] == run.phase(rewarded)["reward_mean"]
+        assert record["tokens"] == 16 * 16
+        assert min(record["entropy"], record["gradient_norm"], record["reward_spread"]) > 0
+        assert abs(record["sampled_kl"]) < 1e-6 and record["clipped_share"] == 0
+    assert abs(first["kl"]) < 1e-6 < 1e-3 < second["kl"]
+    assert first["ledger"] == second["ledger"] and second["compilations"] == 0
+
+
+@pytest.mark.slow
+def test_wandb_and_the_page_have_the_curves(run: Finished) -> None:
+    (path,) = run.run_dir.glob("wandb/*/*.wandb")
+    rows = {r["phase/name"]: r for r in wandb_file.read(path)["history"] if "phase/name" in r}
+    for cycle in CYCLES:
+        record, row = run.phase(f"train_step{cycle}"), rows[f"train_step{cycle}"]
+        for name in ("loss", "kl", "entropy", "reward_mean", "reward_spread", "gradient_norm"):
+            assert row[f"train/{name}"] == record[name]
+    for step in REWARDED:
+        assert rows[step]["rollout/reward_mean"] == run.phase(step)["reward_mean"]
+    assert '<h2 id="training-heading">Training</h2>' in (run.run_dir / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly(finds="a policy that does not learn, or a reward that rises without learning")
+@pytest.mark.parametrize("seed", [0, 100, 200])
+def test_the_reward_rises_with_any_seed_and_with_learning_rate_0_in_none(
+    tmp_path: Any, seed: int
+) -> None:
+    options = ("+experiment=tiny_grpo", "tracking=disabled", f"sampling.seed={seed}")
+    learns = kvpipe(tmp_path, *options)
+    assert learns.exit_code == 0, learns.end["error"]
+    check = learns.phase("reward_rose")["checks"][0]
+    assert (check["name"], check["passed"]) == ("reward_rose", True)
+    assert learns.phase("rollout_trained")["distinct_samples"] >= 4
+    stays = kvpipe(tmp_path, *options, "trainer.learning_rate=0")
+    assert stays.exit_code == 1
+    assert "reward_rose: expected" in stays.end["error"]
+
+
+@pytest.mark.parametrize(("means", "passes"), [([0.5, 0.9, 0.71], True), ([0.5, 0.9, 0.69], False)])
+def test_the_last_mean_reward_is_held_against_the_first(means: list[float], passes: bool) -> None:
+    (step,) = build(["reward_rose"], reward_rose={"by": 0.2})
+    (check,) = step.run(SimpleNamespace(reward_means=means)).checks
+    assert (check.name, check.expected, check.actual, check.passed) == (
+        "reward_rose",
+        pytest.approx(0.7),
+        means[-1],
+        passes,
+    )

@@ -1,0 +1,43 @@
+"""The distance of the trainer's log-probabilities from those that samples were drawn with."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpipe.config.schema import TrainerConfig
+from kvpipe.trainer import policy
+from kvpipe.trainer.batch import Batch, Example, batch_of
+
+CONFIG = TrainerConfig(loss="grpo", batch_size=2, length=5)
+
+
+def batch() -> Batch:
+    return batch_of([Example((1, 2), (3, 4), (-0.5, -0.25)), Example((5,), (6,), (-1.0,))], CONFIG)
+
+
+def samples(*names: str) -> Any:
+    return SimpleNamespace(samples=[SimpleNamespace(name=name) for name in names])
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.0009, True), (0.0011, False)])
+def test_the_largest_difference_of_a_sampled_token_decides_and_is_named(
+    off: float, passes: bool
+) -> None:
+    """What the forward pass gives for prompt and padding is not compared."""
+    logprobs = batch().arrays["sampled"] + np.where(batch().arrays["weights"] > 0, 1e-4, 7)
+    logprobs[0, 2] += off - 1e-4
+    found = policy.compared(batch(), logprobs)
+    check = found.check(samples("the first", "the second"))
+    assert (check.name, check.expected, check.passed) == ("policy_is_synced", 1e-3, passes)
+    assert check.actual == pytest.approx(off, rel=1e-3)
+    assert check.detail.startswith("the first, token 1: sampled with log-probability -0.25, by ")
+
+
+def test_the_record_has_the_distribution_of_the_sampled_tokens() -> None:
+    logprobs = batch().arrays["sampled"] - np.where(batch().arrays["weights"] > 0, 0.5, 7)
+    fields = policy.compared(batch(), logprobs).fields
+    assert fields["policy_tokens"] == 3
+    assert set(fields["policy_difference"]) == {"mean", "median", "p90", "p99", "most"}
+    assert set(fields["policy_difference"].values()) == {0.5}
