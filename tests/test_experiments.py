@@ -63,6 +63,7 @@ BIGKV = QWEN25_3B | {
 def test_the_experiments_that_ship_are_those_that_were_asked_for():
     assert EXPERIMENTS == [
         "qwen25_3b_bigkv",
+        "qwen25_3b_grpo",
         "qwen25_3b_kv32k",
         "qwen25_3b_param_swap",
         "qwen25_3b_rl_cycle",

@@ -8,13 +8,18 @@ import pytest
 
 from tests.command import Finished, kvpipe
 from tests.helpers_config import build
-from tests.sinks import wandb_file
 
 SHORT = (
     "repeat.times=2",
     "model.generate.num_hidden_layers=1",
     "pipeline_edit.remove=[reward_rose]",
+    "sampling.n=4",
+    "sampling.max_new_tokens=8",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=4",
+    "trainer.length=24",
 )
+SAMPLES, TOKENS = 2 * 4, 2 * 4 * 8
 CYCLES = ["", "#2"]
 ROLLOUTS = ["rollout", "rollout#2", "rollout_trained"]
 REWARDED = ["rewarded", "rewarded#2", "rewarded_trained"]
@@ -22,7 +27,9 @@ REWARDED = ["rewarded", "rewarded#2", "rewarded_trained"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    done = kvpipe(tmp_path_factory.mktemp("grpo"), "+experiment=tiny_grpo", *SHORT)
+    done = kvpipe(
+        tmp_path_factory.mktemp("grpo"), "+experiment=tiny_grpo", "tracking=disabled", *SHORT
+    )
     assert done.exit_code == 0, done.end["error"]
     return done
 
@@ -41,7 +48,7 @@ def test_each_sync_is_checked_by_the_samples_after_it(run: Finished) -> None:
         check = checks["policy_is_synced"]
         assert check["passed"] and check["expected"] == 1e-3
         assert 0 < check["actual"] == record["policy_difference"]["most"] < 1e-3
-        assert record["policy_tokens"] == 16 * 16
+        assert record["policy_tokens"] == TOKENS
 
 
 @pytest.mark.slow
@@ -54,11 +61,11 @@ def test_rewards_and_advantages_are_those_of_the_samples(run: Finished) -> None:
         even = [sum(i % 2 == 0 for i in s["token_ids"]) / len(s["token_ids"]) for s in samples]
         assert [f["reward"] for f in found] == even
         record = run.phase(rewarded)
-        assert record["reward_mean"] == pytest.approx(sum(even) / 16)
+        assert record["reward_mean"] == pytest.approx(sum(even) / SAMPLES)
         for prompt in ("0", "1"):
             group = [f["advantage"] for f in found if f["prompt"] == prompt]
-            assert len(group) == 8 and sum(group) == pytest.approx(0, abs=1e-9)
-            assert sum(a * a for a in group) == pytest.approx(7, rel=1e-3)
+            assert len(group) == 4 and sum(group) == pytest.approx(0, abs=1e-9)
+            assert sum(a * a for a in group) == pytest.approx(3, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -66,7 +73,7 @@ def test_a_step_has_its_numbers_takes_no_byte_more_and_compiles_once(run: Finish
     first, second = (run.phase(f"train_step{cycle}") for cycle in CYCLES)
     for record, rewarded in ((first, REWARDED[0]), (second, REWARDED[1])):
         assert record["reward_mean"] == run.phase(rewarded)["reward_mean"]
-        assert record["tokens"] == 16 * 16
+        assert record["tokens"] == TOKENS
         assert min(record["entropy"], record["gradient_norm"], record["reward_spread"]) > 0
         assert abs(record["sampled_kl"]) < 1e-6 and record["clipped_share"] == 0
     assert abs(first["kl"]) < 1e-6 < 1e-3 < second["kl"]
@@ -74,16 +81,10 @@ def test_a_step_has_its_numbers_takes_no_byte_more_and_compiles_once(run: Finish
 
 
 @pytest.mark.slow
-def test_wandb_and_the_page_have_the_curves(run: Finished) -> None:
-    (path,) = run.run_dir.glob("wandb/*/*.wandb")
-    rows = {r["phase/name"]: r for r in wandb_file.read(path)["history"] if "phase/name" in r}
-    for cycle in CYCLES:
-        record, row = run.phase(f"train_step{cycle}"), rows[f"train_step{cycle}"]
-        for name in ("loss", "kl", "entropy", "reward_mean", "reward_spread", "gradient_norm"):
-            assert row[f"train/{name}"] == record[name]
-    for step in REWARDED:
-        assert rows[step]["rollout/reward_mean"] == run.phase(step)["reward_mean"]
-    assert '<h2 id="training-heading">Training</h2>' in (run.run_dir / "report.html").read_text()
+def test_the_page_has_the_curves(run: Finished) -> None:
+    page = (run.run_dir / "report.html").read_text()
+    assert '<h2 id="training-heading">Training</h2>' in page
+    assert all(run.phase(step)["reward_mean"] > 0 for step in REWARDED)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from kvpipe.engine.forward import Forward
 from kvpipe.pipeline.ledger import POLICY_SCORES, TRAIN_STEP, WEIGHT_SYNC
 from kvpipe.records.run import Program
 from kvpipe.trainer.layout import lay_out
-from kvpipe.trainer.scoring import Scorer
+from kvpipe.trainer.scoring import compile_scorers
 from kvpipe.trainer.step import compile_step
 
 # What a trainer learns from; its programs do not depend on that.
@@ -46,7 +46,13 @@ def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]
     forward = Forward.of_shapes(found) if config.learns else None
     began = monotonic()
     try:
-        step = compile_step(layout, config, forward)
+        scorers: list[Program] = []
+        reference = None
+        if forward is not None and config.rewarded:
+            own, reference = compile_scorers(layout, config, forward)
+            scorers.append(_program(POLICY_SCORES, [own.used], began, own.temp_bytes))
+            began = monotonic()
+        step = compile_step(layout, config, forward, reference)
         if step.in_place_bytes != step.set_bytes:
             raise not_in_place(TRAIN_STEP, step.in_place_bytes, step.set_bytes, place.target)
         train = _program(TRAIN_STEP, step.used, began, step.temp_bytes, step.in_place_bytes)
@@ -54,12 +60,7 @@ def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]
         lowered = training.lowered(found.sources, found.params, layout.params)
         used: list[Any] = [each.compile().memory_analysis() for each in lowered.values()]
         temp_bytes = max(each.temp_size_in_bytes for each in used)
-        sync = _program(WEIGHT_SYNC, used, began, temp_bytes)
-        if forward is None or not config.rewarded:
-            return train, sync
-        began = monotonic()
-        scorer = Scorer.compiled(layout.params, layout, config, forward)
-        return train, sync, _program(POLICY_SCORES, [scorer.used], began, scorer.temp_bytes)
+        return train, _program(WEIGHT_SYNC, used, began, temp_bytes), *scorers
     except JaxRuntimeError as error:
         raise CompileFinding(
             f"the trainer's programs do not compile for {place.target}: {str(error)[:300]}"

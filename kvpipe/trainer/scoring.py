@@ -62,3 +62,19 @@ class Scorer:
             scores = self.program(params, transfer.begin(part[TOKENS], like).wait())
             found.append(np.asarray(jax.block_until_ready(scores)))
         return np.concatenate(found)
+
+
+def compile_scorers(
+    layout: Layout, config: TrainerConfig, forward: Forward
+) -> tuple[Scorer, Scorer | None]:
+    """Return the scorer of the trainer's parameters, and that of the reference if there is one.
+
+    The reference is in the place of the gradients; where these have the parameters' dtype both are
+    one program.
+    """
+    own = Scorer.compiled(layout.params, layout, config, forward)
+    if not config.has_reference:
+        return own, None
+    if layout.gradients == layout.params:
+        return own, own
+    return own, Scorer.compiled(layout.gradients, layout, config, forward)

@@ -21,7 +21,7 @@ from kvpipe.errors import PhaseError
 from kvpipe.pipeline.ledger import TRAINER_SETS, Change, Size
 from kvpipe.trainer.batch import REFERENCE, Array, Batch
 from kvpipe.trainer.layout import Layout, optimizer
-from kvpipe.trainer.scoring import Scorer
+from kvpipe.trainer.scoring import Scorer, compile_scorers
 from kvpipe.trainer.step import CompiledStep, compile_step
 
 
@@ -133,7 +133,7 @@ class Trainer:
 
     def logprobs(self, batch: Batch) -> Array:
         """Return the log-probability of each token of a batch from the second one on."""
-        return self._scorer(self.params, batch)
+        return self._scorers[0](self.params, batch)
 
     def _compared(self, batch: Batch, reference: Mapping[str, HostArray]) -> Batch:
         """Return a batch with the log-probabilities of the reference.
@@ -191,12 +191,13 @@ class Trainer:
 
     @cached_property
     def _compiled(self) -> CompiledStep:
-        return compile_step(self._layout, self._config, self._forward)
+        reference = self._scorers[1] if self._config.has_reference else None
+        return compile_step(self._layout, self._config, self._forward, reference)
 
     @cached_property
-    def _scorer(self) -> Scorer:
+    def _scorers(self) -> tuple[Scorer, Scorer | None]:
         assert self._forward is not None, "only a trainer that learns has a forward pass"
-        return Scorer.compiled(self._layout.params, self._layout, self._config, self._forward)
+        return compile_scorers(self._layout, self._config, self._forward)
 
     def _zeros(self) -> dict[str, jax.Array]:
         return dict(zip(self._layout.gradients, transfer.zeros(self._gradients), strict=True))

@@ -52,18 +52,21 @@ class CompiledStep:
         return [*scoring, *self.gradients.used, self.update.memory_analysis()]
 
 
-def compile_step(layout: Layout, config: TrainerConfig, forward: Forward | None) -> CompiledStep:
+def compile_step(
+    layout: Layout,
+    config: TrainerConfig,
+    forward: Forward | None,
+    reference: Scorer | None = None,
+) -> CompiledStep:
     """Return the step compiled for the devices of the layout.
 
     Args:
         layout: the trainer's shapes.
         config: its config.
         forward: the forward pass; None if nothing is learnt.
+        reference: scores a batch with the reference of the loss; None if it has none.
     """
     gradients = compile_gradients(layout, config, forward)
-    reference = None
-    if forward is not None and config.has_reference:
-        reference = Scorer.compiled(layout.gradients, layout, config, forward)
     return CompiledStep(gradients, _compile_update(layout, config), reference)
 
 

@@ -35,6 +35,14 @@ def test_a_json_line_is_a_prompt_or_a_chat_with_its_own_id_or_the_number_of_its_
     )
 
 
+def test_a_json_line_may_have_the_right_answer_as_a_text(tmp_path):
+    lines = [{"prompt": "3 + 5 =", "answer": "8"}, {"messages": HELLO, "answer": "Hi"}]
+    file = written(tmp_path, "\n".join(map(json.dumps, lines)))
+    assert [prompt.answer for prompt in read(file=file)] == ["8", "Hi"]
+    file = written(tmp_path, '{"prompt": "3 + 5 =", "answer": 8}')
+    assert refusal(file=file).endswith("line 1: 'answer' should be a text, this is 8")
+
+
 def test_every_line_of_another_file_is_a_prompt_and_an_empty_one_is_none(tmp_path):
     """U+2028 separates lines for ``str.splitlines``, but not in a file."""
     file = written(tmp_path, 'One\r\n\n  \n{"two": "\u2028"}\n', "prompts.txt")

@@ -258,6 +258,21 @@ def test_the_numbers_of_a_training_step_are_metrics_that_make_curves():
     assert metrics(a_record(fields={"loss": 1.5})) == metrics(a_record())
 
 
+def test_rewards_are_curves_of_the_rollouts_and_of_the_steps_that_learn_from_them():
+    rewards = {"reward_mean": 0.5, "reward_spread": 0.25}
+    learnt = {"train_step": 3, "kl": 0.125, "clipped_share": 0.0, **rewards}
+    policy = {"policy_difference": {"mean": 1e-6, "p99": 1e-5, "most": 1e-4}}
+    added = [
+        dict(metrics(a_record(fields=fields)).items() - metrics(a_record()).items())
+        for fields in (rewards, learnt, policy)
+    ]
+    assert added == [
+        {f"rollout/{name}": value for name, value in rewards.items()},
+        {f"train/{name}": value for name, value in learnt.items() if name != "train_step"},
+        {"policy/difference_mean": 1e-6, "policy/difference_most": 1e-4},
+    ]
+
+
 def test_the_metrics_of_a_phase_have_the_keys_that_dashboards_know():
     record = a_record(
         memory=Memory(10, 20, [{"bytes_in_use": 5, "num_allocs": 1}], "device"),

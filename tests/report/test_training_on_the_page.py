@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from kvpipe.report.curves import CurvesChart, curves_of, training_of
 from kvpipe.report.drawing import Rect
 from kvpipe.report.page import report_page
@@ -65,7 +67,8 @@ def test_a_curve_goes_from_its_least_value_at_the_bottom_to_its_largest_at_the_t
         tips[f"rewarded{n}: {v}"] for n, v in (("", 0.25), ("#2", 0.5), ("#3", 0.75))
     )
     assert low.x < middle.x < high.x
-    assert low.y - middle.y == middle.y - high.y > 0
+    assert low.y > high.y
+    assert middle.y == pytest.approx((low.y + high.y) / 2)
 
 
 def test_curves_of_many_cycles_are_thinned_to_the_last_one():
