@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvpipe.pipeline.phase import WorkerPhase
 from tests.command import Finished, kvpipe
 from tests.helpers_config import build
 
@@ -107,7 +108,9 @@ def test_the_reward_rises_with_any_seed_and_with_learning_rate_0_in_none(
 @pytest.mark.parametrize(("means", "passes"), [([0.5, 0.9, 0.71], True), ([0.5, 0.9, 0.69], False)])
 def test_the_last_mean_reward_is_held_against_the_first(means: list[float], passes: bool) -> None:
     (step,) = build(["reward_rose"], reward_rose={"by": 0.2})
-    (check,) = step.run(SimpleNamespace(reward_means=means)).checks
+    context: Any = SimpleNamespace(reward_means=means)
+    assert isinstance(step, WorkerPhase)
+    (check,) = step.run(context).checks
     assert (check.name, check.expected, check.actual, check.passed) == (
         "reward_rose",
         pytest.approx(0.7),

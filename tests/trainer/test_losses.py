@@ -82,7 +82,8 @@ def loss_of(config: TrainerConfig, batch: Batch, scores: dict[str, Any]) -> Call
         for number, part in enumerate(whole.parts(config.rows)):
             rows = slice(number * config.rows, (number + 1) * config.rows)
             entropies = jnp.asarray(scores["entropies"][rows], jnp.float32)
-            loss, found = LOSSES["grpo"](Scores(logprobs[rows], entropies), part, config)
+            on_devices = {name: jnp.asarray(array) for name, array in part.items()}
+            loss, found = LOSSES["grpo"](Scores(logprobs[rows], entropies), on_devices, config)
             total += loss
             numbers = {name: numbers.get(name, 0) + value for name, value in found.items()}
         return total, numbers
