@@ -22,6 +22,7 @@ from kvpipe.suggest import nearest
 STOP = "stop"
 CONTINUE = "continue"
 AUTO = "auto"
+DUMMY = "dummy"
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -292,7 +293,7 @@ class EngineConfig(Section, section="engine"):
     node_rank: int | None = checked(None, at_least(0))
     dist_init_addr: str | None = None
     dtype: str = checked("bfloat16", one_of("bfloat16", "float32"))
-    load_format: str = checked("dummy", one_of("dummy", "auto"))
+    load_format: str = checked(DUMMY, one_of(DUMMY, "auto"))
     max_total_tokens: int = checked(MISSING, at_least(1))
     context_length: int | None = checked(None, at_least(1))
     page_size: int = checked(1, at_least(1))

@@ -38,7 +38,11 @@ OWN_PROGRAMS = (*TRAINER_PROGRAMS, *KV_PROGRAMS)
 
 
 class Size(StrEnum):
-    """Size of a pool, by a name that a phase knows before anything is loaded."""
+    """Size of a pool, by a name that a phase knows before anything is loaded.
+
+    The last two are of no pool: what a start with random weights holds at its peak, and the largest
+    parameter.
+    """
 
     NOTHING = "nothing"
     PARAMS = "params"
@@ -48,6 +52,8 @@ class Size(StrEnum):
     TRAINER_PARAMS = "trainer_params"
     TRAINER_GRADIENTS = "trainer_gradients"
     TRAINER_MOMENTS = "trainer_moments"
+    DUMMY_START = "dummy_start"
+    LEAF = "leaf"
 
 
 TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENTS)

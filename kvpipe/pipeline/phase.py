@@ -60,6 +60,8 @@ class Effect:
         new_tokens: the most tokens that it generates for a prompt; 0 if it generates none.
         rolls_out: whether it generates for the prompts of rollouts, not for the one prompt.
         reads_weights: whether it reads the files of the model's weights.
+        peak: sizes of what it holds at its peak together with all that was there before it; empty if
+            no plan predicts its peak.
     """
 
     needs: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class Effect:
     new_tokens: int = 0
     rolls_out: bool = False
     reads_weights: bool = False
+    peak: tuple[PoolSize, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("needs", "forbids", "adds", "removes"):

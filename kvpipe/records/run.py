@@ -244,12 +244,20 @@ class PlannedPhase:
         total_bytes: bytes over all pools and devices, with the pool ``padding``: physical bytes,
             where every other pool has logical ones.
         max_device_bytes: bytes on the fullest device, physical ones.
+        peak_device_bytes: most bytes on the fullest device while the phase runs, or after it; 0 if
+            they are not predicted.
     """
 
     name: str
     pools: Mapping[str, int]
     total_bytes: int
     max_device_bytes: int
+    peak_device_bytes: int = 0
+
+    @property
+    def most_device_bytes(self) -> int:
+        """The larger of the two: all that is known of the bytes on the fullest device."""
+        return max(self.max_device_bytes, self.peak_device_bytes)
 
 
 @dataclass(frozen=True)
@@ -364,6 +372,12 @@ class RunPlanned(JsonRecord):
     def peak(self) -> PlannedPhase:
         """The phase with the fullest device."""
         return next(phase for phase in self.phases if phase.name == self.fit.peak_phase)
+
+    @property
+    def needed_device_bytes(self) -> int:
+        """Bytes that the fullest device needs, with temporaries."""
+        peak = self.peak
+        return max(peak.max_device_bytes + self.fit.temp_bytes, peak.peak_device_bytes)
 
     @property
     def pools(self) -> list[str]:

@@ -19,9 +19,13 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
     """Return the plan as ``plan.format=json`` prints it.
 
     ``fit`` has ``temp_bytes``, and the plan ``programs``, only if programs were compiled, and
-    ``reserve_bytes`` only if any stay free; ``kv_actions`` are there only if the plan chose one.
+    ``reserve_bytes`` only if any stay free; ``kv_actions`` are there only if the plan chose one, and
+    ``peak_device_bytes`` of a phase only if they are predicted.
     """
     known = plan.to_json()
+    for phase in known["phases"]:
+        if not phase["peak_device_bytes"]:
+            del phase["peak_device_bytes"]
     for key in ("reserve_bytes", "limited"):
         if not known["fit"][key]:
             del known["fit"][key]
@@ -57,7 +61,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         else ""
     )
     warned = plan.warning if plan.target != CPU else None
-    lines = [*described(plan.kv_actions), *compiled(plan)]
+    lines = [*peaks(plan), *described(plan.kv_actions), *compiled(plan)]
     return "\n".join(
         [
             f"# Plan of `{experiment}`",
@@ -74,6 +78,15 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
             "",
         ]
     )
+
+
+def peaks(plan: RunPlanned) -> list[str]:
+    """Return one line for each phase whose peak is predicted, and is more than what it leaves."""
+    return [
+        f"`{phase.name}` holds up to {phase.peak_device_bytes:,} bytes of a device while it runs"
+        for phase in plan.phases
+        if phase.peak_device_bytes > phase.max_device_bytes
+    ]
 
 
 def compiled(plan: RunPlanned) -> list[str]:
@@ -93,19 +106,21 @@ def compiled(plan: RunPlanned) -> list[str]:
 
 def verdict(plan: RunPlanned) -> str:
     """Return in one phrase whether the plan fits, its peak, and the largest KV cache that fits."""
-    fit, peak = plan.fit, plan.peak
+    fit, needed = plan.fit, plan.needed_device_bytes
+    during = needed > plan.peak.max_device_bytes + fit.temp_bytes
+    when = f"{'during' if during else 'after'} `{fit.peak_phase}`"
     fits = "fits" if fit.fits else "does not fit"
     temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
     if plan.target == CPU:
         where = f"plan.limit_bytes={fit.hbm_bytes:,}" if fit.limited else "this host"
         return (
-            f"It {fits} {where}: the peak is {peak.max_device_bytes:,} bytes{temporaries} a device "
-            f"after `{peak.name}`; {left_out(plan)}"
+            f"It {fits} {where}: the peak is {needed - fit.temp_bytes:,} bytes{temporaries} a device "
+            f"{when}; {left_out(plan)}"
         )
     reserve = f" less {fit.reserve_bytes:,} for fragmentation" if fit.reserve_bytes else ""
     return (
-        f"It {fits}: the peak is {peak.max_device_bytes:,}{temporaries} of a device's "
-        f"{fit.hbm_bytes:,} bytes{reserve} after `{peak.name}`; the largest "
+        f"It {fits}: the peak is {needed - fit.temp_bytes:,}{temporaries} of a device's "
+        f"{fit.hbm_bytes:,} bytes{reserve} {when}; the largest "
         f"`engine.max_total_tokens` that fits is {fit.max_total_tokens}; {left_out(plan)}"
     )
 

@@ -165,8 +165,10 @@ def _planned_jobs(
 
     plan = multihost.in_stage(make)
     return [
-        loop.Job(idx, use_of(item.step.step, config), item.step, ledger)
-        for idx, (item, ledger) in enumerate(zip(plan.steps, plan.ledgers, strict=True))
+        loop.Job(idx, use_of(item.step.step, config), item.step, ledger, phase.peak_device_bytes)
+        for idx, (item, ledger, phase) in enumerate(
+            zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
+        )
         if isinstance(item.step, WorkerPhase)
     ]
 

@@ -84,6 +84,26 @@ def test_the_markdown_of_a_plan_for_this_host_does_not_depend_on_its_memory():
     assert "It fits this host: the peak is 3,000 bytes a device" in as_markdown("mine", small)
 
 
+def test_a_start_that_holds_more_than_it_leaves_is_the_peak_and_has_a_line_of_its_own():
+    phases = (PLAN.phases[0], replace(PLAN.phases[1], peak_device_bytes=4_500), PLAN.phases[2])
+    plan = replace(PLAN, phases=phases)
+    assert [phase.get("peak_device_bytes") for phase in as_json(plan)["phases"]] == [
+        None,
+        4_500,
+        None,
+    ]
+    text = as_markdown("mine", plan)
+    assert (
+        "the peak is 4,500 of a device's 34,359,738,368 bytes during `engine_ready_dummy`" in text
+    )
+    assert (
+        "\n\n- `engine_ready_dummy` holds up to 4,500 bytes of a device while it runs\n\n|" in text
+    )
+    out = io.StringIO()
+    print_plan("mine", plan, out)
+    assert "engine_ready_dummy holds up to 4,500 bytes of a device" in out.getvalue()
+
+
 def test_a_plan_that_does_not_fit_says_so():
     assert "It does not fit: the peak is 3,000 of a device's 2,000 bytes" in as_markdown(
         "mine", replace(PLAN, fit=Fit(False, 2_000, "engine_ready_dummy", 64))
