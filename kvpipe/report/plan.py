@@ -7,7 +7,7 @@ changes: no times, no dates, and of a plan for this host not the host's own memo
 from collections.abc import Sequence
 from typing import Any
 
-from kvpipe.pipeline.ledger import PADDING
+from kvpipe.pipeline.ledger import PADDING, PARAMS
 from kvpipe.plan.fit import left_out
 from kvpipe.plan.kv_choice import described
 from kvpipe.plan.targets import CPU
@@ -43,7 +43,8 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
 
 def as_markdown(experiment: str, plan: RunPlanned) -> str:
     """Return the plan as a small Markdown document; sizes are bytes."""
-    pools = sorted(plan.pools, key=PADDING.__eq__)
+    # The same columns for each start; one without weights fills the KV cache first.
+    pools = sorted(plan.pools, key=lambda pool: (pool == PADDING, pool != PARAMS))
     heading = ["phase", *pools, "total", "fullest device"]
     rows = [
         [
