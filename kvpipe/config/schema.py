@@ -558,6 +558,9 @@ class PlanConfig(Section, section="plan"):
             memory may not suffice. A run on a TPU takes what ``kvpipe plan`` has compiled.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
+        micro_batch: find the largest ``trainer.micro_batch_size`` that fits, by halving the divisors
+            of ``trainer.batch_size``; compiles the gradients of each that an earlier plan has not,
+            which takes minutes for a large model. For ``plan`` with ``compile``.
         timeout_s: limit in seconds of ``kvpipe plan``, for each job of a sweep, and of git in
             ``compare-plans``; None means no limit.
         reserve_bytes: bytes of each device that a plan leaves free, since an allocator cannot give
@@ -574,6 +577,7 @@ class PlanConfig(Section, section="plan"):
     file: str | None = None
     compile: bool | str = checked(AUTO, _auto_or_bool)
     prompt_tokens: int | None = checked(None, at_least(1))
+    micro_batch: bool = False
     timeout_s: float | None = checked(1800.0, seconds)
     reserve_bytes: int | None = checked(None, at_least(0))
     limit_bytes: int | None = checked(None, at_least(1))

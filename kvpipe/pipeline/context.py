@@ -46,6 +46,8 @@ class WorkerContext:
         host_kv: the offloaded KV cache, else None.
         host_weights: the engine's offloaded weights, else None.
         made_trainer: the trainer, on the devices or offloaded, else None.
+        planned_temporaries: bytes on a device of each program that was compiled for the plan, by its
+            name there.
         step_peaks: most bytes in use during each training step, over all devices, by step name.
     """
 
@@ -61,6 +63,7 @@ class WorkerContext:
     host_kv: "HostKv | None" = None
     host_weights: "HostWeights | None" = None
     made_trainer: "Trainer | None" = None
+    planned_temporaries: Mapping[str, int] = field(default_factory=dict)
     step_peaks: dict[str, int] = field(default_factory=dict)
 
     @cached_property

@@ -24,9 +24,10 @@ has the bytes that were asked for."""
 
 PerDevice = tuple[int, ...]
 
-TRAIN_STEP, WEIGHT_SYNC = "train_step", "weight_sync"
-TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC)
-"""The trainer's programs: an update of its tree, and the transfer of that tree into the engine."""
+GRADIENTS, TRAIN_STEP, WEIGHT_SYNC = "gradients", "train_step", "weight_sync"
+TRAINER_PROGRAMS = (GRADIENTS, TRAIN_STEP, WEIGHT_SYNC)
+"""The trainer's programs: the gradients of a micro-batch, the update of its tree, and the transfer of
+that tree into the engine."""
 
 KV_ZEROS, KV_TAKE, KV_PUT = "kv_zeros", "kv_take", "kv_put"
 KV_PROGRAMS = (KV_ZEROS, KV_TAKE, KV_PUT)

@@ -62,6 +62,7 @@ class Effect:
         reads_weights: whether it reads the files of the model's weights.
         peak: sizes of what it holds at its peak together with all that was there before it; empty if
             no plan predicts its peak.
+        reads_losses: whether it reads the losses of training steps.
     """
 
     needs: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class Effect:
     rolls_out: bool = False
     reads_weights: bool = False
     peak: tuple[PoolSize, ...] = ()
+    reads_losses: bool = False
 
     def __post_init__(self) -> None:
         for name in ("needs", "forbids", "adds", "removes"):

@@ -1,10 +1,11 @@
 """Whether a plan fits the devices, why not, and the largest KV cache that would."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.pipeline.facts import own_kv_tokens
 from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger, Size
 from kvpipe.pipeline.phase import Effect
@@ -150,6 +151,18 @@ def _has_kv_at_peak(planned: Sequence[PlannedStep], step: int) -> bool:
     """Whether a step holds the KV cache at its peak, of ``engine.max_total_tokens``."""
     there = step > 0 and planned[step - 1].pools.get(KV) is Size.KV
     return there or Size.KV in planned[step].effect.peak
+
+
+def most_rows(config: TrainerConfig, fits: Callable[[int], bool]) -> int:
+    """Return the largest micro-batch that fits, 0 if none does.
+
+    Args:
+        config: micro-batches divide its batch.
+        fits: whether one of so many examples does; asked for as few as may be, since it compiles.
+    """
+    sizes = [rows for rows in range(1, config.batch_size + 1) if config.batch_size % rows == 0]
+    first_too_large = bisect_left(sizes, True, key=lambda rows: not fits(rows))
+    return sizes[first_too_large - 1] if first_too_large else 0
 
 
 def why_not_fit(plan: RunPlanned) -> str | None:

@@ -132,8 +132,11 @@ def planned_phases(
     planned: Sequence[PlannedStep],
     ledgers: Sequence[Ledger],
     peaks: Sequence[int] | None = None,
+    temporaries: Sequence[int] | None = None,
 ) -> tuple[PlannedPhase, ...]:
-    """Return the ledgers, and the peaks if they are known, as records."""
+    """Return the ledgers as records, with peaks and temporaries of each step if they are known."""
+    none = [0] * len(ledgers)
+    sizes = zip(peaks or none, temporaries or none, strict=True)
     return tuple(
         PlannedPhase(
             name=item.step.step,
@@ -141,8 +144,9 @@ def planned_phases(
             total_bytes=ledger.total_bytes,
             max_device_bytes=max(ledger.per_device),
             peak_device_bytes=peak,
+            temp_bytes=temp_bytes,
         )
-        for item, ledger, peak in zip(planned, ledgers, peaks or [0] * len(ledgers), strict=True)
+        for item, ledger, (peak, temp_bytes) in zip(planned, ledgers, sizes, strict=True)
     )
 
 

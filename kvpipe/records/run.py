@@ -246,6 +246,8 @@ class PlannedPhase:
         max_device_bytes: bytes on the fullest device, physical ones.
         peak_device_bytes: most bytes on the fullest device while the phase runs, or after it; 0 if
             they are not predicted.
+        temp_bytes: bytes of temporaries on a device while the step runs, activations among them; 0 if
+            no program was compiled.
     """
 
     name: str
@@ -253,6 +255,7 @@ class PlannedPhase:
     total_bytes: int
     max_device_bytes: int
     peak_device_bytes: int = 0
+    temp_bytes: int = 0
 
     @property
     def most_device_bytes(self) -> int:
@@ -272,6 +275,8 @@ class Fit:
         temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
         reserve_bytes: bytes of a device that stay free for fragmentation.
         limited: whether ``hbm_bytes`` is ``plan.limit_bytes``.
+        micro_batch_size: largest ``trainer.micro_batch_size`` that would fit, 0 if none does; None if
+            ``plan.micro_batch`` does not ask for it.
     """
 
     fits: bool
@@ -281,6 +286,7 @@ class Fit:
     temp_bytes: int = 0
     reserve_bytes: int = 0
     limited: bool = False
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -288,8 +294,9 @@ class Program:
     """A program of the engine, the trainer or kvpipe, compiled ahead of time for a target.
 
     Attributes:
-        name: ``prefill``, ``decode``, ``train_step``, ``weight_sync``, ``kv_zeros``, ``kv_take``,
-            ``kv_put`` or ``weight_digest``, which stands for one for each kind of parameter.
+        name: ``prefill``, ``decode``, ``gradients``, ``train_step``, ``weight_sync``, ``kv_zeros``,
+            ``kv_take``, ``kv_put`` or ``weight_digest``, which stands for one for each kind of
+            parameter.
         requests: padded number of requests in the batch; 0 for all but the engine's.
         tokens: padded number of new tokens in the batch; 0 for all but the engine's.
         code_bytes: bytes of compiled code on each device, resident as long as the program.

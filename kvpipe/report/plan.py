@@ -18,9 +18,10 @@ from kvpipe.units import counted
 def as_json(plan: RunPlanned) -> dict[str, Any]:
     """Return the plan as ``plan.format=json`` prints it.
 
-    ``fit`` has ``temp_bytes``, and the plan ``programs``, only if programs were compiled, and
-    ``reserve_bytes`` only if any stay free; ``kv_actions`` are there only if the plan chose one, and
-    ``peak_device_bytes`` of a phase only if they are predicted.
+    ``fit`` and the phases have ``temp_bytes``, and the plan ``programs``, only if programs were
+    compiled, ``reserve_bytes`` only if any stay free, ``micro_batch_size`` only if it was asked for;
+    ``kv_actions`` are there only if the plan chose one, and ``peak_device_bytes`` of a phase only if
+    they are predicted.
     """
     known = plan.to_json()
     for phase in known["phases"]:
@@ -29,6 +30,8 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
     for key in ("reserve_bytes", "limited"):
         if not known["fit"][key]:
             del known["fit"][key]
+    if plan.fit.micro_batch_size is None:
+        del known["fit"]["micro_batch_size"]
     shown = ["target", "devices", "sglang_jax", "phases", "fit", "warning"]
     if plan.kv_actions:
         shown.append("kv_actions")
@@ -37,7 +40,8 @@ def as_json(plan: RunPlanned) -> dict[str, Any]:
         for program in known["programs"]:
             del program["compile_s"]
     else:
-        del known["fit"]["temp_bytes"]
+        for holder in (known["fit"], *known["phases"]):
+            del holder["temp_bytes"]
     return {key: known[key] for key in shown}
 
 
@@ -45,13 +49,15 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
     """Return the plan as a small Markdown document; sizes are bytes."""
     # The same columns for each start; one without weights fills the KV cache first.
     pools = sorted(plan.pools, key=lambda pool: (pool == PADDING, pool != PARAMS))
-    heading = ["phase", *pools, "total", "fullest device"]
+    temporaries = ["temporaries"] if plan.programs else []
+    heading = ["phase", *pools, "total", "fullest device", *temporaries]
     rows = [
         [
             f"`{phase.name}`",
             *(f"{phase.pools[pool]:,}" if pool in phase.pools else "" for pool in pools),
             f"{phase.total_bytes:,}",
             f"{phase.max_device_bytes:,}",
+            *(f"{phase.temp_bytes:,}" for _ in temporaries),
         ]
         for phase in plan.phases
     ]
@@ -61,6 +67,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
         if PADDING in pools
         else ""
     )
+    of_one = "the last two columns are" if temporaries else "the last column is"
     warned = plan.warning if plan.target != CPU else None
     lines = [*peaks(plan), *described(plan.kv_actions), *compiled(plan)]
     return "\n".join(
@@ -68,7 +75,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
             f"# Plan of `{experiment}`",
             "",
             f"{plan.target}, {counted(plan.devices, 'device')}, sglang-jax {plan.sglang_jax}. Bytes over all "
-            f"devices after each phase; the last column is of one device.{padded}",
+            f"devices after each phase; {of_one} of one device.{padded}",
             "",
             f"{verdict(plan)}.",
             "",
@@ -112,17 +119,22 @@ def verdict(plan: RunPlanned) -> str:
     when = f"{'during' if during else 'after'} `{fit.peak_phase}`"
     fits = "fits" if fit.fits else "does not fit"
     temporaries = f" and {fit.temp_bytes:,} of temporaries" if fit.temp_bytes else ""
+    rows = fit.micro_batch_size
+    micro_batch = (
+        "" if rows is None else f"; the largest `trainer.micro_batch_size` that fits is {rows}"
+    )
     if plan.target == CPU:
         where = f"plan.limit_bytes={fit.hbm_bytes:,}" if fit.limited else "this host"
         return (
             f"It {fits} {where}: the peak is {needed - fit.temp_bytes:,} bytes{temporaries} a device "
-            f"{when}; {left_out(plan)}"
+            f"{when}{micro_batch}; {left_out(plan)}"
         )
     reserve = f" less {fit.reserve_bytes:,} for fragmentation" if fit.reserve_bytes else ""
     return (
         f"It {fits}: the peak is {needed - fit.temp_bytes:,}{temporaries} of a device's "
         f"{fit.hbm_bytes:,} bytes{reserve} {when}; the largest "
-        f"`engine.max_total_tokens` that fits is {fit.max_total_tokens}; {left_out(plan)}"
+        f"`engine.max_total_tokens` that fits is {fit.max_total_tokens}{micro_batch}; "
+        f"{left_out(plan)}"
     )
 
 

@@ -55,10 +55,11 @@ def compile_step(layout: Layout, config: TrainerConfig, forward: Forward | None)
         forward: the forward pass; None if nothing is learnt.
     """
     gradients = compile_gradients(layout, config, forward)
-    return CompiledStep(gradients, _compile_update(layout, config))
+    return CompiledStep(gradients, compile_update(layout, config))
 
 
-def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
+def compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
+    """Return the update of a layout's sets, compiled for its devices."""
     transformation, rate = optimizer(config), learning_rate(config)
 
     def update(params: Any, gradients: Any, moments: Any) -> Any:

@@ -75,10 +75,22 @@ def plan_for(
     sizes, _ = _bytes(found.arrays(), device)
     kv = _kv_capacity(target, found, config, sizes, device)
 
-    def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
-        return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
+    def plan_of(config: Kvpipe) -> fold.Plan:
+        def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
+            return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
 
-    return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
+        return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
+
+    plan = plan_of(config)
+    if not (compiles and config.plan.micro_batch and config.trainer.learns and trains(planned)):
+        return plan
+
+    def fits(rows: int) -> bool:
+        trainer = replace(config.trainer, micro_batch_size=rows)
+        return plan_of(replace(config, trainer=trainer)).record.fit.fits
+
+    most = replace(plan.record.fit, micro_batch_size=fit.most_rows(config.trainer, fits))
+    return replace(plan, record=replace(plan.record, fit=most))
 
 
 def _plan_of(
@@ -110,7 +122,7 @@ def _plan_of(
         target=target.name,
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
-        phases=fold.planned_phases(planned, ledgers, peaks),
+        phases=fold.planned_phases(planned, ledgers, peaks, temporaries),
         fit=fit.fit_of(planned, ledgers, limit, kv, temporaries, reserve, limited, peaks),
         programs=programs,
         padded=device is not None or target.name == CPU,

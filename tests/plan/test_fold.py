@@ -519,11 +519,12 @@ def test_the_second_swap_gives_the_bytes_of_the_first_slot_back_to_that_slot():
 def test_a_record_of_the_plan_has_the_sums_and_the_fullest_device():
     planned = check_order(build(SWAPPED))
     ledgers = plan_ledgers(planned, SIZES, devices=2)
-    record = planned_phases(planned, ledgers, [0, 0, 0, 7, 0])[3]
+    record = planned_phases(planned, ledgers, [0, 0, 0, 7, 0], range(len(planned)))[3]
     assert record.name == "sglang_param_dict_ready"
     assert record.pools == {PARAMS: 2_001, KV: 60_000, DICT: 2_001}
     assert record.total_bytes == 64_002
     assert (record.max_device_bytes, record.peak_device_bytes) == (32_002, 7)
+    assert record.temp_bytes == 3
 
 
 def verdict(hbm_bytes, page_size=1, tokens=299):

@@ -130,11 +130,20 @@ def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_comp
         Program("train_step", 0, 0, 60, 9, 1.0),
     )
     pools = {"params": 4_000, "program": 200, "program:trainer": 240}
-    phases = (PlannedPhase("train_step", pools, 4_440, 1_110),)
-    fit = Fit(True, 34_359_738_368, "train_step", 131_072, temp_bytes=9)
+    phases = (PlannedPhase("train_step", pools, 4_440, 1_110, temp_bytes=9),)
+    fit = Fit(True, 34_359_738_368, "train_step", 131_072, temp_bytes=9, micro_batch_size=4)
     plan = replace(PLAN, programs=programs, phases=phases, fit=fit)
-    assert as_json(plan)["fit"]["temp_bytes"] == 9
+    found = as_json(plan)
+    assert found["fit"]["temp_bytes"] == found["phases"][0]["temp_bytes"] == 9
+    assert found["fit"]["micro_batch_size"] == 4
     text = as_markdown("mine", plan)
+    assert "the last two columns are of one device" in text
+    assert "| total | fullest device | temporaries |" in text
+    assert "| 4,440 | 1,110 | 9 |" in text
+    assert (
+        "`engine.max_total_tokens` that fits is 131072; the largest `trainer.micro_batch_size` that fits is 4;"
+        in text
+    )
     assert "the peak is 1,110 and 9 of temporaries of a device's 34,359,738,368 bytes" in text
     assert "- `decode` of 1 request and 1 token compiles: 50 bytes of code" in text
     assert "- `train_step` compiles: 60 bytes of code and 9 of temporaries a device" in text
