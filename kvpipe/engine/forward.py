@@ -264,24 +264,27 @@ def _splash(
 
     length = q.shape[1]
     padded = -(-length // _LANES) * _LANES
-    block = next(size for size in range(_BLOCK, 0, -_LANES) if padded % size == 0)
+    block: Any = next(size for size in range(_BLOCK, 0, -_LANES) if padded % size == 0)
     mask = splash_attention_mask.CausalMask((padded, padded))
 
     def of_device(*arrays: jax.Array) -> jax.Array:
         q, k, v = (x.swapaxes(1, 2) for x in arrays)
-        attend = splash_attention_kernel.make_splash_mha_single_device(
+        attend: Any = splash_attention_kernel.make_splash_mha_single_device(
             splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
             block_sizes=splash_attention_kernel.BlockSizes(*[block] * 8),
             interpret=interpret,
         )
-        return jax.vmap(attend)(q, k, v).swapaxes(1, 2)
+        found: Any = jax.vmap(attend)(q, k, v)
+        return found.swapaxes(1, 2)
 
     rows, heads, *_ = mesh.axis_names
     spec = PartitionSpec(None if len(q) % mesh.shape[rows] else rows, None, heads)
     pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
     arrays = [jnp.pad(x, pad) for x in (q * scale, k, v)]
     # Its kernels do not say over which axes their results vary.
-    shared = jax.shard_map(of_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    shared: Any = jax.shard_map(
+        of_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
     return shared(*arrays)[:, :length]
 
 

@@ -28,8 +28,8 @@ def test_the_kernels_of_a_tpu_give_the_values_and_the_gradients_of_the_plain_att
 
         return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*arrays)
 
-    def splash(*given: Any) -> Any:
-        return forward._splash(*given, mesh, interpret=True)
+    def splash(q: Any, k: Any, v: Any, scale: float) -> Any:
+        return forward._splash(q, k, v, scale, mesh, interpret=True)
 
     (value, gradients), (expected, wanted) = found(splash), found(forward._causal)
     assert float(value) == pytest.approx(float(expected), rel=1e-4)
