@@ -368,6 +368,7 @@ def test_the_last_record_says_how_the_run_ended():
             "total_bytes": 4,
             "max_device_bytes": 2,
             "peak_device_bytes": 0,
+            "temp_bytes": 0,
         },
         "command": "python -m kvpipe",
         "wandb": {},
