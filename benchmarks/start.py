@@ -1,4 +1,7 @@
-"""The tiny run without and with the programs that an earlier run compiled, in turns, by its parts."""
+"""The tiny run without and with the programs that an earlier run compiled, in turns, by its parts.
+
+Then a start without weights beside one with random weights, until the checkpoint's are streamed in.
+"""
 
 import shutil
 import statistics
@@ -10,6 +13,13 @@ from benchmarks.command import Ran, kvpipe
 _TURNS = 3
 _ENGINE = "engine_ready_dummy"
 _SWAP = "weights_swapped_from_mllm"
+_STREAMED = "weights_streamed"
+_STARTS = {"empty": "engine_ready_empty", "dummy": _ENGINE}
+_REST = (
+    *("flush_cache_before_kv_drop", "kv_cache_dropped", "weights_offloaded", "weights_restored"),
+    *("kv_cache_rebuilt", "generate_result_after_kv_rebuild", "weights_dropped"),
+    *("weights_streamed_again", "generate_result_after_swap"),
+)
 
 
 def measure() -> dict[str, float]:
@@ -21,10 +31,48 @@ def measure() -> dict[str, float]:
             shutil.rmtree(Path(cwd) / "cache" / "compiled")
             runs["cold"].append(kvpipe(cwd))
             runs["warm"].append(kvpipe(cwd))
-    return {
+        starts = medians_of_starts("start", cwd, _TURNS, "sampling.max_new_tokens=16")
+    return starts | {
         f"start.{name}_{part}": statistics.median(_parts(run)[part] for run in found)
         for name, found in runs.items()
         for part in _parts(found[0])
+    }
+
+
+def medians_of_starts(prefix: str, cwd: str, turns: int, *options: str) -> dict[str, float]:
+    """Return the medians of both starts, each until it has the checkpoint's weights, in turns.
+
+    Raises:
+        RuntimeError: the engine gives other token ids than after the other start.
+    """
+    runs: dict[str, list[Ran]] = {name: [] for name in _STARTS}
+    edit = f"pipeline_edit.remove=[{','.join(_REST)}]"
+    for _ in range(turns):
+        for name, phase in _STARTS.items():
+            start = f"pipeline_edit.replace.{_STARTS['empty']}={phase}"
+            runs[name].append(kvpipe(cwd, "+experiment=tiny_stream", edit, start, *options))
+    ids = [run.record("generate_result")["token_ids"] for found in runs.values() for run in found]
+    if any(other != ids[0] for other in ids):
+        raise RuntimeError(f"the starts do not give the same token ids: {ids}")
+    return {
+        f"{prefix}.{name}_{part}": statistics.median(_until_streamed(r, name)[part] for r in found)
+        for name, found in runs.items()
+        for part in _until_streamed(found[0], name)
+    }
+
+
+def _until_streamed(run: Ran, start: str) -> dict[str, float]:
+    engine, streamed = run.record(_STARTS[start]), run.record(_STREAMED)
+    held = streamed["ledger"]
+    peak_of_stream = streamed["peak"]["bytes_in_use_total"] - held["kv"]
+    return {
+        "run_cpu_seconds": run.cpu_seconds,
+        "engine_seconds": engine["duration_s"],
+        "until_streamed_seconds": engine["duration_s"] + streamed["duration_s"],
+        "param_bytes": held["params"],
+        "engine_peak_bytes": engine["peak"]["bytes_in_use_total"],
+        "stream_params_peak_over_params": peak_of_stream / held["params"],
+        "engine_peak_rss_bytes": engine["memory"]["process_peak_rss_bytes"],
     }
 
 

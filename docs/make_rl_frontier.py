@@ -82,8 +82,9 @@ def _pools_in_training(plan: dict[str, Any]) -> dict[str, int]:
 def _needed(plan: dict[str, Any]) -> int:
     """Return the bytes of a device at the peak, including temporaries."""
     peak = plan["fit"]["peak_phase"]
-    held = next(p["max_device_bytes"] for p in plan["phases"] if p["name"] == peak)
-    return held + plan["fit"]["temp_bytes"]
+    phase = next(phase for phase in plan["phases"] if phase["name"] == peak)
+    held = phase["max_device_bytes"] + plan["fit"]["temp_bytes"]
+    return max(held, phase.get("peak_device_bytes", 0))
 
 
 def table(found: Sequence[Point]) -> str:

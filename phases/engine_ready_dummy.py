@@ -1,10 +1,12 @@
 """Start the engine, with random weights unless ``engine.load_format`` says otherwise."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import override
 
+from kvpipe.config.schema import DUMMY
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, JAX, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.ledger import Size
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, follows
 
 
@@ -20,32 +22,21 @@ class EngineReadyDummy(WorkerPhase):
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
-        real = () if self.load_format == "dummy" else (WEIGHTS_REAL,)
+        real = () if self.load_format == DUMMY else (WEIGHTS_REAL,)
         return Effect(
             needs=(JAX,),
             forbids=(ENGINE,),
             adds=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real),
             reads_weights=bool(real),
+            peak=() if real else (Size.DUMMY_START,),
         )
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
-        from kvpipe.engine import owners, sglang, weights
+        from kvpipe.engine import ready, sglang, weights
 
-        config, model_dir = ctx.config, ctx.model_dir
+        config = ctx.config
         engine = replace(config.engine, load_format=self.load_format)
-        ctx.started = sglang.start(engine, model_dir, config.runner.idle_timeout_s)
+        ctx.started = sglang.start(engine, ctx.model_dir, config.runner.idle_timeout_s)
         weights.take_digests(ctx.started)
-        ctx.owners = owners.Owners.when_ready(ctx.started)
-        return Result(
-            {
-                **asdict(engine),
-                "model_id": config.model.id,
-                "model_dir": str(model_dir),
-                "tp_size": ctx.started.runner.tp_size,
-                "sgl_jax_version": ctx.started.version,
-                "max_total_num_tokens": ctx.started.max_total_tokens,
-                "num_model_state_leaves": weights.num_leaves(ctx.started),
-                **ctx.started.proof.fields,
-            }
-        )
+        return ready.result(ctx, engine)

@@ -19,13 +19,13 @@ class LossFell(WorkerPhase):
 
     share: float = checked(0.01, positive)
 
-    effect = Effect(needs=(TRAINER_LIVE,))
+    effect = Effect(needs=(TRAINER_LIVE,), reads_losses=True)
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
         losses = ctx.trainer.losses
         if not losses:
-            raise PhaseError("no training step had a loss: trainer.loss is 'seeded'")
+            raise PhaseError("there was no training step yet")
         first, last = losses[0], losses[-1]
         most = self.share * first
         check = Check("loss_fell", most, last, last <= most, f"it was {first:.6g} at first")

@@ -11,12 +11,15 @@ from kvpipe.errors import PhaseError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, TRAINER_AHEAD, TRAINER_LIVE, trained
-from kvpipe.pipeline.ledger import TRAIN_STEP, TRAINER_PROGRAM, Size
+from kvpipe.pipeline.ledger import GRADIENTS, TRAIN_STEP, TRAINER_PROGRAM, Size
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
-from kvpipe.records.run import check_equal
+from kvpipe.records.run import Check, check_equal
 
 if TYPE_CHECKING:
     from kvpipe.trainer.batch import Batch
+
+
+_PROGRAMS = (GRADIENTS, TRAIN_STEP)
 
 
 class TrainStep(WorkerPhase):
@@ -42,7 +45,7 @@ class TrainStep(WorkerPhase):
             forbids=(KV_LIVE,) if self.peak_below else (),
             adds=(TRAINER_AHEAD, trained(self.step)),
             pools={TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
-            runs=(TRAIN_STEP,),
+            runs=_PROGRAMS,
         )
 
     @override
@@ -54,11 +57,24 @@ class TrainStep(WorkerPhase):
         report = ctx.trainer.step(self._batch(ctx), reference)
         ctx.step_peaks[self.step] = report.peak_bytes
         checks = [check_equal("step_is_in_place", report.set_bytes, report.in_place_bytes)]
+        checks += self._temporaries_checks(ctx, report.temp_bytes)
         if self.peak_below is not None:
             lower = ctx.step_peaks[self.peak_below] - report.peak_bytes
             checks += [check_equal("kv_drop_lowers_peak", kv_cache.nbytes(ctx.engine), lower)]
         rewards = ctx.rewarded.numbers if ctx.rewarded and ctx.config.trainer.rewarded else {}
         return Result({**report.fields, **rewards}, tuple(checks))
+
+    def _temporaries_checks(self, ctx: WorkerContext, temp_bytes: int) -> list[Check]:
+        """Return the check of a device's temporaries against the plan, if its programs are in it."""
+        planned, plan = ctx.planned_temporaries, ctx.config.plan
+        if not plan.enforce or not planned.keys() >= {*_PROGRAMS}:
+            return []
+        expected = max(planned[program] for program in _PROGRAMS)
+        # A plan for a TPU was made without one.
+        allowed = 0 if ctx.config.engine.device == "cpu" else plan.allowance_bytes
+        passed = abs(temp_bytes - expected) <= allowed
+        detail = f"bytes of a device; {allowed} may differ"
+        return [Check("step_temporaries", expected, temp_bytes, passed, detail)]
 
     def _batch(self, ctx: WorkerContext) -> "Batch | None":
         """Return what the step learns from; None if its gradients are seeded."""

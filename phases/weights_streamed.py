@@ -27,6 +27,7 @@ class WeightsStreamed(WorkerPhase):
     def effect_given(self, before: frozenset[str]) -> Effect:
         tree = (facts.host(self.source),) if self.source else ()
         probed = (KV_LIVE, WEIGHTS_LIVE) if self.probe_tokens else ()
+        new = () if WEIGHTS_LIVE in before else (Size.PARAMS,)
         return Effect(
             needs=(ENGINE, *tree, *probed),
             # A slot that shares the old arrays would keep them alive beside the new ones.
@@ -36,6 +37,7 @@ class WeightsStreamed(WorkerPhase):
             pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
             new_tokens=self.probe_tokens,
             reads_weights=self.source is None,
+            peak=() if self.probe_tokens else (*new, Size.LEAF),
         )
 
     @override

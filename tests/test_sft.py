@@ -4,9 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvpipe.pipeline.steps import build_steps
+from kvpipe.plan.fold import check_order
+from kvpipe.plan.inputs import check_inputs
 from tests.command import Finished, kvpipe, programs
 from tests.conftest import SIZES
-from tests.helpers_config import build
+from tests.helpers_config import build, compose_plain, config_of
+from tests.refusal import refusal
 
 SHORT = (
     *SIZES,
@@ -15,6 +19,7 @@ SHORT = (
     "model.generate.num_hidden_layers=1",
     "trainer.batch_size=8",
     "trainer.micro_batch_size=4",
+    "trainer.length=64",  # the gradients then need more than the update
     "trainer.warmup_steps=1",
     "+phases.loss_fell.share=0.9",
 )
@@ -60,10 +65,27 @@ def test_a_training_step_has_its_numbers_takes_no_byte_more_and_compiles_once(ru
 
 @pytest.mark.slow
 def test_the_plan_has_the_temporaries_that_the_step_takes(run):
-    programs = {program["name"]: program for program in run.phase("run_planned")["programs"]}
-    devices = run.phase("run_planned")["devices"]
+    """Also as a row of the step and in what has to fit; each step checks it by itself."""
+    planned = run.phase("run_planned")
+    programs = {program["name"]: program for program in planned["programs"]}
+    held = [programs[name]["temp_bytes"] for name in ("gradients", "train_step")]
+    assert min(held) > 0
+    temp_bytes = max(held)
+    rows = {phase["name"]: phase["temp_bytes"] for phase in planned["phases"]}
     for record in training(run):
-        assert record["step_memory"]["temp_bytes"] == devices * programs["train_step"]["temp_bytes"]
+        assert rows[record["phase"]] == temp_bytes
+        assert record["step_memory"]["temp_bytes"] == planned["devices"] * temp_bytes
+        (check,) = (each for each in record["checks"] if each["name"] == "step_temporaries")
+        assert (check["expected"], check["actual"]) == (temp_bytes, temp_bytes)
+
+
+def test_a_pipeline_that_reads_losses_of_seeded_gradients_is_refused_before_it_is_run():
+    config = config_of(compose_plain("+experiment=tiny_sft", "trainer.loss=seeded"))
+    planned = check_order(build_steps(config))
+    assert refusal(check_inputs, config, planned, whole=False) == (
+        "trainer.loss is 'seeded', which has no loss, but step 'loss_fell' reads losses; leave the "
+        "step out, or set trainer.loss=sft"
+    )
 
 
 @pytest.mark.parametrize(("losses", "passes"), [([8.0, 9.0, 0.8], True), ([8.0, 0.1, 0.9], False)])

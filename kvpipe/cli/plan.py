@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from kvpipe.checkpoints.model_dir import check_cache_dir, check_shape
 from kvpipe.cli.common import PLANNERS, checked_steps, open_output
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
-from kvpipe.errors import HELD, KvpipeError
+from kvpipe.errors import HELD, InputError, KvpipeError
 from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.targets import find_target
 from kvpipe.report.plan import as_json, as_markdown
@@ -26,6 +26,8 @@ def act(composed: DictConfig) -> int:
     target = find_target(config.plan.target, config.engine)
     if config.plan.compile is True:
         check_cache_dir(config)
+    elif config.plan.micro_batch:
+        raise InputError("plan.micro_batch: it compiles the gradients; set plan.compile=true")
     record = PLANNERS.plan(config, plain, target)
     with open_output("plan.file", config.plan.file) as out:
         match config.plan.format:

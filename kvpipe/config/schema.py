@@ -22,6 +22,7 @@ from kvpipe.suggest import nearest
 STOP = "stop"
 CONTINUE = "continue"
 AUTO = "auto"
+DUMMY = "dummy"
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
@@ -292,7 +293,7 @@ class EngineConfig(Section, section="engine"):
     node_rank: int | None = checked(None, at_least(0))
     dist_init_addr: str | None = None
     dtype: str = checked("bfloat16", one_of("bfloat16", "float32"))
-    load_format: str = checked("dummy", one_of("dummy", "auto"))
+    load_format: str = checked(DUMMY, one_of(DUMMY, "auto"))
     max_total_tokens: int = checked(MISSING, at_least(1))
     context_length: int | None = checked(None, at_least(1))
     page_size: int = checked(1, at_least(1))
@@ -582,6 +583,9 @@ class PlanConfig(Section, section="plan"):
             memory may not suffice. A run on a TPU takes what ``kvpipe plan`` has compiled.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
+        micro_batch: find the largest ``trainer.micro_batch_size`` that fits, by halving the divisors
+            of ``trainer.batch_size``; compiles the gradients of each that an earlier plan has not,
+            which takes minutes for a large model. For ``plan`` with ``compile``.
         timeout_s: limit in seconds of ``kvpipe plan``, for each job of a sweep, and of git in
             ``compare-plans``; None means no limit.
         reserve_bytes: bytes of each device that a plan leaves free, since an allocator cannot give
@@ -598,6 +602,7 @@ class PlanConfig(Section, section="plan"):
     file: str | None = None
     compile: bool | str = checked(AUTO, _auto_or_bool)
     prompt_tokens: int | None = checked(None, at_least(1))
+    micro_batch: bool = False
     timeout_s: float | None = checked(1800.0, seconds)
     reserve_bytes: int | None = checked(None, at_least(0))
     limit_bytes: int | None = checked(None, at_least(1))

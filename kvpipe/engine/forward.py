@@ -3,7 +3,9 @@
 Only the attention writes into the KV cache, and the model calls it through its batch. With a batch
 that has an attention for training, the unchanged model computes every position of whole sequences,
 without a KV cache. The memory is linear in the length: each layer is computed again in the backward
-pass, attention takes a chunk of the queries at a time, the logits a chunk of the tokens.
+pass, attention takes a block of the scores at a time, the logits a chunk of the tokens. What stays of
+a layer is its input, with the tokens shared out over the devices; its weights in the engine's dtype and
+layout are made again too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +16,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvpipe.engine import compat
 from kvpipe.engine.params import ParamTable, path_name
@@ -26,6 +28,9 @@ from kvpipe.engine.weight_map import Leaf, leaf_sources
 # More at a time would need more memory, fewer would leave a TPU's matrix unit idle.
 _QUERIES = 256
 _TOKENS = 256
+# Splash attention takes blocks of the scores, of at most so many queries and keys; all are whole lanes.
+_BLOCK = 512
+_LANES = 128
 
 
 @jax.tree_util.register_dataclass
@@ -85,13 +90,11 @@ class Forward:
             tokens: token ids of shape [sequences, length]. Padding is on the right: no token sees
                 one to its right.
         """
-        params = self._engine_params(trained)
-        shardings = jax.tree_util.tree_map_with_path(self._sharding, self.params)
-        mesh = jax.tree.leaves(shardings)[0].mesh
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return compat.in_engine_axes(self._scores_of, shardings, everywhere)(params, tokens)
+        shardings = {leaf.source: self._sharding(leaf) for leaf in self.leaves.values()}
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        return compat.in_engine_axes(self._scores_of, shardings, everywhere)(trained, tokens)
 
-    def _scores_of(self, params: Any, tokens: jax.Array) -> Scores:
+    def _scores_of(self, trained: Mapping[str, jax.Array], tokens: jax.Array) -> Scores:
         """Return the scores of sequences; the engine's model runs as the engine runs it."""
         from sgl_jax.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
         from sgl_jax.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
@@ -102,36 +105,99 @@ class Forward:
         metadata = LogitsMetadata(
             forward_mode=ForwardMode.DECODE, capture_hidden_mode=CaptureHiddenMode.NULL
         )
-        model = nnx.merge(self.definition, params, self.others)
-        with _layers_computed_again(model), compat.replaced(LogitsProcessor, "__call__", _unscored):
+        model = nnx.merge(self.definition, self.params, self.others)
+        model = self._filled(model, (), trained)
+        with (
+            self._layers_computed_again(model, trained),
+            compat.replaced(LogitsProcessor, "__call__", _unscored),
+        ):
             positions = jnp.tile(jnp.arange(length), rows)
-            attention = _attention(rows)
+            attention = _attention(rows, self._mesh)
             batch = _Batch(tokens.reshape(-1), positions, attention, metadata.forward_mode)
             (processor, hidden, head), *_ = model(batch, _Pools(), metadata)
         hidden = hidden.reshape(rows, length, -1)[:, :-1]
+        path = next(path for path, module in nnx.iter_graph(model) if module is head)
 
         def logits(part: jax.Array) -> jax.Array:
-            return logits_of(processor, part, head, metadata).next_token_logits
+            # Filled for each chunk, so that its gradient is summed in the trained tree's dtype.
+            filled = self._filled(head, path, trained)
+            return logits_of(processor, part, filled, metadata).next_token_logits
 
         return _scores(logits, hidden, tokens[:, 1:])
 
-    def _engine_params(self, trained: Mapping[str, jax.Array]) -> Any:
-        """Return the state of the model's parameters that a trained tree gives."""
+    def _filled(self, module: Any, path: tuple[Any, ...], trained: Mapping[str, jax.Array]) -> Any:
+        """Return the module at a path of the model, with its parameters from a trained tree."""
+        definition, params, others = nnx.split(module, nnx.Param, ...)
 
-        def placed(path: tuple[Any, ...], shape: Any) -> jax.Array:
+        def placed(inside: tuple[Any, ...], shape: Any) -> jax.Array:
             del shape
-            leaf, like = self.leaves[path_name(path)], self.blueprint[path_name(path)]
-            weight = in_engine_layout(trained[leaf.source], leaf.transpose, leaf.heads, like.dtype)
-            named = self._sharding(path)
+            name = ".".join(map(str, (*path, path_name(inside))))
+            leaf, like = self.leaves[name], self.blueprint[name]
+            named: Any = like.sharding
+            lay_out = compat.axes_left_to_xla(
+                lambda given: in_engine_layout(given, leaf.transpose, leaf.heads, like.dtype),
+                named.spec,
+            )
+            weight = lay_out(trained[leaf.source])
+            # One that the engine has on each device may stay shared out, as the trainer has it.
+            if compat.shards_explicitly() or not any(named.spec):
+                return weight
             sharding = NamedSharding(auto(named.mesh), named.spec)
             return jax.lax.with_sharding_constraint(weight, sharding)
 
-        return jax.tree_util.tree_map_with_path(placed, self.params)
+        return nnx.merge(definition, jax.tree_util.tree_map_with_path(placed, params), others)
 
-    def _sharding(self, path: tuple[Any, ...], shape: Any = None) -> Any:
-        """Return the sharding of a parameter in the engine."""
-        del shape
-        return self.blueprint[path_name(path)].sharding
+    def _sharding(self, leaf: Leaf) -> NamedSharding:
+        """Return the sharding of a trained parameter that is the engine's, in the other layout."""
+        like: Any = self.blueprint[leaf.path]
+        axes = [*like.sharding.spec, *[None] * (len(like.shape) - len(like.sharding.spec))]
+        spec = PartitionSpec(*(reversed(axes) if leaf.transpose else axes))
+        return NamedSharding(like.sharding.mesh, spec)
+
+    @contextmanager
+    def _layers_computed_again(
+        self, model: Any, trained: Mapping[str, jax.Array]
+    ) -> Iterator[None]:
+        """Keep only the input of each layer of ``model`` for the backward pass."""
+        layers = {
+            id(module): (path, type(module))
+            for path, module in nnx.iter_graph(model)
+            if len(path) > 1 and path[-2] == "layers"
+        }
+
+        def again(call: Callable[..., Any]) -> Callable[..., Any]:
+            def computed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+                path, _ = layers[id(layer)]
+
+                def once() -> Any:
+                    filled = self._filled(layer, path, trained)
+                    hidden, residual, *others = call(filled, *args, **kwargs)
+                    # The next layer would begin with this sum; without a residual it takes it as is.
+                    return self._shared_out(hidden + residual), None, *others
+
+                return jax.checkpoint(once)()
+
+            return computed
+
+        with ExitStack() as stack:
+            for kind in {kind for _, kind in layers.values()}:
+                stack.enter_context(compat.replaced(kind, "__call__", again(kind.__call__)))
+            yield
+
+    def _shared_out(self, hidden: jax.Array) -> jax.Array:
+        """Return hidden states of [tokens, features] with the tokens shared out over the devices."""
+        mesh = self._mesh
+        # Models with explicit axes take hidden states only as they themselves lay them out.
+        if compat.shards_explicitly() or len(hidden) % mesh.size:
+            return hidden
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        return jax.lax.with_sharding_constraint(hidden, sharding)
+
+    @property
+    def _mesh(self) -> Mesh:
+        """The engine's devices; XLA chooses the shardings within a program."""
+        placed: Any = next(iter(self.blueprint.values())).sharding
+        return auto(placed.mesh)
 
 
 @dataclass(frozen=True)
@@ -161,31 +227,19 @@ def _unscored(processor: Any, hidden: jax.Array, head: Any, metadata: Any) -> An
     return processor, hidden, head
 
 
-@contextmanager
-def _layers_computed_again(model: Any) -> Iterator[None]:
-    """Keep only the input of each layer of ``model`` for the backward pass."""
-    kinds = {
-        type(node) for path, node in nnx.iter_graph(model) if len(path) > 1 and path[-2] == "layers"
-    }
-
-    def again(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: jax.checkpoint(lambda: call(*args, **kwargs))()
-
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(compat.replaced(kind, "__call__", again(kind.__call__)))
-        yield
-
-
-def _attention(rows: int) -> Callable[..., Any]:
+def _attention(rows: int, mesh: Mesh) -> Callable[..., Any]:
     """Return a causal attention over whole sequences, in place of the engine's over its KV cache."""
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, layer: Any, *_: Any
     ) -> tuple[jax.Array, None]:
         def of_sequences(*projected: jax.Array) -> jax.Array:
             q, k, v = (x.reshape(rows, -1, x.shape[-2], x.shape[-1]) for x in projected)
-            found = _causal(q, k, v, layer.scaling)
+            if on_tpu and q.shape[-1] % _LANES == 0:
+                found = _splash(q, k, v, layer.scaling, mesh)
+            else:
+                found = _causal(q, k, v, layer.scaling)
             return found.reshape(-1, found.shape[-2] * found.shape[-1])
 
         # Tokens and heads lie where those of the queries do.
@@ -193,6 +247,45 @@ def _attention(rows: int) -> Callable[..., Any]:
         return compat.axes_left_to_xla(of_sequences, spec)(q, k, v), None
 
     return attend
+
+
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, mesh: Mesh, interpret: bool = False
+) -> jax.Array:
+    """Return causal attention of [sequences, length, heads, head_dim] by jax's kernels for TPUs.
+
+    Each device has its own heads. ``interpret`` is for devices of another kind.
+    """
+    # Its import takes a second, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    length = q.shape[1]
+    padded = -(-length // _LANES) * _LANES
+    block: Any = next(size for size in range(_BLOCK, 0, -_LANES) if padded % size == 0)
+    mask = splash_attention_mask.CausalMask((padded, padded))
+
+    def of_device(*arrays: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(1, 2) for x in arrays)
+        attend: Any = splash_attention_kernel.make_splash_mha_single_device(
+            splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=splash_attention_kernel.BlockSizes(*[block] * 8),
+            interpret=interpret,
+        )
+        found: Any = jax.vmap(attend)(q, k, v)
+        return found.swapaxes(1, 2)
+
+    rows, heads, *_ = mesh.axis_names
+    spec = PartitionSpec(None if len(q) % mesh.shape[rows] else rows, None, heads)
+    pad = ((0, 0), (0, padded - length), (0, 0), (0, 0))
+    arrays = [jnp.pad(x, pad) for x in (q * scale, k, v)]
+    # Its kernels do not say over which axes their results vary.
+    shared: Any = jax.shard_map(
+        of_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    return shared(*arrays)[:, :length]
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
@@ -207,7 +300,7 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array
     queries = _chunks(q, _QUERIES, axis=1)
     positions = _chunks(keys, _QUERIES, axis=0)
     found = jax.lax.map(lambda chunk: jax.checkpoint(of_chunk)(*chunk), (queries, positions))
-    return jnp.concatenate(list(found), axis=1)[:, :length]
+    return jnp.moveaxis(found, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
 def _scores(
@@ -217,8 +310,9 @@ def _scores(
 
     def of_chunk(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         logprobs = jax.nn.log_softmax(logits_of(part).astype(jnp.float32))
+        # Not by an index: the vocabulary is shared out over the devices.
         is_chosen = jnp.arange(logprobs.shape[-1]) == ids[:, None]
-        chosen = jnp.where(is_chosen, logprobs, 0.0).sum(axis=-1)
+        chosen = jnp.where(is_chosen, logprobs, 0).sum(-1)
         return chosen, -(jnp.exp(logprobs) * logprobs).sum(-1)
 
     parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), _TOKENS, axis=0)

@@ -237,6 +237,8 @@ def _held_by(
     engine: SglangEngine, arrays: Sequence[jax.Array]
 ) -> tuple[dict[int, Path], dict[int, Path]]:
     """Return the paths at which the engine's objects and modules hold the arrays, and its threads."""
+    if not arrays:  # at most steps all are where they were
+        return {}, {}
     wanted = {id(array) for array in arrays}
     seen: dict[int, Any] = {}
     held = _walk(_roots(engine), wanted, seen)

@@ -17,7 +17,7 @@ from kvpipe.records.run import Program
 from kvpipe.system.versions import version_of
 
 # Goes up when kvpipe's own programs change, or what is kept of a program.
-_FORMAT = 3
+_FORMAT = 4
 PROGRAMS = "programs"
 _PACKAGES = ("sglang-jax", "jax", "jaxlib", "libtpu", "flax", "optax")
 

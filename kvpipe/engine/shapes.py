@@ -12,16 +12,18 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kvpipe.config.schema import EngineConfig
 from kvpipe.engine import compat, lean_import
 from kvpipe.engine.kv_capacity import abstract, pool_size
+from kvpipe.engine.memory import shard_bytes
 from kvpipe.engine.params import param_paths, path_name
 from kvpipe.engine.sglang import server_arguments
 from kvpipe.engine.weight_map import Leaf, sources_of, weight_mappings
@@ -69,6 +71,28 @@ class EngineShapes:
         return found
 
     @property
+    def dummy_start(self) -> list[Any]:
+        """What a start with random weights holds at its peak.
+
+        0.0.2 makes the weights twice, the second time leaf by leaf, each whole on the first device
+        before it is shared out. Later versions make them once.
+        """
+        first = SingleDeviceSharding(self.mesh.devices.flat[0])
+        params = list(self.params.values())
+        whole = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=first) for p in params]
+        if compat.shards_explicitly():
+            return [*params, max(whole, key=shard_bytes)]
+        made = accumulate(map(shard_bytes, params))
+        held = [done + shard_bytes(leaf) for done, leaf in zip(made, whole, strict=True)]
+        last = max(range(len(held)), key=held.__getitem__)
+        return [*params, *params[: last + 1], whole[last]]
+
+    @property
+    def largest_leaf(self) -> Any:
+        """The parameter that takes most of a device."""
+        return max(self.params.values(), key=shard_bytes)
+
+    @property
     def sources(self) -> dict[str, Leaf]:
         """The checkpoint tensor behind each parameter, by path.
 
@@ -94,9 +118,7 @@ def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> E
         InputError: the engine refuses the model on this mesh, or the capacity is too small.
     """
     worker = _abstract_worker(config, model_dir, mesh, device)
-    state = nnx.state(worker.model_runner.model, nnx.Param)
-    params = zip(param_paths(state), sharded_leaves(state, mesh), strict=True)
-    found = EngineShapes(mesh, worker, dict(params))
+    found = EngineShapes(mesh, worker, params_of(worker.model_runner.model, mesh))
     # From bd09a87 on the runner's compiled steps refer to it, a cycle that Python's collector does not
     # see: its random keys would stay on the devices.
     weakref.finalize(found, vars(worker.model_runner).clear).atexit = False
@@ -124,7 +146,7 @@ def _abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: 
     arguments.device = device
     with ExitStack() as stack:
         for owner, name, value in (
-            (model_runner, "get_model_loader", _AbstractLoader),
+            (model_runner, "get_model_loader", AbstractLoader),
             (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
             (model_runner.ModelRunner, "initialize_jit", _placing_shapes(model_runner.ModelRunner)),
             (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
@@ -170,7 +192,7 @@ def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:
     return initialize
 
 
-class _AbstractLoader:
+class AbstractLoader:
     """Replaces the engine's model loader; returns a model with shapes for weights."""
 
     def __init__(self, *, mesh: Mesh, **others: Any) -> None:
@@ -203,6 +225,12 @@ def _place(model: Any, mesh: Mesh) -> None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     nnx.update(model, jax.tree_util.tree_map_with_path(placed, nnx.state(model, nnx.Param)))
+
+
+def params_of(model: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the parameters of an abstract model by path, in the order of its state."""
+    state = nnx.state(model, nnx.Param)
+    return dict(zip(param_paths(state), sharded_leaves(state, mesh), strict=True))
 
 
 def sharded_leaves(state: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:

@@ -49,6 +49,8 @@ class WorkerContext:
         made_trainer: the trainer, on the devices or offloaded, else None.
         rewarded: the samples that were rewarded last, else None.
         reward_means: the mean of each time that samples were rewarded.
+        planned_temporaries: bytes on a device of each program that was compiled for the plan, by its
+            name there.
         step_peaks: most bytes in use during each training step, over all devices, by step name.
     """
 
@@ -66,6 +68,7 @@ class WorkerContext:
     made_trainer: "Trainer | None" = None
     rewarded: Rewarded | None = None
     reward_means: list[float] = field(default_factory=list)
+    planned_temporaries: Mapping[str, int] = field(default_factory=dict)
     step_peaks: dict[str, int] = field(default_factory=dict)
 
     @cached_property

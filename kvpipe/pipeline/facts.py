@@ -135,7 +135,7 @@ _MEANINGS = {
     ),
     WEIGHTS_LIVE: Meaning(
         "the engine's weights on the devices",
-        "put 'weights_restored' or a swap between",
+        "put 'weights_restored' or a swap between (a swap needs none with probe_tokens=0)",
     ),
     WEIGHTS_OFFLOADED: Meaning("offloaded weights", "put 'weights_offloaded' before it"),
     WEIGHTS_REAL: Meaning(

@@ -24,10 +24,11 @@ has the bytes that were asked for."""
 
 PerDevice = tuple[int, ...]
 
-TRAIN_STEP, WEIGHT_SYNC, POLICY_SCORES = "train_step", "weight_sync", "policy_scores"
-TRAINER_PROGRAMS = (TRAIN_STEP, WEIGHT_SYNC, POLICY_SCORES)
-"""The trainer's programs: an update of its tree, the transfer of that tree into the engine, and its
-forward pass over samples."""
+GRADIENTS, TRAIN_STEP, WEIGHT_SYNC = "gradients", "train_step", "weight_sync"
+POLICY_SCORES = "policy_scores"
+TRAINER_PROGRAMS = (GRADIENTS, TRAIN_STEP, WEIGHT_SYNC, POLICY_SCORES)
+"""The trainer's programs: the gradients of a micro-batch, the update of its tree, the transfer of
+that tree into the engine, and its forward pass over samples."""
 
 KV_ZEROS, KV_TAKE, KV_PUT = "kv_zeros", "kv_take", "kv_put"
 KV_PROGRAMS = (KV_ZEROS, KV_TAKE, KV_PUT)
@@ -39,7 +40,11 @@ OWN_PROGRAMS = (*TRAINER_PROGRAMS, *KV_PROGRAMS)
 
 
 class Size(StrEnum):
-    """Size of a pool, by a name that a phase knows before anything is loaded."""
+    """Size of a pool, by a name that a phase knows before anything is loaded.
+
+    The last two are of no pool: what a start with random weights holds at its peak, and the largest
+    parameter.
+    """
 
     NOTHING = "nothing"
     PARAMS = "params"
@@ -49,6 +54,8 @@ class Size(StrEnum):
     TRAINER_PARAMS = "trainer_params"
     TRAINER_GRADIENTS = "trainer_gradients"
     TRAINER_MOMENTS = "trainer_moments"
+    DUMMY_START = "dummy_start"
+    LEAF = "leaf"
 
 
 TRAINER_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_GRADIENTS, Size.TRAINER_MOMENTS)

@@ -61,6 +61,9 @@ class Effect:
         rolls_out: whether it generates for the prompts of rollouts, not for the one prompt.
         samples: number of samples of each of them.
         reads_weights: whether it reads the files of the model's weights.
+        peak: sizes of what it holds at its peak together with all that was there before it; empty if
+            no plan predicts its peak.
+        reads_losses: whether it reads the losses of training steps.
     """
 
     needs: tuple[str, ...] = ()
@@ -73,6 +76,8 @@ class Effect:
     rolls_out: bool = False
     samples: int = 0
     reads_weights: bool = False
+    peak: tuple[PoolSize, ...] = ()
+    reads_losses: bool = False
 
     def __post_init__(self) -> None:
         for name in ("needs", "forbids", "adds", "removes"):

@@ -1,12 +1,13 @@
 """Whether a plan fits the devices, why not, and the largest KV cache that would."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvpipe.config.schema import TrainerConfig
 from kvpipe.pipeline.facts import own_kv_tokens
-from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger
+from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger, Size
 from kvpipe.pipeline.phase import Effect
 from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.pages import whole_pages
@@ -95,12 +96,14 @@ def fit_of(
     temporaries: Sequence[int] | None = None,
     reserve_bytes: int = 0,
     limited: bool = False,
+    peaks: Sequence[int] | None = None,
 ) -> Fit:
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
     ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
     ledger says is there after it; ``reserve_bytes`` have to stay free on each. ``limited`` says that
-    ``hbm_bytes`` are those of ``plan.limit_bytes``.
+    ``hbm_bytes`` are those of ``plan.limit_bytes``. ``peaks`` are the most bytes that a step holds on
+    a device, 0 where they are not known.
 
     It does not fit either if the engine would cut the KV cache down (:func:`engine_kv_bytes`).
 
@@ -110,10 +113,12 @@ def fit_of(
     would help.
     """
     extra = temporaries or [0] * len(ledgers)
-    fullest = [
+    within = peaks or [0] * len(ledgers)
+    after = [
         max(ledger.per_device, default=0) + more
         for ledger, more in zip(ledgers, extra, strict=True)
     ]
+    fullest = list(map(max, after, within))
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     usable = hbm_bytes - reserve_bytes
     kv_bytes = kv.padded_bytes(kv.tokens) if kv.padded_bytes else kv.device_bytes
@@ -121,6 +126,10 @@ def fit_of(
         (total + more, kv_bytes if held and own_kv_tokens(item.facts) is None else 0)
         for item, ledger, more in zip(planned, ledgers, extra, strict=True)
         for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+    ]
+    loads += [
+        (most, kv_bytes if _has_kv_at_peak(planned, step) else 0)
+        for step, most in enumerate(within)
     ]
     too_full_without_kv = any(total > usable for total, held in loads if not held)
     most = kv.most_in(min((usable - total + held for total, held in loads if held), default=usable))
@@ -130,12 +139,30 @@ def fit_of(
     return Fit(
         fits=fullest[peak] <= usable and (cut is None or kv.tokens <= cut),
         hbm_bytes=hbm_bytes,
-        temp_bytes=extra[peak],
+        temp_bytes=extra[peak] if after[peak] == fullest[peak] else 0,
         peak_phase=planned[peak].step.step,
         max_total_tokens=0 if too_full_without_kv else most,
         reserve_bytes=reserve_bytes,
         limited=limited,
     )
+
+
+def _has_kv_at_peak(planned: Sequence[PlannedStep], step: int) -> bool:
+    """Whether a step holds the KV cache at its peak, of ``engine.max_total_tokens``."""
+    there = step > 0 and planned[step - 1].pools.get(KV) is Size.KV
+    return there or Size.KV in planned[step].effect.peak
+
+
+def most_rows(config: TrainerConfig, fits: Callable[[int], bool]) -> int:
+    """Return the largest micro-batch that fits, 0 if none does.
+
+    Args:
+        config: micro-batches divide its batch.
+        fits: whether one of so many examples does; asked for as few as may be, since it compiles.
+    """
+    sizes = [rows for rows in range(1, config.batch_size + 1) if config.batch_size % rows == 0]
+    first_too_large = bisect_left(sizes, True, key=lambda rows: not fits(rows))
+    return sizes[first_too_large - 1] if first_too_large else 0
 
 
 def why_not_fit(plan: RunPlanned) -> str | None:
@@ -145,7 +172,7 @@ def why_not_fit(plan: RunPlanned) -> str | None:
         return None
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
-    needed = plan.peak.max_device_bytes + fit.temp_bytes
+    needed = plan.needed_device_bytes
     needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
     if fit.temp_bytes:
         needs += f", {fit.temp_bytes} of them for temporaries"
@@ -171,7 +198,7 @@ def left_out(plan: RunPlanned) -> str:
 def free_bytes(plan: RunPlanned) -> int:
     """Return the bytes of the fullest device that stay free; less than 0 if it is too full."""
     fit = plan.fit
-    return fit.hbm_bytes - fit.reserve_bytes - plan.peak.max_device_bytes - fit.temp_bytes
+    return fit.hbm_bytes - fit.reserve_bytes - plan.needed_device_bytes
 
 
 def warning(plan: RunPlanned) -> str | None:

@@ -110,18 +110,43 @@ def plan_ledgers(
     return tuple(ledgers)
 
 
+def plan_peaks(
+    planned: Sequence[PlannedStep],
+    ledgers: Sequence[Ledger],
+    given: Mapping[PoolSize, PerDevice],
+) -> tuple[int, ...]:
+    """Return the most bytes on a device during and after each step; 0 where its effect has no peak.
+
+    ``given`` are the bytes that each device gives each size.
+    """
+    peaks = []
+    before: PerDevice = (0,) * ledgers[0].devices if ledgers else ()
+    for item, ledger in zip(planned, ledgers, strict=True):
+        held = map(sum, zip(before, *(given[size] for size in item.effect.peak), strict=True))
+        peaks.append(max(*held, *ledger.per_device) if item.effect.peak else 0)
+        before = ledger.per_device
+    return tuple(peaks)
+
+
 def planned_phases(
-    planned: Sequence[PlannedStep], ledgers: Sequence[Ledger]
+    planned: Sequence[PlannedStep],
+    ledgers: Sequence[Ledger],
+    peaks: Sequence[int] | None = None,
+    temporaries: Sequence[int] | None = None,
 ) -> tuple[PlannedPhase, ...]:
-    """Return the ledgers as records."""
+    """Return the ledgers as records, with peaks and temporaries of each step if they are known."""
+    none = [0] * len(ledgers)
+    sizes = zip(peaks or none, temporaries or none, strict=True)
     return tuple(
         PlannedPhase(
             name=item.step.step,
             pools=ledger.totals(),
             total_bytes=ledger.total_bytes,
             max_device_bytes=max(ledger.per_device),
+            peak_device_bytes=peak,
+            temp_bytes=temp_bytes,
         )
-        for item, ledger in zip(planned, ledgers, strict=True)
+        for item, ledger, (peak, temp_bytes) in zip(planned, ledgers, sizes, strict=True)
     )
 
 

@@ -61,12 +61,22 @@ def check_inputs(
     if any(TRAIN_STEP in item.effect.runs for item in planned) and config.trainer.reads_data:
         _check_examples(config, directory)
     check_policy(config, planned)
+    _check_losses(config, planned)
     longest = _longest_prompts(config, planned, directory)
     for item in planned:
         if item.effect.new_tokens:
             _check_request(item, *_limit(item, engine, context), longest[item.effect.rolls_out])
         if item.effect.rolls_out and config.trainer.rewarded:
             _check_row(item, config.trainer.length, longest[True])
+
+
+def _check_losses(config: Kvpipe, planned: Sequence[PlannedStep]) -> None:
+    for item in planned:
+        if item.effect.reads_losses and not config.trainer.learns:
+            raise InputError(
+                f"trainer.loss is {config.trainer.loss!r}, which has no loss, but step "
+                f"{item.step.step!r} reads losses; leave the step out, or set trainer.loss=sft"
+            )
 
 
 def check_split(engine: EngineConfig, model: Model, devices: int) -> None:

@@ -244,12 +244,23 @@ class PlannedPhase:
         total_bytes: bytes over all pools and devices, with the pool ``padding``: physical bytes,
             where every other pool has logical ones.
         max_device_bytes: bytes on the fullest device, physical ones.
+        peak_device_bytes: most bytes on the fullest device while the phase runs, or after it; 0 if
+            they are not predicted.
+        temp_bytes: bytes of temporaries on a device while the step runs, activations among them; 0 if
+            no program was compiled.
     """
 
     name: str
     pools: Mapping[str, int]
     total_bytes: int
     max_device_bytes: int
+    peak_device_bytes: int = 0
+    temp_bytes: int = 0
+
+    @property
+    def most_device_bytes(self) -> int:
+        """The larger of the two: all that is known of the bytes on the fullest device."""
+        return max(self.max_device_bytes, self.peak_device_bytes)
 
 
 @dataclass(frozen=True)
@@ -264,6 +275,8 @@ class Fit:
         temp_bytes: bytes of temporaries on a device during the peak phase; they count towards it.
         reserve_bytes: bytes of a device that stay free for fragmentation.
         limited: whether ``hbm_bytes`` is ``plan.limit_bytes``.
+        micro_batch_size: largest ``trainer.micro_batch_size`` that would fit, 0 if none does; None if
+            ``plan.micro_batch`` does not ask for it.
     """
 
     fits: bool
@@ -273,6 +286,7 @@ class Fit:
     temp_bytes: int = 0
     reserve_bytes: int = 0
     limited: bool = False
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -280,8 +294,9 @@ class Program:
     """A program of the engine, the trainer or kvpipe, compiled ahead of time for a target.
 
     Attributes:
-        name: ``prefill``, ``decode``, ``train_step``, ``weight_sync``, ``kv_zeros``, ``kv_take``,
-            ``kv_put`` or ``weight_digest``, which stands for one for each kind of parameter.
+        name: ``prefill``, ``decode``, ``gradients``, ``train_step``, ``weight_sync``, ``kv_zeros``,
+            ``kv_take``, ``kv_put`` or ``weight_digest``, which stands for one for each kind of
+            parameter.
         requests: padded number of requests in the batch; 0 for all but the engine's.
         tokens: padded number of new tokens in the batch; 0 for all but the engine's.
         code_bytes: bytes of compiled code on each device, resident as long as the program.
@@ -364,6 +379,12 @@ class RunPlanned(JsonRecord):
     def peak(self) -> PlannedPhase:
         """The phase with the fullest device."""
         return next(phase for phase in self.phases if phase.name == self.fit.peak_phase)
+
+    @property
+    def needed_device_bytes(self) -> int:
+        """Bytes that the fullest device needs, with temporaries."""
+        peak = self.peak
+        return max(peak.max_device_bytes + self.fit.temp_bytes, peak.peak_device_bytes)
 
     @property
     def pools(self) -> list[str]:

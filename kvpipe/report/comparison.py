@@ -225,7 +225,7 @@ class PlanChange:
         """Return why the change is beyond a budget of bytes on a device; None if it is not."""
         old, new = self.plans
         if old and new:
-            grown = new.peak.max_device_bytes - old.peak.max_device_bytes
+            grown = new.peak.most_device_bytes - old.peak.most_device_bytes
             if grown > budget_bytes:
                 return (
                     f"{self.experiment}: the peak of a device grew by {counted(grown, 'byte')}, the budget "

@@ -10,7 +10,7 @@ from kvpipe.pipeline.ledger import PADDING, PROGRAM
 from kvpipe.plan.kv_choice import described
 from kvpipe.records.run import PlannedPhase, RunPlanned
 from kvpipe.report.palette import pool_kinds
-from kvpipe.report.plan import compiled, verdict
+from kvpipe.report.plan import compiled, peaks, verdict
 from kvpipe.report.tables import NONE
 from kvpipe.units import Unit, counted, unit_for
 
@@ -38,7 +38,7 @@ def print_plan(experiment: str, plan: RunPlanned, out: TextIO) -> None:
         style = "bold" if phase.name == plan.fit.peak_phase else ""
         table.add_row(phase.name, *_cells(phase, columns, unit), style=style)
     console.print(table)
-    for line in (*described(plan.kv_actions), *compiled(plan)):
+    for line in (*peaks(plan), *described(plan.kv_actions), *compiled(plan)):
         console.print(line.replace("`", ""), soft_wrap=True, highlight=False)
     # The terminal wraps, not rich: people copy names and numbers.
     line = f"{verdict(plan)} (sglang-jax {plan.sglang_jax})".replace("`", "")

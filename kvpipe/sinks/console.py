@@ -101,7 +101,7 @@ class ConsoleTable(Sink):
         """Print the plan's verdict."""
         self._planned = {phase.name: phase.total_bytes for phase in record.phases}
         fit = record.fit
-        peak = max(phase.max_device_bytes for phase in record.phases)
+        peak = max(phase.most_device_bytes for phase in record.phases)
         verdict = "fits" if fit.fits else "does not fit"
         self._console.print(
             f"plan: {verdict} {record.target} × {record.devices}, peak {sized(peak)} of "

@@ -30,11 +30,12 @@ class StepReport:
     """Measurements of a training step: bytes over all devices, and fields for the phase's record.
 
     ``in_place_bytes`` are those of ``set_bytes``, as the compiler lays the sets out, that were
-    updated in their own memory.
+    updated in their own memory. ``temp_bytes`` are those of one device, activations among them.
     """
 
     set_bytes: int
     in_place_bytes: int
+    temp_bytes: int
     peak_bytes: int
     fields: Mapping[str, Any]
 
@@ -121,6 +122,7 @@ class Trainer:
         return StepReport(
             set_bytes=compiled.set_bytes * devices,
             in_place_bytes=compiled.in_place_bytes * devices,
+            temp_bytes=compiled.temp_bytes,
             peak_bytes=in_use + temp,
             fields={
                 "gradients": self._config.loss,

@@ -67,10 +67,11 @@ def compile_step(
         reference: scores a batch with the reference of the loss; None if it has none.
     """
     gradients = compile_gradients(layout, config, forward)
-    return CompiledStep(gradients, _compile_update(layout, config), reference)
+    return CompiledStep(gradients, compile_update(layout, config), reference)
 
 
-def _compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
+def compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled:
+    """Return the update of a layout's sets, compiled for its devices."""
     transformation, rate = optimizer(config), learning_rate(config)
 
     def update(params: Any, gradients: Any, moments: Any) -> Any:

@@ -45,7 +45,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(error, KvpipeError):
             traceback.print_exc()
         return asdict(ending_of(error))
-    peak = max(phase.max_device_bytes for phase in record.phases)
+    peak = max(phase.most_device_bytes for phase in record.phases)
     return found | {
         "why_not_fit": fit.why_not_fit(record),
         "peak_bytes": peak,

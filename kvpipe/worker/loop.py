@@ -37,7 +37,7 @@ from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase, result_of
 from kvpipe.records import progress
 from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
-from kvpipe.records.run import Check, Memory, PhaseRecord, RunPlanned
+from kvpipe.records.run import Check, Memory, Peak, PhaseRecord, RunPlanned
 from kvpipe.system.periodic_thread import PeriodicThread
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import measurement
@@ -54,13 +54,15 @@ _UNPLANNED_PROGRAMS_BYTES = 512 * 1024**2
 class Job:
     """A step that the worker runs: its position, its phase file, and the planned ledger after it.
 
-    No ledger is planned once a failure has invalidated the plan.
+    No ledger is planned once a failure has invalidated the plan. ``peak_bytes`` are the most that it
+    may hold on a device at any time; 0 if they are not planned.
     """
 
     idx: int
     use: str
     phase: WorkerPhase
     planned: Ledger | None
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,8 @@ class Loop:
         if ledger and job.planned and config.enforce:
             checks += _plan_checks(job.planned, ledger, differences(job.planned, ledger))
             checks += (_owned_check(whole.measured), _total_check(job.planned, ledger, config))
+            if job.peak_bytes and whole.peak:
+                checks += (_peak_check(job.peak_bytes, ledger, whole.peak, config),)
         return Result(cycle.fields, checks)
 
     def _timed(self, job: Job) -> dict[str, Any]:
@@ -332,6 +336,18 @@ def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check
         abs(off) <= allowed,
         f"{off:+} bytes; {why}",
     )
+
+
+def _peak_check(planned_bytes: int, ledger: Ledger, peak: Peak, config: PlanConfig) -> Check:
+    """Return the check that no device held more than is planned, while the step ran.
+
+    Beside it there may be the arrays of the pool other, and programs where the device counts them.
+    """
+    most = planned_bytes + max(ledger.of(OTHER))
+    if PROGRAM in ledger.pools:
+        most += max(ledger.of(PROGRAM)) + config.allowance_bytes
+    held = max(peak.bytes_in_use, default=0)
+    return Check("plan/peak_bytes", f"at most {most}", held, held <= most, "on the fullest device")
 
 
 def explain(step: str, checks: Sequence[Check]) -> str:

@@ -75,10 +75,22 @@ def plan_for(
     sizes, _ = _bytes(found.arrays(), device)
     kv = _kv_capacity(target, found, config, sizes, device)
 
-    def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
-        return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
+    def plan_of(config: Kvpipe) -> fold.Plan:
+        def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
+            return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
 
-    return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
+        return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
+
+    plan = plan_of(config)
+    if not (compiles and config.plan.micro_batch and config.trainer.learns and trains(planned)):
+        return plan
+
+    def fits(rows: int) -> bool:
+        trainer = replace(config.trainer, micro_batch_size=rows)
+        return plan_of(replace(config, trainer=trainer)).record.fit.fits
+
+    most = replace(plan.record.fit, micro_batch_size=fit.most_rows(config.trainer, fits))
+    return replace(plan, record=replace(plan.record, fit=most))
 
 
 def _plan_of(
@@ -100,6 +112,7 @@ def _plan_of(
     programs = _programs(planned, config, model_dir, target, wanted)
     sizes |= _code_sizes(programs, target.devices)
     ledgers = fold.plan_ledgers(planned, sizes, target.devices, padding)
+    peaks = fold.plan_peaks(planned, ledgers, _at_peak(planned, arrays, found, device))
     reserve = config.plan.reserve_bytes
     if reserve is None:
         reserve = 0 if target.name == CPU else _RESERVE
@@ -109,8 +122,8 @@ def _plan_of(
         target=target.name,
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
-        phases=fold.planned_phases(planned, ledgers),
-        fit=fit.fit_of(planned, ledgers, limit, kv, temporaries, reserve, limited),
+        phases=fold.planned_phases(planned, ledgers, peaks, temporaries),
+        fit=fit.fit_of(planned, ledgers, limit, kv, temporaries, reserve, limited, peaks),
         programs=programs,
         padded=device is not None or target.name == CPU,
     )
@@ -162,6 +175,18 @@ def _bytes(
     return sizes, {size: memory.less(given[size], sizes[size]) for size in arrays}
 
 
+def _at_peak(
+    planned: Sequence[fold.PlannedStep],
+    arrays: Mapping[PoolSize, Sequence[Any]],
+    found: shapes.EngineShapes,
+    device: Any,
+) -> dict[PoolSize, PerDevice]:
+    """Return the bytes on each device of the sizes that steps have at their peaks, with padding."""
+    held = {Size.DUMMY_START: found.dummy_start, Size.LEAF: [found.largest_leaf], **arrays}
+    wanted = {size for item in planned for size in item.effect.peak}
+    return {size: memory.bytes_of(held[size], device) for size in wanted}
+
+
 def _kv_capacity(
     target: Target,
     found: shapes.EngineShapes,
@@ -169,7 +194,10 @@ def _kv_capacity(
     sizes: Mapping[PoolSize, PerDevice],
     device: Any,
 ) -> fit.KvCapacity:
-    """Return the KV cache that the sizes are of, and the limit that the engine sets to it."""
+    """Return the KV cache that the sizes are of, and the limit that the engine sets to it.
+
+    An engine that starts empty sets it before it has parameters; the plan leaves room for them.
+    """
     engine = config.engine
     # On the CPU each virtual device's engine sees the whole host and all of the host's parameters.
     on_host = target.devices // engine.nnodes

@@ -166,9 +166,12 @@ def _planned_jobs(
         return plan
 
     plan = multihost.in_stage(make)
+    ctx.planned_temporaries = {each.name: each.temp_bytes for each in plan.record.programs}
     return [
-        loop.Job(idx, use_of(item.step.step, config), item.step, ledger)
-        for idx, (item, ledger) in enumerate(zip(plan.steps, plan.ledgers, strict=True))
+        loop.Job(idx, use_of(item.step.step, config), item.step, ledger, phase.peak_device_bytes)
+        for idx, (item, ledger, phase) in enumerate(
+            zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
+        )
         if isinstance(item.step, WorkerPhase)
     ]
 

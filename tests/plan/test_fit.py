@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvpipe.plan.fit import KvCapacity, left_out, warning, why_not_fit
+from kvpipe.config.schema import TrainerConfig
+from kvpipe.plan.fit import KvCapacity, left_out, most_rows, warning, why_not_fit
 from kvpipe.records.run import Fit, PlannedPhase, Program, RunPlanned
 
 GIB = 1 << 30
@@ -90,3 +91,16 @@ def test_the_largest_capacity_of_a_padded_cache_is_exact(room: int) -> None:
     kv = KvCapacity(12 * 768, 10, 2, padded_bytes=padded)
     most = kv.most_in(room)
     assert most == max((t for t in range(0, 100, 2) if padded(t) <= room), default=0)
+
+
+@pytest.mark.parametrize(("most", "found"), [(0, 0), (1, 1), (5, 4), (12, 12)])
+def test_the_largest_micro_batch_divides_the_batch_and_few_are_asked_for(most, found):
+    asked = []
+
+    def fits(rows):
+        asked.append(rows)
+        return rows <= most
+
+    assert most_rows(TrainerConfig(loss="sft", batch_size=12), fits) == found
+    assert len(asked) <= 3
+    assert set(asked) <= {1, 2, 3, 4, 6, 12}

@@ -1,14 +1,22 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.ledger import KV, PARAMS, PROGRAM, KvTokens, Ledger, Size, slot_pool
 from kvpipe.pipeline.phase import Effect, WorkerPhase
 from kvpipe.plan.fit import KvCapacity, fit_of
-from kvpipe.plan.fold import check_order, kv_capacities, plan_ledgers, planned_phases
+from kvpipe.plan.fold import (
+    check_order,
+    kv_capacities,
+    plan_ledgers,
+    plan_peaks,
+    planned_phases,
+)
 from tests.helpers_config import build, default_names
 from tests.refusal import refusal as refusal_of
 from tests.sop import STEPS
@@ -216,8 +224,57 @@ def test_the_probe_of_a_streamed_swap_refuses_a_prefix_cache_in_use_no_more_than
 def test_a_generate_while_the_weights_are_away_is_refused_with_the_step_that_took_them(away):
     assert refusal([*STREAMED, away, "again"], again={"use": "generate"}) == (
         "pipeline: step 'again' needs the engine's weights on the devices, but step "
-        f"'{away}' removed it; put 'weights_restored' or a swap between"
+        f"'{away}' removed it; put 'weights_restored' or a swap between "
+        "(a swap needs none with probe_tokens=0)"
     )
+
+
+EMPTY = ["jax_ready", "engine_ready_empty"]
+UNPROBED = {"weights_streamed": {"probe_tokens": 0}}
+
+
+def test_an_engine_that_starts_empty_generates_once_weights_are_streamed_in_and_not_before():
+    generate = {"use": "generate", "weights": "any"}
+    message = refusal([*EMPTY, "first"], first=generate)
+    assert "'first' needs the engine's weights on the devices, but no step before it" in message
+    assert "needs none with probe_tokens=0" in refusal([*EMPTY, "weights_streamed"])
+    assert accepted([*EMPTY, "weights_streamed", "first"], first=generate, **UNPROBED)
+
+
+@pytest.mark.parametrize("option", [{"load_format": "auto"}, {"precompile": True}])
+def test_an_empty_start_refuses_what_needs_weights(option):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=f"{name} is {value!r}, but this step starts the engine"):
+        build(EMPTY, engine_ready_empty=option)
+
+
+def test_a_start_with_random_weights_holds_them_twice_at_its_peak_and_an_empty_one_never():
+    dummy, empty = (started(names, 9_999) for names in (READY, [*EMPTY, "weights_streamed"]))
+    assert dummy.peaks == (0, 2_500)
+    assert empty.peaks == (0, 300, 300 + 1_001 + 100)
+
+
+def test_the_peak_of_a_start_decides_what_fits():
+    assert (started(READY, 2_500).fit.fits, started(READY, 2_499).fit.fits) == (True, False)
+    fit = started(READY, 2_499).fit
+    assert (fit.peak_phase, fit.temp_bytes, fit.max_total_tokens) == ("engine_ready_dummy", 0, 0)
+    names = [*EMPTY, "weights_streamed"]
+    assert (started(names, 1_401).fit.fits, started(names, 1_400).fit.fits) == (True, False)
+    fit = started(names, 1_400).fit
+    assert (fit.peak_phase, fit.max_total_tokens) == ("weights_streamed", 298)
+
+
+def started(names, hbm_bytes):
+    """Return the peaks of a start of small arrays, and whether it fits, beside 7 of temporaries."""
+    sizes = {Size.PARAMS: P, Size.KV: (300, 300)}
+    given = sizes | {Size.DUMMY_START: (2_500, 2_001), Size.LEAF: (100, 100)}
+    planned = order(names, **(UNPROBED if "weights_streamed" in names else {}))
+    ledgers = plan_ledgers(planned, sizes, devices=2)
+    peaks = plan_peaks(planned, ledgers, given)
+    fit = fit_of(
+        planned, ledgers, hbm_bytes, KvCapacity(300, 299, 1), [7] * len(planned), peaks=peaks
+    )
+    return SimpleNamespace(peaks=peaks, fit=fit)
 
 
 @pytest.mark.parametrize("away", ["weights_offloaded", "weights_dropped"])
@@ -461,11 +518,13 @@ def test_the_second_swap_gives_the_bytes_of_the_first_slot_back_to_that_slot():
 
 def test_a_record_of_the_plan_has_the_sums_and_the_fullest_device():
     planned = check_order(build(SWAPPED))
-    record = planned_phases(planned, plan_ledgers(planned, SIZES, devices=2))[3]
+    ledgers = plan_ledgers(planned, SIZES, devices=2)
+    record = planned_phases(planned, ledgers, [0, 0, 0, 7, 0], range(len(planned)))[3]
     assert record.name == "sglang_param_dict_ready"
     assert record.pools == {PARAMS: 2_001, KV: 60_000, DICT: 2_001}
     assert record.total_bytes == 64_002
-    assert record.max_device_bytes == 32_002
+    assert (record.max_device_bytes, record.peak_device_bytes) == (32_002, 7)
+    assert record.temp_bytes == 3
 
 
 def verdict(hbm_bytes, page_size=1, tokens=299):

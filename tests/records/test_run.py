@@ -377,7 +377,14 @@ def test_the_last_record_says_how_the_run_ended():
         "error": "no",
         "failing_phase": "p",
         "ledger": {"kv": 3},
-        "planned": {"name": "p", "pools": {"kv": 4}, "total_bytes": 4, "max_device_bytes": 2},
+        "planned": {
+            "name": "p",
+            "pools": {"kv": 4},
+            "total_bytes": 4,
+            "max_device_bytes": 2,
+            "peak_device_bytes": 0,
+            "temp_bytes": 0,
+        },
         "command": "python -m kvpipe",
         "wandb": {},
     }

@@ -48,6 +48,14 @@ WITH_RECORDS = {
 }
 
 
+def test_the_peak_of_a_start_is_on_the_page_beside_what_was_sampled():
+    plan = planned()
+    phases = [replace(p, peak_device_bytes=5 << 30) for p in plan.phases if p.name == STEPS[2]]
+    measured = with_peak(phase(2), 16 << 30)
+    text = report_page(run_of("r", [started(), replace(plan, phases=phases), measured]))
+    assert "to hold at most 5,368,709,120 bytes of a device while it ran; 4,294,967,296" in text
+
+
 def page_of(records):
     return Page(report_page(run_of("r", records)))
 

@@ -84,6 +84,26 @@ def test_the_markdown_of_a_plan_for_this_host_does_not_depend_on_its_memory():
     assert "It fits this host: the peak is 3,000 bytes a device" in as_markdown("mine", small)
 
 
+def test_a_start_that_holds_more_than_it_leaves_is_the_peak_and_has_a_line_of_its_own():
+    phases = (PLAN.phases[0], replace(PLAN.phases[1], peak_device_bytes=4_500), PLAN.phases[2])
+    plan = replace(PLAN, phases=phases)
+    assert [phase.get("peak_device_bytes") for phase in as_json(plan)["phases"]] == [
+        None,
+        4_500,
+        None,
+    ]
+    text = as_markdown("mine", plan)
+    assert (
+        "the peak is 4,500 of a device's 34,359,738,368 bytes during `engine_ready_dummy`" in text
+    )
+    assert (
+        "\n\n- `engine_ready_dummy` holds up to 4,500 bytes of a device while it runs\n\n|" in text
+    )
+    out = io.StringIO()
+    print_plan("mine", plan, out)
+    assert "engine_ready_dummy holds up to 4,500 bytes of a device" in out.getvalue()
+
+
 def test_a_plan_that_does_not_fit_says_so():
     assert "It does not fit: the peak is 3,000 of a device's 2,000 bytes" in as_markdown(
         "mine", replace(PLAN, fit=Fit(False, 2_000, "engine_ready_dummy", 64))
@@ -110,11 +130,20 @@ def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_comp
         Program("train_step", 0, 0, 60, 9, 1.0),
     )
     pools = {"params": 4_000, "program": 200, "program:trainer": 240}
-    phases = (PlannedPhase("train_step", pools, 4_440, 1_110),)
-    fit = Fit(True, 34_359_738_368, "train_step", 131_072, temp_bytes=9)
+    phases = (PlannedPhase("train_step", pools, 4_440, 1_110, temp_bytes=9),)
+    fit = Fit(True, 34_359_738_368, "train_step", 131_072, temp_bytes=9, micro_batch_size=4)
     plan = replace(PLAN, programs=programs, phases=phases, fit=fit)
-    assert as_json(plan)["fit"]["temp_bytes"] == 9
+    found = as_json(plan)
+    assert found["fit"]["temp_bytes"] == found["phases"][0]["temp_bytes"] == 9
+    assert found["fit"]["micro_batch_size"] == 4
     text = as_markdown("mine", plan)
+    assert "the last two columns are of one device" in text
+    assert "| total | fullest device | temporaries |" in text
+    assert "| 4,440 | 1,110 | 9 |" in text
+    assert (
+        "`engine.max_total_tokens` that fits is 131072; the largest `trainer.micro_batch_size` that fits is 4;"
+        in text
+    )
     assert "the peak is 1,110 and 9 of temporaries of a device's 34,359,738,368 bytes" in text
     assert "- `decode` of 1 request and 1 token compiles: 50 bytes of code" in text
     assert "- `train_step` compiles: 60 bytes of code and 9 of temporaries a device" in text

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,20 +31,30 @@ def test_step_and_sync_compile_and_come_from_the_cache_the_next_time(
         return aot.compiled(place, TrainerConfig(**options))
 
     engine = engine_config()
-    step, sync = compiled(engine)
-    assert [step.name, sync.name] == ["train_step", "weight_sync"]
-    assert {program.requests + program.tokens for program in (step, sync)} == {0}
-    assert step.code_bytes > 100_000
+    made = compiled(engine)
+    gradients, step, sync = made
+    assert [each.name for each in made] == ["gradients", "train_step", "weight_sync"]
+    assert {program.requests + program.tokens for program in made} == {0}
+    assert min(step.code_bytes, gradients.code_bytes) > 50_000
     assert sync.code_bytes > 0
-    assert (step.in_place_bytes > 1 << 20, sync.in_place_bytes) == (True, 0)
+    # AdamW's two moments and the gradients are of the parameters' size.
+    assert step.in_place_bytes > 3 * gradients.in_place_bytes > 1 << 20
+    assert sync.in_place_bytes == 0
 
-    asked: list[Any] = []
-    monkeypatch.setattr(aot, "compile_programs", lambda *args: asked.append(args) or ())
-    assert compiled(replace(engine, max_total_tokens=512, page_size=16)) == (step, sync)
+    asked: list[str] = []
+    monkeypatch.setattr(
+        aot, "compile_gradient_program", lambda *_: asked.append("gradients") or gradients
+    )
+    monkeypatch.setattr(aot, "compile_programs", lambda *_: asked.append("others") or (step, sync))
+    assert compiled(replace(engine, max_total_tokens=512, page_size=16)) == made
+    assert compiled(engine, seed=1, batch_size=16, micro_batch_size=8, data="other") == made
     assert asked == []
+    compiled(engine, micro_batch_size=2)
+    compiled(engine, clip_norm=1.0)
+    assert asked == ["gradients", "others"]
     compiled(engine, dtype="bfloat16")
     compiled(replace(engine, dtype="float32"))
-    assert len(asked) == 2
+    assert len(asked) == 6
 
 
 def test_a_program_that_does_not_compile_is_a_finding_of_the_target(
@@ -57,7 +68,26 @@ def test_a_program_that_does_not_compile_is_a_finding_of_the_target(
     def refuse(*args: Any) -> None:
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: it takes more than there is")
 
-    monkeypatch.setattr(aot, "compile_step", refuse)
-    with pytest.raises(CompileFinding, match=f"not compile for {TARGET}: RESOURCE_EXHAUSTED: it"):
-        place = Place(engine_config(), model_dir, TARGET, Path(), compiles=True)
-        aot.compile_programs(place, TrainerConfig())
+    for name, compiles in (
+        ("compile_update", aot.compile_programs),
+        ("compile_gradients", aot.compile_gradient_program),
+    ):
+        monkeypatch.setattr(aot, name, refuse)
+        with pytest.raises(
+            CompileFinding, match=f"not compile for {TARGET}: RESOURCE_EXHAUSTED: it"
+        ):
+            place = Place(engine_config(), model_dir, TARGET, Path(), compiles=True)
+            compiles(place, TrainerConfig())
+
+
+def test_gradients_that_are_not_written_into_the_old_ones_are_a_finding(
+    four_devices: None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpipe.engine.aot import CompileFinding, Place
+    from kvpipe.trainer import aot
+
+    copying = SimpleNamespace(copied_bytes=1000, used=[], temp_bytes=0)
+    monkeypatch.setattr(aot, "compile_gradients", lambda *_: copying)
+    place = Place(engine_config(), model_dir, "cpu", Path(), compiles=True)
+    with pytest.raises(CompileFinding, match="the program gradients is not in place on cpu: of"):
+        aot.compile_gradient_program(place, TrainerConfig())

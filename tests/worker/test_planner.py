@@ -235,3 +235,26 @@ def test_a_batch_whose_activations_could_fill_this_host_has_the_programs_compile
     assert [compiled(loss="sft", batch_size=size) for size in (32, 33)] == [False, True]
     assert not compiled(loss="sft", batch_size=64, micro_batch_size=32)
     assert not compiled(batch_size=33)
+
+
+@pytest.mark.nightly(finds="a largest micro-batch that does not fit, or one that is too small")
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(tmp_path: Path) -> None:
+    """All but 16 MiB of a device beside the arrays are reserved; the activations decide."""
+    compiled = (
+        "+experiment=tiny_sft",
+        "plan.format=json",
+        "plan.compile=true",
+        "trainer.length=64",
+    )
+    alone = plan(tmp_path, *compiled, "trainer.micro_batch_size=1").lines[0]
+    peak = max(phase["max_device_bytes"] for phase in alone["phases"])
+    reserve = f"plan.reserve_bytes={alone['fit']['hbm_bytes'] - peak - (16 << 20)}"
+    found = plan(tmp_path, *compiled, reserve, "plan.micro_batch=true").lines[0]["fit"]
+    most = found["micro_batch_size"]
+    assert most in (2, 4, 8, 16)
+    sizes = f"trainer.micro_batch_size={most},{2 * most}"
+    both = plan(tmp_path, "-m", *compiled, reserve, sizes)
+    assert [line["fit"]["fits"] for line in both.lines] == [True, False]
+    refused = plan(tmp_path, "+experiment=tiny_sft", "plan.micro_batch=true")
+    assert refused.exit_code == 2
+    assert "plan.micro_batch: it compiles the gradients; set plan.compile=true" in refused.stderr
