@@ -147,22 +147,21 @@ def write(directory: Path, about: About, arrays: Arrays) -> Path:
     return path
 
 
-def read_arrays(path: Path) -> Arrays:
-    """Return the arrays of a checkpoint.
+def read_arrays(path: Path, shards: Mapping[str, Sequence[int]]) -> Arrays:
+    """Return the arrays of a checkpoint, given how many shards each array of a set has.
 
     Raises:
         InputError: they cannot be read.
     """
     from orbax import checkpoint
 
+    as_numpy = checkpoint.RestoreArgs(restore_type=np.ndarray)
+    wanted = {
+        size: {str(i): {str(j): as_numpy for j in range(count)} for i, count in enumerate(counts)}
+        for size, counts in shards.items()
+    }
     with checkpoint.PyTreeCheckpointer() as reader:
         try:
-            tree: Any = reader.metadata(path.absolute() / _STATE).item_metadata
-            as_numpy = checkpoint.RestoreArgs(restore_type=np.ndarray)
-            wanted = {
-                size: {i: dict.fromkeys(shards, as_numpy) for i, shards in leaves.items()}
-                for size, leaves in tree.tree.items()
-            }
             return reader.restore(path.absolute() / _STATE, restore_args=wanted)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(_not_whole(path, f"{type(error).__name__}: {error}")) from error

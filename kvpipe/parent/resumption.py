@@ -90,7 +90,7 @@ def messages(config: Kvpipe, planned: Sequence[PlannedStep]) -> Iterator[str]:
     skipped = skipped_names(config, steps)
     yield (
         f"resumes after cycle {config.resume_after}, from {path}: {counted(len(skipped), 'step')} of "
-        f"the cycles before are skipped ({', '.join(skipped[:3])}, …, {skipped[-1]})"
+        f"the cycles before are skipped ({skipped[0]} … {skipped[-1]})"
     )
     if free := [change for change in _changes(config, about) if _is_free(change.key)]:
         yield f"no weight or loss depends on what differs from then: {_in_words(free)}"

@@ -24,6 +24,8 @@ from kvpipe.system.versions import installed_versions
 from kvpipe.trainer.layout import Layout
 from kvpipe.trainer.state import Trainer
 
+_SAVED_SETS = (Size.TRAINER_PARAMS, Size.TRAINER_MOMENTS)
+
 
 def save(ctx: WorkerContext, cycle: int) -> dict[str, Any]:
     """Write the checkpoint of a cycle, whose trainer is offloaded; return fields for the record."""
@@ -71,13 +73,15 @@ def resume(trainer: Trainer, ctx: WorkerContext) -> Any:
     path = resumable.path_of(_directory(ctx), cycle)
     about = resumable.read(path)
     _check_arrays(path, about.arrays, _described(trainer.layout))
-    tree = resumable.read_arrays(path)
+    indices = {size: list(map(_indices, trainer.layout.sets[size])) for size in _SAVED_SETS}
+    counts = {str(size): list(map(len, leaves)) for size, leaves in indices.items()}
+    tree = resumable.read_arrays(path, counts)
     kept = {
         size: [
-            {index: tree[str(size)][str(i)][str(j)] for j, index in enumerate(_indices(like))}
-            for i, like in enumerate(trainer.layout.sets[size])
+            {index: tree[str(size)][str(i)][str(j)] for j, index in enumerate(shards)}
+            for i, shards in enumerate(leaves)
         ]
-        for size in map(Size, tree)
+        for size, leaves in indices.items()
     }
     ctx.outputs |= {step: decode(Output, each) for step, each in about.outputs.items()}
     change = trainer.resume(kept, about.steps, about.losses)
@@ -97,7 +101,7 @@ def _indices(like: Param) -> list[transfer.Index]:
 
 def _described(layout: Layout) -> dict[str, list[list[Any]]]:
     """Return name, shape, dtype and shards of each array that is saved, by set."""
-    sets = {Size.TRAINER_PARAMS: layout.params, Size.TRAINER_MOMENTS: layout.moments}
+    sets = dict(zip(_SAVED_SETS, (layout.params, layout.moments), strict=True))
     return {
         str(size): [
             [jax.tree_util.keystr(path), list(like.shape), str(like.dtype), str(_indices(like))]
