@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvpipe.checkpoints.json_object import read_object
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import InputError
@@ -29,7 +27,7 @@ Arrays = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Set, number of the array in it, number of the shard → the shard as a numpy array."""
 _STATE, _ABOUT = "state", "about"
 _COMMITTED = ("_CHECKPOINT_METADATA", f"{_STATE}/_METADATA", f"{_STATE}/manifest.ocdbt")
-_NAME = re.compile(r"cycle-(\d+)")
+_NAME = re.compile(r"cycle-(\d+)(.*orbax-checkpoint-tmp.*)?")
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ def read_arrays(path: Path, shards: Mapping[str, Sequence[int]]) -> Arrays:
     Raises:
         InputError: they cannot be read.
     """
+    import numpy as np
     from orbax import checkpoint
 
     as_numpy = checkpoint.RestoreArgs(restore_type=np.ndarray)
@@ -177,10 +176,8 @@ def remove(directory: Path, but: Path | None = None, unfinished: bool = False) -
 def _named(directory: Path, unfinished: bool = False) -> list[tuple[Path, re.Match[str]]]:
     """Return what is called as a checkpoint, or as one that orbax has not finished."""
     found = directory.iterdir() if directory.is_dir() else ()
-    matches = [(path, _NAME.match(path.name)) for path in found]
-    return [
-        (path, match) for path, match in matches if match and (match[0] != path.name) == unfinished
-    ]
+    matches = [(path, _NAME.fullmatch(path.name)) for path in found]
+    return [(path, match) for path, match in matches if match and bool(match[2]) == unfinished]
 
 
 def _not_whole(path: Path, why: str) -> str:

@@ -100,7 +100,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     resume = _is_job() and config.sweep.resume
     overwrite = config.runner.overwrite or resume or config.resume
     with owned(run_dir, config.engine, overwrite, tell):
-        resumption.begin_anew(config)
+        resumption.begin_anew(config, overwrite)
         _write_config(composed, run_dir)
         if resume and _taken_over(started, run_dir):
             return HELD

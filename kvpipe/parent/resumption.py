@@ -99,16 +99,16 @@ def messages(config: Kvpipe, planned: Sequence[PlannedStep]) -> Iterator[str]:
         yield f"versions differ from then, so bits may too: {_in_words(changed)}"
 
 
-def begin_anew(config: Kvpipe) -> None:
-    """Make way for the checkpoints of a run that starts from its beginning.
+def begin_anew(config: Kvpipe, overwrite: bool) -> None:
+    """Make way for the checkpoints of a run, unless it resumes another.
 
     Raises:
-        InUse: those of an earlier run are there, and ``runner.overwrite`` is false.
+        InUse: those of an earlier run are there, and ``overwrite`` is false.
     """
     directory = config.trainer.checkpoint_dir
     if config.resume or directory is None:
         return
-    if (found := resumable.last(Path(directory))) is not None and not config.runner.overwrite:
+    if (found := resumable.last(Path(directory))) is not None and not overwrite:
         raise InUse(
             f"trainer.checkpoint_dir: {found} is of an earlier run; resume=true continues that run, "
             "runner.overwrite=true loses it"

@@ -177,15 +177,14 @@ def test_without_a_checkpoint_and_after_the_end_there_is_nothing_to_resume(tmp_p
 def test_a_run_that_starts_anew_loses_an_earlier_checkpoint_only_if_asked_to(tmp_path):
     path = write(tmp_path, about_of(plain_of(resume=False)))
     anew = resumption.completed(plain_of(resume=False), tmp_path)
-    assert refusal(resumption.begin_anew, config_of(anew)) == (
+    assert refusal(resumption.begin_anew, config_of(anew), False) == (
         f"trainer.checkpoint_dir: {path} is of an earlier run; resume=true continues that run, "
         "runner.overwrite=true loses it"
     )
-    resumption.begin_anew(config_of(completed(tmp_path)))
-    assert path.exists()
-    anew["runner"] = anew["runner"] | {"overwrite": True}
-    resumption.begin_anew(config_of(anew))
-    assert not path.exists()
+    resumption.begin_anew(config_of(completed(tmp_path)), True)
+    (path.parent / "cycle-2-of-mine").mkdir()
+    resumption.begin_anew(config_of(anew), True)
+    assert [left.name for left in path.parent.iterdir()] == ["cycle-2-of-mine"]
 
 
 def test_a_trainer_of_several_hosts_is_not_saved():
