@@ -27,7 +27,7 @@ from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.config.wandb_environment import OWN_TO_THE_CONFIG
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
-from kvpipe.records.run import PhaseRecord, Record, RunFinished, RunPlanned
+from kvpipe.records.run import PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
 from kvpipe.report.run import run_of
 from kvpipe.sinks import Handed, Sink
 from kvpipe.sinks.report import TIMELINE_FILE
@@ -114,14 +114,18 @@ class WandbSink(Sink):
         self._experiment = ""
         self._phases: list[list[Any]] = []
         self._rollouts: list[list[Any]] = []
-        self._continues = earlier is not None
+        self._earlier = earlier
         self._first_step = steps_taken(earlier) if earlier else 0
-        for record in run_of("", earlier).phases if earlier else ():
-            self._samples += new_samples(record, self._samples)
-            self._phases.append(phase_row(record))
-            self._rollouts += rollout_rows(record)
-        self._earlier_samples = len(self._samples)
         self._next_step = self._first_step
+        self._earlier_samples = 0
+
+    def run_started(self, record: RunStarted) -> None:
+        """Remember the rows and texts of the steps that a resumed run skips, for its tables."""
+        for phase in run_of("", [*(self._earlier or ()), record]).phases:
+            self._samples += new_samples(phase, self._samples)
+            self._phases.append(phase_row(phase))
+            self._rollouts += rollout_rows(phase)
+        self._earlier_samples = len(self._samples)
 
     def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Start the W&B run with the resolved config; return the fields of its phase record.
@@ -306,7 +310,7 @@ class WandbSink(Sink):
                 tags=self._tracking.tags,
                 config=config,
                 id=self._tracking.id,
-                resume="allow" if self._continues else None,
+                resume=None if self._earlier is None else "allow",
                 # Do not continue a run that an earlier job of this process left unfinished.
                 reinit="create_new",
                 settings=self._settings(mode),
