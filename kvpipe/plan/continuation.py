@@ -12,8 +12,9 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.cycles import SAVED, base_name, cycle_of, repeated_steps
 from kvpipe.pipeline.phase import Phase
-from kvpipe.pipeline.steps import build_steps, step_names
-from kvpipe.plan.fold import PlannedStep, check_order
+from kvpipe.pipeline.steps import step_names
+from kvpipe.plan.fold import PlannedStep
+from kvpipe.plan.kv_choice import in_order, ordered
 
 
 def planned_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
@@ -22,7 +23,7 @@ def planned_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
     Raises:
         InputError: their order is wrong, or a run that saves its trainer could not be resumed.
     """
-    planned = check_order(build_steps(config))
+    planned = ordered(config)
     every, repeat = config.trainer.checkpoint_every, config.repeat
     if config.resume_after is not None:
         return _left(planned, config, config.resume_after)
@@ -66,7 +67,7 @@ def _left(planned: Sequence[PlannedStep], config: Kvpipe, after: int) -> tuple[P
         ready = [facts.TRAINER_LIVE in item.facts for item in before]
         steps.insert(ready.index(True) + 1, sync)
     made = map(facts.output, kept_outputs(after, [item.step.step for item in done]))
-    return check_order(steps, set(made))
+    return in_order(steps, config.engine.max_total_tokens, set(made))
 
 
 def _is_done(step: str, stretch: frozenset[str], after: int) -> bool:

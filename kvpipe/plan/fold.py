@@ -85,6 +85,12 @@ def check_order(steps: Sequence[Phase], made: Collection[str] = ()) -> tuple[Pla
     return tuple(planned)
 
 
+def made_before(planned: Sequence[PlannedStep]) -> set[str]:
+    """Return the facts about single steps that steps need, and that none of them adds."""
+    needed = {fact for item in planned for fact in item.effect.needs if is_history(fact)}
+    return needed.difference(*(item.effect.adds for item in planned))
+
+
 def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:
     """Return the capacities in tokens, other than ``engine.max_total_tokens``, of the KV cache."""
     held = (size for item in planned for size in item.pools.values())

@@ -3,8 +3,10 @@
 import pytest
 
 from kvpipe.config.schema import Kvpipe
+from kvpipe.pipeline import facts
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.continuation import planned_steps, skipped_names
+from kvpipe.plan.fold import check_order, made_before
 from tests.helpers_config import compose_plain, config_of
 from tests.refusal import refusal
 
@@ -66,6 +68,13 @@ def test_the_engine_gets_the_trainers_weights_again_if_it_had_them_and_outputs_a
         "generate_rollout#2",
     ]
     assert "weights_synced" not in left
+
+
+def test_what_the_checkpoint_has_is_known_to_who_orders_what_is_left():
+    """The plan orders the steps again with each action on the KV cache that it may choose."""
+    planned = planned_steps(config("tiny_rl_cycle", "trainer.checkpoint_every=1", resume_after=1))
+    assert made_before(planned) == {facts.output("generate_trained")}
+    assert check_order([item.step for item in planned], made_before(planned)) == planned
 
 
 @pytest.mark.parametrize(
