@@ -1,5 +1,6 @@
 """Supervised training on the real engine: a run of the experiment, in the tiny model of one layer."""
 
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fold import check_order
 from kvpipe.plan.inputs import check_inputs
+from kvpipe.report.run import read_run
+from tests import preempted
 from tests.command import Finished, kvpipe, programs
 from tests.conftest import SIZES
 from tests.helpers_config import build, compose_plain, config_of
@@ -34,11 +37,52 @@ def training(run: Finished) -> list[dict]:
 @pytest.fixture(
     scope="module", params=[SHORT, pytest.param((), marks=WHOLE)], ids=["short", "whole"]
 )
-def run(request, tmp_path_factory):
-    options = ("tracking=disabled", "plan.compile=true", *request.param)
-    done = kvpipe(tmp_path_factory.mktemp("sft"), "+experiment=tiny_sft", *options)
+def options(request):
+    return ("+experiment=tiny_sft", "plan.compile=true", *request.param)
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    done = kvpipe(tmp_path_factory.mktemp("sft"), *options, "tracking=disabled")
     assert done.exit_code == 0, done.end["error"]
     return done
+
+
+@pytest.fixture(scope="module")
+def parts(options, tmp_path_factory):
+    """The same run, ended by SIGTERM in its second cycle, and resumed by the command that it names."""
+    cwd = tmp_path_factory.mktemp("preempted")
+    own = (preempted.write(cwd), "pipeline_edit.before.train_step=preempted")
+    saving = ("repeat.first=preempted", "trainer.checkpoint_every=100", "tracking=offline")
+    first = kvpipe(cwd, *options, *own, *saving)
+    command = first.end["error"].partition("to go on after it: ")[2]
+    _, _, _, *arguments = shlex.split(command)
+    return first, kvpipe(cwd, *arguments, "trainer.checkpoint_every=1")
+
+
+@pytest.mark.slow
+def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(run, parts):
+    """The trainer of the first cycle was saved because of the signal, and for nothing else."""
+    first, resumed = parts
+    assert (first.exit_code, first.end["status"]) == (143, "interrupted")
+    steps = [line["phase"] for line in first.lines]
+    assert steps[-4:] == ["train_step", "preempted#2", "trainer_saved", "run_finished"]
+    assert (resumed.exit_code, resumed.end["error"]) == (0, None)
+    assert resumed.run_dir == first.run_dir
+
+    ids = [part.phase("wandb_init")["id"] for part in parts]
+    assert ids[0] == ids[1] and ids[0] is not None
+    whole = {phase.phase: phase for phase in read_run(first.run_dir).phases}
+    own = [step for step in whole if step.startswith(("preempted", "trainer_saved"))]
+    uninterrupted = [line["phase"] for line in run.lines if "duration_s" in line]
+    assert [step for step in whole if step not in own] == uninterrupted
+    losses = {line["phase"]: line["loss"] for line in training(run)}
+    assert {step: whole[step].fields["loss"] for step in losses} == losses
+    digest = run.phase("weights_synced")["weights_digest"]
+    assert whole["weights_synced"].fields["weights_digest"] == digest
+    assert (
+        whole["generate_trained"].fields["token_ids"] == run.phase("generate_trained")["token_ids"]
+    )
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from hydra.core.hydra_config import HydraConfig
 
 from kvpipe.config.hosts import check_hosts
 from kvpipe.config.hydra_errors import one_message
@@ -16,11 +18,12 @@ from kvpipe.config.prompt import read_prompt
 from kvpipe.config.prompts import read_prompts
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode
 from kvpipe.errors import InputError
+from kvpipe.parent import resumption
 from kvpipe.parent.planner_client import Planners
-from kvpipe.pipeline.phase import Phase
+from kvpipe.parent.run_directory import RUN_DIR
+from kvpipe.plan.continuation import planned_steps
 from kvpipe.plan.fold import PlannedStep
 from kvpipe.plan.inputs import check_inputs
-from kvpipe.plan.kv_choice import ordered
 from kvpipe.sinks.own import origins
 from kvpipe.system.secrets import known_secrets, redactor, refuse_secret
 
@@ -28,8 +31,24 @@ PLANNERS = Planners()
 """The planning child processes of this process, kept from one job of a sweep to the next."""
 
 
-def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
-    """Return the steps after every input check that needs no jax.
+def completed_elsewhere(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a verb that does not run it, with what the checkpoint of its run says.
+
+    Raises:
+        InputError: as of :func:`kvpipe.parent.resumption.completed`, or no run is named.
+    """
+    if not plain["resume"]:
+        return plain
+    given = [text for text in HydraConfig.get().overrides.hydra if text.startswith(f"{RUN_DIR}=")]
+    # The last one keeps Hydra's files out of the way.
+    named = [text.partition("=")[2].strip("'\"") for text in given[:-1]]
+    if not named:
+        raise InputError(f"resume: name the directory of the run with {RUN_DIR}")
+    return resumption.completed(plain, Path(named[-1]))
+
+
+def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[PlannedStep, ...]:
+    """Return the steps with their effects after every input check that needs no jax.
 
     With ``whole`` the model's directory must have all that a run needs.
 
@@ -38,7 +57,7 @@ def checked_steps(config: Kvpipe, whole: bool = True) -> tuple[Phase, ...]:
     """
     planned = ordered_steps(config)
     check_inputs(config, planned, whole=whole)
-    return tuple(item.step for item in planned)
+    return planned
 
 
 def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
@@ -47,7 +66,7 @@ def ordered_steps(config: Kvpipe) -> tuple[PlannedStep, ...]:
     Raises:
         InputError: a check failed.
     """
-    planned = ordered(config)
+    planned = planned_steps(config)
     origins(config.sinks)
     check_mesh(config.engine)
     check_hosts(config)

@@ -5,9 +5,10 @@ import json
 from omegaconf import DictConfig
 
 from kvpipe.checkpoints.model_dir import check_cache_dir, check_shape
-from kvpipe.cli.common import PLANNERS, checked_steps, open_output
+from kvpipe.cli.common import PLANNERS, checked_steps, completed_elsewhere, open_output, tell
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
 from kvpipe.errors import HELD, InputError, KvpipeError
+from kvpipe.parent.resumption import messages
 from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.targets import find_target
 from kvpipe.report.plan import as_json, as_markdown
@@ -19,9 +20,10 @@ def act(composed: DictConfig) -> int:
     Raises:
         KvpipeError: they do not fit.
     """
-    plain = to_plain(composed)
+    plain = completed_elsewhere(to_plain(composed))
     config = from_plain(plain)
-    checked_steps(config, whole=False)
+    for line in messages(config, checked_steps(config, whole=False)):
+        tell(f"kvpipe: {line}\n")
     check_shape(config)
     target = find_target(config.plan.target, config.engine)
     if config.plan.compile is True:

@@ -22,17 +22,20 @@ from kvpipe.config.jax_environment import jax_environment
 from kvpipe.config.schema import Kvpipe, OutputFormat, TrackingMode, from_plain, to_plain
 from kvpipe.config.wandb_environment import variable_messages, with_wandb_variables
 from kvpipe.errors import HELD, InputError, TrackingError
-from kvpipe.parent import supervisor
-from kvpipe.parent.run_directory import RUN_DIR, owned
+from kvpipe.parent import resumption, supervisor
+from kvpipe.parent.run_directory import RUN_DIR, owned, set_aside
 from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.rewards import origins as reward_origins
 from kvpipe.pipeline.steps import origins as phase_origins
+from kvpipe.plan.continuation import skipped_names
 from kvpipe.records.run import (
+    ENGINE_LOG,
     FAILED,
     OWN_PHASE,
     OWN_REWARD,
     OWN_SINK,
     RECORDS_FILE,
+    Record,
     RunFinished,
     RunStarted,
 )
@@ -72,6 +75,9 @@ def act(composed: DictConfig) -> int:
 def _completed(plain: dict[str, Any]) -> dict[str, Any]:
     """Return the config with what Hydra does not compose: the host's rank, names for W&B."""
     plain = with_wandb_variables(with_node_rank(plain, os.environ), os.environ)
+    if plain["resume"] and _is_job():
+        raise InputError("resume: it continues one run; a sweep has sweep.resume")
+    plain = resumption.completed(plain, Path(HydraConfig.get().runtime.output_dir))
     if not _is_job():
         return plain
     hydra_config = HydraConfig.get()
@@ -79,7 +85,8 @@ def _completed(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
-    steps = checked_steps(config)
+    planned = checked_steps(config)
+    steps = [item.step for item in planned]
     check_node_rank(config.engine, os.environ)
     jax_environment(config.engine, os.environ)
     if _is_job():
@@ -93,12 +100,19 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     started = _started(config, plain, steps)
     own = own_sinks(config.sinks, run_dir) if first else []
     resume = _is_job() and config.sweep.resume
-    with owned(run_dir, config.engine, config.runner.overwrite or resume, tell):
+    overwrite = config.runner.overwrite or resume or config.resume
+    with owned(run_dir, config.engine, overwrite, tell):
+        resumption.begin_anew(config, overwrite)
         _write_config(composed, run_dir)
         if resume and _taken_over(started, run_dir):
             return HELD
-        tracker = WandbSink(config.tracking, run_dir, api_key)
-        with _sinks(config, run_dir, [tracker, *own]) as sinks:
+        earlier = resumption.earlier_records(run_dir) if config.resume else None
+        if config.resume:
+            set_aside(run_dir / ENGINE_LOG)
+        for line in resumption.messages(config, planned):
+            tell(f"kvpipe: {line}\n")
+        tracker = WandbSink(config.tracking, run_dir, api_key, earlier)
+        with _sinks(config, run_dir, [tracker, *own], earlier) as sinks:
             work = supervisor.Run(
                 config,
                 plain,
@@ -110,6 +124,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
                     partial(_start_tracking, tracker, plain, config) if first else dict
                 ),
                 command=_command(),
+                resume_command=_resume_command(run_dir),
                 redactor=redact,
             )
             finished = work.carry_out()
@@ -163,22 +178,24 @@ def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -
 
 
 @contextmanager
-def _sinks(config: Kvpipe, run_dir: Path, others: Sequence[Sink]) -> Iterator[Sink]:
+def _sinks(
+    config: Kvpipe, run_dir: Path, others: Sequence[Sink], earlier: Sequence[Record] | None
+) -> Iterator[Sink]:
     """Yield the receivers of the records: all sinks on rank 0, elsewhere those of a failed run.
 
-    The ``others`` are W&B's and the user's own.
+    The ``others`` are W&B's and the user's own; ``earlier`` are the records that a resumed run continues.
     """
     if not is_first(config.engine):
         yield FailedRecords(run_dir / own_file(RECORDS_FILE, config.engine), sys.stderr)
         return
-    with _records_file(run_dir) as records:
+    with _records_file(run_dir, config.resume) as records:
         # Others first: the last record of the sinks after them must include an error at their end.
         # The picture before it, because W&B shows it.
         yield Sinks(
             [
-                ReportFile(run_dir, write_timeline),
+                ReportFile(run_dir, write_timeline, earlier or ()),
                 *others,
-                ReportFile(run_dir, write_page),
+                ReportFile(run_dir, write_page, earlier or ()),
                 RolloutFiles(run_dir),
                 records,
                 _screen(config.output),
@@ -204,6 +221,7 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
         steps=[step.step for step in steps],
         versions=installed_versions() | _own_code(config),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        skipped=skipped_names(config, steps),
     )
 
 
@@ -247,9 +265,9 @@ def _refuse_secrets(plain: dict[str, Any]) -> None:
         raise
 
 
-def _records_file(run_dir: Path) -> JsonFile:
+def _records_file(run_dir: Path, continues: bool = False) -> JsonFile:
     try:
-        return JsonFile(run_dir / RECORDS_FILE)
+        return JsonFile(run_dir / RECORDS_FILE, continues)
     except OSError as error:
         raise cannot_write(RUN_DIR, run_dir, error) from None
 
@@ -280,6 +298,13 @@ def _command() -> str:
     """Return the command line that repeats this run, or this job of a sweep."""
     hydra_config = HydraConfig.get()
     return command_line(hydra_config, hydra_config.overrides.task)
+
+
+def _resume_command(run_dir: Path) -> str:
+    """Return the command line that continues this run after its checkpoint."""
+    hydra_config = HydraConfig.get()
+    given = [text for text in hydra_config.overrides.task if not text.startswith("resume=")]
+    return command_line(hydra_config, [*given, f"hydra.run.dir={run_dir}", "resume=true"])
 
 
 def _api_key(plain: dict[str, Any]) -> str | None:

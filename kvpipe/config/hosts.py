@@ -80,6 +80,11 @@ def check_hosts(config: Kvpipe) -> None:
         )
     if engine.nnodes == 1:
         return
+    if every := config.trainer.checkpoint_every:
+        raise InputError(
+            f"trainer.checkpoint_every is {every}, but engine.nnodes is {engine.nnodes}: a trainer is "
+            "saved on one host only"
+        )
     _check_address(engine)
     devices = device_total(engine)
     if devices is not None and devices % engine.nnodes:

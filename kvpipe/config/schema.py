@@ -7,6 +7,7 @@ config keys.
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -30,6 +31,7 @@ ARCHITECTURES = {
 }
 """Architecture of a model that kvpipe generates → ``model_type`` of its ``config.json``."""
 _NAME_BYTES = 100
+_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class TrackingMode(Enum):
@@ -154,6 +156,12 @@ def directory_name(key: str, value: str) -> None:
     name(key, value)
     if "/" in value or not value.strip("."):
         raise InputError(f"{key} is {value!r}, it must be the name of a directory, not a path")
+
+
+def wandb_id(key: str, value: str | None) -> None:
+    """Refuse what W&B does not take as the id of a run."""
+    if value is not None and not _WANDB_ID.fullmatch(value):
+        raise InputError(f"{key} is {value!r}, it must be 1 to 64 letters, digits, '-' or '_'")
 
 
 def checked(default: Any, refuse: Refusal) -> Any:
@@ -341,6 +349,9 @@ class TrainerConfig(Section, section="trainer"):
         clip_norm: the norm of all gradients together that larger ones are scaled to; None clips none.
         weight_decay: AdamW's weight decay.
         seed: seed of seeded gradients, and of the order of the examples.
+        checkpoint_every: cycles of ``repeat`` after which the trainer's state is saved, so that
+            ``resume=true`` can continue the run; 0 saves none.
+        checkpoint_dir: directory of the checkpoint; None means ``checkpoints`` in the run directory.
     """
 
     loss: str = checked("seeded", one_of("seeded", "sft", "grpo"))
@@ -362,6 +373,8 @@ class TrainerConfig(Section, section="trainer"):
     clip_norm: float | None = checked(None, positive)
     weight_decay: float = checked(1e-4, at_least(0))
     seed: int = checked(0, at_least(0))
+    checkpoint_every: int = checked(0, at_least(0))
+    checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -473,6 +486,7 @@ class TrackingConfig(Section, section="tracking"):
         group: name that groups related runs; None means WANDB_RUN_GROUP, or no group, or the sweep's
             name for a job of a sweep.
         tags: tags of the run; a job of a sweep also gets its overrides.
+        id: id of the W&B run; None means a new one, or with ``resume`` that of the resumed run.
         fallback_offline: continue offline, with a message, if W&B cannot be reached.
         init_timeout_s: limit of the start, in seconds.
         log_timeout_s: limit for the transfer of a record to W&B's service, in seconds.
@@ -486,6 +500,7 @@ class TrackingConfig(Section, section="tracking"):
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list, metadata={"refuse": texts})
+    id: str | None = checked(None, wandb_id)
     fallback_offline: bool = False
     init_timeout_s: float = checked(30.0, seconds)
     log_timeout_s: float = checked(60.0, seconds)
@@ -704,6 +719,8 @@ class Kvpipe:
         phase_path: directories with phases of your own, one file each; relative ones to the working
             directory of the command.
         repeat: range of steps to repeat; cycle k of a step is called ``name#k``.
+        resume: continue the run of the run directory after its checkpoint.
+        resume_after: cycle that the checkpoint was made after; ``resume`` sets it.
         output: format of stdout.
         sinks: names of further receivers of the records, which installed packages bring along as
             entry points of the group ``kvpipe.sinks``.
@@ -732,6 +749,8 @@ class Kvpipe:
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    resume: bool = False
+    resume_after: int | None = checked(None, at_least(1))
     output: OutputFormat = OutputFormat.auto
     sinks: list[str] = field(default_factory=list, metadata={"refuse": texts})
     cache_dir: str | None = None

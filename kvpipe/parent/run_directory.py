@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from kvpipe.config.hosts import own_file
@@ -12,6 +13,13 @@ from kvpipe.system.lock import LOCK_FILE, InUse, Lock, cannot_write, not_locked
 
 RUN_DIR = "hydra.run.dir"
 """Config key of the directory."""
+
+
+def set_aside(file: Path) -> None:
+    """Rename a file that the next part of a resumed run would overwrite: ``engine.log`` to ``engine.1.log``."""
+    if file.is_file():
+        names = (file.with_suffix(f".{number}{file.suffix}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
 
 
 @contextmanager

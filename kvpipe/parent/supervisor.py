@@ -34,6 +34,7 @@ from kvpipe.errors import (
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.deferred_signals import DeferredSignals
 from kvpipe.parent.limits import Limits
+from kvpipe.parent.preemption import STOP, Preemption
 from kvpipe.pipeline.context import ParentContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, Result, result_of
 from kvpipe.pipeline.steps import use_of
@@ -69,8 +70,9 @@ class Run:
     """A run in progress.
 
     Its config is typed and, for the worker, plain. The sinks include the tracker;
-    ``start_tracking`` starts the W&B run and returns the fields of its phase record.
-    ``worker_module`` runs as the worker's process.
+    ``start_tracking`` starts the W&B run and returns the fields of its phase record. ``command``
+    repeats the run, ``resume_command`` continues it after its checkpoint. ``worker_module`` runs as
+    the worker's process.
     """
 
     worker_module: ClassVar[str] = "kvpipe.worker.entry"
@@ -83,6 +85,7 @@ class Run:
     sinks: Sink
     start_tracking: Callable[[], dict[str, Any]]
     command: str = ""
+    resume_command: str = ""
     redactor: Redactor = field(default_factory=Redactor)
     began: float = field(default_factory=time.monotonic)
     checks: list[Check] = field(default_factory=list)
@@ -102,6 +105,7 @@ class Run:
             KvpipeError: a sink failed on the last record of a run that had not failed.
         """
         self._limits = Limits(self.config.runner)
+        self._preemption = Preemption(self.config)
         with self._signals:
             finished = self._finished(self._end_of_phases())
             try:
@@ -115,7 +119,7 @@ class Run:
 
     def _finished(self, ending: Ending) -> RunFinished:
         """Return the last record; first emit a record for a phase that never finished."""
-        ending = self._with_memory(ending)
+        ending = self._preemption.with_hint(self._with_memory(ending), self.resume_command)
         if ending.exit_code and self._unfinished is not None:
             error = ending.error or ""
             check = Check(self._current, "completed", ending.kind, False, error)
@@ -248,15 +252,17 @@ class Run:
                     if "phase" in message:
                         child.send({"recorded": message["phase"]})
                     elif "started" in message:
-                        child.send({"begin": message["started"]})
+                        child.send(self._order(message["started"]))
                     elif "exit_code" in message:
-                        return Ending(**message)
+                        return self._preemption.ending(Ending(**message))
             except TimedOut as error:
                 self._worker_memory = child_memory(child.process.pid)
                 raise TimedOut(f"{error}; {self._save_stacks(child)}") from None
             except Interrupted:
                 self._worker_memory = child_memory(child.process.pid)
                 raise
+            if self._preemption.signal is not None:
+                raise self._preemption.signal
             died = _died(child, self._current, oom_kills() > kills, self._hosts)
             with self._signals.allowed():
                 # A cluster signals both processes, and the worker may end first.
@@ -280,9 +286,25 @@ class Run:
         return message
 
     def _wait(self, descriptor: int) -> None:
-        """Wait until the worker sends something or ends, unless a limit or a signal comes first."""
-        with self._signals.allowed():
-            self._limits.wait(descriptor)
+        """Wait until the worker sends something or ends, unless a limit or a signal comes first.
+
+        After a signal the worker may end its step, if a cycle has ended that is not saved.
+        """
+        try:
+            if self._preemption.signal is None:
+                with self._signals.allowed():
+                    return self._limits.wait(descriptor)
+        except Interrupted as interrupted:
+            if not self._preemption.takes(interrupted):
+                raise
+        return self._limits.wait(descriptor)
+
+    def _order(self, step: str) -> dict[str, str]:
+        """Return the worker's order for a step; one that must not begin gets no record."""
+        order = self._preemption.order(step)
+        if order == STOP:
+            self._unfinished = None
+        return {order: step}
 
     def _save_stacks(self, child: Child) -> str:
         """Save the stacks of the worker's threads; return a sentence that says where."""
@@ -344,7 +366,7 @@ class Run:
             return self._own_record(step, idx, duration_s, result, self._worker_memory)
 
         self._unfinished = unfinished
-        self.sinks.phase_started(step, idx, len(self.steps))
+        self.sinks.phase_started(step, idx, len(self.started.steps) + len(self.started.skipped))
 
     def _on_own_record(self, record: RunPlanned | PhaseRecord) -> None:
         """Handle a record of this process in the same way as one of the worker's process."""
@@ -357,6 +379,7 @@ class Run:
             return
         assert isinstance(record, PhaseRecord)
         self._unfinished = None
+        self._preemption.passed(record)
         self.checks.extend(record.checks)
         if record.memory.bytes_in_use_source is not None:
             self._ledgers[record.phase] = record.ledger

@@ -12,6 +12,8 @@ from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
 
 CYCLE_MARK = "#"
+SAVED = "trainer_saved"
+"""Step, and its phase, at the end of each cycle that ``trainer.checkpoint_every`` names."""
 MOST_STEPS = 100_000
 """Most steps of a pipeline, with its repetitions; their records and the report stay readable."""
 
@@ -54,8 +56,12 @@ def repeated_steps(pipeline: Sequence[str], repeat: RepeatConfig | None) -> froz
     return frozenset(pipeline[_stretch(pipeline, repeat)] if repeat else ())
 
 
-def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
+def repeated(
+    pipeline: Sequence[str], repeat: RepeatConfig | None, saved_every: int = 0
+) -> list[str]:
     """Return the names of all steps, those of each further cycle after the first.
+
+    After every ``saved_every`` cycles, unless it is 0, comes :data:`SAVED`.
 
     Raises:
         InputError: a step of ``repeat`` is not in the pipeline, the last comes before the first, or
@@ -63,13 +69,17 @@ def repeated(pipeline: Sequence[str], repeat: RepeatConfig | None) -> list[str]:
     """
     stretch = _stretch(pipeline, repeat) if repeat else slice(0, 0)
     times, steps = repeat.times if repeat else 1, frozenset(pipeline[stretch])
-    total = len(pipeline) + (times - 1) * len(steps)
+    saves = times // saved_every if saved_every else 0
+    total = len(pipeline) + (times - 1) * len(steps) + saves
     if total > MOST_STEPS:
         key = f"repeat.times is {times}" if repeat else "pipeline"
         raise InputError(f"{key}: the pipeline has {total:,} steps, at most {MOST_STEPS:,} can run")
-    cycles = (Cycle(number, steps) for number in range(2, times + 1))
-    later = [cycle.name(name) for cycle in cycles for name in pipeline[stretch]]
-    return [*pipeline[: stretch.stop], *later, *pipeline[stretch.stop :]]
+    names = list(pipeline[: stretch.start])
+    for cycle in (Cycle(number, steps | {SAVED}) for number in range(1, times + 1)):
+        names += map(cycle.name, pipeline[stretch])
+        if saved_every and cycle.number % saved_every == 0:
+            names.append(cycle.name(SAVED))
+    return [*names, *pipeline[stretch.stop :]]
 
 
 def _stretch(pipeline: Sequence[str], repeat: RepeatConfig) -> slice:

@@ -13,7 +13,15 @@ from typing import Any, Union, get_args, get_origin
 
 from kvpipe.config.schema import Kvpipe, refuse_wrong
 from kvpipe.errors import InputError
-from kvpipe.pipeline.cycles import CYCLE_MARK, Cycle, base_name, cycle_of, repeated, repeated_steps
+from kvpipe.pipeline.cycles import (
+    CYCLE_MARK,
+    SAVED,
+    Cycle,
+    base_name,
+    cycle_of,
+    repeated,
+    repeated_steps,
+)
 from kvpipe.pipeline.phase import ParentPhase, Phase
 from kvpipe.pipeline.phase_files import (
     blamed_on,
@@ -37,10 +45,11 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
     """
     check_path(config.phase_path)
     _check_names(config)
-    names = repeated(config.pipeline, config.repeat)
+    names = step_names(config)
     stretch = repeated_steps(config.pipeline, config.repeat)
+    saved = [SAVED] if config.trainer.checkpoint_every else []
     kind_of = cache(partial(_kind, config))
-    first = {name: _build_step(name, config, kind_of) for name in config.pipeline}
+    first = {name: _build_step(name, config, kind_of) for name in [*config.pipeline, *saved]}
     steps = tuple(first.get(name) or _in_later_cycle(name, first, stretch) for name in names)
     in_worker = ""
     for step in steps:
@@ -52,6 +61,17 @@ def build_steps(config: Kvpipe) -> tuple[Phase, ...]:
         if not isinstance(step, ParentPhase):
             in_worker = in_worker or step.step
     return steps
+
+
+def step_names(config: Kvpipe) -> list[str]:
+    """Return the names of all steps of a pipeline, in order, with those of every cycle."""
+    return repeated(config.pipeline, config.repeat, config.trainer.checkpoint_every)
+
+
+def saving_step(config: Kvpipe, cycle: int) -> Phase:
+    """Return the step that saves the trainer's state of a cycle."""
+    step = _build_step(SAVED, config, partial(_kind, config))
+    return replace(step, step=Cycle(cycle, frozenset({SAVED})).name(SAVED))
 
 
 def use_of(step: str, config: Kvpipe) -> str:
@@ -92,11 +112,23 @@ def _check_names(config: Kvpipe) -> None:
                 f"pipeline: {name!r} is the name of a record of the run, so no step can have it; "
                 "choose another name"
             )
+        if name == SAVED:
+            raise InputError(
+                f"pipeline: trainer.checkpoint_every adds the step {SAVED!r}, at the end of cycles; "
+                "leave it out"
+            )
         if times[name] > 1:
             raise InputError(
                 f"pipeline: {name!r} occurs {times[name]} times; "
                 f"give each its own name and set 'phases.<name>.use: {use_of(name, config)}'"
             )
+    if config.trainer.checkpoint_every:
+        if config.repeat is None:
+            raise InputError(
+                f"trainer.checkpoint_every is {config.trainer.checkpoint_every}, but the pipeline "
+                "has no cycles; give them with repeat"
+            )
+        times[SAVED] = 1
     for key, names in (
         ("phases", config.phases),
         ("runner.phase_timeouts", config.runner.phase_timeouts),

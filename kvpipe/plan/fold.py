@@ -4,7 +4,7 @@ Nothing is run and nothing is loaded here. :func:`check_order` needs no sizes an
 :func:`plan_ledgers` needs the sizes that the engine's shapes give (:mod:`kvpipe.engine.shapes`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpipe.errors import InputError
@@ -47,8 +47,12 @@ class Plan:
     steps: tuple[PlannedStep, ...]
 
 
-def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
+def check_order(steps: Sequence[Phase], made: Collection[str] = ()) -> tuple[PlannedStep, ...]:
     """Fold the effects over the steps.
+
+    Args:
+        steps: the steps.
+        made: facts about what single steps of the same run have done before.
 
     Raises:
         InputError: a step needs a fact that is false, or forbids one that is true; the message names
@@ -56,7 +60,7 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
     """
     facts: frozenset[str] = frozenset()
     # Apart from the facts, which each step copies, so that the time is linear in the steps.
-    history: set[str] = set()
+    history = set(made)
     pools: dict[str, PoolSize] = {}
     added_by: dict[str, str] = {}
     removed_by: dict[str, str] = {}
@@ -79,6 +83,12 @@ def check_order(steps: Sequence[Phase]) -> tuple[PlannedStep, ...]:
             pools = {**pools, **changed}
         planned.append(PlannedStep(step, effect, facts, pools))
     return tuple(planned)
+
+
+def made_before(planned: Sequence[PlannedStep]) -> set[str]:
+    """Return the facts about single steps that steps need, and that none of them adds."""
+    needed = {fact for item in planned for fact in item.effect.needs if is_history(fact)}
+    return needed.difference(*(item.effect.adds for item in planned))
 
 
 def kv_capacities(planned: Sequence[PlannedStep]) -> frozenset[int]:

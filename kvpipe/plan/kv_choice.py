@@ -4,7 +4,7 @@ The choice is made before a step runs, and the plan of the run is the one with t
 whatever a plan counts, temporaries among it, counts here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from kvpipe.config.schema import Kvpipe
@@ -12,9 +12,10 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import KV_WRITTEN, own_kv_tokens
 from kvpipe.pipeline.kv_choice import KEEP, SHRINK, decided, is_open, open_actions
 from kvpipe.pipeline.ledger import KV
+from kvpipe.pipeline.phase import Phase
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fit import KvCapacity, free_bytes, largest_own, why_not_fit
-from kvpipe.plan.fold import Plan, PlannedStep, check_order
+from kvpipe.plan.fold import Plan, PlannedStep, check_order, made_before
 from kvpipe.plan.inputs import least_capacity
 from kvpipe.plan.pages import whole_pages
 from kvpipe.records.run import KvAction
@@ -23,20 +24,27 @@ Steps = Sequence[PlannedStep]
 
 
 def ordered(config: Kvpipe) -> tuple[PlannedStep, ...]:
-    """Return the steps of a config with their effects, in a checked order.
+    """Return all steps of a config with their effects, as :func:`in_order` does."""
+    return in_order(build_steps(config), config.engine.max_total_tokens)
+
+
+def in_order(
+    steps: Sequence[Phase], engine_tokens: int, made: Collection[str] = ()
+) -> tuple[PlannedStep, ...]:
+    """Return steps with their effects, in a checked order.
 
     What the plan has to choose stays open in the steps; their effects are those of the smallest
-    action that the order allows, with a smaller cache as large as the engine's.
+    action that the order allows, with a smaller cache as large as the engine's. ``made`` are facts about
+    what single steps of the same run have done before.
 
     Raises:
         InputError: the steps are wrong, or no action gives an order that holds.
     """
-    steps = build_steps(config)
     actions = open_actions(steps)
     refused = None
     for action in actions:
         try:
-            planned = check_order(decided(steps, action, config.engine.max_total_tokens))
+            planned = check_order(decided(steps, action, engine_tokens), made)
         except InputError as error:
             refused = refused or error
         else:
@@ -45,7 +53,7 @@ def ordered(config: Kvpipe) -> tuple[PlannedStep, ...]:
             )
     if refused:
         raise refused
-    return check_order(steps)
+    return check_order(steps, made)
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,12 @@ def choose(
         InputError: no action is possible.
     """
     steps = [item.step for item in planned]
-    actions = open_actions(steps)
+    actions, made = open_actions(steps), made_before(planned)
     if not actions:
         return make(planned)
 
     def with_action(action: str, tokens: int) -> Plan:
-        return make(check_order(decided(steps, action, tokens)))
+        return make(check_order(decided(steps, action, tokens), made))
 
     def attempt(action: str) -> _Tried:
         try:

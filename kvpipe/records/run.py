@@ -47,6 +47,8 @@ class RunStarted(JsonRecord):
             ``phase NAME``, ``sink NAME`` and ``reward NAME``, which are not kvpipe's own, have the
             file, or the package and its version, and the SHA-256 of the file.
         started_at: start of the run in UTC, ISO 8601.
+        skipped: names of the steps that a resumed run does not run again, since a checkpoint has what
+            they did. The records before this one are theirs.
     """
 
     tag: ClassVar[str] = RUN_STARTED
@@ -56,6 +58,7 @@ class RunStarted(JsonRecord):
     steps: Sequence[str]
     versions: Mapping[str, str]
     started_at: str
+    skipped: Sequence[str] = ()
 
     @override
     def to_json(self) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def owners_table(phases: Sequence[PhaseRecord]) -> Table | None:
 
 def _reason(run: Run) -> str:
     held = sum(check.passed for _, check in run.checks)
-    steps = len(run.started.steps) if run.started else len(run.phases)
+    started = run.started
+    steps = len(started.steps) + len(started.skipped) if started else len(run.phases)
     ran = f"{len(run.phases)} of {counted(steps, 'phase')}"
     checks = f"{held} of {counted(len(run.checks), 'check')} passed."
     if run.finished is None:

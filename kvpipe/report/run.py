@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,19 @@ class Run:
 
 
 def run_of(name: str, records: Sequence[Record]) -> Run:
-    """Return the run of these records."""
+    """Return the run of these records.
+
+    Each further first record is of a resumption. Of the records before it those of the steps that it
+    skips remain; the others were of work that was lost.
+    """
+    starts = [i for i, record in enumerate(records) if isinstance(record, RunStarted)]
+    run = _attempt(name, records[: starts[1] if len(starts) > 1 else None])
+    for start, end in zip_longest(starts[1:], starts[2:]):
+        run = _resumed(run, _attempt(name, records[start:end]))
+    return run
+
+
+def _attempt(name: str, records: Sequence[Record]) -> Run:
     return Run(
         name=name,
         started=next((r for r in records if isinstance(r, RunStarted)), None),
@@ -84,6 +97,18 @@ def run_of(name: str, records: Sequence[Record]) -> Run:
     )
 
 
+def _resumed(before: Run, after: Run) -> Run:
+    """Return the whole run of two parts, its steps in the order of the pipeline."""
+    skipped = set(after.started.skipped) if after.started else set()
+    kept = [phase for phase in before.phases if phase.phase in skipped]
+    phases = sorted([*kept, *after.phases], key=lambda phase: phase.idx)
+    planned = after.planned
+    if planned and before.planned:
+        earlier = [phase for phase in before.planned.phases if phase.name in skipped]
+        planned = replace(planned, phases=(*earlier, *planned.phases))
+    return replace(after, planned=planned, phases=tuple(phases))
+
+
 def read_run(path: Path) -> Run:
     """Return the run of a run directory, or of a file with its lines.
 
@@ -91,16 +116,25 @@ def read_run(path: Path) -> Run:
         InputError: there is no such directory or file, or a line of it is no record.
     """
     file = records_file(path)
-    records = []
+    if not (records := read_records(file)):
+        raise InputError(f"{file}: it has no records")
+    return run_of(path.name or str(path), records)
+
+
+def read_records(file: Path) -> list[Record]:
+    """Return the records of a file, in order.
+
+    Raises:
+        InputError: it cannot be read, or a line of it is no record.
+    """
+    records: list[Record] = []
     for where, line in _json_lines(file):
         try:
             records.append(record_from_json(line))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"not a record of this version of kvpipe: {type(error).__name__}: {error}"
             raise InputError(f"{where}: {why}") from None
-    if not records:
-        raise InputError(f"{file}: it has no records")
-    return run_of(path.name or str(path), records)
+    return records
 
 
 def records_file(path: Path) -> Path:

@@ -77,10 +77,14 @@ class Sink:
 
 
 class Collector(Sink):
-    """Base of the sinks that write only after the run has ended: it keeps the records until then."""
+    """Base of the sinks that write only after the run has ended: it keeps the records until then.
 
-    def __init__(self) -> None:
-        self._records: list[Record] = []
+    Args:
+        earlier: records of the run before it was resumed.
+    """
+
+    def __init__(self, earlier: Sequence[Record] = ()) -> None:
+        self._records: list[Record] = [*earlier]
 
     def received(self, record: Record) -> None:
         """Keep the record."""

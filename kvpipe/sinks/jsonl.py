@@ -63,15 +63,25 @@ class JsonFile(JsonLines):
     the record that hit the limit and the ones after it still fit. If somebody removes, replaces or
     changes the file, that is an error, and the lines go on in another one.
 
+    Args:
+        path: the file.
+        continues: keep the lines that it has, of the run before it was resumed; one that was cut off
+            by a kill is removed.
+
     Raises:
         OSError: it cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, continues: bool = False) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._lines: list[bytes] = []
-        self._size = 0
+        flags = os.O_RDWR | os.O_CREAT | (0 if continues else os.O_TRUNC)
+        self._file = os.open(path, flags, 0o644)
+        there = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        self._size = there.rfind(b"\n") + 1
+        self._lines: list[bytes] = there[: self._size].splitlines(keepends=True)
+        self._earlier = len(self._lines)
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
         self._reserve: int | None = _reserve(path.parent)
 
     def __enter__(self) -> Self:
@@ -95,7 +105,7 @@ class JsonFile(JsonLines):
         Raises:
             RecordError: there is not one line for each record.
         """
-        if (lines := len(self._lines)) != handed.records:
+        if (lines := len(self._lines) - self._earlier) != handed.records:
             raise RecordError(f"{self._path} has {lines} of {counted(handed.records, 'record')}")
 
     def run_finished(self, record: RunFinished) -> None:

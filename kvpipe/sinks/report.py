@@ -1,10 +1,10 @@
 """The report of a run: ``timeline.png`` and ``report.html`` in its directory, also if it failed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvpipe.errors import RecordError
-from kvpipe.records.run import RunFinished
+from kvpipe.records.run import Record, RunFinished
 from kvpipe.report.run import PAGE_FILE, Run, run_of
 from kvpipe.sinks import Collector
 
@@ -23,8 +23,13 @@ class ReportFile(Collector):
         """The function that writes the file."""
         return self._write.__name__
 
-    def __init__(self, run_dir: Path, write: Callable[[Run, Path], Path]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        run_dir: Path,
+        write: Callable[[Run, Path], Path],
+        earlier: Sequence[Record] = (),
+    ) -> None:
+        super().__init__(earlier)
         self._run_dir = run_dir
         self._write = write
 

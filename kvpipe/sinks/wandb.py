@@ -27,7 +27,8 @@ from kvpipe.config.schema import TrackingConfig, TrackingMode
 from kvpipe.config.wandb_environment import OWN_TO_THE_CONFIG
 from kvpipe.errors import TrackingError
 from kvpipe.records.metrics import metrics
-from kvpipe.records.run import PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records.run import PhaseRecord, Record, RunFinished, RunPlanned, RunStarted
+from kvpipe.report.run import run_of
 from kvpipe.sinks import Handed, Sink
 from kvpipe.sinks.report import TIMELINE_FILE
 from kvpipe.sinks.texts import TABLE_COLUMNS, Sample, new_samples, summary_of
@@ -41,6 +42,7 @@ from kvpipe.sinks.wandb_tables import (
     phase_row,
     plan_table,
     rollout_rows,
+    steps_taken,
 )
 from kvpipe.system.secrets import API_KEY, redactor, refuse_secrets
 from kvpipe.units import counted
@@ -83,13 +85,20 @@ _OF_A_RUN = (
 class WandbSink(Sink):
     """Logs the records of a run to W&B, in ``run_dir/wandb``.
 
-    The API key, required for ``online``, is passed to wandb and nowhere else.
+    The API key, required for ``online``, is passed to wandb and nowhere else. With ``earlier``, the
+    records of the run before it was resumed, the W&B run of ``tracking.id`` is continued.
     """
 
     # Its limits are those of ``tracking``.
     limited = False
 
-    def __init__(self, tracking: TrackingConfig, run_dir: Path, api_key: str | None) -> None:
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        run_dir: Path,
+        api_key: str | None,
+        earlier: Sequence[Record] | None = None,
+    ) -> None:
         self._tracking = tracking
         self._run_dir = run_dir.absolute()
         self._api_key = api_key
@@ -105,6 +114,18 @@ class WandbSink(Sink):
         self._experiment = ""
         self._phases: list[list[Any]] = []
         self._rollouts: list[list[Any]] = []
+        self._earlier = earlier
+        self._first_step = steps_taken(earlier) if earlier else 0
+        self._next_step = self._first_step
+        self._earlier_samples = 0
+
+    def run_started(self, record: RunStarted) -> None:
+        """Remember the rows and texts of the steps that a resumed run skips, for its tables."""
+        for phase in run_of("", [*(self._earlier or ()), record]).phases:
+            self._samples += new_samples(phase, self._samples)
+            self._phases.append(phase_row(phase))
+            self._rollouts += rollout_rows(phase)
+        self._earlier_samples = len(self._samples)
 
     def start(self, config: dict[str, Any]) -> dict[str, Any]:
         """Start the W&B run with the resolved config; return the fields of its phase record.
@@ -170,16 +191,17 @@ class WandbSink(Sink):
         samples = new_samples(record, self._samples)
         self._samples += samples
         self._rows += 1
-        self._next_step = record.idx + 1
+        step = max(self._next_step, self._first_step + record.idx)
+        self._next_step = step + 1
         self._phases.append(phase_row(record))
         self._rollouts += rollout_rows(record)
 
         def log() -> None:
             # Without commit a row waits for the next one, and is lost if there is none.
-            run.log(metrics(record) | self._media(samples), step=record.idx, commit=not samples)
+            run.log(metrics(record) | self._media(samples), step=step, commit=not samples)
             if samples:
                 # Separately, because online W&B asks its server about a table, which may fail.
-                run.log({_TEXTS: self._table()}, step=record.idx, commit=True)
+                run.log({_TEXTS: self._table()}, step=step, commit=True)
             self._upload(run, samples)
             run.summary.update(self._summary(record, samples))
 
@@ -216,7 +238,7 @@ class WandbSink(Sink):
 
     def _check_stored(self, run: "wandb.Run", phases: Sequence[str]) -> None:
         """Read back W&B's file: a row for each phase, every table and picture, every text."""
-        samples = self._samples
+        samples = self._samples[self._earlier_samples :]
         picture = self._run_dir / TIMELINE_FILE
         there = {_PHASES: True, _PLAN: self._planned, _TEXTS: samples, _TIMELINE: picture.is_file()}
         there[_ROLLOUTS] = self._rollouts
@@ -287,6 +309,8 @@ class WandbSink(Sink):
                 group=self._tracking.group,
                 tags=self._tracking.tags,
                 config=config,
+                id=self._tracking.id,
+                resume=None if self._earlier is None else "allow",
                 # Do not continue a run that an earlier job of this process left unfinished.
                 reinit="create_new",
                 settings=self._settings(mode),

@@ -3,10 +3,18 @@
 Code that needs wandb is in :mod:`kvpipe.sinks.wandb`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvpipe.pipeline.ledger import KV, PARAMS
-from kvpipe.records.run import SKIPPED, PhaseRecord, RunFinished, RunPlanned
+from kvpipe.records.run import (
+    SKIPPED,
+    PhaseRecord,
+    Record,
+    RunFinished,
+    RunPlanned,
+    RunStarted,
+)
 from kvpipe.report.palette import pool_kinds
 
 PHASES_COLUMNS = (
@@ -69,6 +77,22 @@ def rollout_rows(record: PhaseRecord) -> list[list[Any]]:
         ]
         for sample in record.fields["samples"]
     ]
+
+
+def steps_taken(earlier: Sequence[Record]) -> int:
+    """Return W&B's own next step after the parts of a run before it was resumed.
+
+    W&B takes no row of a step before its last one. Each part begins where the one before may have
+    ended: with one step for the tables at its end. In a part a row has the step of its phase's
+    position, unless a row before it was of a later one.
+    """
+    first = following = 0
+    for record in earlier:
+        if isinstance(record, RunStarted):
+            first = following = following + (1 if following else 0)
+        elif isinstance(record, PhaseRecord):
+            following = max(following, first + record.idx) + 1
+    return following + 1
 
 
 def plan_table(plan: RunPlanned) -> tuple[list[str], list[list[Any]]]:

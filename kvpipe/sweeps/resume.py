@@ -57,4 +57,5 @@ def _same(one: RunStarted, other: RunStarted) -> bool:
 
 def _compared(started: RunStarted) -> dict[str, Any]:
     config = json.loads(started.line)["config"]
+    config.get("trainer", {}).pop("checkpoint_dir", None)  # below the run's own directory
     return {key: value for key, value in config.items() if key not in _NOT_COMPARED}

@@ -5,7 +5,7 @@ While its arrays are offloaded, their shapes take their places, as the engine's 
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,6 +65,16 @@ class Trainer:
         self.losses: list[float] = []
 
     @property
+    def layout(self) -> Layout:
+        """The shapes of its arrays, on their devices."""
+        return self._layout
+
+    @property
+    def kept(self) -> Mapping[Size, Sequence[transfer.HostShards]]:
+        """The arrays of each set that is offloaded; none while they are on the devices."""
+        return self._kept
+
+    @property
     def sets(self) -> dict[Size, list[jax.Array]]:
         """The arrays of each set that are on the devices."""
         trees = zip(TRAINER_SETS, (self.params, self.gradients, self.moments), strict=True)
@@ -87,6 +97,17 @@ class Trainer:
         self.gradients = self._zeros()
         self.moments = jax.block_until_ready(init(self.params))
         return self._completed(before)
+
+    def resume(
+        self,
+        kept: Mapping[Size, Sequence[transfer.HostShards]],
+        steps: int,
+        losses: Sequence[float],
+    ) -> Change:
+        """Begin where an earlier trainer was when its offloaded sets, :attr:`kept`, were saved."""
+        self._kept = {size: list(leaves) for size, leaves in kept.items()}
+        self.steps, self.losses = steps, list(losses)
+        return self.restore()
 
     def step(
         self, batch: Batch | None = None, reference: Mapping[str, HostArray] | None = None

@@ -12,7 +12,8 @@ from typing import Any
 from kvpipe.config.schema import from_plain
 from kvpipe.engine import compat, devices
 from kvpipe.errors import KvpipeError, ending_of
-from kvpipe.plan import fit, kv_choice
+from kvpipe.plan import fit
+from kvpipe.plan.continuation import planned_steps
 from kvpipe.system.pipes import send
 from kvpipe.worker import planner
 
@@ -40,7 +41,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
         }
         if job["model_dir"] is None:
             return found
-        record = planner.plan_here(kv_choice.ordered(config), config, Path(job["model_dir"])).record
+        record = planner.plan_here(planned_steps(config), config, Path(job["model_dir"])).record
     except Exception as error:
         if not isinstance(error, KvpipeError):
             traceback.print_exc()

@@ -1,7 +1,7 @@
 """Drift of repeated steps: compare each with the same step of the cycle before.
 
-From the third cycle on every byte must be where it was in the cycle before. The second cycle may
-differ from the first, which compiles.
+From the third cycle of a process on every byte must be where it was in the cycle before. The second
+one may differ from the first, which compiles.
 """
 
 from kvpipe.pipeline.cycles import base_name, cycle_of
@@ -14,9 +14,14 @@ _FIRST_SETTLED_CYCLE = 2
 
 
 class Drift:
-    """Compares each repeated step with the same step of the cycle before."""
+    """Compares each repeated step with the same step of the cycle before.
 
-    def __init__(self) -> None:
+    Args:
+        skipped: number of cycles that ran in an earlier process.
+    """
+
+    def __init__(self, skipped: int = 0) -> None:
+        self._skipped = skipped
         self._settled_rss: dict[str, int] = {}
         self._before: dict[str, tuple[Ledger, int]] = {}
 
@@ -32,14 +37,15 @@ class Drift:
         if measured.ledger is None:
             return Result()
         base, cycle = base_name(step), cycle_of(step)
+        here = cycle - self._skipped
         rss = measured.memory.process_rss_bytes
         before = self._before.get(base)
         self._before[base] = measured.ledger, compilations
-        if cycle < _FIRST_SETTLED_CYCLE or before is None:
+        if here < _FIRST_SETTLED_CYCLE or before is None:
             return Result()
         first_rss = self._settled_rss.setdefault(base, rss)
         fields = {"cycle": cycle, "rss_drift_bytes": rss - first_rss}
-        if cycle == _FIRST_SETTLED_CYCLE:
+        if here == _FIRST_SETTLED_CYCLE:
             return Result(fields)
         ledger, compiled = before
         was, now = ledger.totals(), measured.ledger.totals()

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from kvpipe.system.pipes import STACKS_FILE, remove_tree
@@ -36,7 +37,7 @@ def main(load: "Load | None" = None) -> None:
     scratch = Path(job["scratch"])
     with (scratch / STACKS_FILE).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-        orders = threading.Semaphore(0)
+        orders: SimpleQueue[str] = SimpleQueue()
         threading.Thread(target=_listen, args=(orders, scratch), daemon=True).start()
         from kvpipe.worker import work
 
@@ -44,20 +45,20 @@ def main(load: "Load | None" = None) -> None:
             job["config"],
             job["run_began"],
             int(sys.argv[1]),
-            orders.acquire,
+            lambda: json.loads(orders.get()),
             load or work.with_engine,
         )
     # The engine's daemon threads are deep in C++, where Python's normal exit can crash.
     os._exit(exit_code)
 
 
-def _listen(orders: threading.Semaphore, scratch: Path) -> None:
-    """Count the parent's lines; once the parent is gone, end this process group.
+def _listen(orders: SimpleQueue[str], scratch: Path) -> None:
+    """Queue the parent's lines; once the parent is gone, end this process group.
 
     Remove the temporary files first.
     """
-    for _ in sys.stdin:
-        orders.release()
+    for line in sys.stdin:
+        orders.put(line)
     remove_tree(scratch)
     os.killpg(os.getpid(), signal.SIGKILL)
 

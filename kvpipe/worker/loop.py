@@ -25,6 +25,7 @@ from kvpipe.errors import (
     failure_of,
 )
 from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.cycles import SAVED, base_name, cycle_of
 from kvpipe.pipeline.ledger import (
     OTHER,
     PROGRAM,
@@ -34,6 +35,7 @@ from kvpipe.pipeline.ledger import (
     differences,
 )
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase, result_of
+from kvpipe.pipeline.steps import saving_step, use_of
 from kvpipe.records import progress
 from kvpipe.records.json_record import decode
 from kvpipe.records.progress import COMPILING, PROGRAMS, Progress
@@ -65,6 +67,10 @@ class Job:
     peak_bytes: int = 0
 
 
+class StopAsked(Exception):
+    """The parent wants no further step: a signal came, and the trainer may be worth saving."""
+
+
 @dataclass(frozen=True)
 class Callbacks:
     """Callbacks through which the runner reports to the parent.
@@ -72,7 +78,7 @@ class Callbacks:
     Attributes:
         joined: called with the host names by rank; not called for a single host.
         planned: called with the plan, before anything is started.
-        started: called with a step's name and position as it begins.
+        started: called with a step's name and position as it begins; it may raise StopAsked.
         progressed: called while it runs, a few times a second, from another thread.
         sampled: called with its name and each sample of its rollout, before its record.
         finished: called with its record.
@@ -94,6 +100,8 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
     end. Several hosts exchange their results at the end of each step, so all take the same
     decision.
 
+    If the parent asks to stop, the trainer is saved if it is still as the last cycle left it.
+
     Elapsed times count from ``run_began``, of ``time.monotonic()``.
     """
     ending = Ending()
@@ -104,8 +112,14 @@ def run(jobs: Sequence[Job], ctx: WorkerContext, callbacks: Callbacks, run_began
         for job in jobs:
             if stopped and not (job.phase.on_failure is OnFailure.ALWAYS_RUN and loop.engine_lives):
                 continue
-            error = carry_out(replace(job, planned=None) if stopped else job, loop, callbacks)
-            if error is not None:
+            try:
+                error = carry_out(replace(job, planned=None) if stopped else job, loop, callbacks)
+            except StopAsked:
+                error = None if stopped else _save_at(job, loop, callbacks)
+                return ending_of(error, SAVED) if error else ending
+            if error is None:
+                loop.passed(job)
+            else:
                 ending = ending if ending.exit_code else ending_of(error, job.phase.step)
                 stopped = stopped or not _goes_on(job.phase, loop)
     return ending
@@ -115,6 +129,17 @@ def _goes_on(phase: WorkerPhase, loop: "Loop") -> bool:
     """Whether the run continues after this step has failed."""
     asked = loop.ctx.config.runner.on_error == CONTINUE
     return asked and phase.on_failure is OnFailure.MAY_CONTINUE and loop.engine_lives
+
+
+def _save_at(job: Job, loop: "Loop", callbacks: Callbacks) -> KvpipeError | None:
+    """Save the trainer in place of a job, if it is as at the end of a cycle that is not saved."""
+    cycle = loop.unsaved_cycle()
+    if cycle is None:
+        return None
+    config = loop.ctx.config
+    step = saving_step(config, cycle)
+    assert isinstance(step, WorkerPhase)
+    return carry_out(Job(job.idx, use_of(SAVED, config), step, loop.planned), loop, callbacks)
 
 
 def carry_out(job: Job, loop: "Loop", callbacks: Callbacks) -> KvpipeError | None:
@@ -160,13 +185,17 @@ class Loop:
 
     Attributes:
         engine_lives: whether no host's engine has failed.
+        planned: the planned ledger after the last step that passed.
     """
 
     def __init__(self, ctx: WorkerContext, run_began: float, threads: ExitStack) -> None:
         self.ctx = ctx
         self._run_began = run_began
         self._compiles = CompileCounter()
-        self._drift = Drift()
+        self._drift = Drift(ctx.config.resume_after or 0)
+        self._ended: tuple[int, int] | None = None
+        self._saved_cycle = ctx.config.resume_after or 0
+        self.planned: Ledger | None = None
         self._step_began = 0.0
         self._step_ended: float | None = None
         self._outside_s = 0.0
@@ -176,6 +205,23 @@ class Loop:
         self._sampler: PeakSampler | None = None
         if ctx.config.runner.sample_peaks:
             self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
+
+    def passed(self, job: Job) -> None:
+        """Note a step that passed: where the plan is, and with it the end of a cycle, or a save."""
+        self.planned = job.planned
+        step, repeat = job.phase.step, self.ctx.config.repeat
+        if base_name(step) == SAVED:
+            self._saved_cycle = cycle_of(step)
+        if repeat and base_name(step) == repeat.last and self.ctx.made_trainer is not None:
+            self._ended = cycle_of(step), self.ctx.made_trainer.steps
+
+    def unsaved_cycle(self) -> int | None:
+        """Return the last cycle if it is not saved, and its trainer has not stepped since."""
+        trainer = self.ctx.made_trainer
+        if self._ended is None or trainer is None:
+            return None
+        cycle, steps = self._ended
+        return cycle if cycle > self._saved_cycle and trainer.steps == steps else None
 
     def begin(self, step: str) -> None:
         """Start the clock and the counts of a step."""

@@ -30,6 +30,7 @@ from kvpipe.pipeline.ledger import (
     Size,
 )
 from kvpipe.plan import fit, fold, kv_choice
+from kvpipe.plan.continuation import planned_steps
 from kvpipe.plan.inputs import check_inputs, check_split
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU, Target
@@ -304,7 +305,7 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     # Here the target's devices are virtual CPU devices.
     config = replace(config, engine=replace(config.engine, device=CPU))
     try:
-        planned = kv_choice.ordered(config)
+        planned = planned_steps(config)
         target, model_dir = Target(**job["target"]), Path(job["model_dir"])
         _check_model(config.engine, model_dir, target.devices)
         device = None if target.name == CPU else aot.described_device(target.name)

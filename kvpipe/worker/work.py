@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpipe.checkpoints.model_dir import cache_dir
+from kvpipe.checkpoints.resumable import check_devices
 from kvpipe.config import examples
 from kvpipe.config.prompt import read_prompt
 from kvpipe.config.schema import Kvpipe, from_plain
@@ -23,11 +24,11 @@ from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline import rewards
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase import WorkerPhase
-from kvpipe.pipeline.steps import origins, use_of
+from kvpipe.pipeline.steps import origins, step_names, use_of
+from kvpipe.plan.continuation import planned_steps
 from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.inputs import check_inputs
-from kvpipe.plan.kv_choice import ordered
 from kvpipe.records.run import PhaseRecord, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
@@ -104,7 +105,7 @@ def work(
     plain: Mapping[str, Any],
     run_began: float,
     descriptor: int,
-    next_order: Callable[[], object],
+    next_order: Callable[[], Mapping[str, Any]],
     load: Load = with_engine,
 ) -> int:
     """Do the job and report on a descriptor; return the exit code.
@@ -113,8 +114,9 @@ def work(
         plain: the config to run, as plain values.
         run_began: ``time.monotonic()`` when the run began.
         descriptor: receives starts, records and the ending, one JSON line each.
-        next_order: blocks until the parent's next line: first that its own steps are done, then,
-            each time, that it knows which step begins, or has written the record of one.
+        next_order: blocks until the parent's next line, and returns it: first that its own steps are
+            done, then, each time, that it knows which step begins, or has written the record of one.
+            With ``stop`` no further step may begin.
         load: imports the engine, or what replaces it; returns the planner.
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
@@ -126,7 +128,8 @@ def work(
     def start(step: str, idx: int) -> None:
         # Whatever ends the run inside the step, the parent's last record names this step.
         report({"started": step, "idx": idx})
-        next_order()
+        if "stop" in next_order():
+            raise loop.StopAsked
 
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
@@ -155,23 +158,29 @@ def _planned_jobs(
 ) -> Sequence[loop.Job]:
     """Plan the run, report the plan, and return the worker's steps with their planned ledgers."""
     config = ctx.config
-    planned = ordered(config)
+    planned = planned_steps(config)
 
     def make() -> Plan:
         check_inputs(config, planned, ctx.model_dir)
         plan = planner(planned, config, ctx.model_dir)
         callbacks.planned(replace(plan.record, elapsed_s=round(time.monotonic() - run_began, 6)))
+        check_devices(config, plan.record.devices)
         if config.plan.enforce and (why := why_not_fit(plan.record)):
             raise InputError(f"{why} (plan.enforce=false runs it anyway)")
         return plan
 
     plan = multihost.in_stage(make)
     ctx.planned_temporaries = {each.name: each.temp_bytes for each in plan.record.programs}
+    places = {name: idx for idx, name in enumerate(step_names(config))}
     return [
-        loop.Job(idx, use_of(item.step.step, config), item.step, ledger, phase.peak_device_bytes)
-        for idx, (item, ledger, phase) in enumerate(
-            zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
+        loop.Job(
+            places[item.step.step],
+            use_of(item.step.step, config),
+            item.step,
+            ledger,
+            phase.peak_device_bytes,
         )
+        for item, ledger, phase in zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
         if isinstance(item.step, WorkerPhase)
     ]
 

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from kvpipe.errors import InputError
 from kvpipe.report.run import read_run
+from kvpipe.sinks.wandb_tables import steps_taken
 from tests.sinks.pipeline_records import STEPS, passed, phase, pipeline, started
 
 LINES = [record.line for record in (started(), *pipeline(), passed())]
@@ -86,3 +88,27 @@ def test_a_line_separator_inside_a_text_does_not_split_a_line(tmp_path):
     line = json.dumps({**json.loads(LINES[1]), "text": "a\u2028b"}, ensure_ascii=False)
     write(tmp_path / "r", line)
     assert read_run(tmp_path / "r").phases[0].fields["text"] == "a\u2028b"
+
+
+def test_a_resumed_run_is_one_run_without_the_work_that_was_lost(tmp_path):
+    """The steps before the cycles, and those of a cycle that was abandoned, count as of the last part."""
+
+    def part(*steps, skipped=(), status=None):
+        names = [name for name, _ in steps]
+        records = [replace(started(), steps=names, skipped=skipped)]
+        records += [replace(phase(1), phase=name, idx=idx) for name, idx in steps]
+        return [*records, *([replace(passed(), status=status)] if status else [])]
+
+    first = part(("ready", 0), ("train", 1), ("saved", 2), ("train#2", 3), status="interrupted")
+    killed = part(("ready", 0), skipped=["train", "saved"])
+    last = part(
+        *(("ready", 0), ("train#2", 3), ("saved#2", 4)), skipped=["train", "saved"], status="passed"
+    )
+    write(tmp_path / "r", *(record.line for record in [*first, *killed, *last]))
+    run = read_run(tmp_path / "r")
+    assert [p.phase for p in run.phases] == ["ready", "train", "saved", "train#2", "saved#2"]
+    assert [p.line for p in run.phases] == [r.line for r in (last[1], *first[2:4], *last[2:4])]
+    assert (run.status, run.started.line) == ("passed", last[0].line)
+    # Rows up to that of step 3 and the tables, then of step 0 and tables, then of step 4 and tables.
+    assert [steps_taken(part) for part in (first, [*first, *killed])] == [5, 7]
+    assert steps_taken([*first, *killed, *last]) == 13

@@ -241,3 +241,13 @@ def test_a_reader_that_does_not_read_is_given_up_after_the_limit():
             sinks.phase_finished(phase(1))
         sinks.run_finished(passed())
     os.close(read_end)
+
+
+def test_a_resumed_run_adds_its_lines_to_those_that_are_whole(tmp_path):
+    path = tmp_path / "records.jsonl"
+    before = "".join(f"{record.line}\n" for record in (started(), phase(0), phase(1)))
+    path.write_text(f"{before}{phase(2).line[:40]}")
+    with JsonFile(path, continues=True) as sink:
+        write_run(Sinks([sink]))
+    again = "".join(f"{record.line}\n" for record in (started(), *pipeline(), passed()))
+    assert path.read_text() == before + again

@@ -578,6 +578,41 @@ def test_online_everything_reaches_the_server_and_the_key_no_file(tmp_path, serv
         assert files_with(secret, tmp_path) == []
 
 
+def test_a_resumed_run_adds_its_rows_to_the_wandb_run_with_its_id(tmp_path, server):
+    """W&B drops a row of a step before its last one, which is that of the earlier part's tables."""
+    earlier = [started(), *pipeline()]
+    tail = json.dumps([json.dumps({"_step": len(STEPS), "_runtime": 3})])
+    bucket = {"id": "1", "name": "abcd1234", "displayName": "n", "historyTail": tail}
+    bucket |= {"historyLineCount": 17, "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
+    bucket |= {"summaryMetrics": "{}", "config": "{}", "wandbConfig": '{"t": 1}', "tags": []}
+    there = {"id": "1", "name": "kvpipe", "entity": {"name": "team"}, "bucket": bucket}
+    asked = []
+
+    def respond(server, path, body):
+        if b"RunResumeStatus" not in body:
+            return wandb_server.well_behaved(server, path, body)
+        asked.append(json.loads(body)["variables"]["name"])
+        return wandb_server.answer(model=there)
+
+    server.respond = respond
+    tracking = TrackingConfig(mode=TrackingMode.online, id="abcd1234")
+    sink = WandbSink(tracking, tmp_path, KEY, earlier)
+    sink.run_started(replace(started(), skipped=["generate_result"]))
+    assert sink.start(CONFIG)["id"] == "abcd1234"
+    for record in pipeline():
+        sink.phase_finished(record)
+    sink.run_finishes(Handed(len(STEPS) + 1, STEPS))
+    sink.run_finished(passed(tmp_path))
+    assert asked == ["abcd1234"]
+    (path,) = tmp_path.glob("wandb/run-*/*.wandb")
+    file = wandb_file.read(path)
+    assert file["id"] == "abcd1234"
+    first = len(STEPS) + 1
+    assert [row["_step"] for row in phase_rows(file)] == [*range(first, first + len(STEPS))]
+    table = json.loads((path.parent / "files" / file["summary"]["phases/path"]).read_text())
+    assert [row[0] for row in table["data"]] == ["generate_result", *STEPS]
+
+
 def test_a_request_that_succeeds_when_repeated_is_no_loss(tmp_path, server):
     sink = online(tmp_path, finish_timeout_s=20.0)
     sink.start(CONFIG)

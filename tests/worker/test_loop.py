@@ -6,17 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvpipe.config.schema import Kvpipe, RunnerConfig
+from kvpipe.config.schema import Kvpipe, RepeatConfig, RunnerConfig
 from kvpipe.engine import peaks
 from kvpipe.engine.compile_count import Compilations
 from kvpipe.errors import BAD_INPUT, WRONG_WEIGHTS, InputError, KvpipeError
 from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.cycles import SAVED, Cycle
 from kvpipe.pipeline.ledger import Ledger
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
 from kvpipe.records import progress
 from kvpipe.records.progress import COMPILING, GENERATING, Progress
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import loop
+from kvpipe.worker.drift import Drift
 from kvpipe.worker.measurement import Measurement
 
 
@@ -75,7 +77,7 @@ def run(*phases, **options):
     return records + ([ending.error] if ending.error else []), told
 
 
-def run_in(ctx, phases, planned=None, take=lambda record: None):
+def run_in(ctx, phases, planned=None, take=lambda record: None, started=lambda step, idx: None):
     """Run the phases; return the records, what was told of their progress, and the ending.
 
     ``take`` is called with each record, after it is in the list.
@@ -84,7 +86,7 @@ def run_in(ctx, phases, planned=None, take=lambda record: None):
     events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
-        started=lambda step, idx: None,
+        started=started,
         progressed=told.append,
         sampled=lambda step, sample: records.append((step, sample)),
         finished=lambda record: (records.append(record), take(record)),
@@ -224,3 +226,74 @@ def test_the_samples_of_a_rollout_come_before_its_record_which_has_not_all_of_th
     (first, second, record), _ = run(Samples("it"))
     assert [first, second] == [("it", {"text": "a"}), ("it", {"text": "b"})]
     assert (record.phase, record.fields) == ("it", {"requests": 2})
+
+
+class Trains(WorkerPhase):
+    def run(self, ctx):
+        ctx.made_trainer.steps += 1
+        return Result()
+
+
+class Saves(WorkerPhase):
+    def run(self, ctx):
+        return Result({"steps": ctx.made_trainer.steps})
+
+
+REPEAT = RepeatConfig("train", "roll_out", 3)
+CYCLES = [
+    *(
+        Trains("train"),
+        Waits("roll_out"),
+        Waits("before#2"),
+        Trains("train#2"),
+        Waits("roll_out#2"),
+    ),
+    Saves("trainer_saved#2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "saved"),
+    [
+        ("train", None),
+        ("roll_out", None),
+        ("before#2", "trainer_saved"),
+        ("train#2", "trainer_saved"),
+        ("roll_out#2", None),
+        ("end", None),
+    ],
+)
+def test_a_worker_that_is_to_stop_saves_the_trainer_if_it_is_as_a_cycle_left_it(
+    monkeypatch, stop_at, saved
+):
+    """In a cycle that has trained nothing is worth saving, and after a save nothing is left to."""
+
+    def started(step, idx):
+        if step == stop_at:
+            raise loop.StopAsked
+
+    ctx = WorkerContext(Kvpipe(repeat=REPEAT, runner=RunnerConfig(sample_peaks=False)), "Hello")
+    ctx.made_trainer = SimpleNamespace(steps=0)
+    monkeypatch.setattr(
+        loop, "saving_step", lambda config, cycle: Saves(Cycle(cycle, {SAVED}).name(SAVED))
+    )
+    records, _, ending = run_in(ctx, [*CYCLES, Waits("end")], started=started)
+    names = [phase.step for phase in [*CYCLES, Waits("end")]]
+    before = names[: names.index(stop_at)]
+    assert [record.phase for record in records] == [*before, *([saved] if saved else [])]
+    assert (ending.exit_code, ending.error) == (0, None)
+
+
+def test_a_cycle_of_a_resumed_run_is_not_held_against_one_that_compiled(monkeypatch):
+    drift = Drift(skipped=4)
+    sizes = {"weights_synced#4": 5, "drop#5": 1, "drop#6": 2, "drop#7": 2, "drop#8": 3}
+    process = process_memory()
+    results = [
+        drift.compare(step, Measurement(process, Ledger(1, {"kv": (size,)})), 0)
+        for step, size in sizes.items()
+    ]
+    assert [[check.passed for check in result.checks] for result in results] == [
+        *([], [], []),
+        [True],
+        [False],
+    ]

@@ -1,0 +1,74 @@
+"""What a signal means to a run that saves its trainer: end the step, save what is worth it, and stop.
+
+Without a cycle that has ended since the last save, nothing is worth waiting for: the signal ends the
+run at once, as it ends one that saves nothing.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from kvpipe.checkpoints import resumable
+from kvpipe.config.schema import Kvpipe
+from kvpipe.errors import BAD_INPUT, HELD, Ending, Interrupted, ending_of
+from kvpipe.pipeline.cycles import SAVED, base_name, cycle_of
+from kvpipe.records.run import PhaseRecord
+
+BEGIN, STOP = "begin", "stop"
+"""Orders to a worker whose step is to begin."""
+
+
+class Preemption:
+    """Follows the cycles of a run by its records, and what becomes of a signal.
+
+    Attributes:
+        signal: the signal that came, once the worker is to stop because of it.
+        told: whether the worker knows.
+    """
+
+    def __init__(self, config: Kvpipe) -> None:
+        trainer = config.trainer
+        self._directory = trainer.checkpoint_dir
+        self._last_step = config.repeat.last if config.repeat and trainer.checkpoint_every else None
+        self._ended = self._saved = config.resume_after or 0
+        self.signal: Interrupted | None = None
+        self.told = False
+
+    def passed(self, record: PhaseRecord) -> None:
+        """Note a step that passed."""
+        step, cycle = base_name(record.phase), cycle_of(record.phase)
+        if step == self._last_step and record.passed:
+            self._ended = cycle
+        elif step == SAVED and record.passed:
+            self._saved = cycle
+
+    def takes(self, signal: Interrupted) -> bool:
+        """Whether the worker shall stop by itself, since a cycle has ended that is not saved."""
+        if self._last_step is None or self._ended <= self._saved:
+            return False
+        self.signal = signal
+        return True
+
+    def order(self, step: str) -> str:
+        """Return the worker's order for a step: only a save may still begin after a signal."""
+        if self.signal is None or base_name(step) == SAVED:
+            return BEGIN
+        self.told = True
+        return STOP
+
+    def ending(self, of_worker: Ending) -> Ending:
+        """Return how a worker's part ended: by the signal, unless it had nothing left to do."""
+        if self.signal is None or not self.told:
+            return of_worker
+        ending = ending_of(self.signal)
+        failed = f"; then: {of_worker.error}" if of_worker.error else ""
+        return replace(ending, error=f"{ending.error}{failed}")
+
+    def with_hint(self, ending: Ending, command: str) -> Ending:
+        """Return the ending with the command that continues the run, if it has a checkpoint."""
+        if ending.exit_code in (HELD, BAD_INPUT) or self._directory is None:
+            return ending
+        if (found := resumable.last(Path(self._directory))) is None:
+            return ending
+        return replace(
+            ending, error=f"{ending.error}; {found} is saved; to go on after it: {command}"
+        )
