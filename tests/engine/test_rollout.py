@@ -222,8 +222,11 @@ def through_the_host(engine: Any) -> None:
     kv_cache.restore(engine, kv_cache.offload(engine)[1])
 
 
-def equal_after_a_pause(engine: Any, first: Rollout, composed: Any, tokens: int) -> None:
+def equal_after_a_pause(
+    engine: Any, uninterrupted: tuple[Rollout, list[list[str]]], tokens: int
+) -> None:
     """Pause after so many tokens; assert that the rest is as in a rollout without a pause."""
+    first, composed = uninterrupted
     engine.flush()
     with pytest.MonkeyPatch.context() as patch:
         its_batches = batches(engine, patch)
@@ -256,8 +259,8 @@ def test_a_paused_rollout_goes_on_with_the_batches_ids_and_log_probabilities_of_
     engine: Any, uninterrupted: Any
 ) -> None:
     """With requests that wait; and where two end and two others, with a known prompt, begin."""
-    for tokens in (14, 29):
-        equal_after_a_pause(engine, *uninterrupted, tokens)
+    for tokens in (6, 15):
+        equal_after_a_pause(engine, uninterrupted, tokens)
 
 
 @pytest.mark.nightly(
@@ -266,19 +269,19 @@ def test_a_paused_rollout_goes_on_with_the_batches_ids_and_log_probabilities_of_
 def test_a_rollout_may_be_paused_between_any_two_of_its_steps(
     engine: Any, uninterrupted: Any
 ) -> None:
-    for tokens in range(1, 45, 2):  # a step adds two at least
-        equal_after_a_pause(engine, *uninterrupted, tokens)
+    for tokens in range(1, 20, 2):  # a step adds two at least; in the last one of 24 all end
+        equal_after_a_pause(engine, uninterrupted, tokens)
 
 
 def test_requests_in_flight_keep_others_and_a_flush_away(flushed: Any) -> None:
     from kvpipe.engine import kv_cache
 
-    in_flight = paused(flushed, 14)
+    in_flight = paused(flushed, 6)
     half_way = "a rollout is paused with requests half-way; resume it first"
     for act in (
         lambda: flushed.generate("Hello", greedy(4)),
         lambda: roll_out(flushed, WARM),
-        lambda: paused(flushed, 14),
+        lambda: paused(flushed, 6),
         flushed.flush,
     ):
         with pytest.raises(EngineError, match=half_way):
@@ -298,13 +301,13 @@ def test_a_pause_that_comes_too_late_is_refused_with_the_tokens_that_there_were(
     flushed: Any,
 ) -> None:
     with pytest.raises(EngineError) as raised:
-        paused(flushed, 49)
+        paused(flushed, 25)
     assert str(raised.value) == (
-        "all 6 requests ended with 48 tokens, and none was half-way at the pause after 49 "
+        "all 6 requests ended with 24 tokens, and none was half-way at the pause after 25 "
         "(pause_after_tokens)"
     )
     flushed.wait_idle()
-    assert roll_out(flushed, WARM).decode_tokens == 48
+    assert roll_out(flushed, WARM).decode_tokens == 24
 
 
 # The sampler alone, as the engine calls it.
