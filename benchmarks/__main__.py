@@ -10,7 +10,17 @@ import sys
 
 from benchmarks.devices import use_virtual_devices
 
-MODULES = ("weights", "kv", "attached", "start", "gaps", "plan", "supervision", "command_line")
+MODULES = (
+    "weights",
+    "kv",
+    "rollout",
+    "attached",
+    "start",
+    "gaps",
+    "plan",
+    "supervision",
+    "command_line",
+)
 
 
 def main() -> None:

@@ -3,14 +3,14 @@
 from typing import override
 
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.facts import ENGINE, PREFIX_CACHE
+from kvpipe.pipeline.facts import ENGINE, IN_FLIGHT, PREFIX_CACHE
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
 
 
 class FlushCache(WorkerPhase):
     """Flush, on the scheduler's own thread, once the engine is idle."""
 
-    effect = Effect(needs=(ENGINE,), removes=PREFIX_CACHE)
+    effect = Effect(needs=(ENGINE,), forbids=(IN_FLIGHT,), removes=PREFIX_CACHE)
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

@@ -77,7 +77,7 @@ class Generate(SampledPhase):
         logged = (WANDB,) if self.log_text else ()
         return Effect(
             needs=(ENGINE, KV_LIVE, WEIGHTS_LIVE, *real, *logged, *compared),
-            forbids=(facts.KV_STALE,),
+            forbids=(facts.IN_FLIGHT, facts.KV_STALE),
             adds=(facts.KV_WRITTEN, facts.output(self.step)),
             pools={PROGRAM: Size.PROGRAM},
             new_tokens=self.max_new_tokens,

@@ -9,7 +9,10 @@ from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed
 
 
 class KvCacheOffloaded(WorkerPhase):
-    """Offload the KV cache; the prefix tree stays, so that a restore brings every prefix back."""
+    """Offload the KV cache; the prefix tree stays, so that a restore brings every prefix back.
+
+    The tokens of a paused rollout's requests go with it.
+    """
 
     effect = Effect(
         needs=(ENGINE, KV_LIVE), adds=(KV_OFFLOADED,), removes=(KV_LIVE,), runs=(KV_TAKE,)

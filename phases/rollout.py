@@ -8,18 +8,15 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
-from kvpipe.pipeline.facts import ENGINE, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL
-from kvpipe.pipeline.ledger import PROGRAM, Size
-from kvpipe.pipeline.phase import Effect, OnFailure, Result, follows
-from kvpipe.pipeline.rollout import Request, rollout_proven, same_rollout, seed_of
-from kvpipe.pipeline.sampled import SampledPhase
+from kvpipe.pipeline.phase import Effect, OnFailure, Result
+from kvpipe.pipeline.rollout import rollout_proven, same_rollout
+from kvpipe.pipeline.sampled import RollingOutPhase
 
 
-class Rollout(SampledPhase):
+class Rollout(RollingOutPhase):
     """Roll out.
 
     Attributes:
-        n: samples of each prompt, without a unit; follows ``sampling.n``.
         seed: seed of the random numbers, without a unit; null draws one. In the later cycles of
             repeated steps it is one more each time.
         same_rollout_as: name of an earlier step whose token ids and log-probabilities these must
@@ -29,7 +26,6 @@ class Rollout(SampledPhase):
             file has all of them.
     """
 
-    n: int = follows("sampling.n")
     same_rollout_as: str | None = None
     aa_control: bool = False
     shown: int = checked(8, at_least(0))
@@ -52,26 +48,14 @@ class Rollout(SampledPhase):
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
         compared = (facts.rollout(self.same_rollout_as),) if self.same_rollout_as else ()
-        return Effect(
-            needs=(ENGINE, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL, *compared),
-            forbids=(facts.KV_STALE,),
-            adds=(facts.KV_WRITTEN, facts.rollout(self.step)),
-            pools={PROGRAM: Size.PROGRAM},
-            new_tokens=self.max_new_tokens,
-            rolls_out=True,
-            samples=self.n,
-        )
+        return self.rolling_out(facts.rollout(self.step), compared=compared)
 
     @override
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.engine import rollout
 
         sampling = self.draw_sampling()
-        requests = [
-            Request(prompt.id, i, its_ids, seed_of(sampling.seed, prompt.id, i))
-            for prompt, its_ids in zip(ctx.prompts, ctx.prompt_ids, strict=True)
-            for i in range(self.n)
-        ]
+        requests = self.requests(ctx, sampling.seed)
         made = ctx.rollouts[self.step] = rollout.roll_out(ctx.engine, requests, sampling)
         checks = list(rollout_proven(made, self.max_new_tokens))
         if (step := self.same_rollout_as) is not None:

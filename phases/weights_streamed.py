@@ -14,6 +14,8 @@ from kvpipe.pipeline.swap_probe import SwapProbe
 class WeightsStreamed(WorkerPhase):
     """Swap weights in from the model's files, or from a host tree; the prefix cache is flushed.
 
+    Requests of a paused rollout stay in flight, and then it is not flushed.
+
     Attributes:
         source: name of a host tree to load instead of the model's files.
         probe_tokens: greedy tokens to generate before and after the swap, which must differ.
@@ -28,12 +30,14 @@ class WeightsStreamed(WorkerPhase):
         tree = (facts.host(self.source),) if self.source else ()
         probed = (KV_LIVE, WEIGHTS_LIVE) if self.probe_tokens else ()
         new = () if WEIGHTS_LIVE in before else (Size.PARAMS,)
+        not_probed = (facts.IN_FLIGHT,) if self.probe_tokens else ()
+        stale, flushed = facts.flushed(before)
         return Effect(
             needs=(ENGINE, *tree, *probed),
             # A slot that shares the old arrays would keep them alive beside the new ones.
-            forbids=facts.shared_in(before),
-            adds=(WEIGHTS_LIVE, WEIGHTS_REAL),
-            removes=(*facts.PREFIX_CACHE, WEIGHTS_OFFLOADED),
+            forbids=(*not_probed, *facts.shared_in(before)),
+            adds=(WEIGHTS_LIVE, WEIGHTS_REAL, *stale),
+            removes=(*flushed, WEIGHTS_OFFLOADED),
             pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
             new_tokens=self.probe_tokens,
             reads_weights=self.source is None,
@@ -46,6 +50,6 @@ class WeightsStreamed(WorkerPhase):
 
         probe = SwapProbe(ctx, self.probe_tokens)
         change = weights.stream(ctx.engine, ctx.hf_weights(self.source))
-        ctx.host_kv = ctx.host_weights = None
+        ctx.exchanged_weights()
         proof = ctx.engine.proof.checks
         return grown("swap_leaves_one_set", change, *proof, *probe.checks())

@@ -27,12 +27,11 @@ class WeightsSwappedFromMllm(WorkerPhase):
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
         shared = facts.shared(self.slot)
-        stale = (facts.KV_STALE,) if KV_WRITTEN in before else ()
         probed = (KV_LIVE, WEIGHTS_LIVE) if self.probe_tokens else ()
         return Effect(
             needs=(ENGINE, facts.slot(self.slot), *probed),
-            forbids=(KV_WRITTEN,) if self.probe_tokens else (),
-            adds=(WEIGHTS_LIVE, WEIGHTS_REAL, shared, *stale),
+            forbids=(facts.IN_FLIGHT, KV_WRITTEN) if self.probe_tokens else (),
+            adds=(WEIGHTS_LIVE, WEIGHTS_REAL, shared, *facts.stale(before)),
             removes=(facts.WEIGHTS_OFFLOADED, *(f for f in facts.shared_in(before) if f != shared)),
             pools={PROGRAM: Size.PROGRAM} if self.probe_tokens else {},
             new_tokens=self.probe_tokens,

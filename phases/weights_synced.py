@@ -10,20 +10,21 @@ from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, grown
 
 
 class WeightsSynced(WorkerPhase):
-    """Sync the trainer's parameters into the engine; the prefix cache is flushed."""
+    """Sync the trainer's parameters into the engine; the prefix cache is flushed.
+
+    Requests of a paused rollout stay in flight, and then it is not flushed.
+    """
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
+        stale, flushed = facts.flushed(before)
         return Effect(
             needs=(ENGINE, TRAINER_LIVE),
             # A slot that shares the old arrays would keep them alive beside the new ones.
             forbids=facts.shared_in(before),
-            adds=(WEIGHTS_LIVE, WEIGHTS_REAL),
-            removes=(
-                *(TRAINER_AHEAD, *facts.PREFIX_CACHE, facts.WEIGHTS_OFFLOADED),
-                # They were sampled from the weights before.
-                facts.SAMPLES_REWARDED,
-            ),
+            adds=(WEIGHTS_LIVE, WEIGHTS_REAL, *stale),
+            # The rewarded samples were drawn from the weights before.
+            removes=(TRAINER_AHEAD, *flushed, facts.WEIGHTS_OFFLOADED, facts.SAMPLES_REWARDED),
             pools={TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
             runs=(WEIGHT_SYNC,),
         )
@@ -33,6 +34,6 @@ class WeightsSynced(WorkerPhase):
         from kvpipe.engine import training
 
         change = training.sync(ctx.engine, ctx.trainer.params)
-        ctx.host_kv = ctx.host_weights = None
+        ctx.exchanged_weights()
         change = change.with_fields(trained_steps=ctx.trainer.steps)
         return grown("sync_leaves_one_set", change, *ctx.engine.proof.checks)

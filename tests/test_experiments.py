@@ -69,6 +69,7 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "qwen25_3b_rl_cycle",
         "qwen3_4b",
         "tiny",
+        "tiny_async_cycle",
         "tiny_cycles",
         "tiny_drop_rebuild_aa",
         "tiny_grpo",
@@ -76,6 +77,7 @@ def test_the_experiments_that_ship_are_those_that_were_asked_for():
         "tiny_offload_restore",
         "tiny_rl_cycle",
         "tiny_rollout",
+        "tiny_rollout_paused",
         "tiny_sft",
         "tiny_stream",
     ]

@@ -14,6 +14,7 @@ from kvpipe.engine.failure import FailureWatch
 from kvpipe.errors import EngineError
 
 _CHANGE = "change"
+IN_FLIGHT = "in flight"
 
 
 class Requests:
@@ -76,6 +77,24 @@ class Requests:
         self._failure.raise_if_failed()
         if self.unavailable:
             raise EngineError(f"the engine cannot generate: {'; '.join(self.unavailable.values())}")
+
+    def stay_in_flight(self) -> None:
+        """Refuse others until :meth:`go_on`, since requests are half-way."""
+        self.unavailable[IN_FLIGHT] = "a rollout is paused with requests half-way; resume it first"
+
+    def go_on(self) -> None:
+        """Refuse others no longer, since the requests half-way go on.
+
+        Raises:
+            EngineError: there are none, or the engine failed or lacks what they need.
+        """
+        if (why := self.unavailable.pop(IN_FLIGHT, None)) is None:
+            raise EngineError("no rollout is paused, so there is none to resume")
+        try:
+            self.check()
+        except EngineError:
+            self.unavailable[IN_FLIGHT] = why
+            raise
 
 
 def in_batch(batch: Any) -> list[Any]:

@@ -1,15 +1,53 @@
-"""Generate for many requests at once, in the same batches each time, with log-probabilities."""
+"""Generate for many requests at once, in the same batches each time, with log-probabilities.
+
+A rollout may be paused with requests half-way and resumed; :mod:`kvpipe.engine.pause` says why that is
+safe.
+"""
 
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvpipe.config.schema import SamplingConfig
 from kvpipe.engine import multihost
+from kvpipe.engine.rollout_hooks import RolloutHooks
+from kvpipe.engine.scheduler_thread import result_of
 from kvpipe.engine.sglang import SglangEngine, json_plain, parameters
-from kvpipe.pipeline.rollout import Request, Rollout, Sample
+from kvpipe.errors import EngineError
+from kvpipe.pipeline.rollout import Paused, Request, Rollout, Sample
 from kvpipe.records import progress
+from kvpipe.units import counted
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A rollout with its requests in the engine.
+
+    Attributes:
+        requests: its requests.
+        sampling: how their tokens are chosen.
+        name: its name in the hooks.
+        ids: the ids of the requests in the engine.
+        answers: gets the engine's answers once all requests have ended; on the first host.
+        paused: what it was at its pause; None before.
+    """
+
+    requests: Sequence[Request]
+    sampling: SamplingConfig
+    name: str
+    ids: Sequence[str]
+    answers: Future[Any] | None = None
+    paused: Paused | None = None
+
+    @property
+    def at_pause(self) -> Paused:
+        """What it was at its pause."""
+        assert self.paused is not None, "pause() has returned it"
+        return self.paused
 
 
 def roll_out(
@@ -25,39 +63,140 @@ def roll_out(
     Raises:
         EngineError: the engine cannot generate now, or failed.
     """
-    hooks = engine.rollouts
-    assert hooks is not None, "an engine that kvpipe has started has them"
-    rollout, ids = hooks.new_ids(len(requests))
+    begun = _new(engine, requests, sampling)
+    with _progress(engine, begun), engine.generating() as origin:
+        received = _received(engine, _handed_over(engine, begun))
+    return _rollout(begun, received, origin)
+
+
+def pause(
+    engine: SglangEngine,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    after_tokens: int,
+) -> InFlight:
+    """Begin a rollout, and stop it with requests half-way; they stay in the engine.
+
+    Until :func:`resume` the engine refuses other requests and a flush. Its KV cache may be offloaded
+    and restored, and its weights may be exchanged.
+
+    Args:
+        engine: the engine.
+        requests: the requests, at least one; each has its own seed.
+        sampling: how their tokens are chosen.
+        after_tokens: number of new tokens, of all requests together, at which it stops; it may have
+            a few steps' more, until a request is half-way.
+
+    Raises:
+        EngineError: the engine cannot generate now, or failed, or all requests ended before.
+    """
+    hooks = _hooks(engine)
+    begun = _new(engine, requests, sampling)
+
+    def ended() -> None:
+        if begun.answers is not None and begun.answers.done():
+            begun.answers.result()  # raises what went wrong
+        finished, tokens = hooks.done(begun.name)
+        if finished == len(requests) and not reached.done():
+            hooks.pause_missed()
+            raise EngineError(
+                f"all {counted(finished, 'request')} ended with {counted(tokens, 'token')}, and none "
+                f"was half-way at the pause after {after_tokens} (pause_after_tokens)"
+            )
+
+    with _progress(engine, begun), engine.generating() as origin:
+        reached = hooks.pause_after(begun.name, after_tokens)
+        begun = _handed_over(engine, begun)
+        half_way = result_of(reached, engine.failure, ended)
+        hooks.paused(begun.name, half_way)
+        engine.requests.stay_in_flight()
+    finished, _ = hooks.done(begun.name)
+    tokens = tuple(len(hooks.known(request_id)[0]) for request_id in begun.ids)
+    return replace(begun, paused=Paused(tokens, finished, len(half_way), **origin))
+
+
+def resume(engine: SglangEngine, paused: InFlight) -> Rollout:
+    """Finish a paused rollout, and return once the engine is idle again.
+
+    Args:
+        engine: the engine.
+        paused: what :func:`pause` returned.
+
+    Raises:
+        EngineError: no rollout is paused, the engine lacks its KV cache or weights, or it failed.
+    """
+    hooks = _hooks(engine)
+    engine.requests.go_on()
+    with _progress(engine, paused), engine.generating() as origin:
+        engine.on_scheduler.call(lambda: hooks.go_on(paused.name))
+        received = _received(engine, paused)
+    return _rollout(paused, received, origin)
+
+
+def _hooks(engine: SglangEngine) -> RolloutHooks:
+    assert engine.rollouts is not None, "an engine that kvpipe has started has them"
+    return engine.rollouts
+
+
+def _new(engine: SglangEngine, requests: Sequence[Request], sampling: SamplingConfig) -> InFlight:
+    return InFlight(requests, sampling, *_hooks(engine).new_ids(len(requests)))
+
+
+def _progress(engine: SglangEngine, begun: InFlight) -> AbstractContextManager[None]:
+    """Report the requests and tokens of a rollout within the context."""
+    count, hooks = len(begun.requests), _hooks(engine)
     total = {
-        progress.REQUESTS: len(requests),
-        progress.TOKENS: len(requests) * sampling.max_new_tokens,
+        progress.REQUESTS: count,
+        progress.TOKENS: count * begun.sampling.max_new_tokens,
     }
 
     def so_far() -> dict[str, int]:
-        return dict(zip(total, hooks.done(rollout), strict=True))
+        return dict(zip(total, hooks.done(begun.name), strict=True))
+
+    return progress.under_way(progress.GENERATING, total, so_far)
+
+
+def _handed_over(engine: SglangEngine, begun: InFlight) -> InFlight:
+    """Send the requests to the engine; the first host's forwards them to those of the others."""
+    if multihost.rank() > 0:
+        return begun
 
     def ask() -> Any:
-        prompts = [list(request.prompt_ids) for request in requests]
-        chosen = [parameters(sampling, request.seed or 0) for request in requests]
-        return _ask(engine.engine, rid=ids, input_ids=prompts, sampling_params=chosen)
+        prompts = [list(request.prompt_ids) for request in begun.requests]
+        chosen = [parameters(begun.sampling, request.seed or 0) for request in begun.requests]
+        return _ask(engine.engine, rid=list(begun.ids), input_ids=prompts, sampling_params=chosen)
 
-    with progress.under_way(progress.GENERATING, total, so_far), engine.generating() as origin:
-        found = None
-        # The first host's engine forwards the requests to those of the others.
-        if multihost.rank() == 0:
-            answers, ended = engine.on_caller.call(ask), time.monotonic()
-            engine.wait_idle()  # an answer comes before the hooks have seen its last token
-            found = json_plain(
-                {
-                    "answers": answers,
-                    "hooks": [hooks.known(request_id) for request_id in ids],
-                    "duration_s": hooks.seconds(rollout, ended),
-                }
-            )
-        received = multihost.of_first(found, engine.failure.raise_if_failed)
-    hooks.forget(rollout)
-    each = zip(requests, received["answers"], received["hooks"], strict=True)
-    return Rollout([_sample(*one) for one in each], received["duration_s"], **origin)
+    return replace(begun, answers=engine.on_caller.begin(ask))
+
+
+def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
+    """Wait for the answers; return them, and what the hooks know, on every host."""
+    hooks, found = _hooks(engine), None
+    if begun.answers is not None:
+        answers, ended = result_of(begun.answers, engine.failure), time.monotonic()
+        engine.wait_idle()  # an answer comes before the hooks have seen its last token
+        found = json_plain(
+            {
+                "answers": answers,
+                "hooks": [hooks.known(request_id) for request_id in begun.ids],
+                "duration_s": hooks.seconds(begun.name, ended),
+                "continued": hooks.continued(begun.name),
+            }
+        )
+    received = multihost.of_first(found, engine.failure.raise_if_failed)
+    hooks.forget(begun.name)
+    return received
+
+
+def _rollout(begun: InFlight, received: Mapping[str, Any], origin: Mapping[str, Any]) -> Rollout:
+    each = zip(begun.requests, received["answers"], received["hooks"], strict=True)
+    return Rollout(
+        [_sample(*one) for one in each],
+        received["duration_s"],
+        **origin,
+        paused=begun.paused,
+        continued=received["continued"],
+    )
 
 
 def _ask(engine: Any, **requests: Any) -> Any:

@@ -11,13 +11,16 @@ every host does the same with a batch.
 import itertools
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kvpipe.engine.pause import Pause
 from kvpipe.engine.requests import in_batch
+from kvpipe.engine.scheduler_thread import SchedulerThread
 
 _OURS = "kvpipe"
 
@@ -33,6 +36,10 @@ class Held:
             leaves out the token that ended a request.
         first_token_s: seconds from ``began`` to the first token, by request id.
         finished: number of requests that have ended.
+        half_way: ids of the requests that were half-way at a pause, until they have a step again.
+        continued: number of those whose step was one of new tokens, not one that computes again what
+            the KV cache had of them.
+        paused: monotonic time of the pause.
     """
 
     waiting: list[Any] = field(default_factory=list)
@@ -40,6 +47,9 @@ class Held:
     tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     first_token_s: dict[str, float] = field(default_factory=dict)
     finished: int = 0
+    half_way: set[str] = field(default_factory=set)
+    continued: int = 0
+    paused: float = 0.0
 
 
 class RolloutHooks:
@@ -49,7 +59,8 @@ class RolloutHooks:
     :meth:`_forward`, which runs on the one that launches the steps.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, thread: SchedulerThread) -> None:
+        self._pause = Pause(scheduler, thread)
         self._held: dict[str, Held] = {}
         self._numbers = itertools.count()
         self._wanted = False
@@ -81,6 +92,29 @@ class RolloutHooks:
         held = self._held[rollout]
         return held.finished, sum(map(len, list(held.tokens.values())))
 
+    def pause_after(self, rollout: str, tokens: int) -> Future[list[Any]]:
+        """Pause once a rollout has so many new tokens; return what gets its requests half-way."""
+        return self._pause.when(lambda: self.done(rollout)[1] >= tokens)
+
+    def pause_missed(self) -> None:
+        """Make no pause in a rollout that has ended before it."""
+        self._pause.forget()
+
+    def paused(self, rollout: str, half_way: Sequence[Any]) -> None:
+        """Note which requests of a rollout are half-way, at its pause."""
+        held = self._held[rollout]
+        held.paused, held.half_way = time.monotonic(), {request.rid for request in half_way}
+
+    def go_on(self, rollout: str) -> None:
+        """End the pause of a rollout, which takes no part of its seconds; on the scheduler's thread."""
+        held = self._held[rollout]
+        held.began += time.monotonic() - held.paused
+        self._pause.go_on()
+
+    def continued(self, rollout: str) -> int:
+        """Return the number of requests half-way that went on without being computed again."""
+        return self._held[rollout].continued
+
     def seconds(self, rollout: str, ended: float) -> float:
         """Return the seconds from the hand-over of all requests to ``ended``, a monotonic time."""
         return ended - self._held[rollout].began
@@ -107,7 +141,14 @@ class RolloutHooks:
 
     def _note_batch(self, batch: Any) -> Any:
         """Note whether a batch has a request of a rollout, for what the engine makes of it."""
-        self._wanted = any(_rollout_of(request.rid) for request in in_batch(batch))
+        self._wanted = False
+        for request in in_batch(batch):
+            if (rollout := _rollout_of(request.rid)) is not None:
+                self._wanted = True
+                held = self._held[rollout]
+                if request.rid in held.half_way:
+                    held.half_way.remove(request.rid)
+                    held.continued += not batch.forward_mode.is_extend()
         return self._run_batch(batch)
 
     def _mark(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

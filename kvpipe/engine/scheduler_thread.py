@@ -34,12 +34,14 @@ class SchedulerThread:
         self._failure = failure
         self._idle_timeout_s = idle_timeout_s
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._held = False
         self._process_requests = scheduler.process_input_requests
-        scheduler.process_input_requests = self._process_requests_then_ours
         self._follows = multihost.rank() > 0
+        # The scheduler's loop runs already, so it may call these at once.
         if self._follows:
             self._receive = scheduler.run_subscriber
             scheduler.run_subscriber = self._receive_and_do_ours
+        scheduler.process_input_requests = self._process_requests_then_ours
 
     def call[T](self, function: Callable[[], T]) -> T:
         """Run ``function`` on the scheduler's thread once the engine is idle; return its result.
@@ -58,7 +60,23 @@ class SchedulerThread:
                     f"(runner.idle_timeout_s): {self._business()}"
                 )
 
-        return _result(future, self._failure, give_up_late)
+        return result_of(future, self._failure, give_up_late)
+
+    def hold(self) -> None:
+        """Keep the scheduler's thread here, running callables on it, until :meth:`let_go`.
+
+        For the scheduler's own thread, between two steps: nothing of the engine is under way then,
+        although it is not idle. Requests wait in its socket meanwhile.
+        """
+        self._held = True
+        while self._held:
+            if self._queue.empty():
+                time.sleep(_IDLE_SLEEP_S)
+            self._do_ours()
+
+    def let_go(self) -> None:
+        """End :meth:`hold`; for callables that run within it."""
+        self._held = False
 
     def unhook(self) -> None:
         """Give the scheduler its own method back; nothing may be called any more."""
@@ -95,7 +113,7 @@ class SchedulerThread:
         return self._receive()
 
     def _do_ours(self) -> None:
-        while not self._queue.empty() and self._is_idle():
+        while not self._queue.empty() and (self._held or self._is_idle()):
             function, future = self._queue.get()
             if not future.set_running_or_notify_cancel():
                 continue
@@ -144,12 +162,16 @@ class CallerThread:
         Raises:
             EngineError: a thread of the engine failed meanwhile.
         """
+        return result_of(self.begin(function), self._failure)
+
+    def begin[T](self, function: Callable[[], T]) -> Future[T]:
+        """Run ``function`` on the thread, after those that were begun before it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="kvpipe::caller", daemon=True)
             self._thread.start()
         future: Future[T] = Future()
         self._queue.put((function, future))
-        return _result(future, self._failure)
+        return future
 
     def _loop(self) -> None:
         while True:
@@ -160,7 +182,7 @@ class CallerThread:
                 future.set_exception(error)
 
 
-def _result[T](
+def result_of[T](
     future: Future[T], failure: FailureWatch, each_time: Callable[[], None] = lambda: None
 ) -> T:
     """Return the result of ``future``; raise if the engine or another host fails meanwhile.

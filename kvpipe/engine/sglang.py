@@ -20,7 +20,7 @@ from kvpipe.engine import compat, lean_import, memory, multihost
 from kvpipe.engine.devices import check_devices
 from kvpipe.engine.digests import Proof
 from kvpipe.engine.failure import FailureWatch
-from kvpipe.engine.requests import Requests, guards, in_batch
+from kvpipe.engine.requests import IN_FLIGHT, Requests, guards, in_batch
 from kvpipe.engine.rollout_hooks import RolloutHooks
 from kvpipe.engine.scheduler_thread import CallerThread, SchedulerThread
 from kvpipe.errors import EngineError, InputError
@@ -84,6 +84,11 @@ class SglangEngine:
         return self.requests.unavailable
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a rollout is paused with requests half-way."""
+        return IN_FLIGHT in self.unavailable
+
+    @property
     def max_total_tokens(self) -> int:
         """Capacity of the KV cache on each data-parallel rank, in tokens.
 
@@ -126,14 +131,15 @@ class SglangEngine:
 
     @contextmanager
     def generating(self) -> Iterator[dict[str, Any]]:
-        """Generate in the block, and wait until the engine is idle again.
+        """Generate in the block, and wait until no step of the engine is under way.
 
         What it yields has, after the block, ``forward_steps``, ``weights_digest`` and
         ``cache_digests`` of :class:`kvpipe.pipeline.output.Output`.
 
         Raises:
-            EngineError: the engine failed or stayed busy.
+            EngineError: the engine cannot generate now, failed or stayed busy.
         """
+        self.requests.check()
         steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
         origin: dict[str, Any] = {"weights_digest": digest, "cache_digests": tuple(sorted(cached))}
         self.generated = True
@@ -169,12 +175,14 @@ class SglangEngine:
         """Empty the prefix cache and both pools; return the number of tokens that were cached.
 
         Raises:
-            EngineError: tokens are still in use afterwards.
+            EngineError: requests are in flight, or tokens are still in use afterwards.
         """
         return self.on_scheduler.call(self.flush_now)
 
     def flush_now(self) -> dict[str, int]:
         """Flush as :meth:`flush` does, for functions that already run on the scheduler's thread."""
+        if self.in_flight:
+            raise EngineError(f"the prefix cache cannot be flushed: {self.unavailable[IN_FLIGHT]}")
         runner, scheduler, capacity = self.runner, self.scheduler, self.max_total_tokens
         cached = capacity - runner.token_to_kv_pool_allocator.available_size()
         scheduler.tree_cache.reset()
@@ -185,6 +193,14 @@ class SglangEngine:
             raise EngineError(f"after the flush {free} tokens are free, not all {capacity}")
         self.cache_digests = frozenset()
         return {"flushed_tokens": cached, "free_tokens": free}
+
+    def flush_for_other_weights(self) -> None:
+        """Flush, on the scheduler's thread, unless requests are in flight, whose tokens would go too.
+
+        Those go on under the new weights, with what the old ones have computed for them.
+        """
+        if not self.in_flight:
+            self.flush_now()
 
     def shut_down(self) -> None:
         """End the engine's threads and release its buffers; child processes stay alive.
@@ -225,7 +241,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     (scheduler,) = made
     failure.watch()
     started = _with_handles(engine, scheduler, failure, idle_timeout_s, config.weight_digests)
-    started.rollouts = RolloutHooks(scheduler)
+    started.rollouts = RolloutHooks(scheduler, started.on_scheduler)
     memory.exclude_what_lives()  # much of it lives as long as the process
     _check_capacity(started, config)
     return started

@@ -67,7 +67,7 @@ def check(engine: SglangEngine, given: Mapping[str, HostArray]) -> None:
 def sync(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     """Replace the engine's parameters by trained ones leaf by leaf, and flush its prefix cache.
 
-    Each old leaf is freed before its successor is made, so the devices never hold a second set. The
+    The requests of a paused rollout stay in flight, and then the cache is not flushed. Each old leaf is freed before its successor is made, so the devices never hold a second set. The
     trained arrays are on the engine's devices, named and laid out as in Hugging Face's checkpoint,
     of any float dtype and any sharding; the engine's weights may be dropped or offloaded.
 
@@ -96,7 +96,7 @@ def _sync_now(engine: SglangEngine, trained: Mapping[str, jax.Array]) -> Change:
     refuse_infinite(infinite)
     rules = rules_of(engine, leaves, blueprint)
     expected = of_trained(rules, blueprint, trained)
-    engine.flush_now()
+    engine.flush_for_other_weights()
     # Compiled before bytes are counted: code takes memory too.
     movers = {
         path: _mover(leaf, blueprint[path], trained[leaf.source]) for path, leaf in leaves.items()

@@ -103,6 +103,7 @@ def swap(engine: SglangEngine, new: Mapping[str, jax.Array]) -> float:
 def stream(engine: SglangEngine, weights: HfWeights) -> Change:
     """Replace the engine's parameters by host weights leaf by leaf, and flush its prefix cache.
 
+    The requests of a paused rollout stay in flight, and then the cache is not flushed.
     Each old leaf is freed before its successor is placed, so the devices never hold more than one
     set; mapped files are read a few leaves at a time and released. The engine's weights may be
     dropped or offloaded.
@@ -222,7 +223,7 @@ def _stream_now(engine: SglangEngine, weights: HfWeights) -> Change:
     leaves = leaf_sources(engine, table)
     rules = rules_of(engine, leaves, table.blueprint)
     expected = check_weights(leaves, table.blueprint, weights, rules)
-    engine.flush_now()
+    engine.flush_for_other_weights()
     hosts = {path: EngineView(weights[leaf.source], leaf) for path, leaf in leaves.items()}
     change = replace_leaves(
         engine,

@@ -23,6 +23,7 @@ from kvpipe.pipeline.rollout import Rollout
 if TYPE_CHECKING:
     from kvpipe.engine.kv_cache import HostKv
     from kvpipe.engine.owners import Owners
+    from kvpipe.engine.rollout import InFlight
     from kvpipe.engine.sglang import SglangEngine
     from kvpipe.engine.weights import HostWeights
     from kvpipe.trainer.state import Trainer
@@ -41,6 +42,7 @@ class WorkerContext:
         host: named parameter trees on the host.
         outputs: outputs by step name.
         rollouts: rollouts by step name.
+        in_flight: the paused rollout, else None.
         jax_ready: whether jax has found its devices.
         started: the engine once it has been started, else None.
         owners: the engine's arrays that are in no pool, once it is ready.
@@ -60,6 +62,7 @@ class WorkerContext:
     host: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, Output] = field(default_factory=dict)
     rollouts: dict[str, Rollout] = field(default_factory=dict)
+    in_flight: "InFlight | None" = None
     jax_ready: bool = False
     started: "SglangEngine | None" = None
     owners: "Owners | None" = None
@@ -97,9 +100,23 @@ class WorkerContext:
         return _present(self.host_kv, "there is no offloaded KV cache")
 
     @property
+    def paused_rollout(self) -> "InFlight":
+        """The paused rollout; a PhaseError if there is none."""
+        return _present(self.in_flight, "there is no paused rollout")
+
+    @property
     def offloaded_weights(self) -> "HostWeights":
         """The engine's offloaded weights; a PhaseError if there are none."""
         return _present(self.host_weights, "there are no offloaded weights")
+
+    def exchanged_weights(self) -> None:
+        """Forget what an exchange of the engine's weights, with its flush, has made void.
+
+        While requests are in flight it flushes nothing, and an offloaded KV cache can be restored.
+        """
+        self.host_weights = None
+        if self.in_flight is None:
+            self.host_kv = None
 
     def output_of(self, step: str) -> Output:
         """Return the output of ``step``.

@@ -19,6 +19,8 @@ KV_STALE = "kv:stale"
 WEIGHTS_LIVE = "weights:live"
 WEIGHTS_OFFLOADED = "weights:offloaded"
 WEIGHTS_REAL = "weights:real"
+IN_FLIGHT = "in_flight"
+IN_FLIGHT_STALE = "in_flight:stale"
 TRAINER_LIVE = "trainer:live"
 TRAINER_OFFLOADED = "trainer:offloaded"
 TRAINER_AHEAD = "trainer:ahead"
@@ -26,6 +28,20 @@ SAMPLES_REWARDED = "samples:rewarded"
 
 PREFIX_CACHE = (KV_WRITTEN, KV_STALE, KV_OFFLOADED)
 """Facts about the contents of the prefix cache; a flush removes all of them."""
+
+
+def stale(before: frozenset[str]) -> tuple[str, ...]:
+    """Return what other weights make of the facts ``before`` if the prefix cache is not flushed."""
+    cache = (KV_STALE,) if KV_WRITTEN in before else ()
+    return (*cache, IN_FLIGHT_STALE) if IN_FLIGHT in before else cache
+
+
+def flushed(before: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the facts that other weights add and remove that flush the prefix cache themselves.
+
+    They do not flush it while requests are in flight, whose tokens are in it.
+    """
+    return (stale(before), ()) if IN_FLIGHT in before else ((), PREFIX_CACHE)
 
 
 def slot(name: str) -> str:
@@ -132,6 +148,16 @@ _MEANINGS = {
         "a prefix cache that other weights have filled",
         "",
         "flush the cache between the swap and the generate, or the ids are silently wrong",
+    ),
+    IN_FLIGHT: Meaning(
+        "a paused rollout with requests in flight",
+        "put 'rollout_paused' before it",
+        "put 'rollout_resumed' between",
+    ),
+    IN_FLIGHT_STALE: Meaning(
+        "requests in flight whose first tokens other weights made",
+        "put a swap or a sync between the pause and it, or leave out new_weights",
+        "set new_weights=true for this step, and each sample says which weights made which tokens",
     ),
     WEIGHTS_LIVE: Meaning(
         "the engine's weights on the devices",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpipe.pipeline.output import cache_of_these_weights, computed, difference
-from kvpipe.records.run import Check
+from kvpipe.records.run import Check, check_equal
 from kvpipe.units import counted
 
 LENGTH = "length"
@@ -85,6 +85,47 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """A rollout at its pause.
+
+    Attributes:
+        tokens: number of new tokens of each request.
+        finished: number of requests that have ended.
+        half_way: number of requests that have tokens and have not ended.
+        forward_steps: steps that the engine ran until then, by its own count.
+        weights_digest: digest of the weights that made these tokens; None without digests.
+        cache_digests: those that the prefix cache was written under before.
+    """
+
+    tokens: tuple[int, ...]
+    finished: int
+    half_way: int
+    forward_steps: int
+    weights_digest: str | None
+    cache_digests: tuple[str, ...]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of the phase's record."""
+        return {
+            "requests": len(self.tokens),
+            "requests_finished": self.finished,
+            "requests_half_way": self.half_way,
+            "requests_waiting": len(self.tokens) - self.finished - self.half_way,
+            "decode_tokens": sum(self.tokens),
+            "forward_steps": self.forward_steps,
+            "weights_digest": self.weights_digest,
+            "cache_digests": self.cache_digests,
+        }
+
+    def checks(self) -> Iterator[Check]:
+        """Yield the checks that the tokens were computed just now and of these weights alone."""
+        yield computed("rollout_computed", self.forward_steps, max(self.tokens))
+        if (digest := self.weights_digest) is not None:
+            yield cache_of_these_weights([digest], sorted({digest, *self.cache_digests}))
+
+
+@dataclass(frozen=True)
 class Rollout:
     """The samples of a rollout, in the order of the requests.
 
@@ -94,6 +135,8 @@ class Rollout:
         forward_steps: steps that the engine ran meanwhile, by its own count.
         weights_digest: digest of the weights that they were generated under; None without digests.
         cache_digests: those that the prefix cache was written under before.
+        paused: what it was at its pause, if it was paused; the three above are of what came after.
+        continued: number of requests half-way then that were not computed again.
     """
 
     samples: Sequence[Sample]
@@ -101,6 +144,8 @@ class Rollout:
     forward_steps: int
     weights_digest: str | None
     cache_digests: tuple[str, ...]
+    paused: Paused | None = None
+    continued: int = 0
 
     @property
     def decode_tokens(self) -> int:
@@ -129,7 +174,22 @@ class Rollout:
 
     def lines(self, most: int | None = None) -> list[dict[str, Any]]:
         """Return the lines of the rollout's file, one a sample; at most ``most``, from the first."""
-        return [asdict(s) | {"weights_digest": self.weights_digest} for s in self.samples[:most]]
+        return [
+            asdict(sample) | {"weights_digest": parts[-1]["weights_digest"], "digests": parts}
+            for sample, parts in zip(self.samples[:most], self._parts(), strict=False)
+        ]
+
+    def _parts(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield for each sample which of its tokens each weights digest made: from, and before to."""
+        before = self.paused.tokens if self.paused else (0,) * len(self.samples)
+        digest = self.paused.weights_digest if self.paused else self.weights_digest
+        for sample, middle in zip(self.samples, before, strict=True):
+            end = len(sample.token_ids)
+            parts = [(0, middle, digest), (middle, end, self.weights_digest)]
+            if digest == self.weights_digest:
+                parts = [(0, end, digest)]
+            kept = [part for part in parts if part[0] < part[1]] or parts[-1:]
+            yield [dict(zip(("from", "to", "weights_digest"), part, strict=True)) for part in kept]
 
     def fields(self, shown: int) -> dict[str, Any]:
         """Return the fields of the phase's record.
@@ -162,6 +222,7 @@ class Rollout:
             "forward_steps": self.forward_steps,
             "weights_digest": self.weights_digest,
             "cache_digests": self.cache_digests,
+            **({"paused": self.paused.fields} if self.paused else {}),
             "samples": self.lines(shown),
         }
 
@@ -184,12 +245,36 @@ def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
         )
     whole = len(samples) - len(short)
     yield Check("rollout_complete", len(samples), whole, not short, detail)
-    longest = max(len(sample.token_ids) for sample in samples)
+    paused = rollout.paused
+    before = paused.tokens if paused else (0,) * len(samples)
+    longest = max(len(s.token_ids) - n for s, n in zip(samples, before, strict=True))
     yield computed("rollout_computed", rollout.forward_steps, longest)
     if (digest := rollout.weights_digest) is not None:
+        made = {digest, *([paused.weights_digest or ""] if paused else ())}
         # The samples of a prompt share it through the prefix cache, within the rollout too.
-        used = {digest, *(rollout.cache_digests if rollout.cached_tokens else ())}
-        yield cache_of_these_weights([digest], sorted(used))
+        used = {*made, *(rollout.cache_digests if paused or rollout.cached_tokens else ())}
+        yield cache_of_these_weights(sorted(made), sorted(used))
+
+
+def rollout_continued(rollout: Rollout, new_weights: bool) -> Iterator[Check]:
+    """Yield the checks that a paused rollout went on where it was, and under the weights as meant.
+
+    Args:
+        rollout: the rollout.
+        new_weights: whether other weights were to make its further tokens.
+    """
+    paused = rollout.paused
+    assert paused is not None, "only a paused rollout is resumed"
+    detail = "requests half-way whose KV cache was read and not computed again"
+    yield check_equal("requests_continued", paused.half_way, rollout.continued, detail)
+    before, now = paused.weights_digest, rollout.weights_digest
+    if before is None or now is None:
+        return
+    if new_weights:
+        other = f"other weights than {before}"
+        yield Check("continued_under_new_weights", other, now, before != now)
+    else:
+        yield check_equal("continued_under_same_weights", before, now)
 
 
 def _is_whole(sample: Sample, asked: int) -> bool:

@@ -1,4 +1,4 @@
-"""The options of the phases that generate tokens."""
+"""The options of the phases that generate tokens, and the requests of those that roll out."""
 
 import secrets
 from dataclasses import fields
@@ -6,7 +6,12 @@ from typing import Any
 
 from kvpipe.config.schema import SamplingConfig
 from kvpipe.errors import InputError
-from kvpipe.pipeline.phase import WorkerPhase, follows
+from kvpipe.pipeline import facts
+from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.facts import ENGINE, IN_FLIGHT, KV_LIVE, KV_STALE, WEIGHTS_LIVE, WEIGHTS_REAL
+from kvpipe.pipeline.ledger import PROGRAM, Size
+from kvpipe.pipeline.phase import Effect, WorkerPhase, follows
+from kvpipe.pipeline.rollout import Request, seed_of
 
 
 class SampledPhase(WorkerPhase):
@@ -58,3 +63,38 @@ class SampledPhase(WorkerPhase):
                 f"anew each time, but they must equal those of step {compared_with!r}; set "
                 "sampling.seed"
             )
+
+
+class RollingOutPhase(SampledPhase):
+    """Base of the phases that begin a rollout.
+
+    Attributes:
+        n: samples of each prompt, without a unit; follows ``sampling.n``.
+    """
+
+    n: int = follows("sampling.n")
+
+    def rolling_out(self, *adds: str, compared: tuple[str, ...] = ()) -> Effect:
+        """Return the effect of beginning a rollout.
+
+        Args:
+            adds: facts that it adds besides those of every rollout.
+            compared: facts about earlier steps that it needs.
+        """
+        return Effect(
+            needs=(ENGINE, KV_LIVE, WEIGHTS_LIVE, WEIGHTS_REAL, *compared),
+            forbids=(IN_FLIGHT, KV_STALE),
+            adds=(facts.KV_WRITTEN, *adds),
+            pools={PROGRAM: Size.PROGRAM},
+            new_tokens=self.max_new_tokens,
+            rolls_out=True,
+            samples=self.n,
+        )
+
+    def requests(self, ctx: WorkerContext, seed: int | None) -> list[Request]:
+        """Return a request for each sample of each prompt, each with its own seed."""
+        return [
+            Request(prompt.id, i, its_ids, seed_of(seed, prompt.id, i))
+            for prompt, its_ids in zip(ctx.prompts, ctx.prompt_ids, strict=True)
+            for i in range(self.n)
+        ]

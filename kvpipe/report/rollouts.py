@@ -70,10 +70,26 @@ def _named(lengths: range) -> str:
     return f"{lengths[0]:,}" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
 
 
+def weights_of(sample: Mapping[str, Any], digits: int | None = None) -> list[str]:
+    """Return the digest of the weights that made a sample's tokens.
+
+    If several made them, each has the range of its tokens before it, e.g. ``0:7``.
+
+    Args:
+        sample: the sample, as a record has it.
+        digits: number of a digest's digits to keep; None is all of them.
+    """
+    digests = sample["digests"]
+    texts = [(part["weights_digest"] or "unknown")[:digits] for part in digests]
+    if len(texts) == 1:
+        return texts
+    return [f"{p['from']}:{p['to']} {text}" for p, text in zip(digests, texts, strict=True)]
+
+
 def _samples(phase: PhaseRecord) -> Table:
-    columns = ("prompt", "text", "ended by", "sample", "new tokens", "log-probability")
+    columns = ("prompt", "text", "ended by", "weights", "sample", "new tokens", "log-probability")
     rows = list(_sample_rows(phase.fields["samples"]))
-    return Table(f"The first samples of {phase.phase}", columns, rows, texts=3)
+    return Table(f"The first samples of {phase.phase}", columns, rows, texts=4)
 
 
 def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> Iterator[list[Cell]]:
@@ -84,6 +100,7 @@ def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> Iterator[list[Cell]]:
             Cell(codes=[sample["prompt"]]),
             Cell(codes=[shown] if shown else ()),
             Cell(sample["finish_reason"]),
+            Cell(codes=weights_of(sample, _DIGITS)),
             number(sample["index"]),
             number(len(sample["token_ids"])),
             Cell(f"{sum(sample['logprobs']):.4f}"),

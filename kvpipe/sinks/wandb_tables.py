@@ -16,6 +16,7 @@ from kvpipe.records.run import (
     RunStarted,
 )
 from kvpipe.report.palette import pool_kinds
+from kvpipe.report.rollouts import weights_of
 
 PHASES_COLUMNS = (
     "phase",
@@ -73,7 +74,7 @@ def rollout_rows(record: PhaseRecord) -> list[list[Any]]:
             *(sample[key] for key in ("prompt", "index", "text", "finish_reason")),
             len(sample["token_ids"]),
             sum(sample["logprobs"]),
-            sample["weights_digest"],
+            ", ".join(weights_of(sample)),
         ]
         for sample in record.fields["samples"]
     ]

@@ -12,7 +12,14 @@ import pytest
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.config.schema import SamplingConfig
 from kvpipe.errors import EngineError
-from kvpipe.pipeline.rollout import Request, Rollout, rollout_proven, same_rollout, seed_of
+from kvpipe.pipeline.rollout import (
+    Request,
+    Rollout,
+    rollout_continued,
+    rollout_proven,
+    same_rollout,
+    seed_of,
+)
 from tests.conftest import IDLE_TIMEOUT_S, engine_config, greedy
 from tests.golden.answers import comparable, golden
 
@@ -194,6 +201,113 @@ def test_a_dropped_cache_refuses_a_rollout_and_a_later_one_runs(flushed: Any) ->
         roll_out(flushed, WARM)
     kv_cache.rebuild(flushed, capacity)
     assert same_rollout("same_rollout", before, roll_out(flushed, WARM)).passed
+
+
+def paused(engine: Any, tokens: int) -> Any:
+    from kvpipe.engine import rollout
+
+    return rollout.pause(engine, requests(engine, 3, WARM.seed), WARM, tokens)
+
+
+def resumed(engine: Any, in_flight: Any) -> Rollout:
+    from kvpipe.engine import rollout
+
+    return rollout.resume(engine, in_flight)
+
+
+def through_the_host(engine: Any) -> None:
+    """Offload the KV cache and restore it."""
+    from kvpipe.engine import kv_cache
+
+    kv_cache.restore(engine, kv_cache.offload(engine)[1])
+
+
+def equal_after_a_pause(
+    engine: Any, uninterrupted: tuple[Rollout, list[list[str]]], tokens: int
+) -> None:
+    """Pause after so many tokens; assert that the rest is as in a rollout without a pause."""
+    first, composed = uninterrupted
+    engine.flush()
+    with pytest.MonkeyPatch.context() as patch:
+        its_batches = batches(engine, patch)
+        in_flight = paused(engine, tokens)
+        through_the_host(engine)
+        later = resumed(engine, in_flight)
+    at = in_flight.at_pause
+    assert sum(at.tokens) >= tokens
+    assert at.half_way > 0
+    checks = [
+        same_rollout("same_rollout", first, later),
+        *at.checks(),
+        *rollout_proven(later, WARM.max_new_tokens),
+        *rollout_continued(later, new_weights=False),
+    ]
+    assert [check for check in checks if not check.passed] == [], tokens
+    assert at.forward_steps + later.forward_steps == first.forward_steps
+    assert its_batches == composed
+
+
+@pytest.fixture
+def uninterrupted(flushed: Any) -> tuple[Rollout, list[list[str]]]:
+    """A rollout without a pause, and its batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        composed = batches(flushed, patch)
+        return roll_out(flushed, WARM), composed
+
+
+def test_a_paused_rollout_goes_on_with_the_batches_ids_and_log_probabilities_of_one_without_a_pause(
+    engine: Any, uninterrupted: Any
+) -> None:
+    """With requests that wait; and where two end and two others, with a known prompt, begin."""
+    for tokens in (6, 15):
+        equal_after_a_pause(engine, uninterrupted, tokens)
+
+
+@pytest.mark.nightly(
+    finds="a step between which and the next one a pause loses or changes something"
+)
+def test_a_rollout_may_be_paused_between_any_two_of_its_steps(
+    engine: Any, uninterrupted: Any
+) -> None:
+    for tokens in range(1, 20, 2):  # a step adds two at least; in the last one of 24 all end
+        equal_after_a_pause(engine, uninterrupted, tokens)
+
+
+def test_requests_in_flight_keep_others_and_a_flush_away(flushed: Any) -> None:
+    from kvpipe.engine import kv_cache
+
+    in_flight = paused(flushed, 6)
+    half_way = "a rollout is paused with requests half-way; resume it first"
+    for act in (
+        lambda: flushed.generate("Hello", greedy(4)),
+        lambda: roll_out(flushed, WARM),
+        lambda: paused(flushed, 6),
+        flushed.flush,
+    ):
+        with pytest.raises(EngineError, match=half_way):
+            act()
+    with pytest.raises(EngineError, match="tokens of the KV cache are in use"):
+        kv_cache.drop(flushed)
+    kept = kv_cache.offload(flushed)[1]
+    with pytest.raises(EngineError, match="its KV cache is offloaded; restore it first"):
+        resumed(flushed, in_flight)
+    kv_cache.restore(flushed, kept)
+    assert len(resumed(flushed, in_flight).samples) == 6
+    with pytest.raises(EngineError, match="no rollout is paused, so there is none to resume"):
+        resumed(flushed, in_flight)
+
+
+def test_a_pause_that_comes_too_late_is_refused_with_the_tokens_that_there_were(
+    flushed: Any,
+) -> None:
+    with pytest.raises(EngineError) as raised:
+        paused(flushed, 25)
+    assert str(raised.value) == (
+        "all 6 requests ended with 24 tokens, and none was half-way at the pause after 25 "
+        "(pause_after_tokens)"
+    )
+    flushed.wait_idle()
+    assert roll_out(flushed, WARM).decode_tokens == 24
 
 
 # The sampler alone, as the engine calls it.

@@ -109,7 +109,10 @@ def test_the_json_has_every_phase_and_says_facts_in_words():
     dropped = next(phase for phase in data if phase["name"] == "kv_cache_dropped")
     assert dropped["effect"] == {
         "needs": {"engine": "a started engine", "kv:live": "the KV cache on the devices"},
-        "forbids": {"kv:written": "a prefix cache in use"},
+        "forbids": {
+            "in_flight": "a paused rollout with requests in flight",
+            "kv:written": "a prefix cache in use",
+        },
         "adds": {},
         "removes": {"kv:live": "the KV cache on the devices"},
         "pools": {"kv": "nothing"},

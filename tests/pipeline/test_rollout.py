@@ -11,7 +11,15 @@ from kvpipe.config.schema import Kvpipe, RepeatConfig, SamplingConfig
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.phase_files import phase_class
-from kvpipe.pipeline.rollout import Rollout, Sample, rollout_proven, same_rollout, seed_of
+from kvpipe.pipeline.rollout import (
+    Paused,
+    Rollout,
+    Sample,
+    rollout_continued,
+    rollout_proven,
+    same_rollout,
+    seed_of,
+)
 from kvpipe.pipeline.steps import build_steps
 from tests.refusal import refusal
 
@@ -267,3 +275,99 @@ def test_the_rollout_of_a_step_is_what_another_may_be_compared_with():
 
 def _sampling():
     return phase_class("rollout").defaults(Kvpipe())
+
+
+PAUSED = Paused(
+    tokens=(2, 2, 1, 0),
+    finished=1,
+    half_way=2,
+    forward_steps=2,
+    weights_digest="old",
+    cache_digests=("old",),
+)
+
+
+def resumed(**changes):
+    given = {"paused": PAUSED, "continued": 2, "weights_digest": "old", "cache_digests": ("old",)}
+    return replace(rollout(), **given | changes)
+
+
+def failed(*checks):
+    return [check.name for check in checks if not check.passed]
+
+
+def test_the_tokens_of_a_resumed_sample_have_the_digest_of_the_weights_that_made_them():
+    lines = resumed(weights_digest="new").lines()
+    assert [line["digests"] for line in lines] == [
+        [
+            {"from": 0, "to": 2, "weights_digest": "old"},
+            {"from": 2, "to": 3, "weights_digest": "new"},
+        ],
+        [{"from": 0, "to": 2, "weights_digest": "old"}],
+        [
+            {"from": 0, "to": 1, "weights_digest": "old"},
+            {"from": 1, "to": 3, "weights_digest": "new"},
+        ],
+        [{"from": 0, "to": 3, "weights_digest": "new"}],
+    ]
+    assert [line["weights_digest"] for line in lines] == ["new", "old", "new", "new"]
+
+
+@pytest.mark.parametrize("made", [rollout(weights_digest="old"), resumed()])
+def test_all_tokens_of_a_sample_have_one_digest_if_the_weights_are_the_same(made):
+    whole = [[{"from": 0, "to": n, "weights_digest": "old"}] for n in (3, 2, 3, 3)]
+    assert [line["digests"] for line in made.lines()] == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "new_weights", "expected"),
+    [
+        ({}, False, []),
+        ({"continued": 1}, False, ["requests_continued"]),
+        ({"weights_digest": "new"}, True, []),
+        ({"weights_digest": "new"}, False, ["continued_under_same_weights"]),
+        ({}, True, ["continued_under_new_weights"]),
+    ],
+)
+def test_a_rollout_goes_on_where_it_was_and_under_the_weights_that_were_meant(
+    changes, new_weights, expected
+):
+    assert failed(*rollout_continued(resumed(**changes), new_weights)) == expected
+
+
+def test_without_digests_a_resumed_rollout_proves_only_that_it_went_on():
+    made = resumed(weights_digest=None, paused=replace(PAUSED, weights_digest=None))
+    assert [check.name for check in rollout_continued(made, True)] == ["requests_continued"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # The last sample has three tokens since the pause.
+        ({"forward_steps": 3}, []),
+        ({"forward_steps": 2}, ["rollout_computed"]),
+        ({"weights_digest": "new", "cache_digests": ("old",)}, []),
+        ({"cache_digests": ("old", "older")}, ["cache_of_these_weights"]),
+    ],
+)
+def test_the_second_part_of_a_rollout_was_computed_since_its_pause(changes, expected):
+    assert failed(*rollout_proven(resumed(**changes), 3)) == expected
+
+
+def test_the_first_part_of_a_rollout_was_computed_before_its_pause():
+    assert failed(*PAUSED.checks()) == []
+    assert failed(*replace(PAUSED, forward_steps=1).checks()) == ["rollout_computed"]
+    stale = replace(PAUSED, cache_digests=("older",))
+    assert failed(*stale.checks()) == ["cache_of_these_weights"]
+
+
+def test_the_record_of_a_pause_counts_where_the_requests_are():
+    fields = PAUSED.fields
+    assert {k: v for k, v in fields.items() if k.startswith("requests")} == {
+        "requests": 4,
+        "requests_finished": 1,
+        "requests_half_way": 2,
+        "requests_waiting": 1,
+    }
+    assert fields["decode_tokens"] == 5
+    assert resumed().fields(shown=0)["paused"] == fields

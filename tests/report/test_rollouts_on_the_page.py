@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kvpipe.pipeline.rollout import Rollout, Sample
+from kvpipe.pipeline.rollout import Paused, Rollout, Sample
 from kvpipe.report.page import report_page
 from kvpipe.report.run import run_of
 from tests.report.html_page import Page
@@ -24,9 +24,9 @@ def sample(index, count, reason="length"):
     )
 
 
-def page_of(lengths, shown=2):
+def page_of(lengths, shown=2, **changes):
     samples = [sample(i, n, "stop" if n < 40 else "length") for i, n in enumerate(lengths)]
-    rollout = Rollout(samples, 2.0, 41, "d" * 16, ())
+    rollout = replace(Rollout(samples, 2.0, 41, "d" * 16, ()), **changes)
     records = [replace(pipeline()[5], fields=rollout.fields(shown)), *pipeline()[6:8]]
     return rollout, Page(report_page(run_of("r", [started(), *pipeline()[:5], *records])))
 
@@ -51,9 +51,16 @@ def test_a_rollout_has_its_counts_its_speed_its_lengths_and_its_first_samples():
     assert (lengths[1], lengths[-1]) == (["1 to 4", "1"], ["37 to 40", "2"])
     assert len(lengths) == 11
     assert page.table(f"The first samples of {STEPS[5]}")[1:] == [
-        ["sum", "x" * 50, "stop", "0", "1", "-0.5000"],
-        ["sum", "x" * 60 + "…", "length", "1", "40", "-20.0000"],
+        ["sum", "x" * 50, "stop", "d" * 12, "0", "1", "-0.5000"],
+        ["sum", "x" * 60 + "…", "length", "d" * 12, "1", "40", "-20.0000"],
     ]
+
+
+def test_a_sample_that_two_sets_of_weights_made_has_the_range_of_tokens_of_each():
+    paused = Paused((1, 7), 1, 1, 8, "c" * 16, ())
+    _, page = page_of([1, 40], paused=paused)
+    rows = page.table(f"The first samples of {STEPS[5]}")[1:]
+    assert [row[3] for row in rows] == ["c" * 12, f"0:7 {'c' * 12}, 7:40 {'d' * 12}"]
 
 
 def test_a_run_without_a_rollout_has_no_section_of_them():

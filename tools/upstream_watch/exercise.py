@@ -1,6 +1,7 @@
 """Every operation of the adapter, once each, on the tiny model, so that they can be observed."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ def steps(model_dir: Path) -> Iterator[Step]:
     yield "start", lambda: keep("engine", sglang.start(CONFIG, model_dir, _IDLE_TIMEOUT_S))
     yield "generate", lambda: engine().generate("Hello", _FEW_TOKENS)
     yield "roll out", lambda: rollout.roll_out(engine(), _REQUESTS, _FEW_TOKENS)
+    pause = partial(rollout.pause, requests=_REQUESTS, sampling=_FEW_TOKENS, after_tokens=2)
+    yield "pause a rollout", lambda: keep("rollout", pause(engine()))
+    yield "resume it", lambda: rollout.resume(engine(), kept.pop("rollout"))
     yield "flush", lambda: engine().flush()
     yield "drop the KV cache", lambda: kv_cache.drop(engine())
     yield "rebuild it", lambda: kv_cache.rebuild(engine())
