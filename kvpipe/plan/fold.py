@@ -125,7 +125,9 @@ def plan_peaks(
     ledgers: Sequence[Ledger],
     given: Mapping[PoolSize, PerDevice],
 ) -> tuple[int, ...]:
-    """Return the most bytes on a device during and after each step; 0 where its effect has no peak.
+    """Return the most bytes on a device while a step works; 0 where its effect has no peak.
+
+    What is there after the step may be more: see its ledger.
 
     ``given`` are the bytes that each device gives each size.
     """
@@ -133,7 +135,7 @@ def plan_peaks(
     before: PerDevice = (0,) * ledgers[0].devices if ledgers else ()
     for item, ledger in zip(planned, ledgers, strict=True):
         held = map(sum, zip(before, *(given[size] for size in item.effect.peak), strict=True))
-        peaks.append(max(*held, *ledger.per_device) if item.effect.peak else 0)
+        peaks.append(max(held) if item.effect.peak else 0)
         before = ledger.per_device
     return tuple(peaks)
 
@@ -153,7 +155,7 @@ def planned_phases(
             pools=ledger.totals(),
             total_bytes=ledger.total_bytes,
             max_device_bytes=max(ledger.per_device),
-            peak_device_bytes=peak,
+            peak_device_bytes=peak and max(peak, *ledger.per_device),
             temp_bytes=temp_bytes,
         )
         for item, ledger, (peak, temp_bytes) in zip(planned, ledgers, sizes, strict=True)

@@ -50,7 +50,7 @@ def test_what_grpo_cannot_learn_from_is_refused(overrides: str) -> None:
 def test_a_greedy_rollout_that_is_only_rewarded_is_none_of_its_business() -> None:
     overrides = ("phases.rollout_trained.temperature=0", "phases.rollout_trained.n=1")
     steps = checked_steps(config_of(compose_plain(GRPO, *overrides)))
-    assert "rewarded_trained" in [step.step for step in steps]
+    assert "rewarded_trained" in [item.step.step for item in steps]
 
 
 def test_several_steps_may_learn_from_a_rollout_before_a_sync() -> None:
