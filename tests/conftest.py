@@ -45,6 +45,9 @@ SMALL_ENGINE: dict[str, Any] = {
 # The same for a run: what an engine here has compiled, the one of a run finds.
 SIZES = [f"engine.{name}={value}" for name, value in SMALL_ENGINE.items() if isinstance(value, int)]
 
+# The compiler takes as long for each layer, so what is about a run's own steps has one.
+ONE_LAYER = "model.generate.num_hidden_layers=1"
+
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 

@@ -7,14 +7,15 @@ import signal
 
 import pytest
 
+from tests.conftest import ONE_LAYER
 from tests.fault_runs import UNTRACKED, Cell, Matrix, names_of
 
 pytestmark = pytest.mark.slow
 
 
-def cell(*ending, **more):
+def cell(*ending, pipeline="on_the_engine", overrides=(UNTRACKED,), **more):
     """Most are untracked: W&B is the parent's, and it gets every kind of end in test_faults.py."""
-    return Cell(*ending, **({"pipeline": "on_the_engine", "overrides": (UNTRACKED,)} | more))
+    return Cell(*ending, pipeline=pipeline, overrides=(ONE_LAYER, *overrides), **more)
 
 
 CELLS = {

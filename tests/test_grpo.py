@@ -8,11 +8,12 @@ import pytest
 
 from kvpipe.pipeline.phase import WorkerPhase
 from tests.command import Finished, kvpipe
+from tests.conftest import ONE_LAYER
 from tests.helpers_config import build
 
 SHORT = (
     "repeat.times=2",
-    "model.generate.num_hidden_layers=1",
+    ONE_LAYER,
     "pipeline_edit.remove=[reward_rose]",
     "sampling.n=4",
     "sampling.max_new_tokens=8",

@@ -5,13 +5,13 @@ import pytest
 from kvpipe.report.run import read_run
 from tests import preempted
 from tests.command import Finished, kvpipe
-from tests.conftest import SIZES
+from tests.conftest import ONE_LAYER, SIZES
 
 OPTIONS = (
     "+experiment=tiny_rl_cycle",
     *SIZES,
     "engine.tp_size=2",
-    "model.generate.num_hidden_layers=1",
+    ONE_LAYER,
     "repeat.times=3",
     "trainer.checkpoint_every=1",
 )

@@ -10,9 +10,13 @@ from kvpipe.checkpoints.model_dir import shape_dir
 from kvpipe.plan import kv_choice
 from kvpipe.plan.targets import find_target
 from tests.command import kvpipe
+from tests.conftest import ONE_LAYER
 from tests.helpers_config import compose_plain, config_of
 
-TINY = ("+experiment=tiny_kv_auto", "repeat.times=1")
+TINY = (
+    *("+experiment=tiny_kv_auto", "repeat.times=1", ONE_LAYER),
+    "plan.limit_bytes=27500000",  # the trainer fits beside half of the cache, as with all layers
+)
 YIELDED = "kv_cache_yielded"
 RECLAIMED = {
     "kv_cache_yielded_for_trainer": "kv_cache_reclaimed_at_first",

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 
 from tests.command import Finished, kvpipe
+from tests.conftest import ONE_LAYER, SIZES
 
 pytestmark = pytest.mark.slow
 
 SMALL = (
+    *SIZES,
+    ONE_LAYER,
+    "engine.tp_size=2",
     "tracking=disabled",
     "repeat.times=1",
     "prompts.limit=4",

@@ -7,7 +7,6 @@ import pytest
 
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.ledger import KV, PARAMS, TRAINER_PROGRAM, TRAINER_SETS, Size, slot_pool
-from kvpipe.pipeline.phase import Effect
 from kvpipe.pipeline.steps import build_steps
 from kvpipe.plan.fit import KvCapacity, fit_of, temporaries
 from kvpipe.plan.fold import check_order, plan_ledgers
@@ -173,10 +172,11 @@ def test_temporaries_of_a_step_are_those_of_the_programs_that_it_runs():
 
     programs = [program("prefill", 5), program("decode", 7), program("train_step", 100)]
     programs.append(program("weight_sync", 30))
-    assert temporaries(Effect(), programs) == 7
-    assert temporaries(Effect(runs=("train_step",)), programs) == 100
-    assert temporaries(Effect(runs=("weight_sync",)), programs) == 30
-    assert temporaries(Effect(runs=("train_step",)), ()) == 0
+    names = [*READY, "kv_cache_dropped", "trainer_ready", "train_step", "weights_synced"]
+    planned = check_order(build(names))
+    # The engine's steps need a KV cache.
+    assert [temporaries(item, programs) for item in planned] == [0, 7, 0, 0, 100, 30]
+    assert temporaries(planned[4], ()) == 0
 
 
 def test_what_fits_counts_the_temporaries_of_each_step_where_it_runs():
@@ -238,7 +238,7 @@ def cycles(request, tmp_path_factory):
     """The number of cycles of the tiny experiment, and the run that ended after them."""
     times = request.param
     cwd = tmp_path_factory.mktemp("rl")
-    few = (*conftest.SIZES, "sampling.max_new_tokens=8")
+    few = (*conftest.SIZES, conftest.ONE_LAYER, "engine.tp_size=2", "sampling.max_new_tokens=8")
     options = ("tracking=disabled", f"repeat.times={times}", *few)
     run = kvpipe(cwd, "+experiment=tiny_rl_cycle", *options)
     assert run.exit_code == 0, run.end["error"]

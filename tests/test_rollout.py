@@ -9,7 +9,7 @@ import pytest
 
 from kvpipe.pipeline.rollout import seed_of
 from tests.command import Finished, kvpipe
-from tests.conftest import SIZES
+from tests.conftest import ONE_LAYER, SIZES
 from tests.sinks import wandb_file
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,13 @@ def prompts(request: pytest.FixtureRequest) -> int:
 def run(prompts: int, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The experiment with some of its prompts; W&B offline, JSON piped."""
     cwd = tmp_path_factory.mktemp("rollout")
-    few = (*SIZES, "engine.tp_size=2", "engine.max_running_requests=16", f"prompts.limit={prompts}")
+    few = (
+        *SIZES,
+        ONE_LAYER,
+        "engine.tp_size=2",
+        "engine.max_running_requests=16",
+        f"prompts.limit={prompts}",
+    )
     return kvpipe(cwd, "+experiment=tiny_rollout", *few, "runner.heartbeat_s=null")
 
 

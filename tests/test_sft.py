@@ -11,7 +11,7 @@ from kvpipe.plan.inputs import check_inputs
 from kvpipe.report.run import read_run
 from tests import preempted
 from tests.command import Finished, kvpipe, programs
-from tests.conftest import SIZES
+from tests.conftest import ONE_LAYER, SIZES
 from tests.helpers_config import build, compose_plain, config_of
 from tests.refusal import refusal
 
@@ -19,7 +19,7 @@ SHORT = (
     *SIZES,
     "engine.tp_size=2",
     "repeat.times=3",
-    "model.generate.num_hidden_layers=1",
+    ONE_LAYER,
     "trainer.batch_size=8",
     "trainer.micro_batch_size=4",
     "trainer.length=64",  # the gradients then need more than the update
@@ -61,6 +61,9 @@ def parts(options, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly(
+    finds="a run that saves its trainer and goes on otherwise than without the signal"
+)
 def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(run, parts):
     """The trainer of the first cycle was saved because of the signal, and for nothing else."""
     first, resumed = parts

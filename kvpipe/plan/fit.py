@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.pipeline.facts import own_kv_tokens
+from kvpipe.pipeline.facts import KV_LIVE, own_kv_tokens
 from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger, Size
-from kvpipe.pipeline.phase import Effect
 from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU
@@ -73,13 +72,15 @@ def engine_kv_bytes(memory_bytes: int, params_bytes: int, fraction: float) -> in
     return max(0, int(memory_bytes * Fraction(str(fraction))) - params_bytes)
 
 
-def temporaries(effect: Effect, programs: Sequence[Program]) -> int:
+def temporaries(item: PlannedStep, programs: Sequence[Program]) -> int:
     """Return the bytes that a step needs on a device while it runs.
 
     A step that names the programs it runs needs the temporaries of these; any other may run the
-    engine's steps. ``programs`` have been compiled for the target.
+    engine's steps, if there is a KV cache. ``programs`` have been compiled for the target.
     """
-    runs = effect.runs
+    runs = item.effect.runs
+    if not runs and KV_LIVE not in item.facts:
+        return 0
     sizes = [
         program.temp_bytes
         for program in programs
@@ -226,7 +227,7 @@ def largest_own(plan: Plan, kv: KvCapacity, tokens: int) -> int:
     usable = fit.hbm_bytes - fit.reserve_bytes - _margin(plan.record)[0]
     held = kv.padded_bytes(tokens) if kv.padded_bytes else None
     rooms = [
-        usable - total - temporaries(item.effect, plan.record.programs) + (held or own)
+        usable - total - temporaries(item, plan.record.programs) + (held or own)
         for item, ledger in zip(plan.steps, plan.ledgers, strict=True)
         if own_kv_tokens(item.facts) == tokens
         for total, own in zip(ledger.per_device, ledger.of(KV), strict=True)

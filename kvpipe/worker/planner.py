@@ -117,7 +117,7 @@ def _plan_of(
     reserve = config.plan.reserve_bytes
     if reserve is None:
         reserve = 0 if target.name == CPU else _RESERVE
-    temporaries = [fit.temporaries(item.effect, programs) for item in planned]
+    temporaries = [fit.temporaries(item, programs) for item in planned]
     limited, limit = _limit(config, target)
     record = RunPlanned(
         target=target.name,

@@ -33,6 +33,7 @@ def compilations() -> Any:
     return counter.take
 
 
+@pytest.mark.nightly(finds="ids of another model that the digests and transformers' ids let pass")
 def test_swapped_weights_give_the_ids_of_an_engine_that_loaded_the_checkpoint_itself(
     real_engine: Any, start_engine: StartEngine, tiny_dir: Path
 ) -> None:

@@ -46,7 +46,7 @@ class Machine:
         temporary = ACTIVATIONS * self.micro_batch
         programs = (Program(TRAIN_STEP, 0, 0, 0, temporary, 0.0),) if self.micro_batch else ()
         ledgers = fold.plan_ledgers(steps, {size: (n,) for size, n in sizes.items()}, devices=1)
-        temporaries = [fit.temporaries(item.effect, programs) for item in steps]
+        temporaries = [fit.temporaries(item, programs) for item in steps]
         found = fit.fit_of(steps, ledgers, self.hbm_bytes, self.kv, temporaries)
         phases = fold.planned_phases(steps, ledgers)
         record = RunPlanned(self.target, 1, "none", phases, found, programs)

@@ -418,6 +418,7 @@ def test_the_first_record_has_the_config_the_steps_and_the_versions():
         "steps": ["jax_ready"],
         "versions": {"jax": "0.8"},
         "started_at": "2026-01-02T03:04",
+        "skipped": [],
     }
 
 
