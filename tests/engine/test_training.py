@@ -37,6 +37,7 @@ def in_engine(engine: Any) -> dict[str, bytes]:
     return {path: np.asarray(leaf).tobytes() for path, leaf in weights.parameters(engine).items()}
 
 
+@pytest.mark.nightly(finds="a cast that trainer and digest get wrong alike")
 def test_a_sync_gives_what_a_host_cast_of_the_trained_tree_gives_bit_for_bit(
     real_engine: Any, trainer: Any
 ) -> None:
