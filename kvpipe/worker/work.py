@@ -23,13 +23,14 @@ from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline import rewards
 from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.ledger import Size
 from kvpipe.pipeline.phase import WorkerPhase
 from kvpipe.pipeline.steps import origins, step_names, use_of
 from kvpipe.plan.continuation import planned_steps
 from kvpipe.plan.fit import why_not_fit
 from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.inputs import check_inputs
-from kvpipe.records.run import PhaseRecord, RunPlanned
+from kvpipe.records.run import PhaseRecord, PlannedPhase, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
@@ -178,11 +179,23 @@ def _planned_jobs(
             use_of(item.step.step, config),
             item.step,
             ledger,
-            phase.peak_device_bytes,
+            checked_peak(item, phase),
         )
         for item, ledger, phase in zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
         if isinstance(item.step, WorkerPhase)
     ]
+
+
+def checked_peak(item: PlannedStep, phase: PlannedPhase) -> int:
+    """Return the most bytes that a step may hold on a device; 0 if that is not checked.
+
+    A start with random weights leaves some tens of kilobytes, its random bits, to Python's garbage
+    collector. Only a peak that is well above what is there after the start differs from them.
+    """
+    above = phase.peak_device_bytes - phase.max_device_bytes
+    if Size.DUMMY_START in item.effect.peak and above < phase.max_device_bytes // 16:
+        return 0
+    return phase.peak_device_bytes
 
 
 def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:
