@@ -189,13 +189,9 @@ def _planned_jobs(
 def checked_peak(item: PlannedStep, phase: PlannedPhase) -> int:
     """Return the most bytes that a step may hold on a device; 0 if that is not checked.
 
-    A start with random weights leaves some tens of kilobytes, its random bits, to Python's garbage
-    collector. Only a peak that is well above what is there after the start differs from them.
+    A start with random weights is not: while it draws a weight, its random bits may be sampled too.
     """
-    above = phase.peak_device_bytes - phase.max_device_bytes
-    if Size.DUMMY_START in item.effect.peak and above < phase.max_device_bytes // 16:
-        return 0
-    return phase.peak_device_bytes
+    return 0 if Size.DUMMY_START in item.effect.peak else phase.peak_device_bytes
 
 
 def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:
