@@ -25,22 +25,11 @@ _REPETITIONS = 5
 
 def measure() -> dict[str, float]:
     """Return the figures of the KV cache by key."""
+    # The engine's front end reads the tokenizer after the start has returned.
     with tempfile.TemporaryDirectory() as directory:
         engine = sglang.start(engine_config(_TOKENS), ensure(TinyModel(), Path(directory)), 60.0)
-    size = sum(memory.bytes_of(kv_cache.buffers(engine)))
-    times = Times()
-    kv_cache.drop(engine)
-    kv_cache.rebuild(engine)  # compiles
-    for _ in range(_REPETITIONS):
-        times.take("drop", lambda: kv_cache.drop(engine))
-        times.take("memset", lambda: np.empty(size, np.uint8).fill(1))
-        times.take("rebuild", lambda: kv_cache.rebuild(engine))
-        times.take("per_layer", lambda: _per_layer(engine))
-        source = np.ones(size, np.uint8)
-        times.take("copy", source.copy)
-        del source
-        engine.on_scheduler.call(lambda: _offload_and_restore(engine, times))
-    engine.shut_down()
+        size, times = _times(engine)
+        engine.shut_down()
     median, cpu = times.medians()
     return {
         "kv.pool_bytes": size,
@@ -57,6 +46,24 @@ def measure() -> dict[str, float]:
         "kv.offload_gb_per_s": size / median["offload"] / 1e9,
         "kv.restore_gb_per_s": size / median["restore"] / 1e9,
     }
+
+
+def _times(engine: sglang.SglangEngine) -> tuple[int, "Times"]:
+    """Return the bytes of the KV cache, and the times of what is done with it."""
+    size = sum(memory.bytes_of(kv_cache.buffers(engine)))
+    times = Times()
+    kv_cache.drop(engine)
+    kv_cache.rebuild(engine)  # compiles
+    for _ in range(_REPETITIONS):
+        times.take("drop", lambda: kv_cache.drop(engine))
+        times.take("memset", lambda: np.empty(size, np.uint8).fill(1))
+        times.take("rebuild", lambda: kv_cache.rebuild(engine))
+        times.take("per_layer", lambda: _per_layer(engine))
+        source = np.ones(size, np.uint8)
+        times.take("copy", source.copy)
+        del source
+        engine.on_scheduler.call(lambda: _offload_and_restore(engine, times))
+    return size, times
 
 
 class Times:
