@@ -37,9 +37,11 @@ plans: env ## renew the plan that is committed beside each experiment
 test: env ## run what a commit can break, on real engines
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not nightly" $(ARGS)
 
+# The planted faults load what the tests have compiled.
 test-all: env ## run every test, and the planted faults that some test has to notice
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
-	@$(MAKE) mutants ARGS=
+	@JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) && trap 'rm -rf "$$JAX_COMPILATION_CACHE_DIR"' EXIT && \
+		export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 && \
+		$(BIN)/python -m pytest $(PARALLEL) $(ARGS) && $(BIN)/python -m tools.mutants
 
 mutants: env ## plant faults in copies and see them noticed: make mutants ARGS="-k kv"
 	@$(BIN)/python -m tools.mutants $(ARGS)
