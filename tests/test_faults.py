@@ -259,6 +259,7 @@ CELLS = {
         overrides=("tracking.log_timeout_s=10",),
         act=stop_wandb,
         rows_lost=True,
+        finds="a run that does not end in its record although its sink has given W&B's service up",
     ),
     # The run's directory.
     "the run directory is moved": Cell(

@@ -83,6 +83,8 @@ def does_not_fit(cwd: Path, most: int, *overrides: str) -> None:
     assert "step 'sglang_param_dict_ready' needs " in done.stderr
 
 
+# The first tier looks for the largest capacity in process (tests/plan/test_targets.py).
+@pytest.mark.nightly(finds="a plan verb that does not pass on that a plan does not fit")
 def test_what_does_not_fit_is_refused_with_peak_and_capacity_and_that_capacity_fits(
     tmp_path: Path,
 ) -> None:
