@@ -16,6 +16,13 @@ pytestmark = pytest.mark.slow
 
 ALL = pytest.param(32, marks=pytest.mark.nightly(finds="a sample that a long queue changes"))
 ROLLOUTS = ["rollout", "rollout_control", "rollout_after_kv_rebuild"]
+# Random weights and a swap are other tests'; their programs take as long to compile as the rollout's.
+STREAMED = (
+    "pipeline_edit.remove=[mllm_params_cpu_ready,sglang_param_dict_ready,after_cleanup]",
+    "pipeline_edit.replace.engine_ready_dummy=engine_ready_empty",
+    "pipeline_edit.replace.weights_swapped_from_mllm=weights_streamed",
+    "+phases.weights_streamed.probe_tokens=0",
+)
 
 
 @pytest.fixture(scope="module", params=[4, ALL], ids="{} prompts".format)
@@ -30,6 +37,7 @@ def run(prompts: int, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     cwd = tmp_path_factory.mktemp("rollout")
     few = (
         *SIZES,
+        *STREAMED,
         ONE_LAYER,
         "engine.tp_size=2",
         "engine.max_running_requests=16",
