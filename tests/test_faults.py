@@ -249,6 +249,7 @@ CELLS = {
         "W&B did not take the row of 'fault'",
         "wait_for_signal",
         act=kill_wandb,
+        failing="after",
         rows_lost=True,
         finds="a row that is counted as taken although W&B's service died",
     ),
@@ -258,6 +259,7 @@ CELLS = {
         "wait_for_signal",
         overrides=("tracking.log_timeout_s=10",),
         act=stop_wandb,
+        failing="after",
         rows_lost=True,
     ),
     # The run's directory.
