@@ -150,10 +150,12 @@ class Sinks(Sink):
 
     def catch_up(self) -> None:
         """Pass the record of the phase before to the sinks that may lag; keep their errors."""
-        late, self._late = self._late, None
-        for sink in self._sinks if late else ():
-            if sink.may_lag:
-                self._try(sink, partial(self._finish, record=late), self._late_errors)
+        record, self._late = self._late, None
+        if record is None:
+            return
+        finish = partial(self._finish, record=record)
+        for sink in (sink for sink in self._sinks if sink.may_lag):
+            self._try(sink, finish, self._late_errors)
 
     def _finish(self, sink: Sink, record: PhaseRecord) -> None:
         self._hand(sink, lambda: sink.phase_finished(record))
