@@ -20,6 +20,9 @@ class EngineReadyDummy(WorkerPhase):
 
     load_format: str = follows("engine.load_format")
 
+    # While a random weight is drawn, its random bits may be sampled too.
+    peak_is_checked = False
+
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
         real = () if self.load_format == DUMMY else (WEIGHTS_REAL,)

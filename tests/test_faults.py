@@ -77,8 +77,23 @@ def server_gets_stuck(run):
     run.tell_worker(signal.SIGUSR2)
 
 
-def kill_wandb(run):
+def once_wandb_has_the_row_before(run):
+    """It gets the row of a step while the next one runs, and writes it to its file within seconds."""
     run.worker()
+
+    def has_it():
+        history = [
+            row
+            for path in run.run_dir.glob("wandb/*/*.wandb")
+            for row in wandb_file.read(path)["history"]
+        ]
+        return any(row.get("phase/name") == "before" for row in history)
+
+    run.wait_for(has_it)
+
+
+def kill_wandb(run):
+    once_wandb_has_the_row_before(run)
     children = psutil.Process(run.process.pid).children(recursive=True)
     (service,) = [child for child in children if child.name().startswith("wandb-core")]
     service.kill()
@@ -88,7 +103,7 @@ def kill_wandb(run):
 
 def stop_wandb(run):
     """Its service hangs, as on a file system that does not answer."""
-    run.worker()
+    once_wandb_has_the_row_before(run)
     children = psutil.Process(run.process.pid).children()
     (service,) = [child for child in children if child.name().startswith("wandb-core")]
     service.suspend()
@@ -249,6 +264,7 @@ CELLS = {
         "W&B did not take the row of 'fault'",
         "wait_for_signal",
         act=kill_wandb,
+        failing="after",
         rows_lost=True,
         finds="a row that is counted as taken although W&B's service died",
     ),
@@ -258,6 +274,7 @@ CELLS = {
         "wait_for_signal",
         overrides=("tracking.log_timeout_s=10",),
         act=stop_wandb,
+        failing="after",
         rows_lost=True,
         finds="a run that does not end in its record although its sink has given W&B's service up",
     ),

@@ -45,20 +45,16 @@ def test_the_worker_goes_on_only_once_the_parent_says_so(worker, tmp_path):
     worker.send({"begin": "run_planned"})
     assert next(messages) == {"hosts": []}
     assert [phase["name"] for phase in next(messages)["phases"]] == ["fault", "after"]
-    assert is_silent(worker)
-    worker.send({"recorded": "run_planned"})
     assert next(messages) == {"started": "fault", "idx": 0}
     assert is_silent(worker)
     assert not mark.exists()
     worker.send({"begin": "fault"})
     assert next(messages)["phase"] == "fault"
     assert mark.exists()
-    assert is_silent(worker)
-    worker.send({"recorded": "fault"})
     assert next(messages) == {"started": "after", "idx": 1}
+    assert is_silent(worker)
     worker.send({"begin": "after"})
     assert next(messages)["phase"] == "after"
-    worker.send({"recorded": "after"})
     assert next(messages) == asdict(Ending())
     assert list(messages) == []
     assert worker.how_it_ended() == "exit code 0"
@@ -69,7 +65,6 @@ def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(wo
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
     assert [next(iter(next(messages))) for _ in range(2)] == ["hosts", "phase"]
-    worker.send({"recorded": "run_planned"})
     assert next(iter(next(messages))) == "started"
     worker.end_jobs()
     assert list(messages) == []

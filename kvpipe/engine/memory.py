@@ -56,12 +56,20 @@ def per_device(
     ``size`` gives the bytes of one shard.
     """
     sizes = dict.fromkeys(devices, 0)
-    for array in arrays:
-        if isinstance(array, jax.Array) and array.is_deleted():
-            continue
-        for device in array.sharding.device_set & sizes.keys():
-            sizes[device] += size(array)
+    held = (a for a in arrays if not (isinstance(a, jax.Array) and a.is_deleted()))
+    for alike in _alike(held):
+        bytes_ = size(alike[0]) * len(alike)
+        for device in alike[0].sharding.device_set & sizes.keys():
+            sizes[device] += bytes_
     return tuple(sizes[device] for device in devices)
+
+
+def _alike(arrays: Iterable[Any]) -> Iterable[list[Any]]:
+    """Return the arrays in groups of one shape, dtype and sharding: hundreds have a few of them."""
+    groups: dict[Any, list[Any]] = {}
+    for array in arrays:
+        groups.setdefault((array.shape, array.dtype, array.sharding), []).append(array)
+    return groups.values()
 
 
 def live_arrays(collect: bool = True) -> list[jax.Array]:
@@ -79,21 +87,22 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     Once somebody reads an array, it may keep its shards, or itself, as further arrays. The buffers of
     one on several devices are looked up only where another on a single device has a shard's shape.
     """
-    alive = list(arrays)
-    several = [array for array in alive if len(array.sharding.device_set) > 1]
-    single = [array for array in alive if len(array.sharding.device_set) == 1]
-    shapes = {(array.shape, array.dtype) for array in single}
-    groups = {id(array): [array] for array in several}
+    single, several = [], []
+    for alike in _alike(arrays):
+        (single if len(alike[0].sharding.device_set) == 1 else several).append(alike)
+    shapes = {(alike[0].shape, alike[0].dtype) for alike in single}
+    groups = {id(array): [array] for alike in several for array in alike}
     group_of: dict[tuple[Any, int], list[jax.Array]] = {}
-    for array in several:
-        if (array.sharding.shard_shape(array.shape), array.dtype) in shapes:
+    for alike in several:
+        shard_shape = alike[0].sharding.shard_shape(alike[0].shape)
+        for array in alike if (shard_shape, alike[0].dtype) in shapes else ():
             for shard in array.addressable_shards:
                 buffer = _buffer(shard.data)
                 group_of[buffer] = groups[id(array)]
                 _whole_of[buffer] = weakref.ref(array)
     for buffer in [buffer for buffer in _whole_of if not _is_shard(buffer)]:
         del _whole_of[buffer]
-    for array in single:
+    for array in (array for alike in single for array in alike):
         group = group_of.setdefault(_buffer(array), [])
         group.append(array)
         groups.setdefault(id(group[0]), group)
@@ -156,7 +165,7 @@ def measure(
     unpooled = [
         group
         for group in by_buffer([*pooled, *rest.values()])
-        if group[0].size and all(id(array) in rest for array in group)
+        if all(id(array) in rest for array in group) and group[0].size
     ]
     ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
     if device_stats() is not None:
@@ -180,13 +189,15 @@ def check_sizes(arrays: Iterable[jax.Array]) -> None:
     Raises:
         EngineError: an array has buffers of another size.
     """
-    for array in arrays:
-        counted = shard_bytes(array) * len(array.sharding.device_set)
-        if (given := array.on_device_size_in_bytes()) != counted:
-            raise EngineError(
-                f"an array of shape {array.shape}, {array.dtype}, {array.sharding} is counted as "
-                f"{counted} bytes over its devices, but its buffers have {given}"
-            )
+    for alike in _alike(arrays):
+        first = alike[0]
+        counted = shard_bytes(first) * len(first.sharding.device_set)
+        for given in (array.on_device_size_in_bytes() for array in alike):
+            if given != counted:
+                raise EngineError(
+                    f"an array of shape {first.shape}, {first.dtype}, {first.sharding} is counted as "
+                    f"{counted} bytes over its devices, but its buffers have {given}"
+                )
 
 
 def less(bytes_: Iterable[int], others: Iterable[int]) -> PerDevice:

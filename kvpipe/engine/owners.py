@@ -107,8 +107,8 @@ class Owners:
         Look first where such arrays were before: a walk over all objects takes tens of milliseconds.
         """
         arrays = [array for group in groups for array in group]
-        cached = any(path[0].startswith(_ENGINE_MODULES) for path in self.paths)
-        roots = [*_roots(self.engine), *(_module_caches() if cached else ())]
+        cached = {path[0] for path in self.paths if path[0].startswith(_ENGINE_MODULES)}
+        roots = [*_roots(self.engine), *map(_module_cache, cached)]
         held = _found_at(self.paths, arrays, roots)
         last = _found_at(self.thread_paths, arrays, _thread_locals())
         found = held.keys() | last.keys()
@@ -279,11 +279,16 @@ def _is_ours(thing: Any) -> bool:
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a thing refers to, with the ending of its path; no code of the thing runs."""
+    """Yield what a thing refers to, with the ending of its path; no code of the thing runs.
+
+    What refers to nothing is left out of containers, the numbers of a vocabulary, for example.
+    """
     if isinstance(thing, dict):
-        yield from ((f"[{key!r:.40}]", value) for key, value in list(dict.items(thing)))
+        items = list(dict.items(thing))
+        yield from ((f"[{k!r:.40}]", v) for k, v in items if not isinstance(v, _ATOMS))
     elif isinstance(thing, (list, tuple, set, frozenset, deque)):
-        yield from ((f"[{i}]", value) for i, value in enumerate(list(thing)))
+        items = list(enumerate(list(thing)))
+        yield from ((f"[{i}]", v) for i, v in items if not isinstance(v, _ATOMS))
     elif isinstance(thing, FunctionType):
         cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
         yield from ((f".{name}", cell) for name, cell in cells)
@@ -326,6 +331,12 @@ def _module_caches() -> list[tuple[str, Any]]:
         for variable, value in vars(module).items()
         if isinstance(value, (dict, list, set, jax.Array)) and not variable.startswith("__")
     ]
+
+
+def _module_cache(name: str) -> tuple[str, Any]:
+    """Return one of them by its name, None in its place if the module no longer has it."""
+    module, _, variable = name.rpartition(".")
+    return name, getattr(sys.modules.get(module), variable, None)
 
 
 def _thread_locals() -> list[tuple[str, Any]]:

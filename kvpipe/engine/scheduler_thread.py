@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from kvpipe.engine import multihost
@@ -34,6 +35,7 @@ class SchedulerThread:
         self._failure = failure
         self._idle_timeout_s = idle_timeout_s
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        self._woken: SimpleQueue[None] = SimpleQueue()
         self._held = False
         self._process_requests = scheduler.process_input_requests
         self._follows = multihost.rank() > 0
@@ -51,6 +53,7 @@ class SchedulerThread:
         """
         future: Future[T] = Future()
         self._queue.put((function, future))
+        self._woken.put(None)
         deadline = time.monotonic() + self._idle_timeout_s
 
         def give_up_late() -> None:
@@ -71,7 +74,7 @@ class SchedulerThread:
         self._held = True
         while self._held:
             if self._queue.empty():
-                time.sleep(_IDLE_SLEEP_S)
+                self._rest()
             self._do_ours()
 
     def let_go(self) -> None:
@@ -99,7 +102,7 @@ class SchedulerThread:
         if not requests and self._queue.empty() and not self._follows and self._is_idle():
             # The engine's loop busy-waits while idle, which would take a core and the GIL from the
             # running phase.
-            time.sleep(_IDLE_SLEEP_S)
+            self._rest()
         self._do_ours()
 
     def _receive_and_do_ours(self) -> Any:
@@ -111,6 +114,11 @@ class SchedulerThread:
         while not self._scheduler.subscriber.poll(_BROADCAST_POLL_MS):
             self._do_ours()
         return self._receive()
+
+    def _rest(self) -> None:
+        """Sleep for a moment, at most until a callable is queued."""
+        with suppress(Empty):
+            self._woken.get(timeout=_IDLE_SLEEP_S)
 
     def _do_ours(self) -> None:
         while not self._queue.empty() and (self._held or self._is_idle()):

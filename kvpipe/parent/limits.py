@@ -1,6 +1,5 @@
 """The time limits of a run: of each step, and of the whole."""
 
-import select
 import time
 from contextlib import AbstractContextManager
 
@@ -8,6 +7,7 @@ from kvpipe.config.schema import RunnerConfig
 from kvpipe.errors import TimedOut
 from kvpipe.pipeline.cycles import base_name
 from kvpipe.system.alarm import limited
+from kvpipe.system.pipes import is_readable
 
 
 class Limits:
@@ -38,9 +38,7 @@ class Limits:
             TimedOut: a limit expired first.
         """
         left_s, message = self._left()
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(None if left_s is None else left_s * 1000):
+        if not is_readable(descriptor, left_s):
             raise TimedOut(message)
 
     def in_parent(self) -> AbstractContextManager[None]:

@@ -58,11 +58,13 @@ from kvpipe.records.run import (
 )
 from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.libtpu_lock import libtpu_lock
-from kvpipe.system.pipes import STACKS_FILE
+from kvpipe.system.pipes import STACKS_FILE, is_readable
 from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.system.secrets import Redactor, without_key
 
 _SAME_SIGNAL_S = 0.1
+# A step that takes less has its record written first.
+_QUIET_S = 0.02
 
 
 @dataclass
@@ -195,7 +197,7 @@ class Run:
         for idx, step in enumerate(self.steps):
             if not isinstance(step, ParentPhase):
                 continue
-            self._on_started(step.step, idx)
+            self._on_own_start(step.step, idx)
             began = time.monotonic()
             try:
                 with self._signals.allowed(), self._limits.in_parent():
@@ -249,10 +251,10 @@ class Run:
             try:
                 for line in child.lines(self._wait):
                     message = self._on_line(line)
-                    if "phase" in message:
-                        child.send({"recorded": message["phase"]})
-                    elif "started" in message:
+                    if "started" in message:
+                        # All records before it are written. The sinks' own work runs beside the step.
                         child.send(self._order(message["started"]))
+                        self._show_started(message["started"], message["idx"])
                     elif "exit_code" in message:
                         return self._preemption.ending(Ending(**message))
             except TimedOut as error:
@@ -288,8 +290,11 @@ class Run:
     def _wait(self, descriptor: int) -> None:
         """Wait until the worker sends something or ends, unless a limit or a signal comes first.
 
-        After a signal the worker may end its step, if a cycle has ended that is not saved.
+        Once its step has run for a moment, the sinks receive what they may receive late. After a
+        signal the worker may end its step, if a cycle has ended that is not saved.
         """
+        if not is_readable(descriptor, _QUIET_S):
+            self.sinks.catch_up()
         try:
             if self._preemption.signal is None:
                 with self._signals.allowed():
@@ -336,7 +341,7 @@ class Run:
         callbacks = worker.loop.Callbacks(
             self._on_hosts,
             self._on_own_record,
-            self._on_started,
+            self._on_own_start,
             self.sinks.phase_progressed,
             self._on_sample,
             self._on_own_record,
@@ -356,6 +361,10 @@ class Run:
         self._unfinished = None
         self._limits.begin(name)
 
+    def _on_own_start(self, step: str, idx: int) -> None:
+        self._on_started(step, idx)
+        self._show_started(step, idx)
+
     def _on_started(self, step: str, idx: int) -> None:
         self._begin_stage(step)
         began = time.monotonic()
@@ -366,11 +375,14 @@ class Run:
             return self._own_record(step, idx, duration_s, result, self._worker_memory)
 
         self._unfinished = unfinished
+
+    def _show_started(self, step: str, idx: int) -> None:
         self.sinks.phase_started(step, idx, len(self.started.steps) + len(self.started.skipped))
 
     def _on_own_record(self, record: RunPlanned | PhaseRecord) -> None:
         """Handle a record of this process in the same way as one of the worker's process."""
         self._on_line(record.line)
+        self.sinks.catch_up()
 
     def _on_record(self, record: Record) -> None:
         if isinstance(record, RunPlanned):

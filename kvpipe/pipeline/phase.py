@@ -163,6 +163,7 @@ class Phase(_Frozen):
         on_failure: consequence of its failure.
         runs_in: the process that runs it.
         replaces: whether it takes the place of another phase of its name, e.g. of one of kvpipe's.
+        peak_is_checked: whether the run is held to the planned peak inside the phase, if there is one.
     """
 
     step: str
@@ -171,6 +172,7 @@ class Phase(_Frozen):
     on_failure: ClassVar[OnFailure] = OnFailure.STOP
     runs_in: ClassVar[str] = "worker"
     replaces: ClassVar[bool] = False
+    peak_is_checked: ClassVar[bool] = True
 
     @classmethod
     def defaults(cls, config: Kvpipe) -> dict[str, Any]:

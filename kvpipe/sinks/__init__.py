@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 from kvpipe.errors import KvpipeError, RecordError, TimedOut, ending_of
@@ -28,10 +29,12 @@ class Sink:
     """Base of every sink, with a hook for each event; a sink overrides those that it needs.
 
     The parent calls the hooks in this order; that of a record passes it on to :meth:`received`.
-    Unless the sink is not ``limited``, that may be interrupted after ``runner.sink_timeout_s``.
+    Unless the sink is not ``limited``, that may be interrupted after ``runner.sink_timeout_s``. One that
+    ``may_lag`` receives the record of a phase while the next one runs; its error ends the run then.
     """
 
     limited: ClassVar[bool] = True
+    may_lag: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -64,6 +67,9 @@ class Sink:
     def phase_finished(self, record: PhaseRecord) -> None:
         """Receive the record of a phase."""
         self.received(record)
+
+    def catch_up(self) -> None:
+        """Receive, while a phase runs, the records that were not handed over yet."""
 
     def run_finishes(self, handed: Handed) -> None:
         """Receive what was handed over, before the last record.
@@ -103,6 +109,8 @@ class Sinks(Sink):
         self._sinks = tuple(sinks)
         self._timeout_s = timeout_s
         self._handed = Handed()
+        self._late: PhaseRecord | None = None
+        self._late_errors: list[Exception] = []
 
     def run_started(self, record: RunStarted) -> None:
         """Pass the first record to every sink."""
@@ -111,8 +119,10 @@ class Sinks(Sink):
 
     def run_planned(self, record: RunPlanned) -> None:
         """Pass the plan to every sink."""
+        self.catch_up()
         self._handed.records += 1
-        self._call(lambda sink: self._hand(sink, lambda: sink.run_planned(record)))
+        errors = self._taken_errors()
+        self._call(lambda sink: self._hand(sink, lambda: sink.run_planned(record)), errors)
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Pass the step that starts to every sink."""
@@ -127,14 +137,35 @@ class Sinks(Sink):
         self._call(lambda sink: self._hand(sink, lambda: sink.sampled(step, line)))
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Pass the record of a phase to every sink."""
+        """Pass the record of a phase to every sink, but to those that may lag with :meth:`catch_up`.
+
+        Raise what they had against the record before it, whenever they received that.
+        """
+        self.catch_up()
         self._handed.records += 1
         self._handed.phases.append(record.phase)
-        self._call(lambda sink: self._hand(sink, lambda: sink.phase_finished(record)))
+        self._late = None if self._late_errors else record
+        errors = self._taken_errors()
+        self._call(lambda sink: sink.may_lag or self._finish(sink, record), errors)
+
+    def catch_up(self) -> None:
+        """Pass the record of the phase before to the sinks that may lag; keep their errors."""
+        record, self._late = self._late, None
+        if record is None:
+            return
+        finish = partial(self._finish, record=record)
+        for sink in (sink for sink in self._sinks if sink.may_lag):
+            self._try(sink, finish, self._late_errors)
+
+    def _finish(self, sink: Sink, record: PhaseRecord) -> None:
+        self._hand(sink, lambda: sink.phase_finished(record))
 
     def run_finished(self, record: RunFinished) -> None:
         """Pass the last record to every sink, marked as failed after a sink that failed."""
-        errors: list[Exception] = []
+        self.catch_up()
+        errors = self._taken_errors()
+        for error in errors:
+            record = failed_by(record, error)
         for sink in self._sinks:
             for end in (self._hand_all, self._hand_last):
                 try:
@@ -161,14 +192,21 @@ class Sinks(Sink):
             sink.hung()
             raise
 
-    def _call(self, call: Callable[[Sink], None]) -> None:
-        errors: list[Exception] = []
+    def _taken_errors(self) -> list[Exception]:
+        errors, self._late_errors = self._late_errors, []
+        return errors
+
+    def _call(self, call: Callable[[Sink], object], before: Sequence[Exception] = ()) -> None:
+        errors = [*before]
         for sink in self._sinks:
-            try:
-                call(sink)
-            except (Exception, SystemExit) as error:
-                errors.append(_error_of(sink, error))
+            self._try(sink, call, errors)
         _raise_all(errors)
+
+    def _try(self, sink: Sink, call: Callable[[Sink], object], errors: list[Exception]) -> None:
+        try:
+            call(sink)
+        except (Exception, SystemExit) as error:
+            errors.append(_error_of(sink, error))
 
 
 def failed_by(record: RunFinished, error: Exception) -> RunFinished:

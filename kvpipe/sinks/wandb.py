@@ -91,6 +91,8 @@ class WandbSink(Sink):
 
     # Its limits are those of ``tracking``.
     limited = False
+    # Its service answers after milliseconds, for which no step has to wait.
+    may_lag = True
 
     def __init__(
         self,

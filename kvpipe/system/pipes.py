@@ -1,6 +1,7 @@
 """JSON lines between parent and child, and the names of the files that both use."""
 
 import json
+import select
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,3 +29,10 @@ def send_line(channel: IO[str], line: str) -> None:
     """Write one line and flush it."""
     channel.write(f"{line}\n")
     channel.flush()
+
+
+def is_readable(descriptor: int, seconds: float | None) -> bool:
+    """Whether a descriptor has something to read, or its end, within the time; None is no limit."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))

@@ -25,7 +25,7 @@ def main(load: "Load | None" = None) -> None:
     The job is one line with the plain config (``config``), the start of the run (``run_began``,
     monotonic: the clock of the system is one for all its processes, and nobody can set it) and the
     directory for temporary files (``scratch``). The parent sends one more line when its own steps
-    are done, one when it knows which step begins, and one for each record that it has written; the
+    are done, and one for each step that may begin, once it has written all records before it; the
     worker waits for each of them. Standard input stays open for as long as the parent lives.
     SIGUSR1 writes the stacks of all threads into ``scratch``.
 

@@ -57,7 +57,7 @@ class Job:
     """A step that the worker runs: its position, its phase file, and the planned ledger after it.
 
     No ledger is planned once a failure has invalidated the plan. ``peak_bytes`` are the most that it
-    may hold on a device at any time; 0 if they are not planned.
+    may hold on a device at any time; 0 if they are not planned or not checked.
     """
 
     idx: int

@@ -23,8 +23,7 @@ from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline import rewards
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.ledger import Size
-from kvpipe.pipeline.phase import WorkerPhase
+from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import origins, step_names, use_of
 from kvpipe.plan.continuation import planned_steps
 from kvpipe.plan.fit import why_not_fit
@@ -116,7 +115,7 @@ def work(
         run_began: ``time.monotonic()`` when the run began.
         descriptor: receives starts, records and the ending, one JSON line each.
         next_order: blocks until the parent's next line, and returns it: first that its own steps are
-            done, then, each time, that it knows which step begins, or has written the record of one.
+            done, then, each time, that it knows which step begins and has written all records before.
             With ``stop`` no further step may begin.
         load: imports the engine, or what replaces it; returns the planner.
     """
@@ -135,7 +134,6 @@ def work(
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
             send_line(channel, made.line)
-        next_order()
 
     with os.fdopen(descriptor, "w", encoding="utf-8") as channel:
         callbacks = loop.Callbacks(
@@ -179,19 +177,16 @@ def _planned_jobs(
             use_of(item.step.step, config),
             item.step,
             ledger,
-            checked_peak(item, phase),
+            checked_peak(item.step, phase),
         )
         for item, ledger, phase in zip(plan.steps, plan.ledgers, plan.record.phases, strict=True)
         if isinstance(item.step, WorkerPhase)
     ]
 
 
-def checked_peak(item: PlannedStep, phase: PlannedPhase) -> int:
-    """Return the most bytes that a step may hold on a device; 0 if that is not checked.
-
-    A start with random weights is not: while it draws a weight, its random bits may be sampled too.
-    """
-    return 0 if Size.DUMMY_START in item.effect.peak else phase.peak_device_bytes
+def checked_peak(step: Phase, planned: PlannedPhase) -> int:
+    """Return the most bytes that a step may hold on a device; 0 if that is not checked."""
+    return planned.peak_device_bytes if step.peak_is_checked else 0
 
 
 def _shut_down(ctx: WorkerContext, ending: Ending) -> Ending:

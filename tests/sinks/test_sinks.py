@@ -147,6 +147,60 @@ def test_before_the_last_record_each_sink_is_asked_for_all_that_was_handed_over(
     assert (record.status, record.exit_code, record.error) == ("failed", 3, "a record is missing")
 
 
+class Late(Recorder):
+    may_lag = True
+
+
+class LosesRows(Late):
+    def phase_finished(self, record):
+        super().phase_finished(record)
+        raise TrackingError("the row is lost")
+
+
+def test_a_sink_that_may_lag_gets_each_record_while_the_next_step_runs_or_right_after_it():
+    late, prompt = Late(), Recorder()
+    sinks = Sinks([late, prompt])
+    sinks.phase_finished(phase(3))
+    assert (late.calls, prompt.calls) == ([], [("phase_finished", phase(3))])
+    sinks.catch_up()
+    assert late.calls == prompt.calls
+    for idx in (4, 5):
+        sinks.phase_finished(phase(idx))
+    assert late.calls == prompt.calls[:-1]
+    sinks.run_planned(plan())
+    assert late.calls == prompt.calls
+    sinks.phase_finished(phase(6))
+    sinks.run_finished(passed())
+    assert late.calls == prompt.calls
+
+
+@pytest.mark.parametrize("catches_up", [True, False])
+def test_the_error_of_a_sink_that_lags_comes_with_the_next_record_whenever_it_got_its_own(
+    catches_up,
+):
+    """Else it would depend on the time that the next step takes whether that one has a record."""
+    late, prompt = LosesRows(), Recorder()
+    sinks = Sinks([late, prompt])
+    sinks.phase_finished(phase(3))
+    if catches_up:
+        sinks.catch_up()
+    sinks.phase_started("jax_ready", 4, 16)
+    with pytest.raises(TrackingError, match="the row is lost"):
+        sinks.phase_finished(phase(4))
+    assert prompt.calls[-1] == ("phase_finished", phase(4))
+    assert [call for call in late.calls if call[0] == "phase_finished"] == prompt.calls[:1]
+
+
+def test_the_last_record_says_what_a_sink_that_lags_has_not_taken():
+    late, last = LosesRows(), Recorder()
+    sinks = Sinks([late, last])
+    sinks.phase_finished(phase(3))
+    with pytest.raises(TrackingError, match="the row is lost"):
+        sinks.run_finished(passed())
+    _, record = last.calls[-1]
+    assert (record.status, record.exit_code) == ("failed", 3)
+
+
 def test_a_sink_with_limits_of_its_own_is_not_interrupted():
     class Slow(Recorder):
         limited = False

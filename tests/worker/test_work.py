@@ -21,4 +21,4 @@ def test_a_start_with_random_weights_whose_random_bits_may_be_sampled_is_not_hel
     from kvpipe.worker.work import checked_peak
 
     phase = PlannedPhase("ready", {"params": 1600}, 1600, 1600, peak_device_bytes=1700)
-    assert checked_peak(started(name), phase) == checked
+    assert checked_peak(started(name).step, phase) == checked
