@@ -279,16 +279,11 @@ def _is_ours(thing: Any) -> bool:
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a thing refers to, with the ending of its path; no code of the thing runs.
-
-    What refers to nothing is left out of containers, the numbers of a vocabulary, for example.
-    """
+    """Yield what a thing refers to, with the ending of its path; no code of the thing runs."""
     if isinstance(thing, dict):
-        items = list(dict.items(thing))
-        yield from ((f"[{k!r:.40}]", v) for k, v in items if not isinstance(v, _ATOMS))
+        yield from ((f"[{key!r:.40}]", value) for key, value in list(dict.items(thing)))
     elif isinstance(thing, (list, tuple, set, frozenset, deque)):
-        items = list(enumerate(list(thing)))
-        yield from ((f"[{i}]", v) for i, v in items if not isinstance(v, _ATOMS))
+        yield from ((f"[{i}]", value) for i, value in enumerate(list(thing)))
     elif isinstance(thing, FunctionType):
         cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
         yield from ((f".{name}", cell) for name, cell in cells)
