@@ -37,9 +37,9 @@ from kvpipe.engine.weight_map import EngineView, leaf_sources
 from kvpipe.records.run import Memory
 from kvpipe.system.process_memory import process_memory
 
-MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
+MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.33 GB in bfloat16
     hidden_size=2048,
-    num_hidden_layers=5,
+    num_hidden_layers=2,
     num_attention_heads=16,
     num_key_value_heads=2,
     intermediate_size=11008,
