@@ -31,11 +31,20 @@ class Ran:
         return [record for record in self.records if "duration_s" in record]
 
 
+class CommandFailed(RuntimeError):
+    """A command that ended with another exit code than 0."""
+
+    def __init__(self, exit_code: int, stderr: str) -> None:
+        """Keep the exit code and what the command said."""
+        super().__init__(f"kvpipe ended with exit code {exit_code}:\n{stderr}")
+        self.exit_code = exit_code
+
+
 def kvpipe(cwd: str, *arguments: str) -> Ran:
     """Run ``python -m kvpipe`` in a directory that has its cache too.
 
     Raises:
-        RuntimeError: it failed.
+        CommandFailed: it failed.
     """
     inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
     before, began = os.times(), time.monotonic()
@@ -48,7 +57,7 @@ def kvpipe(cwd: str, *arguments: str) -> Ran:
     )
     seconds, after = time.monotonic() - began, os.times()
     if done.returncode:
-        raise RuntimeError(f"kvpipe ended with exit code {done.returncode}:\n{done.stderr}")
+        raise CommandFailed(done.returncode, done.stderr)
     user = after.children_user - before.children_user
     cpu_seconds = user + after.children_system - before.children_system
     return Ran(seconds, cpu_seconds, [json.loads(line) for line in done.stdout.splitlines()])

@@ -18,6 +18,7 @@ def use_virtual_devices() -> None:
     if _READY in os.environ:
         return
     environ = os.environ | cpu_environment(DEVICES, os.environ) | {_READY: "1"}
+    environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a benchmark has its own cache or none
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environ)
 
 

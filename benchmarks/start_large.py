@@ -7,7 +7,7 @@ import tempfile
 
 from benchmarks.start import medians_of_starts
 
-_MODEL = {
+MODEL = {
     "hidden_size": 1536,
     "num_hidden_layers": 28,
     "num_attention_heads": 12,
@@ -19,6 +19,6 @@ _MODEL = {
 
 def measure() -> dict[str, float]:
     """Return the figures of one turn."""
-    model = [f"model.generate.{key}={value}" for key, value in _MODEL.items()]
+    model = [f"model.generate.{key}={value}" for key, value in MODEL.items()]
     with tempfile.TemporaryDirectory() as cwd:
         return medians_of_starts("start_large", cwd, 1, *model, "sampling.max_new_tokens=4")

@@ -1,15 +1,21 @@
 """Speed of transferring weights into a live engine, next to the limits of the machine.
 
 All ways start from the same files in the page cache and are measured in turns. Memory is measured
-in a separate turn, since sampling costs time. ``sop_path`` uses kvpipe's own phases with two live
-sets, bfloat16 throughout; ``script_path`` casts through float16, as the script does that kvpipe
-replaces. ``swap_undigested`` and ``sop_path_undigested`` are the same without digests of the weights.
+in a separate turn, since sampling costs time. ``sop_path`` has two live sets and each time host
+arrays that are of no file, bfloat16 throughout; ``script_path`` casts through float16, as the script
+does that kvpipe replaces. ``swap_undigested`` and ``sop_path_undigested`` are the same without
+digests of the weights.
+
+The digests by themselves: of the parameters on the devices with programs to be compiled, with
+programs that an earlier process has kept, and with programs at hand; and the first swap from a file,
+which sums the file too.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,67 +30,133 @@ from kvpipe.checkpoints.model_dir import cache_dir
 from kvpipe.checkpoints.safetensors import open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import Kvpipe
-from kvpipe.engine import compat, memory, sglang, weights
+from kvpipe.engine import compat, compile_cache, memory, sglang, weights
 from kvpipe.engine.params import ParamTable
 from kvpipe.engine.peaks import PeakSampler
 from kvpipe.engine.weight_map import EngineView, leaf_sources
 from kvpipe.records.run import Memory
 from kvpipe.system.process_memory import process_memory
 
-MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.79 GB in bfloat16
+MODEL = TinyModel(  # the tensors of a 3B model, fewer layers: 0.33 GB in bfloat16
     hidden_size=2048,
-    num_hidden_layers=5,
+    num_hidden_layers=2,
     num_attention_heads=16,
     num_key_value_heads=2,
     intermediate_size=11008,
     vocab_size=4096,
 )
 CACHE = cache_dir(Kvpipe())
-TURNS = 5
+TURNS = 3
 _SHARE = 0.5  # share of the time for sampling; a sampled turn is not timed
 WHOLE = (slice(None), slice(None))
 
+_DIGESTED = ("swap", "sop_path")
+_TIMED = (*_DIGESTED, "swap_undigested", "sop_path_undigested", "script_path")
+_KEPT_BYTES = 1 << 30
+
 Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes on the clock and of all cores."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 def measure() -> dict[str, float]:
     """Measure all ways, print a table, and return the ratios by key."""
     directory = ensure(MODEL, CACHE)
-    engine = sglang.start(engine_config(1024), directory, idle_timeout_s=60.0)
-    ways = _ways(engine, directory)
-    seconds = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as programs:
+        compile_cache.keep_in(Path(programs), _KEPT_BYTES)
+        engine = sglang.start(engine_config(1024), directory, idle_timeout_s=60.0)
+        ways = _ways(engine, directory)
+        digests = _costs_of_digests(engine, ways["swap"])
+        costs = _costs_in_turns(ways)
+        set_bytes = weights.live_bytes(engine)
+        peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
+        engine.shut_down()
+    host_bytes = sum(array.nbytes for array in open_checkpoint(directory).values())
+    _print_table(costs, peaks, host_bytes, set_bytes)
+    return digests | _ratios(costs) | _memory_ratios(peaks, host_bytes, set_bytes)
+
+
+def _costs_of_digests(engine: sglang.SglangEngine, swap: Run) -> dict[str, float]:
+    """Return CPU seconds of the digests by themselves, and of the first swap."""
+
+    def take_digests() -> None:
+        weights.take_digests(engine)
+
+    compiled = _cost(take_digests)
+    jax.clear_caches()  # what a process has that finds the programs of an earlier one
+    loaded, again, first_swap = (_cost(run) for run in (take_digests, take_digests, swap))
+    return {
+        "digests.compiled_cpu_seconds": compiled.cpu_seconds,
+        "digests.loaded_cpu_seconds": loaded.cpu_seconds,
+        "digests.cpu_seconds": again.cpu_seconds,
+        "first_swap.cpu_seconds": first_swap.cpu_seconds,
+    }
+
+
+def _costs_in_turns(ways: dict[str, Run]) -> dict[str, Cost]:
+    """Return the medians of each way."""
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for turn in range(TURNS + 1):
         for name, run in ways.items():
-            memory.give_back_host_memory()
-            began = time.perf_counter()
-            run()
+            cost = _cost(run)
             if turn:  # the first turn is a warm-up
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    set_bytes = weights.live_bytes(engine)
-    peaks = {name: _peaks(run, set_bytes) for name, run in ways.items()}
-    engine.shut_down()
-    host_bytes = sum(array.nbytes for array in open_checkpoint(directory).values())
-    _print_table(medians, peaks, host_bytes, set_bytes)
+                costs[name].append(cost)
+    return {
+        name: Cost(
+            statistics.median(cost.seconds for cost in found),
+            statistics.median(cost.cpu_seconds for cost in found),
+        )
+        for name, found in costs.items()
+    }
+
+
+def _cost(run: Run) -> Cost:
+    memory.give_back_host_memory()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    run()
+    return Cost(time.perf_counter() - began, time.process_time() - cpu_began)
+
+
+def _ratios(costs: dict[str, Cost]) -> dict[str, float]:
+    """Return each way on the clock, over the others and over the limits of the machine."""
+    limits = ("placement", "copy", "engine_loader")
+    others = {
+        ("swap", "sop_path"),
+        ("swap", "script_path"),
+        *((way, f"{way}_undigested") for way in _DIGESTED),
+        *((way, limit) for way in _TIMED for limit in limits),
+    }
+    return (
+        {f"{way}.seconds": costs[way].seconds for way in _TIMED}
+        | {f"{way}.cpu_seconds": costs[way].cpu_seconds for way in _TIMED}
+        | {
+            f"{way}.over_{other}": costs[way].seconds / costs[other].seconds
+            for way, other in sorted(others)
+        }
+        | {
+            f"{way}.cpu_over_undigested": costs[way].cpu_seconds
+            / costs[f"{way}_undigested"].cpu_seconds
+            for way in _DIGESTED
+        }
+    )
+
+
+def _memory_ratios(
+    peaks: dict[str, tuple[int, int]], host_bytes: int, set_bytes: int
+) -> dict[str, float]:
     return {
         f"{way}.{key}": value
-        for way in ("swap", "swap_undigested", "sop_path", "sop_path_undigested", "script_path")
+        for way in _TIMED
         for key, value in {
-            "seconds": medians[way],
-            "over_placement": medians[way] / medians["placement"],
-            "over_copy": medians[way] / medians["copy"],
-            "over_engine_loader": medians[way] / medians["engine_loader"],
             "device_peak_over_set": peaks[way][0] / set_bytes,
             "rss_rise_over_checkpoint": peaks[way][1] / host_bytes,
         }.items()
-    } | {
-        f"{way}.over_{other}": medians[way] / medians[other]
-        for way, other in (
-            ("swap", "sop_path"),
-            ("swap", "script_path"),
-            ("swap", "swap_undigested"),
-            ("sop_path", "sop_path_undigested"),
-        )
     }
 
 
@@ -193,16 +265,17 @@ def _memory() -> Memory:
 
 
 def _print_table(
-    seconds: dict[str, float],
+    costs: dict[str, Cost],
     peaks: dict[str, tuple[int, int]],
     host_bytes: int,
     set_bytes: int,
 ) -> None:
     print(f"checkpoint {host_bytes:,} bytes, on the devices {set_bytes:,}; {TURNS} turns, medians")
-    print(f"{'way':20} {'seconds':>8} {'GB/s':>6} {'device peak':>12} {'RSS rise':>9}")
-    for name, value in seconds.items():
+    print(f"{'way':20} {'seconds':>8} {'CPU s':>7} {'GB/s':>6} {'device peak':>12} {'RSS rise':>9}")
+    for name, cost in costs.items():
         device, rss = peaks[name]
         print(
-            f"{name:20} {value:8.3f} {host_bytes / value / 1e9:6.2f} "
+            f"{name:20} {cost.seconds:8.3f} {cost.cpu_seconds:7.3f} "
+            f"{host_bytes / cost.seconds / 1e9:6.2f} "
             f"{device / set_bytes:11.3f}x {rss / host_bytes:8.3f}x"
         )

@@ -108,8 +108,8 @@ def main(*overrides: str) -> None:
 
 
 def run(directory: Path, experiment: str) -> Rehearsed:
-    """Rehearse an experiment on four devices, with few tokens and no tracking."""
-    few = ("engine.tp_size=4", "sampling.max_new_tokens=4", "tracking=disabled")
+    """Rehearse an experiment on four devices, with few tokens, among which a pause finds its place."""
+    few = ("engine.tp_size=4", "sampling.max_new_tokens=16", "tracking=disabled")
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", f"+experiment={experiment}", *few],
         cwd=ROOT,

@@ -6,7 +6,7 @@ import pytest
 
 from kvpipe.pipeline.ledger import PADDING, PROGRAM
 from tests import rehearsal
-from tests.helpers_config import EXPERIMENTS
+from tests.helpers_config import EXPERIMENTS, compose_plain, config_of
 
 pytestmark = pytest.mark.slow
 
@@ -28,5 +28,6 @@ def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_coun
         assert planned[record.phase].get(PADDING, 0) <= record.ledger[PADDING]
         assert record.ledger[PROGRAM] > 0
     assert any(PADDING in pools for pools in planned.values())
-    assert done.plan.fit.hbm_bytes == rehearsal.LIMIT_BYTES
+    stated = config_of(compose_plain(f"+experiment={experiment}")).plan.limit_bytes
+    assert done.plan.fit.hbm_bytes == (stated or rehearsal.LIMIT_BYTES)
     assert steps[-1].memory.jax_device_memory_summary["bytes_reserved_sum"] == 4 << 20

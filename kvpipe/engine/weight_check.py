@@ -1,7 +1,9 @@
 """Check all weights, by name, shape and value, before any of the engine's are replaced.
 
 A swap that failed half way could not restore the old weights. Names and shapes come from the
-headers and cost nothing; finding a non-finite value takes one pass at memory speed.
+headers and cost nothing; finding a non-finite value takes one pass at memory speed, and the digests
+are summed in the same pass. With digests a file is read once a process: they prove afterwards that
+what is on the devices is what was checked.
 """
 
 from bisect import bisect_left
@@ -27,7 +29,7 @@ from kvpipe.engine.weight_map import HostArray, Leaf
 from kvpipe.errors import WeightsError
 
 _BLOCK_BYTES = 1 << 20  # fits a core's cache between the two reductions
-# Digests of tensors of files, as long as those are unchanged: a file is summed once a process.
+# Digests of tensors of files, all of them finite, as long as the file is unchanged.
 _of_files: dict[Any, Digest] = {}
 _DIGEST_BLOCK_BYTES = 1 << 19  # fits it with the products of twice the size
 
@@ -61,16 +63,18 @@ def check_weights(
     checks = {}
     for i, leaf in enumerate(by_size):
         weight, dtype = weights[leaf.source], blueprint[leaf.path].dtype
+        source = None
         if rules:
             rule = rules[leaf.path]
             key = (mapped.identity(weight), rule, dtype)
             if key in _of_files:
                 digests[leaf.path] = _of_files[key]
-            else:
-                sums[leaf.path] = key, SourceSum(rule, weight, dtype)
-        _, digest = sums.get(leaf.path, (None, None))
-        checks[leaf.source] = in_lane(i, is_finite, weight, dtype, digest)
-    refuse_infinite([leaf.source for leaf in leaves.values() if not checks[leaf.source].result()])
+                continue
+            source = SourceSum(rule, weight, dtype)
+            sums[leaf.path] = key, source
+        checks[leaf.source] = in_lane(i, is_finite, weight, dtype, source)
+    finite = {name: check.result() for name, check in checks.items()}
+    refuse_infinite([leaf.source for leaf in leaves.values() if not finite.get(leaf.source, True)])
     for path, (key, source) in sums.items():
         digests[path] = source.digest
         if key[0] is not None:

@@ -148,23 +148,34 @@ def test_buffers_that_every_model_computes_itself_are_accepted():
     check_weights(LEAVES, BLUEPRINT, given_weights(**{name: np.ones(2, np.float32)}))
 
 
-def test_a_file_is_summed_once_and_again_after_it_has_changed(tmp_path):
+def test_a_file_is_read_and_summed_once_and_again_after_it_has_changed(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     norm = "model.norm.weight"
     leaves = {"p": Leaf("p", norm, False, None)}
     like = jax.ShapeDtypeStruct((8,), np.float32)
     rules = {"p": rule_of(norm, (8,), HeadSizes(1, 1, 1, 1))}
 
-    def digest(value):
+    def changed(value, second):
         write(path, {norm: np.full(8, value, np.float32)})
-        given = open_checkpoint(tmp_path)
-        assert mapped.identity(given[norm]) is None  # it was written a moment ago
-        os.utime(path, (value, value))
-        assert mapped.identity(given[norm]) == mapped.identity(open_checkpoint(tmp_path)[norm])
+        assert mapped.identity(open_checkpoint(tmp_path)[norm]) is None  # written a moment ago
+        os.utime(path, (second, second))
+        given, again = open_checkpoint(tmp_path), open_checkpoint(tmp_path)
+        assert mapped.identity(given[norm]) == mapped.identity(again[norm])
+        return given
+
+    def digest(given):
         return check_weights(leaves, {"p": like}, given, rules)
 
-    first = digest(1)
-    assert digest(1) == first != digest(2)
+    given = changed(1, 1)
+    first = digest(given)
+    with monkeypatch.context() as unread:
+        unread.setattr(mapped, "blocks", None)
+        assert digest(given) == digest(open_checkpoint(tmp_path)) == first
+    assert digest(changed(2, 2)) != first
+    refused = changed(np.nan, 3)
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"not finite: 'model.norm.weight'"):
+            digest(refused)
     arrays = {norm: np.full(8, 1, np.float32)}
     assert mapped.identity(arrays[norm]) is None
     assert check_weights(leaves, {"p": like}, arrays, rules) == first
