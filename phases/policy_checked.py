@@ -4,36 +4,49 @@ In float32 a difference of 0.001 fails ``policy_is_synced``; in bfloat16 the two
 differently, so the differences are only recorded.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self, override
 
+from kvpipe.errors import PhaseError
 from kvpipe.pipeline import facts
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.cycles import Cycle
-from kvpipe.pipeline.facts import ENGINE, TRAINER_AHEAD, TRAINER_LIVE
+from kvpipe.pipeline.facts import (
+    ENGINE,
+    IN_FLIGHT,
+    IN_FLIGHT_STALE,
+    TRAINER_AHEAD,
+    TRAINER_LIVE,
+)
 from kvpipe.pipeline.ledger import POLICY_SCORES, TRAINER_PROGRAM, Size
 from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.rollout import Piece
+from kvpipe.units import counted
 
 
 class PolicyChecked(WorkerPhase):
     """Check that the engine samples from the model that the trainer has.
 
+    Of a rollout that went on under new weights, the tokens of the engine's weights are compared; the
+    record has the number of the others.
+
     Attributes:
         of: name of the rollout's step, of the same cycle if both are repeated; it came after the
-            last sync.
+            last sync. Null is the rollout that is paused, with the tokens that it has.
     """
 
-    of: str = "rollout"
+    of: str | None = "rollout"
 
     @override
     def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        return replace(self, of=cycle.name(self.of))
+        return replace(self, of=self.of and cycle.name(self.of))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
         return Effect(
-            needs=(ENGINE, TRAINER_LIVE, facts.rollout(self.of)),
-            forbids=(TRAINER_AHEAD,),
+            needs=(ENGINE, TRAINER_LIVE, IN_FLIGHT if self.of is None else facts.rollout(self.of)),
+            forbids=(TRAINER_AHEAD, IN_FLIGHT_STALE if self.of is None else facts.mixed(self.of)),
             pools={TRAINER_PROGRAM: Size.TRAINER_PROGRAM},
             runs=(POLICY_SCORES,),
         )
@@ -41,10 +54,25 @@ class PolicyChecked(WorkerPhase):
     @override
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.trainer import policy
-        from kvpipe.trainer.batch import batch_of, examples_of_samples
+        from kvpipe.trainer.batch import batch_of_pieces
 
-        rollout, config = ctx.rollout_of(self.of), ctx.config
-        batch = batch_of(examples_of_samples(rollout, ctx.ids_by_prompt), config.trainer)
+        pieces, total = self._pieces(ctx)
+        others = {"policy_tokens_of_other_weights": total - sum(len(p.token_ids) for p in pieces)}
+        if total == others["policy_tokens_of_other_weights"]:
+            raise PhaseError(
+                f"none of the {counted(total, 'token')} of step {self.of!r} is of the weights that the "
+                f"engine has, whose digest is {ctx.engine.proof.whole}"
+            )
+        config = ctx.config
+        batch = batch_of_pieces(pieces, ctx.ids_by_prompt, config.trainer)
         found = policy.compared(batch, ctx.trainer.logprobs(batch))
         exact = config.engine.dtype == config.trainer.dtype == "float32"
-        return Result(found.fields, (found.check(rollout),) if exact else ())
+        return Result(found.fields | others, (found.check(pieces),) if exact else ())
+
+    def _pieces(self, ctx: WorkerContext) -> tuple[Sequence[Piece], int]:
+        """Return the tokens of each sample that the engine's weights made, and the number of all."""
+        if self.of is None:
+            paused = ctx.paused_rollout
+            return paused.made, sum(paused.at_pause.tokens)
+        rollout = ctx.rollout_of(self.of)
+        return list(rollout.pieces(ctx.engine.proof.whole)), rollout.decode_tokens

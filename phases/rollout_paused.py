@@ -33,7 +33,7 @@ class RolloutPaused(RollingOutPhase):
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
-        return self.rolling_out(IN_FLIGHT)
+        return replace(self.rolling_out(IN_FLIGHT), pauses_after=self.pause_after_tokens)
 
     @override
     def run(self, ctx: WorkerContext) -> Result:

@@ -22,6 +22,8 @@ PLACES = {
     "before the offload": ("trainer_offloaded",),
     "in the save": ("trainer_offloaded", "phases.preempted.in_a_save=true"),
 }
+# However fast they are compiled, all stay for the next run.
+ALL_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.nightly(finds="a place of the cycle after which a resumed run trains otherwise"),
@@ -54,13 +56,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place, uninterrupted, tmp_pa
         "tracking=offline",
         "hydra.run.dir=killed",
     )
-    assert kvpipe(tmp_path, *command).exit_code == -9
+    assert kvpipe(tmp_path, *command, **ALL_PROGRAMS).exit_code == -9
     run = read_run(tmp_path / "killed")
     assert run.status == "unfinished"
     (first_id,) = [p.fields["id"] for p in run.phases if p.phase == "wandb_init"]
-    resumed = kvpipe(tmp_path, *command, "resume=true")
+    resumed = kvpipe(tmp_path, *command, "resume=true", **ALL_PROGRAMS)
     assert (resumed.exit_code, resumed.end["error"]) == (0, None)
     assert resumed.phase("wandb_init")["id"] == first_id
+    steps = [line for line in resumed.lines if "programs_loaded" in line]
+    assert sum(line["programs_loaded"] for line in steps) > 0
+    assert {line["phase"]: line["compilations"] for line in steps if line["compilations"]} == {}
     whole = read_run(tmp_path / "killed")
     expected = trained((line["phase"], line) for line in uninterrupted.lines if "use" in line)
     found = trained((phase.phase, phase.fields) for phase in whole.phases)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import psutil
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from kvpipe.engine import lean_import
 from kvpipe.system.versions import version_of
@@ -109,6 +109,24 @@ def axes_left_to_xla[**P](function: Callable[P, jax.Array], spec: Any) -> Callab
         return function
     auto_axes: Any = jax.sharding.auto_axes
     return auto_axes(function, out_sharding=spec)
+
+
+def shared_within(chunks: jax.Array) -> jax.Array:
+    """Return chunks, along the first axis, whose devices share out each of them and not their number.
+
+    A loop over the first axis takes no others; what was cut has its explicit sharding on that axis.
+    """
+    if not shards_explicitly():
+        return chunks
+    typed: Any = jax
+    first, second, *others = typed.typeof(chunks).sharding.spec
+    return typed.sharding.reshard(chunks, PartitionSpec(None, first or second, *others))
+
+
+def on_all(array: jax.Array) -> jax.Array:
+    """Return an array that every device has whole, where shardings are explicit."""
+    jax_sharding: Any = jax.sharding
+    return jax_sharding.reshard(array, PartitionSpec()) if shards_explicitly() else array
 
 
 @contextmanager

@@ -315,10 +315,11 @@ def _scores(
         chosen = jnp.where(is_chosen, logprobs, 0).sum(-1)
         return chosen, -(jnp.exp(logprobs) * logprobs).sum(-1)
 
-    parts = _chunks(hidden.reshape(-1, hidden.shape[-1]), _TOKENS, axis=0)
+    parts = compat.shared_within(_chunks(hidden.reshape(-1, hidden.shape[-1]), _TOKENS, axis=0))
     ids = _chunks(targets.reshape(-1), _TOKENS, axis=0)
     found = jax.lax.map(lambda chunk: jax.checkpoint(of_chunk)(*chunk), (parts, ids))
-    return Scores(*(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in found))
+    flat = (compat.on_all(each).reshape(-1) for each in found)
+    return Scores(*(each[: targets.size].reshape(targets.shape) for each in flat))
 
 
 def _chunks(array: jax.Array, size: int, axis: int) -> jax.Array:

@@ -21,6 +21,9 @@ This is safe, in 0.0.2 and the later versions, because of where a request half-w
   a pause launches the next step before that.
 - Each choice is made, and each slot is taken and freed, in the order of an uninterrupted run, so the
   later batches are the same ones.
+- Where the requests are to be computed again, they leave both batches for the front of
+  ``waiting_queue``, as the engine itself retracts requests if the KV cache is full. Their tokens are
+  complete, since no results are outstanding, and become part of what the next prefill computes.
 - The loop takes a round without a batch for idle only if it had none in the round before, so its
   search for leaked slots, which requests half-way would fail, does not run.
 """
@@ -29,7 +32,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from kvpipe.engine.requests import in_batch
+from kvpipe.engine.requests import emptied, in_batch
 from kvpipe.engine.scheduler_thread import SchedulerThread
 
 
@@ -66,6 +69,24 @@ class Pause:
         """Launch the kept batch; for callables on the scheduler's thread."""
         self._thread.let_go()
 
+    def retract(self) -> None:
+        """Let a prefill compute the tokens of all requests again, after a flush that has to follow.
+
+        For callables on the scheduler's thread, while the pause lasts.
+        """
+        scheduler = self._scheduler
+        kept = [r for batch in (scheduler.running_batch, self._kept) for r in emptied(batch)]
+        requests = [request for request in kept if not request.finished()]
+        for request in requests:
+            request.reset_for_retract()
+            request.req_pool_idx = None  # the latest version leaves that to the pool
+        scheduler.waiting_queue[:0] = requests
+        if hasattr(scheduler, "chunked_reqs"):  # of each data-parallel rank, in the latest version
+            scheduler.chunked_reqs = [None] * len(scheduler.chunked_reqs)
+        else:
+            scheduler.chunked_req = None
+        self._kept = None
+
     def _next_batch(self) -> Any:
         """Choose the next batch as the engine does; keep it while the pause lasts."""
         if self._kept is None:
@@ -79,6 +100,8 @@ class Pause:
             self._due = _never
             self._reached.set_result(half_way)
             self._thread.hold()
+        if self._kept is None:  # retracted
+            return self._choose()
         batch, self._kept = self._kept, None
         return batch
 

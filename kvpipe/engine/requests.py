@@ -98,9 +98,21 @@ class Requests:
 
 
 def in_batch(batch: Any) -> list[Any]:
-    """Return the requests of a batch; later versions split them by data-parallel rank."""
-    parts = getattr(batch, "reqs_info", None) or (batch,)
-    return [request for part in parts for request in part.reqs or ()]
+    """Return the requests of a batch."""
+    return [request for part in _parts(batch) for request in part.reqs or ()]
+
+
+def emptied(batch: Any) -> list[Any]:
+    """Take the requests out of a batch, and return them."""
+    requests = in_batch(batch)
+    for part in _parts(batch):
+        part.reqs, part.batch_is_full = [], False
+    return requests
+
+
+def _parts(batch: Any) -> Sequence[Any]:
+    """Return what has the requests of a batch; later versions split them by data-parallel rank."""
+    return getattr(batch, "reqs_info", None) or (batch,)
 
 
 def guards(manager: Any) -> bool:

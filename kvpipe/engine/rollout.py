@@ -18,7 +18,7 @@ from kvpipe.engine.rollout_hooks import RolloutHooks
 from kvpipe.engine.scheduler_thread import result_of
 from kvpipe.engine.sglang import SglangEngine, json_plain, parameters
 from kvpipe.errors import EngineError
-from kvpipe.pipeline.rollout import Paused, Request, Rollout, Sample
+from kvpipe.pipeline.rollout import Paused, Piece, Request, Rollout, Sample
 from kvpipe.records import progress
 from kvpipe.units import counted
 
@@ -34,6 +34,7 @@ class InFlight:
         ids: the ids of the requests in the engine.
         answers: gets the engine's answers once all requests have ended; on the first host.
         paused: what it was at its pause; None before.
+        made: the tokens of each request at its pause.
     """
 
     requests: Sequence[Request]
@@ -42,6 +43,7 @@ class InFlight:
     ids: Sequence[str]
     answers: Future[Any] | None = None
     paused: Paused | None = None
+    made: Sequence[Piece] = ()
 
     @property
     def at_pause(self) -> Paused:
@@ -111,22 +113,33 @@ def pause(
         hooks.paused(begun.name, half_way)
         engine.requests.stay_in_flight()
     finished, _ = hooks.done(begun.name)
-    tokens = tuple(len(hooks.known(request_id)[0]) for request_id in begun.ids)
-    return replace(begun, paused=Paused(tokens, finished, len(half_way), **origin))
+    known = [hooks.known(request_id)[0] for request_id in begun.ids]
+    made = [_piece(*one) for one in zip(requests, known, strict=True)]
+    tokens = tuple(map(len, known))
+    return replace(begun, paused=Paused(tokens, finished, len(half_way), **origin), made=made)
 
 
-def resume(engine: SglangEngine, paused: InFlight) -> Rollout:
+def resume(engine: SglangEngine, paused: InFlight, recompute: bool = False) -> Rollout:
     """Finish a paused rollout, and return once the engine is idle again.
 
     Args:
         engine: the engine.
         paused: what :func:`pause` returned.
+        recompute: flush the prefix cache, and compute prompts and tokens so far again by the weights
+            that the engine has now.
 
     Raises:
         EngineError: no rollout is paused, the engine lacks its KV cache or weights, or it failed.
     """
     hooks = _hooks(engine)
     engine.requests.go_on()
+    if recompute:
+
+        def again() -> None:
+            hooks.retract()
+            engine.flush_now()
+
+        engine.on_scheduler.call(again)
     with _progress(engine, paused), engine.generating() as origin:
         engine.on_scheduler.call(lambda: hooks.go_on(paused.name))
         received = _received(engine, paused)
@@ -180,7 +193,7 @@ def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
                 "answers": answers,
                 "hooks": [hooks.known(request_id) for request_id in begun.ids],
                 "duration_s": hooks.seconds(begun.name, ended),
-                "continued": hooks.continued(begun.name),
+                "went_on": hooks.went_on(begun.name),
             }
         )
     received = multihost.of_first(found, engine.failure.raise_if_failed)
@@ -195,7 +208,7 @@ def _rollout(begun: InFlight, received: Mapping[str, Any], origin: Mapping[str, 
         received["duration_s"],
         **origin,
         paused=begun.paused,
-        continued=received["continued"],
+        **received["went_on"],
     )
 
 
@@ -220,6 +233,14 @@ def _event_loop(engine: Any) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         return loop
+
+
+def _piece(request: Request, known: Sequence[tuple[int, float]]) -> Piece:
+    """Return the tokens that a request has at a pause."""
+    ids, logprobs = ([each[place] for each in known] for place in (0, 1))
+    return Piece(
+        request.prompt, request.index, (), tuple(map(int, ids)), tuple(map(float, logprobs))
+    )
 
 
 def _sample(request: Request, answer: Mapping[str, Any], known: Sequence[Any]) -> Sample:

@@ -37,8 +37,8 @@ class Held:
         first_token_s: seconds from ``began`` to the first token, by request id.
         finished: number of requests that have ended.
         half_way: ids of the requests that were half-way at a pause, until they have a step again.
-        continued: number of those whose step was one of new tokens, not one that computes again what
-            the KV cache had of them.
+        continued: number of those whose step was one of new tokens.
+        recomputed: number of those whose step computed again what the KV cache had of them.
         paused: monotonic time of the pause.
     """
 
@@ -49,6 +49,7 @@ class Held:
     finished: int = 0
     half_way: set[str] = field(default_factory=set)
     continued: int = 0
+    recomputed: int = 0
     paused: float = 0.0
 
 
@@ -105,15 +106,20 @@ class RolloutHooks:
         held = self._held[rollout]
         held.paused, held.half_way = time.monotonic(), {request.rid for request in half_way}
 
+    def retract(self) -> None:
+        """Let a prefill compute the paused requests again, after a flush; on the scheduler's thread."""
+        self._pause.retract()
+
     def go_on(self, rollout: str) -> None:
         """End the pause of a rollout, which takes no part of its seconds; on the scheduler's thread."""
         held = self._held[rollout]
         held.began += time.monotonic() - held.paused
         self._pause.go_on()
 
-    def continued(self, rollout: str) -> int:
-        """Return the number of requests half-way that went on without being computed again."""
-        return self._held[rollout].continued
+    def went_on(self, rollout: str) -> dict[str, int]:
+        """Return how many of the requests half-way went on as they were, and were computed again."""
+        held = self._held[rollout]
+        return {"continued": held.continued, "recomputed": held.recomputed}
 
     def seconds(self, rollout: str, ended: float) -> float:
         """Return the seconds from the hand-over of all requests to ``ended``, a monotonic time."""
@@ -148,7 +154,9 @@ class RolloutHooks:
                 held = self._held[rollout]
                 if request.rid in held.half_way:
                     held.half_way.remove(request.rid)
-                    held.continued += not batch.forward_mode.is_extend()
+                    again = batch.forward_mode.is_extend()
+                    held.continued += not again
+                    held.recomputed += again
         return self._run_batch(batch)
 
     def _mark(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

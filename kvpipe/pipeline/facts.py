@@ -112,6 +112,11 @@ def rollout(step: str) -> str:
     return f"rollout:{step}"
 
 
+def mixed(step: str) -> str:
+    """Fact: further tokens of the rollout ``step`` follow upon a KV cache that other weights filled."""
+    return f"mixed:{step}"
+
+
 def trained(step: str) -> str:
     """Fact: the step ``step`` has trained."""
     return f"trained:{step}"
@@ -119,7 +124,7 @@ def trained(step: str) -> str:
 
 def is_history(fact: str) -> bool:
     """Whether a fact says what a step has done; their number grows with that of the steps."""
-    return fact.startswith((output(""), rollout(""), trained("")))
+    return fact.startswith((output(""), rollout(""), mixed(""), trained("")))
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,13 @@ _MEANINGS = {
 }
 
 
+def remedy(fact: str, before: frozenset[str]) -> str:
+    """Return what to do if a step needs ``fact``, which is not among the facts ``before`` it."""
+    if fact == KV_LIVE and KV_OFFLOADED in before:
+        return "put 'kv_cache_restored' between"
+    return meaning(fact).if_missing
+
+
 def meaning(fact: str) -> Meaning:
     """Return the meaning of ``fact``.
 
@@ -206,6 +218,11 @@ def meaning(fact: str) -> Meaning:
         return Meaning(f"the output of step {name!r}", f"put step {name!r} before it")
     if kind == "rollout":
         return Meaning(f"the rollout of step {name!r}", f"put step {name!r} before it")
+    if kind == "mixed":
+        what = f"tokens of step {name!r} that follow upon what other weights have computed"
+        return Meaning(
+            what, f"put step {name!r} before it", f"set recompute=true for step {name!r}"
+        )
     if kind == "kv_tokens":
         what = f"a KV cache of {name} tokens, whatever engine.max_total_tokens is"
         return Meaning(what, f"rebuild the KV cache with max_total_tokens={name} before it")

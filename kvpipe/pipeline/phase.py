@@ -60,6 +60,8 @@ class Effect:
         new_tokens: the most tokens that it generates for a prompt; 0 if it generates none.
         rolls_out: whether it generates for the prompts of rollouts, not for the one prompt.
         samples: number of samples of each of them.
+        pauses_after: number of new tokens, of all samples together, after which it stops with samples
+            half-way; 0 if it finishes them.
         reads_weights: whether it reads the files of the model's weights.
         peak: sizes of what it holds at its peak together with all that was there before it; empty if
             no plan predicts its peak.
@@ -75,6 +77,7 @@ class Effect:
     new_tokens: int = 0
     rolls_out: bool = False
     samples: int = 0
+    pauses_after: int = 0
     reads_weights: bool = False
     peak: tuple[PoolSize, ...] = ()
     reads_losses: bool = False

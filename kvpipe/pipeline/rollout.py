@@ -81,7 +81,35 @@ class Sample:
     @property
     def name(self) -> str:
         """The sample in messages."""
-        return f"sample {self.index} of prompt {self.prompt!r}"
+        return _name(self.prompt, self.index)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of a sample that the same weights have made; none if they have made none of it.
+
+    Attributes:
+        prompt: id of its prompt.
+        index: number of the sample of this prompt, from 0.
+        before: ids of the sample's tokens before them.
+        token_ids: their ids.
+        logprobs: log-probability of each of them.
+    """
+
+    prompt: str
+    index: int
+    before: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """The sample in messages."""
+        return _name(self.prompt, self.index)
+
+
+def _name(prompt: str, index: int) -> str:
+    return f"sample {index} of prompt {prompt!r}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,7 @@ class Rollout:
         cache_digests: those that the prefix cache was written under before.
         paused: what it was at its pause, if it was paused; the three above are of what came after.
         continued: number of requests half-way then that were not computed again.
+        recomputed: number of those that were.
     """
 
     samples: Sequence[Sample]
@@ -146,6 +175,7 @@ class Rollout:
     cache_digests: tuple[str, ...]
     paused: Paused | None = None
     continued: int = 0
+    recomputed: int = 0
 
     @property
     def decode_tokens(self) -> int:
@@ -178,6 +208,16 @@ class Rollout:
             asdict(sample) | {"weights_digest": parts[-1]["weights_digest"], "digests": parts}
             for sample, parts in zip(self.samples[:most], self._parts(), strict=False)
         ]
+
+    def pieces(self, digest: str | None) -> Iterator[Piece]:
+        """Yield for each sample the tokens that the weights of a digest have made."""
+        for sample, parts in zip(self.samples, self._parts(), strict=True):
+            its = next((part for part in parts if part["weights_digest"] == digest), None)
+            start, end = (its["from"], its["to"]) if its else (0, 0)
+            ids, logprobs = sample.token_ids, sample.logprobs
+            yield Piece(
+                sample.prompt, sample.index, ids[:start], ids[start:end], logprobs[start:end]
+            )
 
     def _parts(self) -> Iterator[list[dict[str, Any]]]:
         """Yield for each sample which of its tokens each weights digest made: from, and before to."""
@@ -256,17 +296,24 @@ def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
         yield cache_of_these_weights(sorted(made), sorted(used))
 
 
-def rollout_continued(rollout: Rollout, new_weights: bool) -> Iterator[Check]:
+def rollout_continued(
+    rollout: Rollout, new_weights: bool, recompute: bool = False
+) -> Iterator[Check]:
     """Yield the checks that a paused rollout went on where it was, and under the weights as meant.
 
     Args:
         rollout: the rollout.
         new_weights: whether other weights were to make its further tokens.
+        recompute: whether its tokens so far were to be computed again.
     """
     paused = rollout.paused
     assert paused is not None, "only a paused rollout is resumed"
-    detail = "requests half-way whose KV cache was read and not computed again"
-    yield check_equal("requests_continued", paused.half_way, rollout.continued, detail)
+    if recompute:
+        detail = "requests half-way whose KV cache was computed again"
+        yield check_equal("requests_recomputed", paused.half_way, rollout.recomputed, detail)
+    else:
+        detail = "requests half-way whose KV cache was read and not computed again"
+        yield check_equal("requests_continued", paused.half_way, rollout.continued, detail)
     before, now = paused.weights_digest, rollout.weights_digest
     if before is None or now is None:
         return

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.pipeline.facts import KV_LIVE, own_kv_tokens
-from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, Ledger, Size
+from kvpipe.pipeline.ledger import KV, OWN_PROGRAMS, KvTokens, Ledger, PoolSize, Size
 from kvpipe.plan.fold import Plan, PlannedStep
 from kvpipe.plan.pages import whole_pages
 from kvpipe.plan.targets import CPU
@@ -129,7 +129,7 @@ def fit_of(
         for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
     ]
     loads += [
-        (most, kv_bytes if _has_kv_at_peak(planned, step) else 0)
+        (most, kv_bytes if _has_kv_at_peak(planned, step, Size.KV) else 0)
         for step, most in enumerate(within)
     ]
     too_full_without_kv = any(total > usable for total, held in loads if not held)
@@ -148,10 +148,10 @@ def fit_of(
     )
 
 
-def _has_kv_at_peak(planned: Sequence[PlannedStep], step: int) -> bool:
-    """Whether a step holds the KV cache at its peak, of ``engine.max_total_tokens``."""
-    there = step > 0 and planned[step - 1].pools.get(KV) is Size.KV
-    return there or Size.KV in planned[step].effect.peak
+def _has_kv_at_peak(planned: Sequence[PlannedStep], step: int, size: PoolSize) -> bool:
+    """Whether a step holds a KV cache of a size at its peak."""
+    there = step > 0 and planned[step - 1].pools.get(KV) == size
+    return there or size in planned[step].effect.peak
 
 
 def most_rows(config: TrainerConfig, fits: Callable[[int], bool]) -> int:
@@ -225,13 +225,18 @@ def largest_own(plan: Plan, kv: KvCapacity, tokens: int) -> int:
     """
     fit = plan.record.fit
     usable = fit.hbm_bytes - fit.reserve_bytes - _margin(plan.record)[0]
-    held = kv.padded_bytes(tokens) if kv.padded_bytes else None
-    rooms = [
-        usable - total - temporaries(item, plan.record.programs) + (held or own)
+    own = kv.padded_bytes(tokens) if kv.padded_bytes else kv.token_bytes * (tokens + kv.page_size)
+    beside = [
+        total - own + temporaries(item, plan.record.programs)
         for item, ledger in zip(plan.steps, plan.ledgers, strict=True)
         if own_kv_tokens(item.facts) == tokens
-        for total, own in zip(ledger.per_device, ledger.of(KV), strict=True)
-        if own
+        for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+        if held
     ]
-    most = kv.most_in(min(rooms)) if rooms else kv.tokens
+    beside += [
+        phase.peak_device_bytes - own
+        for step, phase in enumerate(plan.record.phases)
+        if phase.peak_device_bytes and _has_kv_at_peak(plan.steps, step, KvTokens(tokens))
+    ]
+    most = kv.most_in(usable - max(beside)) if beside else kv.tokens
     return min(most, kv.tokens - kv.page_size)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpipe.errors import InputError
-from kvpipe.pipeline.facts import changed_pools, is_history, meaning
+from kvpipe.pipeline.facts import changed_pools, is_history, meaning, remedy
 from kvpipe.pipeline.ledger import PADDING, KvTokens, Ledger, PerDevice, PoolSize, Size
 from kvpipe.pipeline.phase import Effect, Phase
 from kvpipe.pipeline.phase_files import effect_of
@@ -69,7 +69,7 @@ def check_order(steps: Sequence[Phase], made: Collection[str] = ()) -> tuple[Pla
         effect = effect_of(step, facts)
         for fact in effect.needs:
             if fact not in facts and fact not in history:
-                raise InputError(_missing(step.step, fact, removed_by.get(fact)))
+                raise InputError(_missing(step.step, fact, facts, removed_by.get(fact)))
         for fact in effect.forbids:
             if fact in facts or fact in history:
                 raise InputError(_forbidden(step.step, fact, added_by[fact]))
@@ -162,10 +162,9 @@ def planned_phases(
     )
 
 
-def _missing(step: str, fact: str, removed_by: str | None) -> str:
-    means = meaning(fact)
+def _missing(step: str, fact: str, facts: frozenset[str], removed_by: str | None) -> str:
     why = f"step {removed_by!r} removed it" if removed_by else "no step before it provides it"
-    return f"pipeline: step {step!r} needs {means.what}, but {why}; {means.if_missing}"
+    return f"pipeline: step {step!r} needs {meaning(fact).what}, but {why}; {remedy(fact, facts)}"
 
 
 def _forbidden(step: str, fact: str, added_by: str) -> str:

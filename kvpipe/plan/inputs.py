@@ -19,13 +19,16 @@ from kvpipe.config.schema import EngineConfig, Kvpipe
 from kvpipe.errors import InputError
 from kvpipe.pipeline.facts import ENGINE, own_kv_tokens
 from kvpipe.pipeline.ledger import TRAIN_STEP
+from kvpipe.plan import policy_inputs
 from kvpipe.plan.fold import PlannedStep, kv_capacities
 from kvpipe.plan.pages import whole_pages
-from kvpipe.plan.policy_inputs import check_policy
+from kvpipe.units import counted
 
 # Tokens that the engine keeps free in the shorter of context and KV cache: after the prompt alone
 # (max_req_input_len), and after the prompt and all new tokens.
 _BESIDE_PROMPT, _BESIDE_ALL = 7, 2
+_HALF_WAY = 3
+"""Least number of new tokens with which a sample is half-way after a step of decoding."""
 
 
 def check_inputs(
@@ -60,13 +63,17 @@ def check_inputs(
     context = _context(engine, model)
     if any(TRAIN_STEP in item.effect.runs for item in planned) and config.trainer.reads_data:
         _check_examples(config, directory)
-    check_policy(config, planned)
+    policy_inputs.check_policy(config, planned)
     _check_losses(config, planned)
     longest = _longest_prompts(config, planned, directory)
+    scored = {began.step.step for _, began in policy_inputs.scored(planned)}
     for item in planned:
         if item.effect.new_tokens:
             _check_request(item, *_limit(item, engine, context), longest[item.effect.rolls_out])
-        if item.effect.rolls_out and config.trainer.rewarded:
+        if item.effect.pauses_after:
+            _check_pause(item, len(read_prompts(config.prompts)))
+        in_batch = config.trainer.rewarded or item.step.step in scored
+        if item.effect.rolls_out and in_batch:
             _check_row(item, config.trainer.length, longest[True])
 
 
@@ -189,6 +196,25 @@ def _check_request(item: PlannedStep, limit: int, key: str, longest: _Longest) -
             f"{step} asks for {new:,} tokens (sampling.max_new_tokens, or its own option) after "
             f"a prompt of {most:,}, but {key} is {limit:,}, which leaves "
             f"{limit - _BESIDE_ALL - most:,}"
+        )
+
+
+def _check_pause(item: PlannedStep, prompts: int) -> None:
+    """Refuse a pause at which no sample can be half-way, whatever is generated."""
+    effect, step = item.effect, f"step {item.step.step!r}"
+    # A sample has two tokens after its first step of decoding.
+    if effect.new_tokens < _HALF_WAY:
+        raise InputError(
+            f"{step} pauses after a step of decoding with samples half-way, but they have at most "
+            f"{counted(effect.new_tokens, 'token')} (sampling.max_new_tokens, or its own option); it "
+            f"needs at least {_HALF_WAY}"
+        )
+    total = prompts * effect.samples * effect.new_tokens
+    if effect.pauses_after >= total:
+        raise InputError(
+            f"{step} pauses after {effect.pauses_after:,} tokens (pause_after_tokens), but its samples "
+            f"have at most {total:,} together ({counted(prompts, 'prompt')}, {effect.samples} of each, "
+            f"{effect.new_tokens} tokens), and then none is half-way; it takes at most {total - 1:,}"
         )
 
 

@@ -1,6 +1,6 @@
 """Check what a policy learns from: rollouts, their groups and rewards, before anything is started."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvpipe.config.prompts import read_prompts
 from kvpipe.config.schema import Kvpipe
@@ -23,20 +23,21 @@ def check_policy(config: Kvpipe, planned: Sequence[PlannedStep]) -> None:
         rewards.check(config, read_prompts(config.prompts))
     elif config.trainer.reward is not None:
         rewards.check(config, ())
-    scored = next((item for item in planned if POLICY_SCORES in item.effect.runs), None)
-    if scored is not None and not config.trainer.rewarded:
-        raise InputError(
-            f"step {scored.step.step!r} scores samples, whose number and length are those of a batch "
-            f"of trainer.loss=grpo, but trainer.loss is {config.trainer.loss!r}"
-        )
     if not config.trainer.rewarded:
+        for scoring, rolled_out in scored(planned):
+            if not config.trainer.learns:
+                raise InputError(
+                    f"step {scoring.step.step!r} scores samples, whose number and length are those of "
+                    f"a batch, but trainer.loss is {config.trainer.loss!r}, which has none"
+                )
+            _check_batch(config, rolled_out)
         return
     before: frozenset[str] = frozenset()
     learnt_from: PlannedStep | None = None
     by_name = {item.step.step: item for item in planned}
     for item in planned:
         if SAMPLES_REWARDED in item.effect.adds:
-            learnt_from = by_name[_rolled_out(item)]
+            learnt_from = by_name[_rolled_out(item) or ""]
         if facts.trained(item.step.step) in item.effect.adds:
             if SAMPLES_REWARDED not in before or learnt_from is None:
                 raise InputError(_no_samples(item.step.step))
@@ -65,6 +66,29 @@ def check_group(config: Kvpipe, item: PlannedStep) -> None:
                 "the probabilities at temperature 1 over the whole vocabulary; set "
                 f"sampling.{name}={right}"
             )
+    _check_batch(config, item)
+
+
+def scored(planned: Sequence[PlannedStep]) -> Iterator[tuple[PlannedStep, PlannedStep]]:
+    """Yield each step that scores samples, with the step that began their rollout.
+
+    One that began in a part of the run before these steps is left out: that part has checked it.
+    """
+    rolled_out: dict[str, PlannedStep] = {}
+    last: PlannedStep | None = None
+    for item in planned:
+        last = item if item.effect.rolls_out else last
+        if last is not None and facts.rollout(item.step.step) in item.effect.adds:
+            rolled_out[item.step.step] = last
+        if POLICY_SCORES in item.effect.runs:
+            of = _rolled_out(item)
+            if began := last if of is None else rolled_out.get(of):
+                yield item, began
+
+
+def _check_batch(config: Kvpipe, item: PlannedStep) -> None:
+    """Refuse a rollout whose samples are not as many as the examples of a batch."""
+    step, each = item.step, item.effect.samples
     prompts = len(read_prompts(config.prompts))
     if (total := prompts * each) != config.trainer.batch_size:
         raise InputError(
@@ -74,10 +98,11 @@ def check_group(config: Kvpipe, item: PlannedStep) -> None:
         )
 
 
-def _rolled_out(item: PlannedStep) -> str:
-    """Return the name of the step whose rollout a step rewards."""
+def _rolled_out(item: PlannedStep) -> str | None:
+    """Return the name of the step whose rollout a step needs; None if it needs none by name."""
     prefix = facts.rollout("")
-    return next(f.removeprefix(prefix) for f in item.effect.needs if f.startswith(prefix))
+    names = (f.removeprefix(prefix) for f in item.effect.needs if f.startswith(prefix))
+    return next(names, None)
 
 
 def _no_samples(step: str) -> str:

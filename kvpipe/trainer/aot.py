@@ -40,8 +40,10 @@ _NOT_OF_OTHERS = {
 }
 
 
-def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
+def compiled(place: Place, config: TrainerConfig, scores: bool = False) -> tuple[Program, ...]:
     """Return the trainer's programs compiled for a target, from the cache if present.
+
+    With ``scores`` the forward pass over samples is one of them, whatever the loss is.
 
     The gradients of a large model take minutes to compile, so they are kept by themselves.
 
@@ -52,11 +54,13 @@ def compiled(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
     # The trees and the mesh depend on these; the size of the KV cache does not change the programs.
     engine = {key: asdict(place.config)[key] for key in ("tp_size", "dp_size", "dtype")}
     of_gradients = {key: trainer[key] for key in trainer.keys() - _NOT_OF_GRADIENTS}
+    # The programs of a loss on rewards are kept without that key.
+    scored = {"scores": True} if scores and not config.rewarded else {}
     of_others = {key: trainer[key] for key in trainer.keys() - _NOT_OF_OTHERS}
     return (
         *place.cached(
-            {"engine": engine, "gradients": of_gradients | {"rows": config.rows}},
-            lambda: compile_loss_programs(place, config),
+            {"engine": engine, "gradients": of_gradients | {"rows": config.rows}} | scored,
+            lambda: compile_loss_programs(place, config, scores),
         ),
         *place.cached(
             {"engine": engine, "trainer": of_others}, lambda: compile_programs(place, config)
@@ -78,10 +82,10 @@ def compile_gradient_program(place: Place, config: TrainerConfig) -> Program:
         return _program(GRADIENTS, gradients.used, began, gradients.temp_bytes, in_place)
 
 
-def compile_loss_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]:
-    """Compile what depends on the loss, without the cache: gradients, and the scores of samples."""
+def compile_loss_programs(place: Place, config: TrainerConfig, scores: bool) -> tuple[Program, ...]:
+    """Compile the gradients of the loss and, with ``scores``, the scores of samples, without the cache."""
     gradients = compile_gradient_program(place, config)
-    if not config.rewarded:
+    if not (scores or config.rewarded):
         return (gradients,)
     with _findings(place):
         found, layout = _shapes(place, config)

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.errors import PhaseError
-from kvpipe.pipeline.rollout import Rollout
+from kvpipe.pipeline.rollout import Piece, Rollout
 from kvpipe.units import counted
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -67,8 +67,12 @@ def shapes(config: TrainerConfig) -> dict[str, tuple[tuple[int, int], str]]:
     return {TOKENS: ((rows, length), "int32"), **of_tokens}
 
 
-def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
+def batch_of(
+    examples: Sequence[Example], config: TrainerConfig, of_tokens: Sequence[str] | None = None
+) -> Batch:
     """Return a batch in which each new token has the same share in the loss.
+
+    ``of_tokens`` are the arrays that it has besides the token ids; None is those that the loss reads.
 
     Raises:
         PhaseError: there are not ``trainer.batch_size`` examples, one is longer than
@@ -96,8 +100,8 @@ def batch_of(examples: Sequence[Example], config: TrainerConfig) -> Batch:
             sampled[row, learns[row]] = example.logprobs
     learnt = int(learns.sum())
     weights = (learns / max(learnt, 1)).astype(np.float32)
-    of_tokens = {WEIGHTS: weights, ADVANTAGES: advantages, SAMPLED: sampled}
-    chosen = {name: of_tokens[name] for name in _OF_TOKENS[config.loss]}
+    known = {WEIGHTS: weights, ADVANTAGES: advantages, SAMPLED: sampled}
+    chosen = {name: known[name] for name in of_tokens or _OF_TOKENS[config.loss]}
     return Batch({TOKENS: tokens, **chosen}, learnt)
 
 
@@ -119,6 +123,17 @@ def examples_of_samples(
         Example(prompt_ids[sample.prompt], sample.token_ids, sample.logprobs, advantage)
         for sample, advantage in each
     ]
+
+
+def batch_of_pieces(
+    pieces: Sequence[Piece], prompt_ids: Mapping[str, Sequence[int]], config: TrainerConfig
+) -> Batch:
+    """Return pieces of samples as a batch to score: each follows the prompt and what is before it."""
+    examples = [
+        Example([*prompt_ids[piece.prompt], *piece.before], piece.token_ids, piece.logprobs)
+        for piece in pieces
+    ]
+    return batch_of(examples, config, (WEIGHTS, SAMPLED))
 
 
 def examples_of_step(examples: Sequence[Any], step: int, config: TrainerConfig) -> list[Example]:

@@ -1,11 +1,12 @@
 """How far the trainer's log-probabilities of samples are from those that they were sampled with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvpipe.pipeline.rollout import Rollout
+from kvpipe.pipeline.rollout import Piece
 from kvpipe.records.run import Check
 from kvpipe.trainer.batch import SAMPLED, WEIGHTS, Array, Batch
 
@@ -35,12 +36,13 @@ class Differences:
         mean = float(self.sizes.mean())
         return {"policy_tokens": self.sizes.size, "policy_difference": {"mean": mean, **found}}
 
-    def check(self, rollout: Rollout) -> Check:
-        """Return the check that none is too large for float32."""
+    def check(self, pieces: Sequence[Piece]) -> Check:
+        """Return the check that none is too large for float32; a piece is a row of the batch."""
         row, place, sampled, own = self.worst
+        piece = pieces[row]
         most = float(self.sizes.max())
         detail = (
-            f"{rollout.samples[row].name}, token {place}: sampled with log-probability {sampled:.6g}, "
+            f"{piece.name}, token {len(piece.before) + place}: sampled with log-probability {sampled:.6g}, "
             f"by the trainer's weights it is {own:.6g}"
         )
         return Check("policy_is_synced", _MOST, most, most <= _MOST, detail)

@@ -22,6 +22,7 @@ from kvpipe.engine import aot, devices, memory, multihost, physical, shapes, tra
 from kvpipe.errors import EngineError, InputError, KvpipeError, ending_of
 from kvpipe.pipeline.ledger import (
     KV_PROGRAMS,
+    POLICY_SCORES,
     TRAINER_PROGRAMS,
     TRAINER_SETS,
     KvTokens,
@@ -295,7 +296,7 @@ def _programs(
     if config.engine.weight_digests:
         programs += aot.digest_program(place)
     if trains(planned):
-        programs += trainer_aot.compiled(place, config.trainer)
+        programs += trainer_aot.compiled(place, config.trainer, POLICY_SCORES in runs)
     return programs
 
 

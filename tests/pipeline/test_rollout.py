@@ -319,6 +319,23 @@ def test_all_tokens_of_a_sample_have_one_digest_if_the_weights_are_the_same(made
     assert [line["digests"] for line in made.lines()] == whole
 
 
+def test_the_pieces_that_weights_made_follow_upon_the_tokens_of_the_others():
+    made = resumed(weights_digest="new")
+    old, new = ([(p.before, p.token_ids) for p in made.pieces(of)] for of in ("old", "new"))
+    assert old == [((), (1, 2)), ((), (1, 2)), ((), (4,)), ((), ())]
+    assert new == [((1, 2), (3,)), ((), ()), ((4,), (5, 6)), ((), (4, 5, 7))]
+    assert [len(piece.logprobs) for piece in made.pieces("new")] == [1, 0, 2, 3]
+    assert {piece.token_ids for piece in made.pieces("another")} == {()}
+
+
+def test_a_rollout_that_is_to_be_computed_again_must_be():
+    made = resumed(weights_digest="new", continued=0, recomputed=2)
+    assert failed(*rollout_continued(made, True, recompute=True)) == []
+    assert failed(*rollout_continued(made, True)) == ["requests_continued"]
+    again = rollout_continued(resumed(weights_digest="new"), True, recompute=True)
+    assert failed(*again) == ["requests_recomputed"]
+
+
 @pytest.mark.parametrize(
     ("changes", "new_weights", "expected"),
     [

@@ -18,6 +18,7 @@ PAGE, TOKEN = 32_768, 18_432  # bytes of a token on one of four devices, as of Q
 PARAMS = 1_600_000_000
 TRAINERS = {"float32": 12_348_000_000, "bfloat16": 6_174_000_000}
 ACTIVATIONS = 300_000_000  # of an example of a micro-batch
+LEAF = 2_000_000_000  # the largest parameter, larger than real ones, so that it decides
 
 CYCLE = kv_choice.ordered(config_of(compose_plain("pipeline=rl_cycle_auto", "repeat.times=1")))
 STEPS = [item.step for item in CYCLE]
@@ -43,12 +44,15 @@ class Machine:
         sizes |= dict.fromkeys((Size.PROGRAM, Size.TRAINER_PROGRAM), 0)
         sizes |= {size: third for size in Size if size.startswith("trainer_")}
         sizes |= {KvTokens(n): TOKEN * (n + PAGE) for n in fold.kv_capacities(steps)}
+        sizes |= {Size.LEAF: LEAF, Size.DUMMY_START: 2 * PARAMS}
         temporary = ACTIVATIONS * self.micro_batch
         programs = (Program(TRAIN_STEP, 0, 0, 0, temporary, 0.0),) if self.micro_batch else ()
-        ledgers = fold.plan_ledgers(steps, {size: (n,) for size, n in sizes.items()}, devices=1)
+        given = {size: (n,) for size, n in sizes.items()}
+        ledgers = fold.plan_ledgers(steps, given, devices=1)
+        peaks = fold.plan_peaks(steps, ledgers, given)
         temporaries = [fit.temporaries(item, programs) for item in steps]
-        found = fit.fit_of(steps, ledgers, self.hbm_bytes, self.kv, temporaries)
-        phases = fold.planned_phases(steps, ledgers)
+        found = fit.fit_of(steps, ledgers, self.hbm_bytes, self.kv, temporaries, peaks=peaks)
+        phases = fold.planned_phases(steps, ledgers, peaks)
         record = RunPlanned(self.target, 1, "none", phases, found, programs)
         record = replace(record, warning=fit.warning(record))
         return fold.Plan(record, ledgers, tuple(steps))
@@ -123,6 +127,21 @@ def test_every_action_is_the_smallest_on_one_of_these_machines_and_each_of_its_p
             same = tuple(value for key, value in vars(of).items() if key not in (part, "hbm_bytes"))
             others.setdefault(same, set()).add(action)
         assert max(map(len, others.values())) > 1, part
+
+
+def test_the_smaller_cache_leaves_a_place_for_the_peak_of_a_step_beside_it():
+    names = (*READY, "kv_cache_yielded", "trainer_ready", "streamed", "kv_cache_reclaimed")
+    steps = auto(*names, streamed={"use": "weights_streamed", "probe_tokens": 0})
+    of = replace(machine("v5e:2x2x1", 4 * PAGE, "bfloat16", 0), hbm_bytes=12_000_000_000)
+    chosen = only_chosen(of.chosen(steps))
+    assert (chosen.action, chosen.peak_phase) == (SHRINK, "streamed")
+
+    def placed(tokens):
+        decided_steps = decided([item.step for item in steps], SHRINK, tokens)
+        return has_place(of.plan(fold.check_order(decided_steps)).record)
+
+    most = chosen.max_total_tokens
+    assert (placed(most), placed(most + PAGE)) == (True, False)
 
 
 def test_an_action_says_what_it_costs_beside_the_others():

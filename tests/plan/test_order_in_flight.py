@@ -53,7 +53,7 @@ def test_a_resume_with_nothing_under_way_is_refused():
 def test_a_resume_without_the_offloaded_cache_is_refused():
     assert refusal([*PAUSED, "kv_cache_offloaded", "rollout_resumed"]) == (
         "pipeline: step 'rollout_resumed' needs the KV cache on the devices, but step "
-        "'kv_cache_offloaded' removed it; put 'kv_cache_rebuilt' between"
+        "'kv_cache_offloaded' removed it; put 'kv_cache_restored' between"
     )
 
 
@@ -99,3 +99,38 @@ def test_new_weights_are_refused_where_there_are_none():
 def test_a_resumed_rollout_is_one_that_others_may_be_compared_with():
     names = [*PAUSED, "rollout_resumed", "flush_cache", "rollout"]
     assert order(names, rollout={"same_rollout_as": "rollout_resumed"})
+
+
+CHECKED = [*OFFLOADED, *SYNCED, "kv_cache_restored", "rollout_resumed", "trainer", "checked"]
+OF_RESUMED = {"use": "policy_checked", "of": "rollout_resumed"}
+TRAINER = {"use": "trainer_ready"}
+
+
+def test_tokens_of_new_weights_are_compared_with_the_policy_only_if_they_alone_computed_them():
+    resumed = {"new_weights": True, "recompute": True}
+    options = {"trainer": TRAINER, "checked": OF_RESUMED}
+    assert order(CHECKED, rollout_resumed=resumed, **options)
+    assert refusal(CHECKED, rollout_resumed=resumed | {"recompute": False}, **options) == (
+        "pipeline: step 'checked' requires tokens of step 'rollout_resumed' that follow upon what other "
+        "weights have computed to be absent, but step 'rollout_resumed' created it; set recompute=true "
+        "for step 'rollout_resumed'"
+    )
+
+
+def test_the_tokens_of_a_paused_rollout_are_compared_before_other_weights_come():
+    of_paused = {"use": "policy_checked", "of": None}
+    assert order([*OFFLOADED, "trainer", "checked"], trainer=TRAINER, checked=of_paused)
+    late = [*OFFLOADED, *SYNCED, "trainer", "checked"]
+    assert refusal(late, trainer=TRAINER, checked=of_paused).startswith(
+        "pipeline: step 'checked' requires requests in flight whose first tokens other weights made to "
+        "be absent, but step 'weights_synced' created it"
+    )
+
+
+def test_a_cache_that_is_computed_again_is_not_stale_and_the_same_weights_need_no_recompute():
+    names = [*OFFLOADED, *SYNCED, "kv_cache_restored", "rollout_resumed", "generate"]
+    assert order(names, rollout_resumed={"new_weights": True, "recompute": True})
+    assert refusal([*PAUSED, "rollout_resumed"], rollout_resumed={"recompute": True}) == (
+        "phases.rollout_resumed.recompute is true, but new_weights is false: the same weights would "
+        "compute the same again; leave recompute out, or set new_weights=true"
+    )

@@ -3,6 +3,8 @@
 import pytest
 
 from kvpipe.cli.common import checked_steps
+from kvpipe.plan.inputs import check_inputs
+from kvpipe.plan.kv_choice import ordered
 from tests.helpers_config import compose_plain, config_of
 from tests.refusal import refusal
 
@@ -37,6 +39,10 @@ REFUSED = {
         "to be absent, but step 'train_step' created it; put 'weights_synced' between"
     ),
     "trainer.loss=seeded": "step 'policy_checked' scores samples, whose number and length are those",
+    "pipeline=async_cycle trainer.loss=seeded": (
+        "step 'policy_checked_paused' scores samples, whose number and length are those of a batch, but "
+        "trainer.loss is 'seeded', which has none"
+    ),
 }
 
 
@@ -59,3 +65,33 @@ def test_several_steps_may_learn_from_a_rollout_before_a_sync() -> None:
         "phases.train_step_again.use=train_step",
     )
     assert checked_steps(config_of(compose_plain(GRPO, *again)))
+
+
+ASYNC = {
+    "trainer.batch_size=16": (
+        "trainer.batch_size is 16, but step 'rollout_paused' makes 32 samples (8 prompts, 4 of each); "
+        "set trainer.batch_size=32"
+    ),
+    "trainer.length=28": (
+        "step 'rollout_paused' asks for 16 tokens (sampling.max_new_tokens, or its own option) after a "
+        "prompt of 36, but trainer.length is 28; set trainer.length=52"
+    ),
+    "phases.rollout_paused.pause_after_tokens=512": (
+        "step 'rollout_paused' pauses after 512 tokens (pause_after_tokens), but its samples have at "
+        "most 512 together (8 prompts, 4 of each, 16 tokens), and then none is half-way; it takes at "
+        "most 511"
+    ),
+    "sampling.max_new_tokens=2": (
+        "step 'rollout_paused' pauses after a step of decoding with samples half-way, but they have at "
+        "most 2 tokens (sampling.max_new_tokens, or its own option); it needs at least 3"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", ASYNC)
+def test_a_pause_that_cannot_come_or_a_batch_that_does_not_hold_its_samples_is_refused(
+    override: str,
+) -> None:
+    composed = compose_plain("+experiment=tiny_async_cycle", override)
+    config = config_of(composed)
+    assert refusal(lambda: check_inputs(config, ordered(config), whole=False)) == ASYNC[override]
