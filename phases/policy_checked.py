@@ -4,30 +4,21 @@ In float32 a difference of 0.001 fails ``policy_is_synced``; in bfloat16 the two
 differently, so the differences are only recorded.
 """
 
-from dataclasses import replace
-from typing import Self, override
+from typing import override
 
 from kvpipe.pipeline import facts
+from kvpipe.pipeline.about_rollout import AboutRollout
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, TRAINER_AHEAD, TRAINER_LIVE
 from kvpipe.pipeline.ledger import POLICY_SCORES, TRAINER_PROGRAM, Size
-from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, Result
 
 
-class PolicyChecked(WorkerPhase):
+class PolicyChecked(AboutRollout):
     """Check that the engine samples from the model that the trainer has.
 
-    Attributes:
-        of: name of the rollout's step, of the same cycle if both are repeated; it came after the
-            last sync.
+    The rollout came after the last sync.
     """
-
-    of: str = "rollout"
-
-    @override
-    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        return replace(self, of=cycle.name(self.of))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:
