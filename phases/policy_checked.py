@@ -5,13 +5,12 @@ differently, so the differences are only recorded.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Self, override
+from typing import override
 
 from kvpipe.errors import PhaseError
 from kvpipe.pipeline import facts
+from kvpipe.pipeline.about_rollout import AboutRollout
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import (
     ENGINE,
     IN_FLIGHT,
@@ -20,27 +19,18 @@ from kvpipe.pipeline.facts import (
     TRAINER_LIVE,
 )
 from kvpipe.pipeline.ledger import POLICY_SCORES, TRAINER_PROGRAM, Size
-from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, Result
 from kvpipe.pipeline.rollout import Piece
 from kvpipe.units import counted
 
 
-class PolicyChecked(WorkerPhase):
+class PolicyChecked(AboutRollout):
     """Check that the engine samples from the model that the trainer has.
 
-    Of a rollout that went on under new weights, the tokens of the engine's weights are compared; the
-    record has the number of the others.
-
-    Attributes:
-        of: name of the rollout's step, of the same cycle if both are repeated; it came after the
-            last sync. Null is the rollout that is paused, with the tokens that it has.
+    The rollout came after the last sync. Of one that went on under new weights, the tokens of the
+    engine's weights are compared; the record has the number of the others. Null for ``of`` is the
+    rollout that is paused, with the tokens that it has.
     """
-
-    of: str | None = "rollout"
-
-    @override
-    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        return replace(self, of=self.of and cycle.name(self.of))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

@@ -1,28 +1,19 @@
 """Reward the samples of a rollout with ``trainer.reward``, and compare each with its group."""
 
-from dataclasses import replace
-from typing import Self, override
+from typing import override
 
 from kvpipe.pipeline import facts
+from kvpipe.pipeline.about_rollout import AboutRollout
 from kvpipe.pipeline.context import WorkerContext
-from kvpipe.pipeline.cycles import Cycle
 from kvpipe.pipeline.facts import ENGINE, SAMPLES_REWARDED
-from kvpipe.pipeline.phase import Effect, Result, WorkerPhase
+from kvpipe.pipeline.phase import Effect, Result
 from kvpipe.pipeline.rewards import Rewarded as RewardedSamples
 
 
-class Rewarded(WorkerPhase):
-    """Reward samples; rewards and advantages go to a file beside the rollout's.
-
-    Attributes:
-        of: name of the rollout's step, of the same cycle if both are repeated.
-    """
+class Rewarded(AboutRollout):
+    """Reward samples; rewards and advantages go to a file beside the rollout's."""
 
     of: str = "rollout"
-
-    @override
-    def in_later_cycle(self, first: str, cycle: Cycle) -> Self:
-        return replace(self, of=cycle.name(self.of))
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

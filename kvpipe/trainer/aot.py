@@ -91,7 +91,7 @@ def compile_loss_programs(place: Place, config: TrainerConfig, scores: bool) -> 
         found, layout = _shapes(place, config)
         began = monotonic()
         scorer = Scorer.compiled(layout.params, layout, config, Forward.of_shapes(found))
-        return gradients, _program(POLICY_SCORES, [scorer.used], began, scorer.temp_bytes)
+        return gradients, _program(POLICY_SCORES, scorer.used, began, scorer.temp_bytes)
 
 
 def compile_programs(place: Place, config: TrainerConfig) -> tuple[Program, ...]:

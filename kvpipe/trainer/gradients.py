@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import memory, transfer
 from kvpipe.engine.forward import Forward
 from kvpipe.trainer.batch import TOKENS, Batch
 from kvpipe.trainer.layout import Layout
 from kvpipe.trainer.losses import LOSSES
+from kvpipe.trainer.micro_batches import MicroBatched
 
 # Beside the gradients a program returns scalars and a table of its outputs.
 _BESIDE_BYTES = 32 << 10
@@ -66,19 +66,11 @@ class Seeded:
         return last, {}
 
 
-@dataclass(frozen=True)
-class Learned:
+class Learned(MicroBatched):
     """The gradients of a loss of a batch, summed over its micro-batches.
 
-    Attributes:
-        program: adds the gradients of a micro-batch to those before it, in their buffers.
-        layout: the trainer's shapes.
-        config: its config.
+    Its program adds the gradients of a micro-batch to those before it, in their buffers.
     """
-
-    program: jax.stages.Compiled
-    layout: Layout
-    config: TrainerConfig
 
     @classmethod
     def compiled(cls, layout: Layout, config: TrainerConfig, forward: Forward) -> Self:
@@ -106,18 +98,7 @@ class Learned:
         )
         first = jax.ShapeDtypeStruct((), jnp.bool_)
         lowered = jitted.lower(layout.params, layout.gradients, layout.batch, first)
-        return cls(lowered.compile(), layout, config)
-
-    @property
-    def used(self) -> list[Any]:
-        """XLA's memory analysis of the program."""
-        return [self.program.memory_analysis()]
-
-    @property
-    def temp_bytes(self) -> int:
-        """Bytes on a device beside the trainer's sets: temporaries and a micro-batch."""
-        batch: list[Any] = list(self.layout.batch.values())
-        return self.used[0].temp_size_in_bytes + sum(map(memory.shard_bytes, batch))
+        return cls(lowered.compile(), layout.batch, config)
 
     @property
     def copied_bytes(self) -> int:
@@ -132,14 +113,10 @@ class Learned:
         del step
         assert batch is not None, "a loss needs a batch"
         total: dict[str, float] = {}
-        for number, part in enumerate(batch.parts(self.config.rows)):
-            placed = {
-                name: transfer.begin(part[name], like).wait()
-                for name, like in self.layout.batch.items()
-            }
+        for number, inputs in enumerate(self.placed(batch)):
             # One program at a time, as in a sync.
             last, found = jax.block_until_ready(
-                self.program(params, last, placed, np.bool_(number == 0))
+                self.program(params, last, inputs, np.bool_(number == 0))
             )
             total = {name: total.get(name, 0.0) + float(value) for name, value in found.items()}
         return last, total

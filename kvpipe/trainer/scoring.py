@@ -1,32 +1,20 @@
 """The log-probabilities that a set of parameters gives the tokens of a batch, without gradients."""
 
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, override
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
-from kvpipe.engine import memory, transfer
 from kvpipe.engine.forward import Forward
 from kvpipe.trainer.batch import TOKENS, Array, Batch
 from kvpipe.trainer.layout import Layout, Shapes
+from kvpipe.trainer.micro_batches import MicroBatched
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """The forward pass of a micro-batch, compiled for the devices of a layout.
-
-    Attributes:
-        program: from parameters and token ids to log-probabilities.
-        layout: the trainer's shapes.
-        config: its config.
-    """
-
-    program: jax.stages.Compiled
-    layout: Layout
-    config: TrainerConfig
+class Scorer(MicroBatched):
+    """The forward pass of a micro-batch: from parameters and token ids to log-probabilities."""
 
     @classmethod
     def compiled(
@@ -38,28 +26,22 @@ class Scorer:
             return forward(params, tokens).logprobs
 
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
-        lowered = jax.jit(score, out_shardings=everywhere).lower(params, layout.batch[TOKENS])
-        return cls(lowered.compile(), layout, config)
+        tokens = layout.batch[TOKENS]
+        lowered = jax.jit(score, out_shardings=everywhere).lower(params, tokens)
+        return cls(lowered.compile(), {TOKENS: tokens}, config)
 
     @property
-    def used(self) -> Any:
-        """XLA's memory analysis of the program."""
-        return self.program.memory_analysis()
-
-    @property
+    @override
     def temp_bytes(self) -> int:
         """Bytes on a device beside the parameters: temporaries, a micro-batch, what it returns."""
-        tokens: Any = self.layout.batch[TOKENS]
-        used = self.used
-        return used.temp_size_in_bytes + used.output_size_in_bytes + memory.shard_bytes(tokens)
+        return super().temp_bytes + self.used[0].output_size_in_bytes
 
     def __call__(self, params: dict[str, Any], batch: Batch) -> Array:
         """Return the log-probability of each token from the second one on, a row for each sequence."""
-        like = self.layout.batch[TOKENS]
         found = []
-        for part in batch.parts(self.config.rows):
+        for inputs in self.placed(batch):
             # One program at a time, as in a sync.
-            scores = self.program(params, transfer.begin(part[TOKENS], like).wait())
+            scores = self.program(params, inputs[TOKENS])
             found.append(np.asarray(jax.block_until_ready(scores)))
         return np.concatenate(found)
 

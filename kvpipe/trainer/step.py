@@ -48,7 +48,7 @@ class CompiledStep:
     @property
     def used(self) -> list[Any]:
         """XLA's memory analysis of each program, the update's last."""
-        scoring = [self.reference.used] if self.reference else []
+        scoring = self.reference.used if self.reference else []
         return [*scoring, *self.gradients.used, self.update.memory_analysis()]
 
 

@@ -322,7 +322,8 @@ class Loop:
             checks += _plan_checks(job.planned, ledger, differences(job.planned, ledger))
             checks += (_owned_check(whole.measured), _total_check(job.planned, ledger, config))
             if job.peak_bytes and whole.peak:
-                checks += (_peak_check(job.peak_bytes, ledger, whole.peak, config),)
+                hosts = self.ctx.config.engine.nnodes
+                checks += (_peak_check(job.peak_bytes, ledger, whole.peak, config, hosts),)
         return Result(cycle.fields, checks)
 
     def _timed(self, job: Job) -> dict[str, Any]:
@@ -384,12 +385,16 @@ def _total_check(planned: Ledger, measured: Ledger, config: PlanConfig) -> Check
     )
 
 
-def _peak_check(planned_bytes: int, ledger: Ledger, peak: Peak, config: PlanConfig) -> Check:
+def _peak_check(
+    planned_bytes: int, ledger: Ledger, peak: Peak, config: PlanConfig, hosts: int
+) -> Check:
     """Return the check that no device held more than is planned, while the step ran.
 
     Beside it there may be the arrays of the pool other, and programs where the device counts them.
+    jax compares an array that several hosts place: it gathers it from each, and reads a view of that.
     """
-    most = planned_bytes + max(ledger.of(OTHER))
+    compared = 2 * hosts + 2 if hosts > 1 else 1
+    most = planned_bytes + compared * max(ledger.of(OTHER))
     if PROGRAM in ledger.pools:
         most += max(ledger.of(PROGRAM)) + config.allowance_bytes
     held = max(peak.bytes_in_use, default=0)

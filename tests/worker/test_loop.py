@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvpipe.config.schema import Kvpipe, RepeatConfig, RunnerConfig
+from kvpipe.config.schema import Kvpipe, PlanConfig, RepeatConfig, RunnerConfig
 from kvpipe.engine import peaks
 from kvpipe.engine.compile_count import Compilations
 from kvpipe.errors import BAD_INPUT, WRONG_WEIGHTS, InputError, KvpipeError
@@ -16,6 +16,7 @@ from kvpipe.pipeline.ledger import Ledger
 from kvpipe.pipeline.phase import OnFailure, Result, WorkerPhase
 from kvpipe.records import progress
 from kvpipe.records.progress import COMPILING, GENERATING, Progress
+from kvpipe.records.run import Peak
 from kvpipe.system.process_memory import process_memory
 from kvpipe.worker import loop
 from kvpipe.worker.drift import Drift
@@ -199,6 +200,16 @@ def test_the_total_may_differ_from_the_plan_by_what_a_device_counts_as_programs(
     (record,), _, _ = run_in(ctx, [Waits("first")], ledger(planned))
     (check,) = (check for check in record.checks if check.name == "plan/total_bytes")
     assert (check.passed, detail in check.detail) == (passed, True), check.detail
+
+
+@pytest.mark.parametrize(
+    ("hosts", "held", "passed"), [(1, 15, True), (1, 16, False), (2, 40, True), (2, 41, False)]
+)
+def test_a_peak_may_have_what_several_hosts_gather_to_compare_an_array(hosts, held, passed):
+    ledger = Ledger(1, {"kv": (10,), "other": (5,)})
+    peak = Peak((held,), held, 0, 1, "live_arrays", None)
+    check = loop._peak_check(10, ledger, peak, PlanConfig(), hosts)
+    assert (check.passed, check.actual) == (passed, held)
 
 
 def test_once_the_plan_is_void_no_record_is_compared_with_it():
