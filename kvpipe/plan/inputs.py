@@ -29,6 +29,8 @@ from kvpipe.units import counted
 _BESIDE_PROMPT, _BESIDE_ALL = 7, 2
 _HALF_WAY = 3
 """Least number of new tokens with which a sample is half-way after a step of decoding."""
+# Of its KV cache, with a page beside the capacity: their numbers are of 32 bits.
+_MOST_SLOTS = (1 << 31) - 1
 
 
 def check_inputs(
@@ -114,6 +116,11 @@ def _check_capacity(tokens: int, page_size: int) -> None:
         raise InputError(
             f"engine.max_total_tokens: a KV cache of {tokens} tokens holds no request in whole pages "
             f"of engine.page_size={page_size}; it needs more than {_BESIDE_PROMPT} tokens and a page"
+        )
+    if tokens + page_size > _MOST_SLOTS:
+        raise InputError(
+            f"engine.max_total_tokens: a KV cache of {tokens} tokens has more slots than the engine "
+            f"counts in 32 bits; it must be at most {_MOST_SLOTS - page_size} tokens"
         )
 
 

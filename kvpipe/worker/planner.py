@@ -105,14 +105,40 @@ def _plan_of(
     found: shapes.EngineShapes,
     kv: fit.KvCapacity,
 ) -> fold.Plan:
-    """Plan steps in which nothing is open."""
+    """Plan steps in which nothing is open.
+
+    Unless that is asked for, nothing is compiled for a cache that does not fit even without
+    temporaries: those of a cache that no host has would leave no smaller one to advise.
+    """
     arrays = _arrays(found, planned, config)
     sizes, padding = _bytes(arrays, device)
-    wanted = compiles and (
-        config.plan.compile is True or _may_not_suffice(target, sizes, kv, config, arrays)
-    )
-    programs = _programs(planned, config, model_dir, target, wanted)
-    sizes |= _code_sizes(programs, target.devices)
+    make = partial(_plan_with, planned, target, config, found, kv, arrays, sizes, padding, device)
+    asked = compiles and config.plan.compile is True
+    plan = make(_programs(planned, config, model_dir, target, asked))
+    if (
+        not compiles
+        or asked
+        or not plan.record.fit.fits
+        or not _may_not_suffice(target, sizes, kv, config, arrays)
+    ):
+        return plan
+    return make(_programs(planned, config, model_dir, target, compiles=True))
+
+
+def _plan_with(
+    planned: Sequence[fold.PlannedStep],
+    target: Target,
+    config: Kvpipe,
+    found: shapes.EngineShapes,
+    kv: fit.KvCapacity,
+    arrays: Mapping[PoolSize, Sequence[Any]],
+    sizes: Mapping[PoolSize, PerDevice],
+    padding: Mapping[PoolSize, PerDevice],
+    device: Any,
+    programs: Sequence[Program],
+) -> fold.Plan:
+    """Plan steps whose programs are known, or left out."""
+    sizes = {**sizes, **_code_sizes(programs, target.devices)}
     ledgers = fold.plan_ledgers(planned, sizes, target.devices, padding)
     peaks = fold.plan_peaks(planned, ledgers, _at_peak(planned, arrays, found, device))
     reserve = config.plan.reserve_bytes

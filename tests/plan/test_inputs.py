@@ -53,6 +53,14 @@ REFUSED = {
         "engine.page_size=4096; it needs more than 7 tokens and a page"
     ),
     "engine.max_total_tokens=7": "engine.max_total_tokens: a KV cache of 7 tokens holds no request",
+    "engine.max_total_tokens=2147483647": (
+        "engine.max_total_tokens: a KV cache of 2147483647 tokens has more slots than the engine "
+        "counts in 32 bits; it must be at most 2147483646 tokens"
+    ),
+    "engine.page_size=16 phases.kv_cache_rebuilt.max_total_tokens=1000000000000": (
+        "engine.max_total_tokens: a KV cache of 1000000000000 tokens has more slots than the engine "
+        "counts in 32 bits; it must be at most 2147483631 tokens"
+    ),
     "engine.page_size=16 phases.kv_cache_rebuilt.max_total_tokens=15": (
         "engine.max_total_tokens: a KV cache of 15 tokens holds no request in whole pages"
     ),
@@ -120,7 +128,7 @@ def test_what_the_engine_cannot_have_is_refused_by_check(kvpipe, tmp_path, line)
 
 
 ACCEPTED = [
-    "engine.max_total_tokens=1000000000000",
+    "engine.max_total_tokens=2147483646",
     # 505 of 512 positions are for the prompt, 510 for the prompt and the new tokens.
     "prompt.text=1 sampling.max_new_tokens=509",
     "engine.max_total_tokens=67 prompt.text=1",

@@ -239,6 +239,17 @@ def test_a_batch_whose_activations_could_fill_this_host_has_the_programs_compile
     assert not compiled(batch_size=33)
 
 
+@pytest.mark.nightly(finds="temporaries of a cache that no host has leave no capacity to advise")
+def test_of_a_cache_that_this_host_cannot_have_nothing_is_compiled(tmp_path: Path) -> None:
+    """XLA's temporaries on a CPU grow with the cache, so those of 2**31 slots are of no use."""
+    done = plan(tmp_path, "plan.format=json", "engine.max_total_tokens=2147483646")
+    assert done.exit_code == 1
+    (line,) = done.lines
+    assert "programs" not in line
+    assert line["fit"]["max_total_tokens"] > 2048
+    assert f"engine.max_total_tokens={line['fit']['max_total_tokens']} would fit" in done.stderr
+
+
 @pytest.mark.nightly(finds="a largest micro-batch that does not fit, or one that is too small")
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not(tmp_path: Path) -> None:
     """All but 16 MiB of a device beside the arrays are reserved; the activations decide."""
