@@ -173,6 +173,9 @@ def why_not_fit(plan: RunPlanned) -> str | None:
         return None
     tokens = fit.max_total_tokens
     advice = f"engine.max_total_tokens={tokens} would fit" if tokens else "no KV cache would fit"
+    if fit.temp_bytes and not tokens:
+        # On a CPU they grow with the cache that they are compiled for.
+        advice += " beside so many; plan a smaller one, whose temporaries may be smaller"
     needed = plan.needed_device_bytes
     needs = f"step {fit.peak_phase!r} needs {needed} bytes on a device"
     if fit.temp_bytes:

@@ -75,6 +75,12 @@ def test_the_message_of_a_plan_that_does_not_fit_has_temporaries_and_reserve() -
         "for temporaries, which has 17179869184 less 128 for fragmentation (plan.reserve_bytes); "
         "engine.max_total_tokens=64 would fit"
     )
+    none = replace(reserved, fit=replace(reserved.fit, max_total_tokens=0))
+    why = why_not_fit(none)
+    assert why
+    assert why.endswith(
+        "; no KV cache would fit beside so many; plan a smaller one, whose temporaries may be smaller"
+    )
 
 
 def test_a_plan_without_libtpu_says_that_the_padding_is_left_out() -> None:
