@@ -4,8 +4,10 @@ import os
 import re
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,9 +21,21 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 _OOM_KILL = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
+_lock = threading.Lock()
+_peak_rss_bytes = 0
+
+
 def process_memory() -> Memory:
-    """Return this process's RSS and peak RSS in bytes, without the devices."""
-    return _memory(os.getpid(), resource.RUSAGE_SELF)
+    """Return this process's RSS and peak RSS in bytes, without the devices.
+
+    Linux counts pages on each CPU and stores an estimate as the peak, which may lie below an RSS that
+    it has shown; so the peak is the largest of all readings.
+    """
+    global _peak_rss_bytes
+    now = _memory(os.getpid(), resource.RUSAGE_SELF)
+    with _lock:
+        _peak_rss_bytes = max(_peak_rss_bytes, now.process_peak_rss_bytes)
+        return replace(now, process_peak_rss_bytes=_peak_rss_bytes)
 
 
 def child_memory(pid: int) -> Memory:

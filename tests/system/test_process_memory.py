@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvpipe.records.run import Memory
 from kvpipe.system import process_memory as module
 from kvpipe.system.process_memory import (
     child_memory,
@@ -33,6 +34,15 @@ def test_a_child_that_lives_has_a_resident_set_and_one_that_was_waited_for_only_
     ended = child_memory(child.pid)
     assert ended.process_rss_bytes == 0
     assert ended.process_peak_rss_bytes > 64 << 20
+
+
+def test_a_peak_that_linux_puts_below_an_earlier_reading_is_not_believed(monkeypatch):
+    """It stores an estimate: one of 16 steps of a tiny run had more than its process at its peak."""
+    readings = iter([Memory(70, 70), Memory(60, 66), Memory(80, 80)])
+    monkeypatch.setattr(module, "_memory", lambda pid, who: next(readings))
+    monkeypatch.setattr(module, "_peak_rss_bytes", 0)
+    measured = [process_memory() for _ in range(3)]
+    assert measured == [Memory(70, 70), Memory(60, 70), Memory(80, 80)]
 
 
 def test_no_measurement_of_a_process_is_above_its_peak_and_its_peak_never_falls():
