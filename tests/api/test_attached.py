@@ -211,7 +211,11 @@ def test_arrays_of_the_devices_are_synced_there_and_have_the_files_digest(script
         (named | {name: array[:1]}, kvpipe.WeightsError, "has shape"),
         (named | {name: array.astype("float32") * float("nan")}, kvpipe.WeightsError, "not finite"),
         (named | {name: [1.0]}, kvpipe.InputError, "is of type list"),
-        (named | {name: jax.device_put(array, jax.devices()[0])}, kvpipe.InputError, "but the engine is on"),
+        (
+            named | {name: jax.device_put(array, jax.devices()[0])},
+            kvpipe.InputError,
+            "but the engine is on",
+        ),
         (named | {name: on_devices[name]}, kvpipe.InputError, "give all of one kind"),
     ]:
         with pytest.raises(error, match=message):

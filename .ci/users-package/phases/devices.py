@@ -17,5 +17,7 @@ class AcmeDevices(WorkerPhase):
     def run(self, ctx: WorkerContext) -> Result:
         import jax
 
-        check = check_equal("devices_are_the_engines", ctx.config.engine.tp_size, jax.device_count())
+        check = check_equal(
+            "devices_are_the_engines", ctx.config.engine.tp_size, jax.device_count()
+        )
         return Result({}, (check,))
