@@ -117,7 +117,6 @@ class Attached:
             The bytes that came free, over all devices.
         """
         weights.needs_weights(self._engine)
-        memory.collect_garbage()  # which may hold leaves of the engine
         if keep:  # since the last proof the caller may have placed others
             weights.take_digests(self._engine)
         try:
@@ -145,7 +144,6 @@ class Attached:
         _check_kind(named_arrays, set(self._engine.runner.mesh.devices.flat))
         on_devices = any(isinstance(array, jax.Array) for array in named_arrays.values())
         use = "weights_synced" if on_devices else "weights_streamed"
-        memory.collect_garbage()  # which may hold leaves of the engine
         self._do_all({use: _Sync(step=use, named_arrays=named_arrays, on_devices=on_devices)})
         return self._engine.proof.whole
 

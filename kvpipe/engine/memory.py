@@ -136,6 +136,13 @@ def _buffer(array: jax.Array) -> tuple[Any, int]:
     return device, array.unsafe_buffer_pointer()
 
 
+def share_buffers(arrays: Iterable[Any]) -> bool:
+    """Whether another live array is a view or a shard of one of ``arrays``."""
+    own = {id(array) for array in arrays}
+    groups = by_buffer(live_arrays(collect=False))
+    return any(len(group) > 1 and any(id(a) in own for a in group) for group in groups)
+
+
 def measure(
     params: Iterable[jax.Array],
     kv: Iterable[jax.Array],
@@ -308,13 +315,19 @@ def exclude_what_lives() -> None:
     gc.freeze()
 
 
+def collect_excluded_garbage() -> None:
+    """Collect the garbage among the objects, too, that are excluded; the others stay so."""
+    gc.unfreeze()
+    exclude_what_lives()
+
+
 @contextmanager
 def lives_excluded() -> Iterator[None]:
     """Exclude all objects that live now from the garbage collections within the context.
 
     In a process that is not kvpipe's own they must become collectable again; so do those that somebody
     else has excluded. What is garbage among them stays until then, so it changes no difference between
-    two counts.
+    two counts, unless :func:`collect_excluded_garbage` runs between them.
     """
     gc.freeze()
     try:

@@ -4,7 +4,8 @@ A dropped parameter is replaced by its ``jax.ShapeDtypeStruct``, as are the KV c
 the engine itself records what to rebuild, and there is no second state to disagree with it.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,12 +61,15 @@ class ParamTable:
         for path, leaf in new.items():
             self._leaves[self.positions[path]] = leaf
 
-    def let_model_go(self) -> None:
-        """Replace the model's arrays by shapes, so that the step's list is their only owner."""
+    def let_model_go(self) -> bool:
+        """Replace the model's arrays by shapes; return whether the step's list is their only owner."""
         leaves = list(self._leaves)
         for path, shape in self.blueprint.items():
             leaves[self.positions[path]] = shape
         self._set_model(leaves)
+        del leaves
+        live = [i for i in self.positions.values() if isinstance(self._leaves[i], jax.Array)]
+        return all(_references(self._leaves, i) == _IN_ONE_LIST for i in live)
 
     def update_model(self) -> None:
         """Make the model refer to the same arrays as the step."""
@@ -115,6 +119,14 @@ def closure(function: Any) -> dict[str, Any]:
 def param_paths(state: Any) -> list[str]:
     """Return the path of each leaf of an nnx state, in order."""
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+
+
+def _references(items: Sequence[Any], position: int) -> int:
+    """Return the number of references to an item, as the interpreter counts them here."""
+    return sys.getrefcount(items[position])
+
+
+_IN_ONE_LIST = _references([object()], 0)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -252,11 +252,10 @@ def replace_leaves(
             returns a function that waits until it is complete on the devices and returns it.
         done: called with the path of each leaf that is in its place.
     """
+    _begin_change(engine, table)
     replaced_bytes, before = live_bytes(engine), memory.total_in_use()
     blueprint = table.blueprint
-    engine.unavailable[WEIGHTS] = _BROKEN_OFF
     engine.proof = Proof()
-    table.let_model_go()
     under_way: deque[tuple[str, Callable[[], jax.Array]]] = deque()
     placed = _Placed(table, _sizes(blueprint), done)
     with _loading(placed.sizes, placed.paths):
@@ -270,6 +269,19 @@ def replace_leaves(
     table.update_model()
     del engine.unavailable[WEIGHTS]
     return _change(blueprint, memory.total_in_use() - before, replaced_bytes)
+
+
+def _begin_change(engine: SglangEngine, table: ParamTable) -> None:
+    """Make the step's list the only owner of the parameters, as far as others' are garbage.
+
+    In a process that is not kvpipe's own, garbage may hold them, or shards of them. A collection of
+    all of it takes tenths of a second, so it runs only if they have other owners.
+    """
+    engine.unavailable[WEIGHTS] = _BROKEN_OFF
+    with memory.uncounted():  # a count has references to all arrays
+        is_only_owner = table.let_model_go()
+    if not is_only_owner or memory.share_buffers(table.params.values()):
+        memory.collect_excluded_garbage()
 
 
 class _Placed:
@@ -325,11 +337,10 @@ def _by_shape(item: tuple[str, Param]) -> Any:
 def _take_away(engine: SglangEngine, why: str, keep: Callable[[str, Any], None]) -> Change:
     """Free every leaf, after ``keep`` has seen it."""
     needs_weights(engine)
-    before = memory.total_in_use()
     table = ParamTable(engine)
+    _begin_change(engine, table)
+    before = memory.total_in_use()
     blueprint = table.blueprint
-    engine.unavailable[WEIGHTS] = _BROKEN_OFF
-    table.let_model_go()
     for path, shape in blueprint.items():
         with memory.uncounted():  # a leaf keeps each of its shards as an array too
             keep(path, table[path])

@@ -4,10 +4,12 @@ All tests share that engine, in the order of this file; the last one lets it fai
 """
 
 import asyncio
+import gc
 import inspect
 import re
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from tests.api.test_interface import GUIDE
 from tests.conftest import DEVICES, IDLE_TIMEOUT_S, SMALL_ENGINE
 
 SCRIPT, CYCLE = re.findall(r"^```python\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+CLUSTER = re.search(r"^```\n(attached = .*?)^```", GUIDE, re.DOTALL | re.MULTILINE)[1]
 SIGNATURES = {
     "attach": "(engine: Any, *, idle_timeout_s: float = 60.0, weight_digests: bool = True) -> 'Attached'",
     "engine_patches": "() -> contextlib.AbstractContextManager[None]",
@@ -208,11 +211,50 @@ def test_arrays_of_the_devices_are_synced_there_and_have_the_files_digest(script
         (named | {name: array[:1]}, kvpipe.WeightsError, "has shape"),
         (named | {name: array.astype("float32") * float("nan")}, kvpipe.WeightsError, "not finite"),
         (named | {name: [1.0]}, kvpipe.InputError, "is of type list"),
-        (named | {name: jax.device_put(array, jax.devices()[0])}, kvpipe.InputError, "is on TFRT"),
+        (
+            named | {name: jax.device_put(array, jax.devices()[0])},
+            kvpipe.InputError,
+            "but the engine is on",
+        ),
         (named | {name: on_devices[name]}, kvpipe.InputError, "give all of one kind"),
     ]:
         with pytest.raises(error, match=message):
             attached.sync(wrong)
+    assert generate(script)["output_ids"] == script.first
+
+
+class Garbage:
+    """An object that only a garbage collection frees, and what it holds."""
+
+    def __init__(self, held):
+        self.itself, self.held = self, held
+
+
+@pytest.mark.parametrize("verb", ["sync", "weights_released"])
+@pytest.mark.parametrize("holds", ["nothing", "a leaf", "a shard"])
+def test_garbage_of_the_callers_is_collected_only_if_it_holds_weights(
+    script, attached, verb, holds
+):
+    from kvpipe.engine.params import parameters
+
+    def make():
+        leaf = next(iter(parameters(attached._ctx.engine).values()))
+        if holds == "a shard":
+            return weakref.ref(Garbage(leaf.addressable_shards[0].data))
+        return weakref.ref(Garbage(leaf if holds == "a leaf" else None))
+
+    attached.sync(own := kvpipe.open_checkpoint(script.MODEL))
+    gc.disable()
+    try:
+        garbage = make()
+        if verb == "sync":
+            attached.sync(own)
+        else:
+            with attached.weights_released():
+                pass
+        assert (garbage() is None) == (holds != "nothing")
+    finally:
+        gc.enable()
     assert generate(script)["output_ids"] == script.first
 
 
@@ -392,9 +434,17 @@ def test_a_detached_engine_is_as_before_and_can_be_attached_again(script):
     for verb in (before.memory, before.detach, lambda: before.sync({})):
         with pytest.raises(kvpipe.EngineError, match="is detached; attach it again"):
             verb()
-    script.attached = kvpipe.attach(engine)
-    with script.attached.kv_released() as freed:
-        assert freed == KV_BYTES
+    rollout = SimpleNamespace(_sampler=Sampler(engine))
+    seen = []
+    cluster = SimpleNamespace(
+        rollout=rollout, update_actor=lambda *args: seen.append(script.attached.memory().pools)
+    )
+    names = {"kvpipe": kvpipe, "cluster": cluster}
+    exec(compile(CLUSTER, "the RLCluster of attach.md", "exec"), names)
+    script.attached = names["attached"]
+    cluster.update_actor("train_ds")
+    assert [pools.get("kv") for pools in seen] == [None]
+    assert script.attached.memory().sum_of("kv") == KV_BYTES
 
 
 def test_an_engine_that_fails_raises_to_its_caller_and_signals_nobody(
