@@ -333,7 +333,7 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
     assert run.end["status"] == "failed"
     failed = [check for check in run.end["checks"] if not check["passed"]]
     assert [check["name"] for check in failed] == ["same_output"]
-    assert failed[0]["detail"] == "the first 5 tokens agree, then one output ends"
+    assert failed[0]["detail"] == "the same 5 tokens, then it ends 1 token early"
     assert run.phase("generate_result_after_kv_rebuild")["same_output"] == 0
     assert run.end["failing_phase"] == "generate_result_after_kv_rebuild"
     assert run.lines[-2]["phase"] == "after_drop_param_dict2", "what cleans is run all the same"

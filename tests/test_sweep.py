@@ -115,7 +115,7 @@ def test_the_others_finish_when_a_job_fails_and_one_cannot_fit(mixed):
     failed, *passed, skipped = end["jobs"]
     for job in passed:
         holds_what_was_planned(job)
-    refused = "the engine refuses this model, mesh or capacity: AssertionError: Memory pool size"
+    refused = "engine.max_total_tokens: a KV cache of 1 tokens holds no request in whole pages"
     assert failed["error"].startswith(refused)
     assert (skipped["fits"], skipped["kv_bytes"]) == (False, None)
     assert skipped["planned_kv_bytes"] == TOKEN_BYTES * (TOO_MANY + 1)

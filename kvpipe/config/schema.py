@@ -140,6 +140,13 @@ def stops(key: str, values: list[Any]) -> None:
         )
 
 
+def token_ids(key: str, values: list[Any]) -> None:
+    """Refuse an item that is no token id; OmegaConf lets a list pass as an item of list[int]."""
+    for value in values:
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"{key}: {value!r} is no token id; an id is a whole number from 0 on")
+
+
 def name(key: str, value: str | None) -> None:
     """Refuse a name that is empty, too long, or not one line of printable characters."""
     if value is not None and not (
@@ -470,7 +477,7 @@ class SamplingConfig(Section, section="sampling"):
     top_k: int | None = checked(None, at_least(1))
     min_p: float = checked(0.0, between(0, 1))
     stop: list[str] = field(default_factory=list, metadata={"refuse": stops})
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list, metadata={"refuse": token_ids})
     seed: int | None = checked(None, between(0, 2**31 - 1))
 
 

@@ -242,7 +242,7 @@ class Rollout:
         return {
             "requests": len(self.samples),
             "prompts": len({sample.prompt for sample in self.samples}),
-            "distinct_samples": len({sample.token_ids for sample in self.samples}),
+            "distinct_samples": len({(sample.prompt, sample.token_ids) for sample in self.samples}),
             "prompt_tokens": self.prompt_tokens,
             "decode_tokens": self.decode_tokens,
             "cached_tokens": self.cached_tokens,

@@ -157,6 +157,11 @@ def test_without_digests_nothing_is_said_about_the_weights_of_the_cache():
     assert names == ["rollout_complete", "rollout_computed"]
 
 
+def test_equal_samples_of_two_prompts_are_distinct():
+    same = replace(rollout(), samples=[replace(s, token_ids=(1,)) for s in rollout().samples])
+    assert same.fields(shown=0)["distinct_samples"] == 2
+
+
 def test_the_record_has_the_numbers_of_a_rollout_and_its_first_samples():
     fields = with_sample(1, cached_tokens=4).fields(shown=1)
     assert json.loads(json.dumps(fields))["lengths"] == fields["lengths"]
@@ -236,6 +241,10 @@ def test_the_options_of_a_step_are_those_of_sampling_unless_it_has_its_own():
         (
             {"stop": ("a", "")},
             "stop has an empty text, which would end every sample at its first token",
+        ),
+        (
+            {"stop_token_ids": (-1,)},
+            "stop_token_ids: -1 is no token id; an id is a whole number from 0 on",
         ),
         ({"aa_control": True}, "aa_control is true, but same_rollout_as names no step to repeat"),
     ],
