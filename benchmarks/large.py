@@ -8,7 +8,7 @@ the checkpoint is streamed in, and the engine generates.
 import tempfile
 
 from benchmarks.command import CommandFailed, kvpipe
-from benchmarks.start import STREAMED
+from benchmarks.start import STREAM_AND_GENERATE
 from benchmarks.start_large import MODEL
 
 _TOO_MANY, _FITTING = 131_072, 8_192
@@ -32,7 +32,7 @@ def measure() -> dict[str, float]:
             print(refusal)
         else:
             raise RuntimeError(f"{_TOO_MANY} tokens are not refused")
-        passed = kvpipe(cwd, *STREAMED, *options, f"engine.max_total_tokens={_FITTING}")
+        passed = kvpipe(cwd, *STREAM_AND_GENERATE, *options, f"engine.max_total_tokens={_FITTING}")
     return {
         "large.refused_exit_code": _REFUSED,
         "large.passed_cpu_seconds": passed.cpu_seconds,

@@ -20,7 +20,7 @@ _REST = (
     *("kv_cache_rebuilt", "generate_result_after_kv_rebuild", "weights_dropped"),
     *("weights_streamed_again", "generate_result_after_swap"),
 )
-STREAMED = ("+experiment=tiny_stream", f"pipeline_edit.remove=[{','.join(_REST)}]")
+STREAM_AND_GENERATE = ("+experiment=tiny_stream", f"pipeline_edit.remove=[{','.join(_REST)}]")
 """Options of a run that streams the checkpoint's weights in, generates and ends."""
 
 
@@ -51,7 +51,7 @@ def medians_of_starts(prefix: str, cwd: str, turns: int, *options: str) -> dict[
     for _ in range(turns):
         for name, phase in _STARTS.items():
             start = f"pipeline_edit.replace.{_STARTS['empty']}={phase}"
-            runs[name].append(kvpipe(cwd, *STREAMED, start, *options))
+            runs[name].append(kvpipe(cwd, *STREAM_AND_GENERATE, start, *options))
     ids = [run.record("generate_result")["token_ids"] for found in runs.values() for run in found]
     if any(other != ids[0] for other in ids):
         raise RuntimeError(f"the starts do not give the same token ids: {ids}")
