@@ -38,26 +38,33 @@ def is_silent(child):
         return selector.select(1.0) == []
 
 
-def test_the_worker_goes_on_only_once_the_parent_says_so(worker, tmp_path):
-    """Else a step would run that no record could name, or after a record that was lost."""
+def test_the_worker_is_at_most_one_step_ahead_of_the_parent(worker, tmp_path):
+    """While a step runs the parent writes the record before; two would be lost with the parent."""
     messages, mark = worker.messages(), tmp_path / "mark"
     assert is_silent(worker)
     worker.send({"begin": "run_planned"})
     assert next(messages) == {"hosts": []}
     assert [phase["name"] for phase in next(messages)["phases"]] == ["fault", "after"]
     assert next(messages) == {"started": "fault", "idx": 0}
-    assert is_silent(worker)
-    assert not mark.exists()
-    worker.send({"begin": "fault"})
     assert next(messages)["phase"] == "fault"
     assert mark.exists()
-    assert next(messages) == {"started": "after", "idx": 1}
     assert is_silent(worker)
-    worker.send({"begin": "after"})
+    worker.send({"begin": "fault"})
+    assert next(messages) == {"started": "after", "idx": 1}
     assert next(messages)["phase"] == "after"
     assert next(messages) == asdict(Ending())
     assert list(messages) == []
     assert worker.how_it_ended() == "exit code 0"
+
+
+def test_a_worker_that_is_told_to_stop_says_which_step_it_leaves_out(worker):
+    worker.send({"begin": "run_planned"})
+    messages = worker.messages()
+    assert [next(iter(next(messages))) for _ in range(3)] == ["hosts", "phase", "started"]
+    worker.send({"stop": "fault"})
+    worker.send({"begin": "fault"})
+    assert next(messages)["phase"] == "fault"
+    assert list(messages) == [{"stopped": "after"}, asdict(Ending())]
 
 
 def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(worker):
@@ -65,7 +72,7 @@ def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(wo
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
     assert [next(iter(next(messages))) for _ in range(2)] == ["hosts", "phase"]
-    assert next(iter(next(messages))) == "started"
+    assert [next(iter(next(messages))) for _ in range(2)] == ["started", "phase"]
     worker.end_jobs()
     assert list(messages) == []
     assert worker.how_it_ended() == "SIGKILL"

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,8 @@ _counting = threading.Lock()
 # Array on several devices by the device and address of each of its shards: once looked up, a shard
 # stays alive as an array of its own, which a count from another thread must not count again.
 _whole_of: dict[tuple[Any, int], weakref.ref[jax.Array]] = {}
+# Arrays with the bytes of their buffers, by id.
+_sized: dict[int, tuple[weakref.ref[jax.Array], int]] = {}
 _OLDEST = 2  # generation of a full garbage collection
 _OTHERS_COLLECTION_S = 0.001
 _LONGEST_COLLECTION_S = 60.0
@@ -55,16 +57,23 @@ def per_device(
 
     ``size`` gives the bytes of one shard.
     """
-    sizes = dict.fromkeys(devices, 0)
     held = (a for a in arrays if not (isinstance(a, jax.Array) and a.is_deleted()))
-    for alike in _alike(held):
+    return _summed(_alike(held), devices, size)
+
+
+def _summed(
+    kinds: Iterable[Sequence[Any]], devices: Sequence[Any], size: Callable[[Any], int] = shard_bytes
+) -> PerDevice:
+    """Return the bytes on each of ``devices`` of arrays that come in groups of alike ones."""
+    sizes = dict.fromkeys(devices, 0)
+    for alike in kinds:
         bytes_ = size(alike[0]) * len(alike)
         for device in alike[0].sharding.device_set & sizes.keys():
             sizes[device] += bytes_
     return tuple(sizes[device] for device in devices)
 
 
-def _alike(arrays: Iterable[Any]) -> Iterable[list[Any]]:
+def _alike(arrays: Iterable[Any]) -> Collection[list[Any]]:
     """Return the arrays in groups of one shape, dtype and sharding: hundreds have a few of them."""
     groups: dict[Any, list[Any]] = {}
     for array in arrays:
@@ -87,8 +96,13 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     Once somebody reads an array, it may keep its shards, or itself, as further arrays. The buffers of
     one on several devices are looked up only where another on a single device has a shard's shape.
     """
+    return _by_buffer(_alike(arrays))
+
+
+def _by_buffer(kinds: Iterable[Sequence[jax.Array]]) -> list[list[jax.Array]]:
+    """Return arrays, which come in groups of alike ones, in groups that share a buffer."""
     single, several = [], []
-    for alike in _alike(arrays):
+    for alike in kinds:
         (single if len(alike[0].sharding.device_set) == 1 else several).append(alike)
     shapes = {(alike[0].shape, alike[0].dtype) for alike in single}
     groups = {id(array): [array] for alike in several for array in alike}
@@ -160,23 +174,25 @@ def measure(
     Without ``collect`` arrays that only garbage refers to are in the pool other too.
     """
     devices = jax.local_devices()
-    alive = live_arrays(collect)
-    rest = {id(array): array for array in alive}
-    owners = [(PARAMS, params), (KV, kv), *((slot_pool(n), a) for n, a in slots.items())]
+    # Grouped once: between two steps this takes most of the time of a measurement.
+    kinds = _alike(live_arrays(collect))
+    owned = {PARAMS: [*params], KV: [*kv]} | {slot_pool(n): [*a] for n, a in slots.items()}
+    pool_of: dict[int, str] = {}
+    for pool, arrays in owned.items():
+        for array in arrays:
+            pool_of.setdefault(id(array), pool)
     ledger = Ledger(len(devices))
-    pooled: list[jax.Array] = []
-    for pool, owned in owners:
-        mine = [rest.pop(id(array)) for array in list(owned) if id(array) in rest]
-        pooled += mine
-        ledger = ledger.with_pool(pool, per_device(mine, devices))
+    for pool, mine in _split(kinds, pool_of, owned).items():
+        ledger = ledger.with_pool(pool, _summed(mine, devices))
     unpooled = [
         group
-        for group in by_buffer([*pooled, *rest.values()])
-        if all(id(array) in rest for array in group) and group[0].size
+        for group in _by_buffer(kinds)
+        if not any(id(array) in pool_of for array in group) and group[0].size
     ]
     ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
     if device_stats() is not None:
-        held = [*pooled, *(group[0] for group in unpooled)]
+        held = [array for alike in kinds for array in alike if id(array) in pool_of]
+        held += [group[0] for group in unpooled]
         ledger = ledger.with_pool(
             PADDING, less(per_device(held, devices, given_bytes), ledger.per_device)
         )
@@ -184,23 +200,45 @@ def measure(
         in_use = (device["bytes_in_use"] for device in device_stats() or ())
         ledger = ledger.with_pool(PROGRAM, less(in_use, ledger.per_device))
     else:
-        check_sizes(alive)
+        check_sizes(kinds)
     return ledger, unpooled
 
 
-def check_sizes(arrays: Iterable[jax.Array]) -> None:
+def _split(
+    kinds: Iterable[Sequence[jax.Array]], pool_of: Mapping[int, str], pools: Iterable[str]
+) -> dict[str, list[list[jax.Array]]]:
+    """Return the arrays of each pool, in groups of alike ones; ``pool_of`` has pools by id."""
+    split: dict[str, list[list[jax.Array]]] = {pool: [] for pool in pools}
+    for alike in kinds:
+        mine: dict[str | None, list[jax.Array]] = {}
+        for array in alike:
+            mine.setdefault(pool_of.get(id(array)), []).append(array)
+        for pool, arrays in mine.items():
+            if pool is not None:
+                split[pool].append(arrays)
+    return split
+
+
+def check_sizes(kinds: Iterable[Sequence[jax.Array]]) -> None:
     """Compare :func:`shard_bytes`, which plan and ledger share, with the sizes of the buffers.
 
-    For backends that pad nothing and do not count their bytes in use.
+    For backends that pad nothing and do not count their bytes in use. The arrays come in groups of
+    alike ones. The size of an array never changes, so each is asked once.
 
     Raises:
         EngineError: an array has buffers of another size.
     """
-    for alike in _alike(arrays):
+    global _sized
+    known, _sized = _sized, {}
+    for alike in kinds:
         first = alike[0]
         counted = shard_bytes(first) * len(first.sharding.device_set)
-        for given in (array.on_device_size_in_bytes() for array in alike):
-            if given != counted:
+        for array in alike:
+            sized = known.get(id(array))
+            if sized is None or sized[0]() is not array:
+                sized = weakref.ref(array), array.on_device_size_in_bytes()
+            _sized[id(array)] = sized
+            if (given := sized[1]) != counted:
                 raise EngineError(
                     f"an array of shape {first.shape}, {first.dtype}, {first.sharding} is counted as "
                     f"{counted} bytes over its devices, but its buffers have {given}"

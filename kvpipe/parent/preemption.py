@@ -13,16 +13,13 @@ from kvpipe.errors import BAD_INPUT, HELD, Ending, Interrupted, ending_of
 from kvpipe.pipeline.cycles import SAVED, base_name, cycle_of
 from kvpipe.records.run import PhaseRecord
 
-BEGIN, STOP = "begin", "stop"
-"""Orders to a worker whose step is to begin."""
-
 
 class Preemption:
     """Follows the cycles of a run by its records, and what becomes of a signal.
 
     Attributes:
         signal: the signal that came, once the worker is to stop because of it.
-        told: whether the worker knows.
+        obeyed: whether the worker has left out a step because of it.
     """
 
     def __init__(self, config: Kvpipe) -> None:
@@ -31,7 +28,7 @@ class Preemption:
         self._last_step = config.repeat.last if config.repeat and trainer.checkpoint_every else None
         self._ended = self._saved = config.resume_after or 0
         self.signal: Interrupted | None = None
-        self.told = False
+        self.obeyed = False
 
     def passed(self, record: PhaseRecord) -> None:
         """Note a step that passed."""
@@ -48,16 +45,9 @@ class Preemption:
         self.signal = signal
         return True
 
-    def order(self, step: str) -> str:
-        """Return the worker's order for a step: only a save may still begin after a signal."""
-        if self.signal is None or base_name(step) == SAVED:
-            return BEGIN
-        self.told = True
-        return STOP
-
     def ending(self, of_worker: Ending) -> Ending:
         """Return how a worker's part ended: by the signal, unless it had nothing left to do."""
-        if self.signal is None or not self.told:
+        if self.signal is None or not self.obeyed:
             return of_worker
         ending = ending_of(self.signal)
         failed = f"; then: {of_worker.error}" if of_worker.error else ""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ from kvpipe.errors import (
 from kvpipe.parent.child_process import Child, start_child
 from kvpipe.parent.deferred_signals import DeferredSignals
 from kvpipe.parent.limits import Limits
-from kvpipe.parent.preemption import STOP, Preemption
+from kvpipe.parent.preemption import Preemption
 from kvpipe.pipeline.context import ParentContext
 from kvpipe.pipeline.phase import ParentPhase, Phase, Result, result_of
 from kvpipe.pipeline.steps import use_of
@@ -58,7 +59,7 @@ from kvpipe.records.run import (
 )
 from kvpipe.sinks import Sink, failed_by
 from kvpipe.system.libtpu_lock import libtpu_lock
-from kvpipe.system.pipes import STACKS_FILE, is_readable
+from kvpipe.system.pipes import BEGIN, STACKS_FILE, STOP, is_readable
 from kvpipe.system.process_memory import child_memory, oom_kills, process_memory
 from kvpipe.system.secrets import Redactor, without_key
 
@@ -247,13 +248,13 @@ class Run:
             # W&B takes seconds to answer; meanwhile the worker imports jax and the engine.
             self._run_parent_phases()
             self._begin_stage(RUN_PLANNED)
-            child.send({"begin": RUN_PLANNED})
+            child.send({BEGIN: RUN_PLANNED})
             try:
-                for line in child.lines(self._wait):
+                for line in child.lines(partial(self._wait, child)):
                     message = self._on_line(line)
                     if "started" in message:
-                        # All records before it are written. The sinks' own work runs beside the step.
-                        child.send(self._order(message["started"]))
+                        # All records before it are written.
+                        child.send({BEGIN: message["started"]})
                         self._show_started(message["started"], message["idx"])
                     elif "exit_code" in message:
                         return self._preemption.ending(Ending(**message))
@@ -279,6 +280,8 @@ class Run:
             self._on_record(record_from_json(message, clean))
         elif "started" in message:
             self._on_started(message["started"], message["idx"])
+        elif "stopped" in message:
+            self._preemption.obeyed = True
         elif "hosts" in message:
             self._on_hosts(message["hosts"])
         elif "sample" in message:
@@ -287,7 +290,7 @@ class Run:
             self.sinks.phase_progressed(Progress(**message["progress"]))
         return message
 
-    def _wait(self, descriptor: int) -> None:
+    def _wait(self, child: Child, descriptor: int) -> None:
         """Wait until the worker sends something or ends, unless a limit or a signal comes first.
 
         Once its step has run for a moment, the sinks receive what they may receive late. After a
@@ -302,14 +305,8 @@ class Run:
         except Interrupted as interrupted:
             if not self._preemption.takes(interrupted):
                 raise
+            child.send({STOP: self._current})
         return self._limits.wait(descriptor)
-
-    def _order(self, step: str) -> dict[str, str]:
-        """Return the worker's order for a step; one that must not begin gets no record."""
-        order = self._preemption.order(step)
-        if order == STOP:
-            self._unfinished = None
-        return {order: step}
 
     def _save_stacks(self, child: Child) -> str:
         """Save the stacks of the worker's threads; return a sentence that says where."""

@@ -57,7 +57,7 @@ class JsonLines(Sink):
 
 
 class JsonFile(JsonLines):
-    """Write the lines to a file, each flushed to disk before the next phase starts.
+    """Write the lines to a file, each flushed to disk while the next phase starts.
 
     A line is in the file whole or not at all. Some disk space is reserved: if the disk fills up,
     the record that hit the limit and the ones after it still fit. If somebody removes, replaces or

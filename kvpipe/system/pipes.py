@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 STACKS_FILE = "stacks.txt"
+BEGIN, STOP = "begin", "stop"
+"""Orders of the parent to its worker."""
 
 
 def remove_tree(directory: Path) -> None:

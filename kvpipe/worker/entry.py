@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from kvpipe.system.pipes import STACKS_FILE, remove_tree
+from kvpipe.worker.orders import Orders
 
 if TYPE_CHECKING:
     from kvpipe.worker.work import Load
@@ -24,9 +24,10 @@ def main(load: "Load | None" = None) -> None:
 
     The job is one line with the plain config (``config``), the start of the run (``run_began``,
     monotonic: the clock of the system is one for all its processes, and nobody can set it) and the
-    directory for temporary files (``scratch``). The parent sends one more line when its own steps
-    are done, and one for each step that may begin, once it has written all records before it; the
-    worker waits for each of them. Standard input stays open for as long as the parent lives.
+    directory for temporary files (``scratch``). Then come the parent's orders
+    (:mod:`kvpipe.worker.orders`): ``begin`` once its own steps are done, and for each step that the
+    worker begins, once all records before it are written; ``stop`` if no further step may begin.
+    Standard input stays open for as long as the parent lives.
     SIGUSR1 writes the stacks of all threads into ``scratch``.
 
     ``load`` imports what replaces the engine and returns the planner; None is the engine.
@@ -37,7 +38,7 @@ def main(load: "Load | None" = None) -> None:
     scratch = Path(job["scratch"])
     with (scratch / STACKS_FILE).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-        orders: SimpleQueue[str] = SimpleQueue()
+        orders = Orders()
         threading.Thread(target=_listen, args=(orders, scratch), daemon=True).start()
         from kvpipe.worker import work
 
@@ -45,20 +46,20 @@ def main(load: "Load | None" = None) -> None:
             job["config"],
             job["run_began"],
             int(sys.argv[1]),
-            lambda: json.loads(orders.get()),
+            orders,
             load or work.with_engine,
         )
     # The engine's daemon threads are deep in C++, where Python's normal exit can crash.
     os._exit(exit_code)
 
 
-def _listen(orders: SimpleQueue[str], scratch: Path) -> None:
-    """Queue the parent's lines; once the parent is gone, end this process group.
+def _listen(orders: Orders, scratch: Path) -> None:
+    """Take the parent's orders; once the parent is gone, end this process group.
 
     Remove the temporary files first.
     """
     for line in sys.stdin:
-        orders.put(line)
+        orders.take(line)
     remove_tree(scratch)
     os.killpg(os.getpid(), signal.SIGKILL)
 

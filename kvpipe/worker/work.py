@@ -23,6 +23,7 @@ from kvpipe.engine import multihost
 from kvpipe.errors import Ending, EngineError, InputError, ending_of
 from kvpipe.pipeline import rewards
 from kvpipe.pipeline.context import WorkerContext
+from kvpipe.pipeline.cycles import SAVED, base_name
 from kvpipe.pipeline.phase import Phase, WorkerPhase
 from kvpipe.pipeline.steps import origins, step_names, use_of
 from kvpipe.plan.continuation import planned_steps
@@ -33,6 +34,7 @@ from kvpipe.records.run import PhaseRecord, PlannedPhase, RunPlanned
 from kvpipe.system.pipes import send, send_line
 from kvpipe.system.versions import installed_versions
 from kvpipe.worker import loop
+from kvpipe.worker.orders import Orders
 
 Planner = Callable[[Sequence[PlannedStep], Kvpipe, Path], Plan]
 Load = Callable[[Kvpipe], Planner]
@@ -105,7 +107,7 @@ def work(
     plain: Mapping[str, Any],
     run_began: float,
     descriptor: int,
-    next_order: Callable[[], Mapping[str, Any]],
+    orders: Orders,
     load: Load = with_engine,
 ) -> int:
     """Do the job and report on a descriptor; return the exit code.
@@ -114,9 +116,7 @@ def work(
         plain: the config to run, as plain values.
         run_began: ``time.monotonic()`` when the run began.
         descriptor: receives starts, records and the ending, one JSON line each.
-        next_order: blocks until the parent's next line, and returns it: first that its own steps are
-            done, then, each time, that it knows which step begins and has written all records before.
-            With ``stop`` no further step may begin.
+        orders: the parent's orders, which arrive on another thread.
         load: imports the engine, or what replaces it; returns the planner.
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
@@ -125,11 +125,18 @@ def work(
         with whole_lines:
             send(channel, message)
 
+    begun = False
+
     def start(step: str, idx: int) -> None:
+        nonlocal begun
+        if begun:
+            orders.wait()  # for the step before, so that no more than its record is yet to be written
+        if orders.stopped and base_name(step) != SAVED:
+            report({"stopped": step})
+            raise loop.StopAsked
         # Whatever ends the run inside the step, the parent's last record names this step.
         report({"started": step, "idx": idx})
-        if "stop" in next_order():
-            raise loop.StopAsked
+        begun = True
 
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
@@ -144,7 +151,7 @@ def work(
             sampled=lambda step, sample: report({"sample": sample, "of": step}),
             finished=record,
         )
-        ending = execute(from_plain(dict(plain)), callbacks, run_began, next_order, load)
+        ending = execute(from_plain(dict(plain)), callbacks, run_began, orders.wait, load)
         # Once the parent has the ending it waits for nothing more.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -145,6 +145,6 @@ def test_where_no_device_counts_the_size_of_each_buffer_confirms_the_count(
     assert ledger.of("params") == (128,) * 4
     monkeypatch.setattr(memory, "shard_bytes", lambda array: array.nbytes // 4)
     with pytest.raises(EngineError, match=r"\(8, 4\), float32, .* 128 bytes .* buffers have 512"):
-        memory.check_sizes([replicated])
+        memory.check_sizes([[replicated]])
     with pytest.raises(EngineError, match="bytes over its devices, but its buffers have"):
         memory.measure([replicated], (), {})
