@@ -5,7 +5,8 @@ from typing import override
 from kvpipe.pipeline.context import WorkerContext
 from kvpipe.pipeline.facts import ENGINE, KV_LIVE, KV_OFFLOADED
 from kvpipe.pipeline.ledger import KV_TAKE
-from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed
+from kvpipe.pipeline.phase import Effect, Result, WorkerPhase, freed, together
+from kvpipe.records.run import check_equal
 
 
 class KvCacheOffloaded(WorkerPhase):
@@ -22,5 +23,9 @@ class KvCacheOffloaded(WorkerPhase):
     def run(self, ctx: WorkerContext) -> Result:
         from kvpipe.engine import kv_cache
 
-        change, ctx.host_kv = kv_cache.offload(ctx.engine)
-        return freed("offload_frees_kv_bytes", change, group="drop_info")
+        change, kept = kv_cache.offload(ctx.engine)
+        ctx.host_kv = kept
+        held = check_equal("offload_holds_used_tokens", len(kept.rows), kept.held_tokens)
+        return together(
+            freed("offload_frees_kv_bytes", change, group="drop_info"), Result(checks=(held,))
+        )

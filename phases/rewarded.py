@@ -30,4 +30,4 @@ class Rewarded(AboutRollout):
         rewarded = ctx.rewarded = RewardedSamples(rollout, found)
         ctx.reward_means.append(rewarded.mean)
         fields = {"reward": ctx.config.trainer.reward, **rewarded.fields}
-        return Result(fields, samples=rewarded.lines)
+        return Result(fields, (rewarded.balanced,), rewarded.lines)

@@ -140,6 +140,7 @@ EDIT = '[[edits]]\nfile = "a"\nold = "1"\nnew = "2"\n'
         (f'title = "a"\n{EDIT}', "nothing has to notice it"),
         (f'title = "a"\nrun = "b"\nhole = "c"\n{EDIT}', "nothing has to notice it"),
         (f'title = "a"\ntests = ["b"]\nhole = "c"\n{EDIT}', "no 'run' is given"),
+        (f'title = "a"\nrun = "b"\nno_run = "c"\n{EDIT}', "but a 'run' is given"),
     ],
 )
 def test_a_file_that_is_no_fault_is_refused(tmp_path, content, message):
@@ -173,6 +174,8 @@ def test_the_committed_faults_apply_and_reach_every_folder_of_the_product():
     for fault in faults:
         fault.check(ROOT)
     assert len(faults) >= 30
+    unknown = [fault.name for fault in faults if not fault.run and not fault.no_run]
+    assert unknown == [], "give 'run', or 'no_run' with the reason why no run can notice the fault"
     packages = (path.parent for path in ROOT.glob("kvpipe/*/__init__.py"))
     folders = {path.relative_to(ROOT).as_posix() for path in packages} | {"phases", "conf"}
     files = [edit.file for fault in faults for edit in fault.edits]

@@ -118,15 +118,20 @@ def shared_within(chunks: jax.Array) -> jax.Array:
     """
     if not shards_explicitly():
         return chunks
-    typed: Any = jax
-    first, second, *others = typed.typeof(chunks).sharding.spec
-    return typed.sharding.reshard(chunks, PartitionSpec(None, first or second, *others))
+    kind: Any = jax.typeof(chunks)
+    first, second, *others = kind.sharding.spec
+    return _resharded(chunks, PartitionSpec(None, first or second, *others))
 
 
 def on_all(array: jax.Array) -> jax.Array:
     """Return an array that every device has whole, where shardings are explicit."""
+    return _resharded(array, PartitionSpec()) if shards_explicitly() else array
+
+
+def _resharded(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Return an array in another explicit sharding; jax has the function, but no type of it."""
     jax_sharding: Any = jax.sharding
-    return jax_sharding.reshard(array, PartitionSpec()) if shards_explicitly() else array
+    return jax_sharding.reshard(array, spec)
 
 
 @contextmanager

@@ -170,46 +170,48 @@ def rule_of(source: str, shape: tuple[int, ...], heads: Heads) -> Rule:
 class SourceSum:
     """The digest that a parameter has if it is exactly a weight on the host.
 
-    Give it the weight block by block; :attr:`digest` is that of the engine's parameter.
+    Give it the weight block by block; :attr:`digest` is that of the engine's parameter. Both sums
+    share the multipliers of the columns, so one pass gives the sum of each row, whatever the order of
+    the weight in memory.
     """
 
     def __init__(self, rule: Rule, weight: NDArray[Any], dtype: Any) -> None:
         """Prepare for the blocks of ``weight``, cast to ``dtype``, in memory order."""
-        rows, columns = _at_source(rule)
-        by_rows = weight.ndim == 1 or abs(weight.strides[0]) >= abs(weight.strides[1])
+        self._rows, self._columns = _at_source(rule)
+        self._row_sums = np.zeros(self._rows.shape[1], np.uint32)
         # A block has whole lines: rows of the checkpoint, or columns if those are contiguous.
-        self._lines, self._within = (rows, columns[None]) if by_rows else (columns[None], rows)
+        self._by_rows = weight.ndim == 1 or abs(weight.strides[0]) >= abs(weight.strides[1])
+        self._length = len(self._columns if self._by_rows else self._row_sums)
         self._dtype = np.dtype(dtype)
         self._at = 0
-        self._products = np.empty((0, self._within.shape[1]), np.uint32)
-        self._sums = [0, 0]
+        self._products = np.empty((0, self._length), np.uint32)
 
     def block_bytes(self, nbytes: int, itemsize: int) -> int:
         """Return about ``nbytes`` that are whole lines."""
-        line = self._within.shape[1] * itemsize
+        line = self._length * itemsize
         return max(1, nbytes // line) * line
 
     def add(self, block: NDArray[Any]) -> None:
         """Add the next whole lines of the weight, as one-dimensional values."""
         words = _words(block.astype(self._dtype, copy=False))
-        lines = words.reshape(-1, self._within.shape[1])
+        lines = words.reshape(-1, self._length)
         at = slice(self._at, self._at + len(lines))
         self._at = at.stop
         if len(self._products) < len(lines):
             self._products = np.empty(lines.shape, np.uint32)
         product = self._products[: len(lines)]
-        for k, multipliers in enumerate(self._within):
-            np.multiply(lines, multipliers, out=product)
-            sums = np.add.reduce(product, axis=1, dtype=np.uint32)
-            for j, line_multipliers in enumerate(self._lines):
-                self._sums[k + j] += int(
-                    np.add.reduce(sums * line_multipliers[at], dtype=np.uint32)
-                )
+        if self._by_rows:
+            np.multiply(lines, self._columns, out=product)
+            self._row_sums[at] = np.add.reduce(product, axis=1, dtype=np.uint32)
+        else:
+            np.multiply(lines, self._columns[at, None], out=product)
+            self._row_sums += np.add.reduce(product, axis=0, dtype=np.uint32)
 
     @property
     def digest(self) -> Digest:
         """The digest, once all blocks are added."""
-        return self._sums[0] % _MODULUS, self._sums[1] % _MODULUS
+        first, second = np.add.reduce(self._row_sums * self._rows, axis=1, dtype=np.uint32).tolist()
+        return first, second
 
 
 def of_engine(rules: Mapping[str, Rule], params: Mapping[str, Any]) -> dict[str, Digest]:

@@ -39,11 +39,13 @@ class HostKv:
         rows: positions of the used tokens in the cache, int32 [used].
         starts: where each kept block begins in a layer's buffer.
         blocks: for each start, the block of each layer as unsigned integers of the dtype's width.
+        held_tokens: number of the used tokens that lie in these blocks.
     """
 
     rows: np.ndarray[Any, np.dtype[np.int32]]
     starts: list[int]
     blocks: list[list[transfer.HostShards]]
+    held_tokens: int
 
     @property
     def nbytes(self) -> int:
@@ -143,10 +145,11 @@ def _drop_unused(engine: SglangEngine) -> Change:
 def offload_now(engine: SglangEngine) -> tuple[Change, HostKv]:
     """Offload at once; for the scheduler's own thread, when the engine is idle."""
     needs_kv(engine)
-    rows = used_rows(engine)
+    tokens = used_rows(engine)
     layers = engine.runner.token_to_kv_pool.kv_buffer
-    starts = _block_starts(rows // _tokens_per_row(layers[0]), layers[0].shape[0])
-    kept = HostKv(rows, starts, _copy_out(layers, starts))
+    rows, total = tokens // _tokens_per_row(layers[0]), layers[0].shape[0]
+    starts = _block_starts(rows, total)
+    kept = HostKv(tokens, starts, _copy_out(layers, starts), _held(rows, starts, total))
     return _delete(engine, "its KV cache is offloaded; restore it first"), kept
 
 
@@ -266,6 +269,14 @@ def _block_starts(rows: np.ndarray[Any, Any], total: int) -> list[int]:
     last = max(total - _block_rows(total), 0)
     blocks = np.unique(rows // _BLOCK_ROWS) * _BLOCK_ROWS
     return np.unique(np.minimum(blocks, last)).tolist()
+
+
+def _held(rows: np.ndarray[Any, Any], starts: Sequence[int], total: int) -> int:
+    """Return how many of ``rows`` lie in the blocks that begin at ``starts``."""
+    in_block = np.zeros(total, bool)
+    for start in starts:
+        in_block[start : start + _block_rows(total)] = True
+    return int(in_block[rows].sum())
 
 
 def _block_rows(total: int) -> int:

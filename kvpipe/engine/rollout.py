@@ -202,13 +202,31 @@ def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
 
 
 def _rollout(begun: InFlight, received: Mapping[str, Any], origin: Mapping[str, Any]) -> Rollout:
-    each = zip(begun.requests, received["answers"], received["hooks"], strict=True)
+    answers = received["answers"]
+    each = zip(begun.requests, answers, received["hooks"], strict=True)
+    samples = [_sample(*one) for one in each]
+    answered = zip(samples, begun.ids, answers, strict=True)
     return Rollout(
-        [_sample(*one) for one in each],
+        samples,
         received["duration_s"],
         **origin,
+        unlike=tuple(one[0].name for one in answered if not _is_answered(*one)),
         paused=begun.paused,
         **received["went_on"],
+    )
+
+
+def _is_answered(sample: Sample, request_id: str, answer: Mapping[str, Any]) -> bool:
+    """Return whether a sample has the tokens of the engine's own answer to its request.
+
+    The answer's ids are without special tokens and without the one that ended it; its number of
+    tokens counts them.
+    """
+    meta, made = answer["meta_info"], iter(sample.token_ids)
+    in_order = all(token in made for token in answer["output_ids"])
+    return in_order and (meta["id"], meta["completion_tokens"]) == (
+        request_id,
+        len(sample.token_ids),
     )
 
 

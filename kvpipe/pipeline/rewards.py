@@ -20,6 +20,7 @@ from kvpipe.config.prompts import Prompt
 from kvpipe.config.schema import Kvpipe
 from kvpipe.errors import InputError, PhaseError
 from kvpipe.pipeline.rollout import LENGTH, Rollout, Sample
+from kvpipe.records.run import Check
 from kvpipe.suggest import nearest
 from kvpipe.system import plugins
 
@@ -28,6 +29,8 @@ _KEY = "trainer.reward"
 _NONE = Sample("", 0, None, "", (), (), LENGTH, 0, 0, 0.0)
 # Less than any spread that says something: a group of equal rewards has one from rounding alone.
 _SPREAD = 1e-6
+# More is no rounding, or the rewards of a group differ by little else.
+_BALANCED = 1e-3
 
 
 def even_ids(prompt: Prompt, sample: Sample) -> float:
@@ -228,6 +231,17 @@ class Rewarded:
             mean, spread = known[sample.prompt]
             found.append((reward - mean) / (spread + _SPREAD))
         return found
+
+    @property
+    def balanced(self) -> Check:
+        """The check that the advantages of each group add up to 0, so each is relative to its group."""
+        sums = dict.fromkeys(self._groups, 0.0)
+        for sample, advantage in zip(self.rollout.samples, self.advantages, strict=True):
+            sums[sample.prompt] += advantage
+        off = [prompt for prompt, total in sums.items() if abs(total) > _BALANCED]
+        detail = f"those of prompt {off[0]!r} add up to {sums[off[0]]:g}, not to 0" if off else ""
+        right = len(sums) - len(off)
+        return Check("advantages_balanced", len(sums), right, not off, detail)
 
     @property
     def mean(self) -> float:

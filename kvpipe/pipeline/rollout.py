@@ -163,6 +163,7 @@ class Rollout:
         forward_steps: steps that the engine ran meanwhile, by its own count.
         weights_digest: digest of the weights that they were generated under; None without digests.
         cache_digests: those that the prefix cache was written under before.
+        unlike: names of the samples whose tokens are not those of the engine's own answer.
         paused: what it was at its pause, if it was paused; the three above are of what came after.
         continued: number of requests half-way then that were not computed again.
         recomputed: number of those that were.
@@ -173,6 +174,7 @@ class Rollout:
     forward_steps: int
     weights_digest: str | None
     cache_digests: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
     paused: Paused | None = None
     continued: int = 0
     recomputed: int = 0
@@ -268,7 +270,7 @@ class Rollout:
 
 
 def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
-    """Yield the checks that a rollout is whole, computed just now, and of these weights alone.
+    """Yield the checks that a rollout is whole, as answered, computed now, and of these weights.
 
     Args:
         rollout: the rollout.
@@ -285,6 +287,9 @@ def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
         )
     whole = len(samples) - len(short)
     yield Check("rollout_complete", len(samples), whole, not short, detail)
+    unlike = rollout.unlike
+    detail = f"{unlike[0]} has other tokens than the engine's own answer" if unlike else ""
+    yield check_equal("rollout_answered", len(samples), len(samples) - len(unlike), detail)
     paused = rollout.paused
     before = paused.tokens if paused else (0,) * len(samples)
     longest = max(len(s.token_ids) - n for s, n in zip(samples, before, strict=True))

@@ -37,7 +37,7 @@ def check_policy(config: Kvpipe, planned: Sequence[PlannedStep]) -> None:
     by_name = {item.step.step: item for item in planned}
     for item in planned:
         if SAMPLES_REWARDED in item.effect.adds:
-            learnt_from = by_name[_rolled_out(item) or ""]
+            learnt_from = next((by_name[name] for name in _rolled_out(item)), None)
         if facts.trained(item.step.step) in item.effect.adds:
             if SAMPLES_REWARDED not in before or learnt_from is None:
                 raise InputError(_no_samples(item.step.step))
@@ -81,7 +81,7 @@ def scored(planned: Sequence[PlannedStep]) -> Iterator[tuple[PlannedStep, Planne
         if last is not None and facts.rollout(item.step.step) in item.effect.adds:
             rolled_out[item.step.step] = last
         if POLICY_SCORES in item.effect.runs:
-            of = _rolled_out(item)
+            of = next(_rolled_out(item), None)
             if began := last if of is None else rolled_out.get(of):
                 yield item, began
 
@@ -98,11 +98,10 @@ def _check_batch(config: Kvpipe, item: PlannedStep) -> None:
         )
 
 
-def _rolled_out(item: PlannedStep) -> str | None:
-    """Return the name of the step whose rollout a step needs; None if it needs none by name."""
+def _rolled_out(item: PlannedStep) -> Iterator[str]:
+    """Yield the names of the steps whose rollouts a step needs; the paused one has none."""
     prefix = facts.rollout("")
-    names = (f.removeprefix(prefix) for f in item.effect.needs if f.startswith(prefix))
-    return next(names, None)
+    return (f.removeprefix(prefix) for f in item.effect.needs if f.startswith(prefix))
 
 
 def _no_samples(step: str) -> str:

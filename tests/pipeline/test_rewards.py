@@ -165,6 +165,15 @@ def test_advantages_are_normalised_within_the_samples_of_a_prompt() -> None:
     ]
     assert found.advantages[:6] == pytest.approx(wanted, rel=1e-4)
     assert found.advantages[6:] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert (found.balanced.expected, found.balanced.actual, found.balanced.passed) == (3, 3, True)
+
+
+def test_advantages_over_all_prompts_are_not_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    low_and_high = [-1.5, -0.5, 0.5, 1.5]
+    monkeypatch.setattr(Rewarded, "advantages", low_and_high)
+    check = rewarded_samples(low=[0.0, 1.0], high=[2.0, 3.0]).balanced
+    assert (check.expected, check.actual, check.passed) == (2, 0, False)
+    assert check.detail == "those of prompt 'low' add up to -2, not to 0"
 
 
 def test_the_record_has_mean_and_spread_and_the_file_a_line_for_each_sample() -> None:

@@ -125,6 +125,7 @@ def test_the_first_request_that_differs_is_named_with_its_position(case):
         (with_sample(0, token_ids=(), logprobs=(), finish_reason="stop"), "rollout_complete"),
         (with_sample(0, finish_reason="abort"), "rollout_complete"),
         (with_sample(0, logprobs=(-0.5, -0.5)), "rollout_complete"),
+        (rollout(unlike=("sample 1 of prompt 'a'",)), "rollout_answered"),
         (rollout(forward_steps=2), "rollout_computed"),
         (rollout(cache_digests=("old",)), None),
         (replace(with_sample(1, cached_tokens=9), cache_digests=("new",)), None),
@@ -138,7 +139,7 @@ def test_the_first_request_that_differs_is_named_with_its_position(case):
 )
 def test_a_rollout_is_whole_computed_in_its_own_phase_and_of_these_weights_alone(made, failed):
     checks = list(rollout_proven(made, 3))
-    names = ["rollout_complete", "rollout_computed", "cache_of_these_weights"]
+    names = ["rollout_complete", "rollout_answered", "rollout_computed", "cache_of_these_weights"]
     assert [check.name for check in checks] == names
     assert [check.name for check in checks if not check.passed] == ([failed] if failed else [])
 
@@ -152,9 +153,15 @@ def test_the_first_sample_that_is_too_short_is_named():
     )
 
 
+def test_the_first_sample_that_is_not_the_engines_answer_is_named():
+    _, check, *_ = rollout_proven(rollout(unlike=("sample 1 of prompt 'a'", "another")), 3)
+    assert (check.expected, check.actual) == (4, 2)
+    assert check.detail == "sample 1 of prompt 'a' has other tokens than the engine's own answer"
+
+
 def test_without_digests_nothing_is_said_about_the_weights_of_the_cache():
     names = [check.name for check in rollout_proven(rollout(weights_digest=None), 3)]
-    assert names == ["rollout_complete", "rollout_computed"]
+    assert names == ["rollout_complete", "rollout_answered", "rollout_computed"]
 
 
 def test_equal_samples_of_two_prompts_are_distinct():

@@ -67,6 +67,7 @@ class Fault:
         edits: the edits that plant it.
         tests: pytest arguments of the tests that have to notice it.
         run: arguments of a run that should notice it by its own checks; empty if no run can.
+        no_run: why no run can notice it; empty if one should.
         hole: why that run passes all the same, and what will close the hole; empty if it fails.
     """
 
@@ -75,11 +76,14 @@ class Fault:
     edits: tuple[Edit, ...]
     tests: tuple[str, ...] = ()
     run: str = ""
+    no_run: str = ""
     hole: str = ""
 
     def __post_init__(self) -> None:
         if not self.title or not self.edits:
             raise BrokenFault("title and at least one [[edits]] are needed")
+        if self.run and self.no_run:
+            raise BrokenFault("'no_run' says why no run can notice it, but a 'run' is given")
         if self.hole and not self.run:
             raise BrokenFault("'hole' says why the run passes, but no 'run' is given")
         if not self.tests and (not self.run or self.hole):
