@@ -77,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # LLVM's passes take longer than what they save in a program that runs for milliseconds.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # One seed for all of pytest's processes, so that the report can name it.
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = secrets.randbits(32)

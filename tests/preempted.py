@@ -1,9 +1,9 @@
-"""A phase that sends a signal to its run's parent, once: the same command, resumed, passes it."""
+"""A phase whose every step sends a signal to its run's parent, once; the resumed command passes it."""
 
 from pathlib import Path
 
 PHASE = '''
-"""End the run by a signal in the second cycle, unless that has happened."""
+"""End the run by a signal in the second cycle, unless this step has done so."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ class Preempted(WorkerPhase):
 
     def run(self, ctx):
         directory = Path(ctx.config.trainer.checkpoint_dir)
-        mark = directory.parent / "preempted"
+        mark = directory.parent / self.step
         if cycle_of(self.step) == 2 and not mark.exists():
             mark.touch()
             if self.in_a_save:

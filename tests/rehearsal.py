@@ -107,9 +107,9 @@ def main(*overrides: str) -> None:
     print(json.dumps(asdict(ending)))
 
 
-def run(directory: Path, experiment: str) -> Rehearsed:
+def run(directory: Path, experiment: str, *overrides: str) -> Rehearsed:
     """Rehearse an experiment on four devices, with few tokens, among which a pause finds its place."""
-    few = ("engine.tp_size=4", "sampling.max_new_tokens=16", "tracking=disabled")
+    few = ("engine.tp_size=4", "sampling.max_new_tokens=16", "tracking=disabled", *overrides)
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", f"+experiment={experiment}", *few],
         cwd=ROOT,

@@ -1,8 +1,8 @@
-"""A run that SIGKILL ends somewhere in a cycle, and is resumed: its weights are those of any other."""
+"""A run that SIGKILL ends all over a cycle, resumed each time: its weights are those of any other."""
 
 import pytest
 
-from kvpipe.report.run import read_run
+from kvpipe.report.run import Run, read_run
 from tests import preempted
 from tests.command import Finished, kvpipe
 from tests.conftest import ONE_LAYER, SIZES
@@ -15,12 +15,14 @@ OPTIONS = (
     "repeat.times=3",
     "trainer.checkpoint_every=1",
 )
+# In the order of a cycle: each resumed run passes the places before it and ends at the next one. Once
+# the second cycle is saved it may be over, so that place is the last.
 PLACES = {
-    "before the rollout": ("generate_rollout", "repeat.first=preempted"),
-    "before the training": ("train_step_kv_kept",),
-    "before the sync": ("weights_synced",),
-    "before the offload": ("trainer_offloaded",),
-    "in the save": ("trainer_offloaded", "phases.preempted.in_a_save=true"),
+    "killed_before_rollout": "generate_rollout",
+    "killed_before_training": "train_step_kv_kept",
+    "killed_before_sync": "weights_synced",
+    "killed_before_offload": "trainer_offloaded",
+    "killed_in_save": "trainer_offloaded",
 }
 # However fast they are compiled, all stay for the next run.
 ALL_PROGRAMS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -30,11 +32,23 @@ pytestmark = [
 ]
 
 
+def killed_in_all_places() -> list[str]:
+    """Return the overrides that put a step of :mod:`tests.preempted` into each place."""
+    overrides = ["repeat.first=killed_before_rollout"]
+    for before in dict.fromkeys(PLACES.values()):
+        steps = ",".join(step for step in PLACES if PLACES[step] == before)
+        overrides.append(f"pipeline_edit.before.{before}=[{steps}]")
+    for step in PLACES:
+        in_a_save = str(step == "killed_in_save").lower()
+        overrides.append(f"phases.{step}={{use: preempted, signum: 9, in_a_save: {in_a_save}}}")
+    return overrides
+
+
 def trained(records) -> dict[str, dict]:
     """Return by step what says which training it was."""
     keys = ("weights_digest", "gradient_norm", "token_ids", "trained_steps")
     found = {name: {key: fields[key] for key in keys if key in fields} for name, fields in records}
-    return {name: fields for name, fields in found.items() if "preempted" not in name and fields}
+    return {name: fields for name, fields in found.items() if name not in PLACES and fields}
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +58,32 @@ def uninterrupted(tmp_path_factory) -> Finished:
     return done
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_killed_run_goes_on_as_if_it_had_not_been(place, uninterrupted, tmp_path):
-    before, *more = PLACES[place]
+def wandb_id(run: Run) -> str:
+    (first_id,) = {p.fields["id"] for p in run.phases if p.phase == "wandb_init"}
+    return first_id
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(uninterrupted, tmp_path):
     command = (
         *OPTIONS,
         preempted.write(tmp_path),
-        f"pipeline_edit.before.{before}=preempted",
-        "phases.preempted.signum=9",
-        *more,
+        *killed_in_all_places(),
         "tracking=offline",
         "hydra.run.dir=killed",
     )
-    assert kvpipe(tmp_path, *command, **ALL_PROGRAMS).exit_code == -9
-    run = read_run(tmp_path / "killed")
-    assert run.status == "unfinished"
-    (first_id,) = [p.fields["id"] for p in run.phases if p.phase == "wandb_init"]
+    ids = set()
+    for number, place in enumerate(PLACES):
+        resume = ("resume=true",) if number else ()
+        killed = kvpipe(tmp_path, *command, *resume, **ALL_PROGRAMS)
+        assert killed.exit_code == -9, place
+        passed = {path.name for path in tmp_path.rglob("killed_*#2")}
+        assert passed == {f"{step}#2" for step in list(PLACES)[: number + 1]}
+        run = read_run(tmp_path / "killed")
+        assert run.status == "unfinished", place
+        ids.add(wandb_id(run))
     resumed = kvpipe(tmp_path, *command, "resume=true", **ALL_PROGRAMS)
     assert (resumed.exit_code, resumed.end["error"]) == (0, None)
-    assert resumed.phase("wandb_init")["id"] == first_id
+    assert ids == {resumed.phase("wandb_init")["id"]}
     steps = [line for line in resumed.lines if "programs_loaded" in line]
     assert sum(line["programs_loaded"] for line in steps) > 0
     assert {line["phase"]: line["compilations"] for line in steps if line["compilations"]} == {}

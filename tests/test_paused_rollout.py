@@ -100,6 +100,7 @@ def test_128_samples_are_those_of_the_rollout_without_a_pause_ten_times_in_a_row
         tmp_path_factory.mktemp("paused_128"),
         "+experiment=tiny_rollout_paused",
         "tracking=disabled",
+        ONE_LAYER,
         "repeat.times=10",
         "engine.context_length=64",  # what attention on a CPU takes grows with it
         "engine.max_running_requests=32",

@@ -126,6 +126,8 @@ def test_a_test_that_fails_without_a_fault_notices_none(tmp_path, capsys):
     code, summary = planted(root, capsys)
     assert (code, summary["faults"]) == (1, 0)
     assert summary["failed"] == {"without a fault: tests": "test_it::test_lines"}
+    code, summary = planted(root, capsys, "--tests-passed")
+    assert (code, summary["faults"], summary["noticed"]) == (0, 1, 1)
 
 
 EDIT = '[[edits]]\nfile = "a"\nold = "1"\nnew = "2"\n'

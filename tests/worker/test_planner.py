@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.command import Finished, kvpipe
+from tests.conftest import ONE_LAYER
 from tests.helpers_config import EXPERIMENTS, ROOT
 
 pytestmark = pytest.mark.early
@@ -255,6 +256,7 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not(tmp_path: Path) 
     """All but 16 MiB of a device beside the arrays are reserved; the activations decide."""
     compiled = (
         "+experiment=tiny_sft",
+        ONE_LAYER,
         "plan.format=json",
         "plan.compile=true",
         "trainer.length=64",

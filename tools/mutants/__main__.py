@@ -4,7 +4,7 @@
     make mutants ARGS="-k kv"       those with 'kv' in their names; -k may be given several times
 
 First the chosen tests and runs have to pass without a fault, since what fails anyway notices
-nothing. Then each fault gets a copy of its own. It exits 1 if a fault is not noticed or no longer
+nothing; ``--tests-passed`` leaves the tests out where all of them have just passed. Then each fault gets a copy of its own. It exits 1 if a fault is not noticed or no longer
 applies, or if a run notices a fault that is listed as its known hole. The last line is JSON.
 """
 
@@ -61,7 +61,10 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make mutants", allow_abbrev=False)
     only = "only faults with WORD in their names"
     parser.add_argument("-k", dest="words", metavar="WORD", action="append", help=only)
-    words = parser.parse_args(arguments).words or [""]
+    passed = "all tests have just passed: leave out their run without a fault"
+    parser.add_argument("--tests-passed", action="store_true", help=passed)
+    options = parser.parse_args(arguments)
+    words = options.words or [""]
     began = time.monotonic()
     faults, broken = _read(root, words)
     verdicts: list[Verdict] = []
@@ -71,7 +74,10 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
     ):
         sound = Copy.of(root, Path(scratch) / "sound")
         broken |= _broken(sound, faults)
-        broken = broken or _failing_without_fault(sound, faults, threads)
+        broken = broken or _not_the_copys(sound)
+        if not options.tests_passed:
+            broken = broken or _failing_tests(sound, faults)
+        broken = broken or _failing_runs(sound, faults, threads)
         if not broken:
             print(_row("fault", "noticed by", "CPU s"), flush=True)
             for verdict in threads.map(partial(_verdict, sound), faults):
@@ -106,25 +112,35 @@ def _broken(sound: Copy, faults: Sequence[Fault]) -> dict[str, str]:
     return found
 
 
-def _failing_without_fault(
-    sound: Copy, faults: Sequence[Fault], threads: Executor
-) -> dict[str, str]:
-    """Return what fails without any fault: imports of the copy, chosen tests, chosen runs."""
+def _not_the_copys(sound: Copy) -> dict[str, str]:
+    """Return the first package that processes of the copy would import from somewhere else."""
     for package in PACKAGES:
         if (sound.tree / package).is_dir() and not sound.imports_own(package):
             return {package: "processes in other directories import another one than the copy's"}
-    answers: dict[str, Answer] = {}
-    if tests := list(dict.fromkeys(test for fault in faults for test in fault.tests)):
-        # A file's tests share engines; processes for one file alone would only cost their start. The
-        # files keep the order of tests/conftest.py: a test that imports jax without its fixture of
-        # four devices must not be the first of a process.
-        files = {test.partition("::")[0] for test in tests}
-        by_file = ("-n", str(_AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder")
-        spread = by_file if len(files) > 1 else ()
-        answers["tests"] = sound.test(tests, *spread)
+    return {}
+
+
+def _failing_tests(sound: Copy, faults: Sequence[Fault]) -> dict[str, str]:
+    """Return which of the chosen tests fail without any fault."""
+    tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+    if not tests:
+        return {}
+    # A file's tests share engines; processes for one file alone would only cost their start. The
+    # files keep the order of tests/conftest.py: a test that imports jax without its fixture of
+    # four devices must not be the first of a process.
+    files = {test.partition("::")[0] for test in tests}
+    by_file = ("-n", str(_AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder")
+    return _failed({"tests": sound.test(tests, *(by_file if len(files) > 1 else ()))})
+
+
+def _failing_runs(sound: Copy, faults: Sequence[Fault], threads: Executor) -> dict[str, str]:
+    """Return which of the chosen runs fail without any fault."""
     runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
     copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
-    answers |= zip(runs, threads.map(Copy.run, copies, runs), strict=True)
+    return _failed(dict(zip(runs, threads.map(Copy.run, copies, runs), strict=True)))
+
+
+def _failed(answers: dict[str, Answer]) -> dict[str, str]:
     return {
         f"without a fault: {name}": failed
         for name, answer in answers.items()
