@@ -38,6 +38,15 @@ def auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
 
 
+def shared_code(platform: str) -> dict[str, bool]:
+    """Return XLA's options for a program over all layers of a model.
+
+    On a TPU they let equal layers share code. By itself XLA does that in some programs only: in others
+    each layer of a 3B model takes 25 MB more of the memory of a device.
+    """
+    return {"xla_tpu_enable_deduplicated_calls": True} if platform == "tpu" else {}
+
+
 def shapes(engine: SglangEngine) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter that there is to train, by Hugging Face name."""
     table = ParamTable(engine)

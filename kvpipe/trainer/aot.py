@@ -53,13 +53,16 @@ def compiled(place: Place, config: TrainerConfig, scores: bool = False) -> tuple
     trainer = asdict(config)
     # The trees and the mesh depend on these; the size of the KV cache does not change the programs.
     engine = {key: asdict(place.config)[key] for key in ("tp_size", "dp_size", "dtype")}
+    options = training.shared_code(place.platform)
     of_gradients = {key: trainer[key] for key in trainer.keys() - _NOT_OF_GRADIENTS}
+    of_gradients |= {"rows": config.rows} | options
     # The programs of a loss on rewards are kept without that key.
     scored = {"scores": True} if scores and not config.rewarded else {}
     of_others = {key: trainer[key] for key in trainer.keys() - _NOT_OF_OTHERS}
+    of_others |= options
     return (
         *place.cached(
-            {"engine": engine, "gradients": of_gradients | {"rows": config.rows}} | scored,
+            {"engine": engine, "gradients": of_gradients} | scored,
             lambda: compile_loss_programs(place, config, scores),
         ),
         *place.cached(
