@@ -1,7 +1,7 @@
 """The verbs of an attached engine next to the phases that they run, and the cost of the import.
 
-Both run on one engine, in turns. The phases have what a run gives them: a heap whose objects the
-garbage collector skips. CPU seconds of the process, since other processes may take the machine.
+Both run on one engine, in turns. The phases get the same context as in a run: a heap whose objects
+the garbage collector skips. CPU seconds of the process, since other processes may take the machine.
 """
 
 import gc

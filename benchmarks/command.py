@@ -35,7 +35,7 @@ class CommandFailed(RuntimeError):
     """A command that ended with another exit code than 0."""
 
     def __init__(self, exit_code: int, stderr: str) -> None:
-        """Keep the exit code and what the command said."""
+        """Keep the exit code and the output of the command."""
         super().__init__(f"kvpipe ended with exit code {exit_code}:\n{stderr}")
         self.exit_code = exit_code
 

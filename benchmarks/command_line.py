@@ -1,6 +1,6 @@
 """The CPU time of short commands, as a multiple of importing Hydra, which each of them does.
 
-Seconds would tell how fast the machine is just now; the two are measured in turns.
+Seconds would depend on the machine's load; the two are measured in turns.
 """
 
 import os

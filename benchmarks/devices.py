@@ -23,7 +23,7 @@ def use_virtual_devices() -> None:
 
 
 def engine_config(max_total_tokens: int) -> EngineConfig:
-    """Return the config of a benchmark's engine, with a KV cache of so many tokens."""
+    """Return the config of a benchmark's engine with a KV cache of ``tokens`` tokens."""
     return EngineConfig(
         device="cpu",
         tp_size=DEVICES,

@@ -1,8 +1,8 @@
 """A model of 1.5 billion parameters with more tokens than fit this host, and with fewer.
 
 It takes minutes and 12 GB, so it is run by name: make bench ARGS=large. On a host of 24 GiB the plan
-refuses the whole procedure with 131,072 tokens by what a step takes beside its arrays. With 8,192
-the checkpoint is streamed in, and the engine generates.
+refuses the whole procedure with 131,072 tokens because of the temporaries of a step. With 8,192 the
+checkpoint is streamed in, and the engine generates.
 """
 
 import tempfile

@@ -59,7 +59,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes on the clock and of all cores."""
+    """Wall-clock and CPU time of a run, in seconds; CPU time is summed over all cores."""
 
     seconds: float
     cpu_seconds: float

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Entry of the ``kvpipe`` command; ends the process with the exit code of what it did."""
+    """Entry of the ``kvpipe`` command; ends the process with the exit code of the verb."""
     # Imports take most of a second, in which Ctrl-C may come.
     try:
         from kvpipe.system import streams

@@ -21,7 +21,7 @@ DEFECT = 70
 SIGNALLED = 128
 
 EXIT_CODES = {
-    str(HELD): "all that was asked for held",
+    str(HELD): "success",
     str(CHECK_FAILED): "a check failed",
     str(BAD_INPUT): "wrong input; the engine was not started",
     str(FAILED): "a phase failed: the engine, W&B, the disk; or the output cannot be written",
@@ -55,7 +55,7 @@ class CheckFailed(KvpipeError):
 
 
 class PhaseError(KvpipeError):
-    """A phase failed, for whatever reason."""
+    """A phase failed."""
 
     exit_code: ClassVar[int] = FAILED
 
@@ -65,7 +65,7 @@ class EngineError(PhaseError):
 
 
 class WeightsError(EngineError):
-    """Weights are not the model's, or not finite: what headers and configs do not show."""
+    """Weights are not the model's, or not finite: values, which headers and configs do not show."""
 
     exit_code: ClassVar[int] = WRONG_WEIGHTS
 
@@ -108,7 +108,7 @@ class Interrupted(BaseException):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run or a part of it ended.
+    """The end of a run or of a part of it.
 
     Attributes:
         exit_code: exit code of the process.

@@ -1,5 +1,5 @@
 """The phases: one small file each, named as ``use`` names it. They import kvpipe only.
 
-What needs jax or the engine is imported inside ``run``, so that the parent process can read what
-a phase declares without either.
+What needs jax or the engine is imported inside ``run``, so that the parent process can read a
+phase's declarations without either.
 """

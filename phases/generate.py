@@ -1,4 +1,4 @@
-"""Generate text from the prompt and compare it, on token ids, with what an earlier step gave."""
+"""Generate text from the prompt and compare its token ids with those of an earlier step."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -32,7 +32,8 @@ class Generate(SampledPhase):
     Attributes:
         same_output_as: name of an earlier step whose token ids these must equal.
         aa_control: this step repeats ``same_output_as`` with nothing changed between them. If they
-            differ, the engine itself is to blame, and what comes later proves nothing about KV.
+            differ, the engine itself is not deterministic, and later comparisons prove nothing
+            about KV.
         different_output_from: name of an earlier step, of the same cycle if both are repeated,
             whose token ids these must not equal: the weights have changed between them.
         same_output_as_before: in the second and later cycles, name of a step of the cycle before
@@ -112,7 +113,7 @@ class Generate(SampledPhase):
             name = "aa_control" if self.aa_control else "same_output"
             yield same_output(name, ctx.output_of(step), output)
         if (step := self.different_output_from) is not None:
-            detail = f"those of step {step!r}"
+            detail = f"compared with step {step!r}"
             yield different_output("different_output", ctx.output_of(step), output, detail)
         if (step := self.same_cached_tokens_as) is not None:
             expected = ctx.output_of(step).cached_tokens

@@ -1,4 +1,4 @@
-"""Bring the KV cache back to ``engine.max_total_tokens``, whatever ``kv_cache_yielded`` left of it."""
+"""Bring the KV cache that ``kv_cache_yielded`` changed back to ``engine.max_total_tokens``."""
 
 from typing import override
 

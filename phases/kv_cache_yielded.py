@@ -11,7 +11,10 @@ from kvpipe.pipeline.phase import Effect, Result, freed, grown, together
 
 
 class KvCacheYielded(KvChoice):
-    """Yield memory; exactly the planned bytes must come free. A cache that shrinks or goes is flushed."""
+    """Yield memory; exactly the planned bytes must come free.
+
+    A cache that is shrunk or dropped is flushed first.
+    """
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

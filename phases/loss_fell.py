@@ -1,4 +1,4 @@
-"""Check that training has lowered the loss to a share of what it was at first: ``loss_fell``."""
+"""Check that training has lowered the loss to a share of its first value: ``loss_fell``."""
 
 from typing import override
 

@@ -26,7 +26,7 @@ class MllmParamsCpuReady(WorkerPhase):
 
     def __post_init__(self) -> None:
         if self.orbax is not None and not Path(self.orbax).expanduser().is_dir():
-            raise InputError(f"orbax is {self.orbax!r}, which is no directory")
+            raise InputError(f"orbax is {self.orbax!r}, which is not a directory")
 
     @override
     def effect_given(self, before: frozenset[str]) -> Effect:

@@ -50,8 +50,8 @@ class PolicyChecked(AboutRollout):
         others = {"policy_tokens_of_other_weights": total - sum(len(p.token_ids) for p in pieces)}
         if total == others["policy_tokens_of_other_weights"]:
             raise PhaseError(
-                f"none of the {counted(total, 'token')} of step {self.of!r} is of the weights that the "
-                f"engine has, whose digest is {ctx.engine.proof.whole}"
+                f"none of the {counted(total, 'token')} of step {self.of!r} was sampled with the "
+                f"engine's weights, whose digest is {ctx.engine.proof.whole}"
             )
         config = ctx.config
         batch = batch_of_pieces(pieces, ctx.ids_by_prompt, config.trainer)

@@ -14,7 +14,7 @@ from kvpipe.pipeline.sampled import RollingOutPhase
 
 
 class Rollout(RollingOutPhase):
-    """Roll out.
+    """Generate the samples of all prompts.
 
     Attributes:
         seed: seed of the random numbers, without a unit; null draws one. In the later cycles of
@@ -22,8 +22,8 @@ class Rollout(RollingOutPhase):
         same_rollout_as: name of an earlier step whose token ids and log-probabilities these must
             equal, bit for bit.
         aa_control: this step repeats ``same_rollout_as`` with nothing changed between them.
-        shown: samples that the record, the report and W&B have, from the first, without a unit; the
-            file has all of them.
+        shown: number of samples in the record, the report and W&B, from the first, without a unit;
+            the file has all of them.
     """
 
     same_rollout_as: str | None = None

@@ -27,7 +27,7 @@ class RolloutResumed(WorkerPhase):
         new_weights: other weights than those at the pause make the further tokens; each sample has
             the weights digest of each range of its tokens.
         recompute: flush the prefix cache and compute prompts and tokens so far again by the new
-            weights; else the further tokens follow upon what the old ones have computed.
+            weights; else the further tokens continue from the KV entries of the old ones.
         same_rollout_as: name of an earlier step whose token ids and log-probabilities these must
             equal, bit for bit.
         shown: samples that the record, the report and W&B have, from the first, without a unit; the

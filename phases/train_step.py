@@ -73,11 +73,11 @@ class TrainStep(WorkerPhase):
         # A plan for a TPU was made without one.
         allowed = 0 if ctx.config.engine.device == "cpu" else plan.allowance_bytes
         passed = abs(temp_bytes - expected) <= allowed
-        detail = f"bytes of a device; {allowed} may differ"
+        detail = f"bytes on a device, within {allowed}"
         return [Check("step_temporaries", expected, temp_bytes, passed, detail)]
 
     def _batch(self, ctx: WorkerContext) -> "Batch | None":
-        """Return what the step learns from; None if its gradients are seeded."""
+        """Return the examples or samples of the step; None if its gradients are seeded."""
         from kvpipe.trainer import batch
 
         config = ctx.config.trainer

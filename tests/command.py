@@ -26,7 +26,7 @@ class Finished:
     Attributes:
         exit_code: what it ended with.
         stdout: what it printed; of a run that writes into a pipe, a JSON line for each record.
-        stderr: what it told beside that.
+        stderr: its messages.
         cwd: where it was called.
     """
 
@@ -53,6 +53,11 @@ class Finished:
     def phase(self, name: str) -> dict[str, Any]:
         """Return the first record of a phase."""
         return next(line for line in self.lines if line["phase"] == name)
+
+    def samples(self, step: str) -> list[dict[str, Any]]:
+        """Return the samples that a step has written, or the rewards of them."""
+        text = (self.run_dir / f"rollouts/{step}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
 
 
 def programs(record: dict[str, Any]) -> int:

@@ -154,7 +154,7 @@ def four_devices() -> None:
 
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests' checkpoints are generated."""
+    """Directory of the tests' generated checkpoints."""
     return tmp_path_factory.mktemp("models")
 
 

@@ -1,4 +1,4 @@
-"""Runs of the real command that something happens to, and what has to hold after each of them.
+"""Runs of the real command that something happens to, and what must hold after each of them.
 
 A :class:`Matrix` carries them out in one place, one after the other: each is the next run of the
 one before it, which it shows to have left nothing that disturbs.
@@ -36,7 +36,7 @@ KVPIPE, WITHOUT_ENGINE = "kvpipe", "tests.without_engine"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is done to a run, and how the run has to end.
+    """A fault that happens to a run, and how the run must end.
 
     Attributes:
         exit_code: what it ends with.
@@ -48,7 +48,7 @@ class Cell:
         act: what happens to the run from outside.
         failing: the step that the last record blames.
         cleaned: whether the cleaning step was run after the failure.
-        rows_lost: whether W&B may miss the last rows, and cannot tell how the run ended.
+        rows_lost: whether W&B may miss the last rows, and cannot know how the run ended.
         respond: how the W&B server answers; none is there without it.
         disk_bytes: size of a disk for the run directory alone.
         variables: more of the environment.
@@ -77,7 +77,7 @@ class Cell:
 
     @property
     def tracked(self):
-        """Whether W&B is told of it."""
+        """Whether W&B receives it."""
         return UNTRACKED not in self.overrides
 
     @property
@@ -135,7 +135,7 @@ class Running:
         self.worker()
         self.process.send_signal(signum)
 
-    def tell_worker(self, signum):
+    def signal_worker(self, signum):
         """Send a signal to the worker, once it waits."""
         os.kill(self.worker(), signum)
 
@@ -154,7 +154,7 @@ class Running:
 
 @dataclass
 class Ended:
-    """What a run left."""
+    """Output of a run."""
 
     exit_code: int
     stdout: str
@@ -344,7 +344,7 @@ def disk(directory, size):
 
 
 def survivors(cwd):
-    """What still runs of a run, some time after its end."""
+    """Processes of a run that are still alive some time after its end."""
     deadline = time.monotonic() + 30
     while True:
         found = [p for p in psutil.process_iter() if environ_of(p).get(MARK) == str(cwd)]

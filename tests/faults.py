@@ -146,13 +146,13 @@ def leave(ctx):
     os._exit(0)
 
 
-def tell_worker():
+def signal_worker():
     # The parent knows that this step has begun: the step would not run before.
     WORKER_ID.write_text(str(os.getpid()))
 
 
 def wait(ctx):
-    tell_worker()
+    signal_worker()
     threading.Thread(target=time.sleep, args=(99,), name="a thread of the tests").start()
     hang()
 
@@ -162,10 +162,10 @@ def hang():
 
 
 def wait_for_signal(ctx):
-    told = threading.Event()
-    signal.signal(signal.SIGUSR2, lambda *_: told.set())
-    tell_worker()
-    while ctx.engine_lives and not told.wait(0.05):
+    received = threading.Event()
+    signal.signal(signal.SIGUSR2, lambda *_: received.set())
+    signal_worker()
+    while ctx.engine_lives and not received.wait(0.05):
         pass
 
 
@@ -194,10 +194,10 @@ def secrets():
 
 
 def record_secrets(ctx):
-    return Result({"told": secrets(), secrets(): 1})
+    return Result({"fields": secrets(), secrets(): 1})
 
 
-def tell_secrets(ctx):
+def print_secrets(ctx):
     print(f"a log with {secrets()}", flush=True)
     raise ValueError(secrets())
 

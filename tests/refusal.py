@@ -1,4 +1,4 @@
-"""What a person is told of wrong input."""
+"""The message that a person gets about wrong input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from kvpipe.errors import InputError
 
 
 def refusal(act: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """Call ``act``, which has to refuse its input, and return the message."""
+    """Call ``act``, which must refuse its input, and return the message."""
     with pytest.raises(InputError) as caught:
         act(*arguments, **options)
     return str(caught.value)

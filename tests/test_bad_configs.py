@@ -127,7 +127,7 @@ CHOICES = [
     "phases.mllm_params_cpu_ready.dtype",
     "phases.generate_result.weights",
 ]
-# A step, and another that has to come later.
+# A step, and another that must come later.
 BEFORE = [
     ("wandb_init", "jax_ready"),
     ("jax_ready", "engine_ready_dummy"),
@@ -325,9 +325,9 @@ def test_five_hundred_bad_configs_are_refused_too(bad):
 )
 def test_the_real_command_refuses_it_with_exit_code_2_and_without_jax(tmp_path, overrides, key):
     done = python(RUN_CLI, "kvpipe", *overrides, cwd=tmp_path)
-    *told, last = done.stderr.splitlines()
+    *reported, last = done.stderr.splitlines()
     code, imported = json.loads(last)
     assert (code, done.stdout) == (2, "")
-    assert key in told[0]
-    assert len(told) <= 3
+    assert key in reported[0]
+    assert len(reported) <= 3
     assert {"jax", "jaxlib", "sgl_jax"} & set(imported) == set()

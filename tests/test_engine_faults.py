@@ -1,4 +1,4 @@
-"""What goes wrong beside a real engine: in its process, in its threads, in its memory, at its start.
+"""Faults beside a real engine: in its process, in its threads, in its memory, at its start.
 
 What the parent makes of a worker that fails, whatever it runs, is in tests/test_faults.py.
 """
@@ -21,7 +21,7 @@ def cell(*ending, pipeline="on_the_engine", overrides=(UNTRACKED,), **more):
 CELLS = {
     "SIGKILL to the worker": cell(
         *(3, "SIGKILL in step 'fault', and Linux counted no", "wait"),
-        act=lambda run: run.tell_worker(signal.SIGKILL),
+        act=lambda run: run.signal_worker(signal.SIGKILL),
     ),
     "segmentation fault": cell(3, "by SIGSEGV", "segfault"),
     "no host memory": cell(4, "MemoryError", "host_memory", cleaned=True),
@@ -42,7 +42,7 @@ CELLS = {
     ),
     "SIGQUIT to the worker": cell(
         *(3, "the engine failed: ", "wait_for_signal"),
-        act=lambda run: run.tell_worker(signal.SIGQUIT),
+        act=lambda run: run.signal_worker(signal.SIGQUIT),
         finds="SIGQUIT, by which the engine's threads say that they failed, ends the worker",
     ),
     "SIGTERM to the parent": cell(
@@ -94,7 +94,7 @@ def test_a_hung_phase_leaves_the_stacks_of_all_threads(matrix):
     assert f"the stacks of its threads are in {run.run_dir}/stacks.txt" in run.end["error"]
 
 
-def test_out_of_memory_tells_what_was_held_and_what_had_been_planned(matrix):
+def test_out_of_memory_names_what_was_held_and_what_had_been_planned(matrix):
     run = matrix.run("no device memory")
     assert run.end["ledger"] == run.record("fault")["ledger"]
     assert run.end["planned"]["name"] == "fault"

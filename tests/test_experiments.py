@@ -190,7 +190,7 @@ def test_every_model_of_a_tpu_experiment_ships_the_config_that_planning_needs(na
 
 
 def test_the_typed_config_gives_the_same_plain_values_back():
-    """What the worker gets through a pipe is what the parent checked."""
+    """The worker receives through a pipe exactly the config that the parent checked."""
     for expected in (DEFAULT, changed(DEFAULT, BIGKV)):
         assert to_plain(OmegaConf.structured(config_of(expected))) == expected
 
@@ -225,7 +225,7 @@ def test_options_of_a_step_that_has_none_yet_need_no_plus_either():
 
 
 def test_an_experiment_of_ones_own_may_list_its_own_steps(tmp_path):
-    """A list replaces the default's; options of steps that it leaves out have to go too."""
+    """A list replaces the default's; the options of steps that it leaves out must go too."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment/mine.yaml").write_text(
         "# @package _global_\n"

@@ -47,7 +47,7 @@ class Tracks(ParentPhase):
 
 def ending_by(*phases):
     ctx = WorkerContext(Kvpipe(), "Hello")
-    events = loop.Callbacks(*[lambda *told: None] * 6)
+    events = loop.Callbacks(*[lambda *reported: None] * 6)
     jobs = [loop.Job(idx, phase.step, phase, Ledger(1)) for idx, phase in enumerate(phases)]
     return loop.run(jobs, ctx, events, time.monotonic())
 

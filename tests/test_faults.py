@@ -34,7 +34,7 @@ pytestmark = pytest.mark.early
 
 
 def to_worker(signum):
-    return lambda run: run.tell_worker(signum)
+    return lambda run: run.signal_worker(signum)
 
 
 def to_parent(signum):
@@ -46,7 +46,7 @@ def to_worker_then_parent(signum):
 
     def act(run):
         worker = psutil.Process(run.worker())
-        run.tell_worker(signum)
+        run.signal_worker(signum)
         run.wait_for(lambda: has_ended(worker))
         time.sleep(0.5)
         run.process.send_signal(signum)
@@ -68,13 +68,13 @@ def interrupt_twice(run):
 def server_goes(run):
     run.worker()
     run.server.stop()
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 def server_gets_stuck(run):
     run.worker()
     run.server.respond = wandb_server.never
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 def once_wandb_has_the_row_before(run):
@@ -98,7 +98,7 @@ def kill_wandb(run):
     (service,) = [child for child in children if child.name().startswith("wandb-core")]
     service.kill()
     run.wait_for(lambda: has_ended(service))
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 def stop_wandb(run):
@@ -107,13 +107,13 @@ def stop_wandb(run):
     children = psutil.Process(run.process.pid).children()
     (service,) = [child for child in children if child.name().startswith("wandb-core")]
     service.suspend()
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 def move_directory(run):
     run.worker()
     run.run_dir.rename(f"{run.run_dir}.moved")
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 def has_ended(process):
@@ -123,7 +123,7 @@ def has_ended(process):
 def reader_goes(run):
     run.worker()
     run.process.stdout.close()
-    run.tell_worker(signal.SIGUSR2)
+    run.signal_worker(signal.SIGUSR2)
 
 
 # Twice in less than this is one press (kvpipe.parent.deferred_signals).
@@ -391,7 +391,7 @@ def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_p
     env_file = tmp_path / ".env"
     env_file.write_text(f"WANDB_API_KEY={FAKE_KEY}\n")
     env_file.chmod(0o600)
-    hows = ["phases.before.how=record_secrets", "phases.fault.how=tell_secrets"]
+    hows = ["phases.before.how=record_secrets", "phases.fault.how=print_secrets"]
     overrides = ["pipeline=without_engine", *hows, *ONLINE]
     with wandb_server.serve() as served:
         given = {"WANDB_API_KEY": "", **GIVEN}
@@ -399,10 +399,10 @@ def test_no_secret_that_a_run_was_given_is_in_anything_that_it_wrote(site, tmp_p
         stdout, stderr = run.process.communicate(timeout=PATIENCE_S)
         asked = [body for _, body in served.requests]
     assert run.process.returncode == 3
-    told = "[redacted] and [redacted] and [redacted] and postgres://me:[redacted]@host/db"
-    assert f"{told} and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
+    reported = "[redacted] and [redacted] and [redacted] and postgres://me:[redacted]@host/db"
+    assert f"{reported} and [redacted]" in json.loads(stdout.splitlines()[-1])["error"]
     (log,) = tmp_path.glob("outputs/tiny/*/engine.log")
-    assert f"a log with {told}" in log.read_text()
+    assert f"a log with {reported}" in log.read_text()
     env_file.unlink()
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert [path for path in written if path.suffix == ".wandb"]
@@ -449,7 +449,7 @@ def little_memory(tmp_path):
     group.rmdir()
 
 
-def test_a_worker_that_linux_kills_for_its_memory_is_told_as_out_of_memory(
+def test_a_worker_that_linux_kills_for_its_memory_is_reported_as_out_of_memory(
     site, tmp_path, little_memory
 ):
     overrides = ["pipeline=without_engine", "phases.fault.how=eat_memory", "tracking=disabled"]

@@ -1,6 +1,5 @@
 """GRPO on the real engine: a run of the experiment, in the tiny model of one layer; nightly it learns."""
 
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,11 +39,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
-def lines(run: Finished, step: str) -> list[dict[str, Any]]:
-    text = (run.run_dir / f"rollouts/{step}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 @pytest.mark.slow
 def test_each_sync_is_checked_by_the_samples_after_it(run: Finished) -> None:
     """The checks of the run say the rest: bytes as planned, no array too many, each digest."""
@@ -60,7 +54,7 @@ def test_each_sync_is_checked_by_the_samples_after_it(run: Finished) -> None:
 @pytest.mark.slow
 def test_rewards_and_advantages_are_those_of_the_samples(run: Finished) -> None:
     for rollout, rewarded in zip(ROLLOUTS, REWARDED, strict=True):
-        samples, found = lines(run, rollout), lines(run, rewarded)
+        samples, found = run.samples(rollout), run.samples(rewarded)
         assert [(s["prompt"], s["index"], s["text"]) for s in samples] == [
             (f["prompt"], f["index"], f["text"]) for f in found
         ]

@@ -147,7 +147,7 @@ def test_a_made_environment_is_left_alone(tmp_path):
     assert run_script()[-1] == "sync"
 
 
-def test_a_machine_without_uv_venv_and_pip_is_told_what_to_install(tmp_path):
+def test_without_uv_venv_and_pip_the_message_names_what_to_install(tmp_path):
     script = tmp_path / ".ci/env.sh"
     script.parent.mkdir()
     # Only the pieces that the script itself needs, and a python3 that lacks venv and pip.

@@ -1,8 +1,5 @@
 """A rollout that is paused, as a user runs it: for a training step, or while others use its memory."""
 
-import json
-from typing import Any
-
 import pytest
 
 from tests.command import Finished, kvpipe
@@ -34,11 +31,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return done
 
 
-def samples(run: Finished) -> list[dict[str, Any]]:
-    text = (run.run_dir / "rollouts/rollout_resumed.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def test_the_pause_leaves_samples_half_way_and_the_resume_ends_all(run: Finished) -> None:
     paused, resumed = run.phase("rollout_paused"), run.phase("rollout_resumed")
     counts = {key: paused[f"requests_{key}"] for key in ("finished", "half_way", "waiting")}
@@ -61,7 +53,7 @@ def test_each_sample_says_which_of_its_tokens_which_weights_made(run: Finished) 
     old = run.phase("rollout_paused")["weights_digest"]
     new = run.phase("weights_synced")["weights_digest"]
     assert old != new == run.phase("rollout_resumed")["weights_digest"]
-    found = samples(run)
+    found = run.samples("rollout_resumed")
     each = run.phase("rollout_paused")["decode_tokens"] // 4
     for sample in found[:4]:
         assert sample["digests"] == [
@@ -88,7 +80,7 @@ def test_the_policy_is_checked_over_the_tokens_of_both_weights(run: Finished) ->
 
 def test_the_page_shows_the_ranges(run: Finished) -> None:
     page = (run.run_dir / "report.html").read_text().replace("<wbr>", "")
-    first = samples(run)[0]["digests"][0]
+    first = run.samples("rollout_resumed")[0]["digests"][0]
     assert f"0:{first['to']} {first['weights_digest'][:12]}" in page
 
 

@@ -139,8 +139,8 @@ EDIT = '[[edits]]\nfile = "a"\nold = "1"\nnew = "2"\n'
         ("title = ", "Invalid value"),
         (f'title = "a"\ntest = ["b"]\n{EDIT}', "unexpected keyword argument 'test'"),
         ('title = "a"\ntests = ["b"]\n', "at least one"),
-        (f'title = "a"\n{EDIT}', "nothing has to notice it"),
-        (f'title = "a"\nrun = "b"\nhole = "c"\n{EDIT}', "nothing has to notice it"),
+        (f'title = "a"\n{EDIT}', "no test and no run must notice it"),
+        (f'title = "a"\nrun = "b"\nhole = "c"\n{EDIT}', "no test and no run must notice it"),
         (f'title = "a"\ntests = ["b"]\nhole = "c"\n{EDIT}', "no 'run' is given"),
         (f'title = "a"\nrun = "b"\nno_run = "c"\n{EDIT}', "but a 'run' is given"),
     ],
@@ -171,7 +171,7 @@ def test_an_edit_that_does_not_apply_is_refused(tmp_path, name, old, new, messag
 
 
 def test_the_committed_faults_apply_and_reach_every_folder_of_the_product():
-    """Whoever changes a text that a fault replaces is told by the quick tests."""
+    """A change to a text that a fault replaces fails the quick tests."""
     faults = [read_fault(path) for path in (ROOT / FAULTS).glob("*.toml")]
     for fault in faults:
         fault.check(ROOT)

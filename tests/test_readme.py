@@ -1,7 +1,7 @@
 """Every command in README.md is run, and what README.md says of names and codes is so.
 
 The commands are taken from its ```bash blocks and its files from its ```yaml blocks. A block is run
-as it stands, once and in one directory, after these changes and no others: a command that needs a
+unchanged, once and in one directory, after these changes and no others: a command that needs a
 TPU is checked instead of run, make only prints what it would run, and the installation is replaced
 by the wheel that it would build.
 """

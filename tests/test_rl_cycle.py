@@ -114,7 +114,7 @@ def test_a_sync_brings_offloaded_weights_and_takes_their_host_copy_away():
     )
 
 
-def test_a_slot_that_shares_the_weights_has_to_be_released_before_a_sync():
+def test_a_slot_that_shares_the_weights_must_be_released_before_a_sync():
     names = [*READY, "mllm_params_cpu_ready", "sglang_param_dict_ready"]
     names += ["weights_swapped_from_mllm", "trainer_ready", "weights_synced"]
     assert "release slot 'param_dict' before it" in refused(names)

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +26,7 @@ STREAMED = (
 
 @pytest.fixture(scope="module", params=[4, ALL], ids="{} prompts".format)
 def prompts(request: pytest.FixtureRequest) -> int:
-    """How many of the experiment's prompts a run takes; each has four samples."""
+    """Number of the experiment's prompts that a run takes; each has four samples."""
     return request.param
 
 
@@ -46,18 +45,13 @@ def run(prompts: int, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return kvpipe(cwd, "+experiment=tiny_rollout", *few, "runner.heartbeat_s=null")
 
 
-def samples(run: Finished, step: str) -> list[dict[str, Any]]:
-    text = (run.run_dir / f"rollouts/{step}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def test_all_samples_are_the_same_after_a_flush_and_after_a_rebuild(
     run: Finished, prompts: int
 ) -> None:
     assert (run.exit_code, run.stderr) == (0, "")
     passed = {check["name"]: check["passed"] for check in run.end["checks"]}
     assert passed["aa_control"] is passed["same_rollout"] is True
-    first, *others = (samples(run, step) for step in ROLLOUTS)
+    first, *others = (run.samples(step) for step in ROLLOUTS)
     assert len(first) == 4 * prompts
     for later in others:
         for key in ("prompt", "index", "seed", "token_ids", "logprobs", "text"):
@@ -67,12 +61,12 @@ def test_all_samples_are_the_same_after_a_flush_and_after_a_rebuild(
 
 def test_the_samples_of_a_prompt_are_distinct(run: Finished, prompts: int) -> None:
     """At temperature 1 this model is sure of most tokens, so a few samples coincide."""
-    distinct = {(s["prompt"], tuple(s["token_ids"])) for s in samples(run, "rollout")}
+    distinct = {(s["prompt"], tuple(s["token_ids"])) for s in run.samples("rollout")}
     assert len(distinct) == run.phase("rollout")["distinct_samples"] > 0.9 * 4 * prompts
 
 
 def test_each_prompt_has_four_samples_in_the_order_of_the_file(run: Finished, prompts: int) -> None:
-    found = samples(run, "rollout")
+    found = run.samples("rollout")
     file = Path(__file__).parents[1] / "conf/prompts/additions.jsonl"
     ids = [json.loads(line)["id"] for line in file.read_text().splitlines()][:prompts]
     assert [(s["prompt"], s["index"]) for s in found] == [(i, n) for i in ids for n in range(4)]
@@ -80,7 +74,7 @@ def test_each_prompt_has_four_samples_in_the_order_of_the_file(run: Finished, pr
 
 
 def test_the_record_counts_what_the_file_has(run: Finished, prompts: int) -> None:
-    record, found = run.phase("rollout"), samples(run, "rollout")
+    record, found = run.phase("rollout"), run.samples("rollout")
     assert (record["requests"], record["prompts"]) == (4 * prompts, prompts)
     for key, of in {"decode_tokens": "token_ids", "finish_reasons": "finish_reason"}.items():
         values = [s[of] for s in found]
@@ -95,7 +89,7 @@ def test_the_record_counts_what_the_file_has(run: Finished, prompts: int) -> Non
 
 
 def test_every_token_has_its_log_probability(run: Finished) -> None:
-    for sample in samples(run, "rollout"):
+    for sample in run.samples("rollout"):
         assert len(sample["logprobs"]) == len(sample["token_ids"]) == 16
         assert all(value <= 0 for value in sample["logprobs"])
 

@@ -120,7 +120,7 @@ def test_a_training_step_has_its_numbers_takes_no_byte_more_and_compiles_once(ru
 
 @pytest.mark.slow
 def test_the_plan_has_the_temporaries_that_the_step_takes(run):
-    """Also as a row of the step and in what has to fit; each step checks it by itself."""
+    """Also as a row of the step and in what must fit; each step checks it by itself."""
     planned = run.phase("run_planned")
     programs = {program["name"]: program for program in planned["programs"]}
     held = [programs[name]["temp_bytes"] for name in ("gradients", "train_step")]

@@ -143,7 +143,7 @@ def test_the_page_of_a_run_that_was_skipped_calls_it_so(mixed):
 @pytest.mark.slow
 @MIXED
 def test_the_command_of_a_job_of_a_ready_sweep_does_that_job_alone(mixed):
-    """The verb ``check`` stands for the run; as a sweep it would check four jobs."""
+    """The verb ``check`` replaces the run; as a sweep it would check four jobs."""
     python, dash_m, program, *words = shlex.split(mixed.end["jobs"][3]["command"])
     assert (python, dash_m, program) == ("python", "-m", "kvpipe")
     done = command.kvpipe(mixed.cwd, "check", *words)

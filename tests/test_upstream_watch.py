@@ -39,7 +39,7 @@ def test_equal_facts_are_unchanged():
     assert lines(FACTS, FACTS) == [f"{name}: unchanged" for name in FACTS]
 
 
-def test_what_is_new_gone_and_different_is_told_with_its_values():
+def test_what_is_new_gone_and_different_is_reported_with_its_values():
     before = {"parts": {"same": "1", "other": "2", "lost": "3"}}
     after = {"parts": {"same": "1", "other": "two", "found": "4"}}
     assert lines(before, after) == [
@@ -50,7 +50,7 @@ def test_what_is_new_gone_and_different_is_told_with_its_values():
     ]
 
 
-def test_a_tree_of_parameters_that_moved_is_one_line_and_its_changes_are_told_where_it_is_now():
+def test_a_tree_of_parameters_that_moved_is_one_line_and_its_changes_are_listed_at_its_new_path():
     before = {"p": {"transformer.a": "1", "transformer.b.c": "2", "head": "3"}}
     after = {"p": {"model.a": "1", "model.b.c": "two", "head": "3"}}
     assert lines(before, after) == [
@@ -60,7 +60,7 @@ def test_a_tree_of_parameters_that_moved_is_one_line_and_its_changes_are_told_wh
     ]
 
 
-def test_a_path_that_moved_is_not_told_again_in_the_mappings_to_it():
+def test_a_path_that_moved_is_not_reported_again_in_the_mappings_to_it():
     before = {"p": {"old.a": "1"}, "m": {"hf.a": "to='old.a'", "hf.b": "to='old.a', x=1"}}
     after = {"p": {"new.a": "1"}, "m": {"hf.a": "to='new.a'", "hf.b": "to='new.a', x=2"}}
     assert lines(before, after)[2:] == [
@@ -69,7 +69,7 @@ def test_a_path_that_moved_is_not_told_again_in_the_mappings_to_it():
     ]
 
 
-def test_of_two_signatures_the_parameters_that_differ_are_told():
+def test_of_two_signatures_the_parameters_that_differ_are_listed():
     before = {"s": {"f": "function(a, b=(1, 2), c=3)", "g": "function(a, b)", "h": "int"}}
     after = {"s": {"f": "function(a, b=(1, 3), d)", "g": "function(b, a)", "h": "class()"}}
     assert lines(before, after)[1:] == [
@@ -105,7 +105,7 @@ def test_every_patch_has_a_probe_of_its_defect():
 
 
 def test_the_names_that_the_adapter_imports_are_the_committed_ones():
-    """A new import of sglang-jax has to go into the facts: make upstream-watch ARGS=--write."""
+    """A new import of sglang-jax must go into the facts: make upstream-watch ARGS=--write."""
     trees = [ast.parse(path.read_text()) for path in touched.ADAPTER.glob("*.py")]
     names = {name for tree in trees for name in touched._names_in(tree)}
     assert names == set(FACTS["imported names"])

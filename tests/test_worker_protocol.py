@@ -1,4 +1,4 @@
-"""What the worker's process says and waits for, with a test in the parent's place and no engine."""
+"""Protocol of the worker's process, with a test in the parent's place and no engine."""
 
 import selectors
 import time
@@ -57,7 +57,7 @@ def test_the_worker_is_at_most_one_step_ahead_of_the_parent(worker, tmp_path):
     assert worker.how_it_ended() == "exit code 0"
 
 
-def test_a_worker_that_is_told_to_stop_says_which_step_it_leaves_out(worker):
+def test_a_worker_that_is_ordered_to_stop_says_which_step_it_leaves_out(worker):
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
     assert [next(iter(next(messages))) for _ in range(3)] == ["hosts", "phase", "started"]

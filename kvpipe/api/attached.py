@@ -255,7 +255,7 @@ def _check_kind(named_arrays: Mapping[str, Any], devices: set[Any]) -> None:
         if isinstance(array, jax.Array) != first[1]:
             raise InputError(
                 f"sync: of {first[0]!r} and {name!r} one is on the host, the other on the devices; "
-                "give all of one kind"
+                "give all arrays in one place"
             )
 
 

@@ -66,7 +66,7 @@ def record(
 
 
 class _Recorder:
-    """The records of the verbs so far, and what the worker's loop keeps between them."""
+    """The records of the verbs so far, and the state that the worker's loop keeps between them."""
 
     def __init__(self, attached: Attached, sinks: Sinks, threads: ExitStack) -> None:
         self._ctx = attached._ctx
@@ -131,7 +131,7 @@ class _Recorder:
 
 
 def _config(engine: SglangEngine) -> dict[str, Any]:
-    """Return what a run's config says of the engine, as plain values."""
+    """Return the engine's part of a run's config as plain values."""
     arguments = vars(engine.engine.server_args)
     known = {f.name: arguments[f.name] for f in fields(EngineConfig) if f.name in arguments}
     sizes = {"tp_size": engine.runner.tp_size, "max_total_tokens": engine.max_total_tokens}

@@ -1,4 +1,4 @@
-"""Read JSON objects of files that others wrote: one message for whatever is wrong with them."""
+"""Read JSON objects of files that others wrote: one message for all their faults."""
 
 import json
 from importlib.resources.abc import Traversable

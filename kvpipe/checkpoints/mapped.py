@@ -22,7 +22,7 @@ _SETTLED_NS = 1_000_000_000
 class MappedFile(mmap.mmap):
     """A read-only mapped file that can also be read without touching the map.
 
-    ``descriptor`` is that of the mapped file, whichever file the ``path`` names by now.
+    ``descriptor`` is that of the mapped file, even if ``path`` now names another file.
     """
 
     path: Path
@@ -59,7 +59,7 @@ def let_go(array: NDArray[Any]) -> None:
 
 
 def identity(array: NDArray[Any]) -> tuple[Any, ...] | None:
-    """Return what names the values of ``array``: the same only if the file is unchanged.
+    """Return a key for the values of ``array``: the same only if the file is unchanged.
 
     None for an array that is not of a mapped file, or of one that was written a moment ago: two
     writes within a tick of the file system's clock leave the same time.

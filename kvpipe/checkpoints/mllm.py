@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvpipe.checkpoints import HOST_DTYPES
 from kvpipe.errors import InputError
 from kvpipe.suggest import nearest
+from kvpipe.units import counted
 
 _LAYER_TEMPLATES = {
     f"model.layers.#.{module}.{hf_leaf}": f"model.layers_#.{module}.{leaf}"
@@ -116,7 +117,7 @@ def _refuse_unknown(what: str, names: Mapping[str, Any], templates: Mapping[str,
     unknown = [name for name in names if "#" in name or _template(name) not in templates]
     if unknown:
         raise InputError(
-            f"{what} that have no place on the other side: {', '.join(map(repr, unknown))}; "
+            f"{what} without a counterpart: {', '.join(map(repr, unknown))}; "
             f"for {unknown[0]!r} {nearest(_template(unknown[0]), templates)}"
         )
 
@@ -126,7 +127,7 @@ def _check_ndim(name: str, array: object, leaf: str) -> None:
         raise InputError(f"{name} should be an array, got {type(array).__name__}")
     if array.ndim != _NDIMS[leaf]:
         raise InputError(
-            f"{name} has shape {list(array.shape)}; a {leaf} has {_NDIMS[leaf]} dimension(s)"
+            f"{name} has shape {list(array.shape)}, it must have {counted(_NDIMS[leaf], 'dimension')}"
         )
 
 

@@ -1,7 +1,7 @@
 """The checkpoint that a run can be resumed from: what is in it, and its way to the disk and back.
 
 Orbax writes it, arrays and description in one directory, which has its name only once it is whole;
-a run that is killed meanwhile leaves the checkpoint before. Orbax imports jax, so only the worker may
+a run that is killed while it writes leaves the earlier checkpoint. Orbax imports jax, so only the worker may
 call :func:`write` and :func:`read_arrays`; the description is JSON, which the parent reads.
 """
 
@@ -167,7 +167,7 @@ def read_arrays(path: Path, shards: Mapping[str, Sequence[int]]) -> Arrays:
 
 
 def remove(directory: Path, but: Path | None = None, unfinished: bool = False) -> None:
-    """Remove the checkpoints of a directory except one, or only what a killed run left of others."""
+    """Remove a directory's checkpoints except one, or only the incomplete ones of a killed run."""
     for path, _ in _named(directory, unfinished):
         if path != but:
             shutil.rmtree(path)

@@ -175,7 +175,9 @@ def _check_header(path: Path) -> None:
         with safe_open(path, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged, truncated or no safetensors file: {error}") from error
+        raise InputError(
+            f"{path} is damaged, truncated or not a safetensors file: {error}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -152,4 +152,4 @@ def _load(file: Path) -> Any:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no class of its own
-        raise InputError(f"{file} is no tokenizer: {error}") from None
+        raise InputError(f"{file} is not a tokenizer: {error}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from kvpipe.cli.common import PLANNERS, input_error, shown_format, tell
+from kvpipe.cli.common import PLANNERS, input_error, notify, shown_format
 from kvpipe.cli.verbs import RUN, VERBS, split_paths, split_verb, without_verb
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS, uncaught
 from kvpipe.config.hydra_secrets import Refused
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         except Exception:
             # A defect must not look like a mistake of the person at the terminal: print the
             # traceback.
-            tell(traceback.format_exc())
+            notify(traceback.format_exc())
             return DEFECT
 
 
@@ -108,7 +108,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
             reported = isinstance(error, (KvpipeError, *COMPOSITION_ERRORS))
             if sweep and sweep.exit_code and isinstance(error, Exception) and not reported:
                 # Raised by a launcher or a defect; the jobs and their records remain valid.
-                tell(traceback.format_exc())
+                notify(traceback.format_exc())
                 return sweep.exit_code
             raise
         finally:
@@ -120,7 +120,7 @@ def _compose_and_act(arguments: Sequence[str]) -> int:
 
 def _call_hydra(task: Task, overrides: Sequence[str]) -> None:
     try:
-        with slurm.jobs(tell):
+        with slurm.jobs(notify):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(task)()
     except COMPOSITION_ERRORS:
         raise
@@ -174,5 +174,5 @@ def _exit_code(work: Callable[[], int]) -> int:
         caught = error
     except COMPOSITION_ERRORS as error:
         caught = input_error(error)
-    tell("\n  ".join([f"kvpipe: {caught}", *getattr(caught, "__notes__", ())]) + "\n")
+    notify("\n  ".join([f"kvpipe: {caught}", *getattr(caught, "__notes__", ())]) + "\n")
     return caught.exit_code

@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from kvpipe.cli.common import checked_steps, completed_elsewhere, tell
+from kvpipe.cli.common import checked_steps, completed_elsewhere, notify
 from kvpipe.config.schema import from_plain, to_plain
 from kvpipe.errors import HELD
 from kvpipe.parent.resumption import messages
@@ -14,6 +14,6 @@ def act(composed: DictConfig) -> int:
     config = from_plain(completed_elsewhere(to_plain(composed)))
     steps = checked_steps(config)
     for line in messages(config, steps):
-        tell(f"kvpipe: {line}\n")
+        notify(f"kvpipe: {line}\n")
     print(f"{config.experiment}: {counted(len(steps), 'step')}, their order holds")
     return HELD

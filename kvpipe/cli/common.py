@@ -32,7 +32,7 @@ PLANNERS = Planners()
 
 
 def completed_elsewhere(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a verb that does not run it, with what the checkpoint of its run says.
+    """Return the config of a verb that does not run it, completed from the checkpoint of its run.
 
     Raises:
         InputError: as of :func:`kvpipe.parent.resumption.completed`, or no run is named.
@@ -108,6 +108,6 @@ def input_error(error: Exception) -> InputError:
     return error if isinstance(error, InputError) else InputError(one_message(error))
 
 
-def tell(text: str) -> None:
+def notify(text: str) -> None:
     """Write to stderr, with the environment's secrets redacted."""
     print(redactor(os.environ, None).text(text), end="", file=sys.stderr)

@@ -28,7 +28,7 @@ def act(composed: DictConfig, words: Sequence[Path]) -> int:
     config = from_plain(to_plain(composed))
     if len(words) != 2 or str(words[0]) != _PHASE:
         given = " ".join(map(str, words))
-        raise InputError(f"new: say what is new, and its name, not {given!r}: new {_PHASE} NAME")
+        raise InputError(f"new: give a kind and a name, not {given!r}: new {_PHASE} NAME")
     name, folder = str(words[1]), Path(next(iter(config.phase_path), _FOLDER))
     _refuse_name(name, [path for path in config.phase_path if Path(path).is_dir()])
     files = file, test = folder / f"{name}.py", folder.parent / "tests" / f"test_{name}.py"
@@ -46,7 +46,7 @@ def _refuse_name(name: str, path: Sequence[str]) -> None:
     valid = name.isascii() and name.isidentifier() and name.islower() and name[0] != "_"
     if not valid or keyword.iskeyword(name):
         raise InputError(
-            f"new phase: {name!r} is no name; write lower-case letters, digits and '_', a letter first"
+            f"new phase: {name!r} is not a valid name; write lower-case letters, digits and '_', a letter first"
         )
     if name in RUN_RECORDS or name in phase_names(path):
         raise InputError(f"new phase: there is {name!r} already; choose another name")

@@ -5,7 +5,7 @@ import json
 from omegaconf import DictConfig
 
 from kvpipe.checkpoints.model_dir import check_cache_dir, check_shape
-from kvpipe.cli.common import PLANNERS, checked_steps, completed_elsewhere, open_output, tell
+from kvpipe.cli.common import PLANNERS, checked_steps, completed_elsewhere, notify, open_output
 from kvpipe.config.schema import PlanFormat, from_plain, to_plain
 from kvpipe.errors import HELD, InputError, KvpipeError
 from kvpipe.parent.resumption import messages
@@ -23,7 +23,7 @@ def act(composed: DictConfig) -> int:
     plain = completed_elsewhere(to_plain(composed))
     config = from_plain(plain)
     for line in messages(config, checked_steps(config, whole=False)):
-        tell(f"kvpipe: {line}\n")
+        notify(f"kvpipe: {line}\n")
     check_shape(config)
     target = find_target(config.plan.target, config.engine)
     if config.plan.compile is True:

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kvpipe.checkpoints.model_dir import check_cache_dir
-from kvpipe.cli.common import checked_steps, input_error, shown_format, tell
+from kvpipe.cli.common import checked_steps, input_error, notify, shown_format
 from kvpipe.config.hosts import check_node_rank, is_first, own_file, with_node_rank
 from kvpipe.config.hydra_errors import COMPOSITION_ERRORS
 from kvpipe.config.jax_environment import jax_environment
@@ -73,10 +73,10 @@ def act(composed: DictConfig) -> int:
 
 
 def _completed(plain: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with what Hydra does not compose: the host's rank, names for W&B."""
+    """Return the config with the values that Hydra does not compose: host's rank, names for W&B."""
     plain = with_wandb_variables(with_node_rank(plain, os.environ), os.environ)
     if plain["resume"] and _is_job():
-        raise InputError("resume: it continues one run; a sweep has sweep.resume")
+        raise InputError("resume: it continues a single run; for a sweep set sweep.resume")
     plain = resumption.completed(plain, Path(HydraConfig.get().runtime.output_dir))
     if not _is_job():
         return plain
@@ -101,7 +101,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
     own = own_sinks(config.sinks, run_dir) if first else []
     resume = _is_job() and config.sweep.resume
     overwrite = config.runner.overwrite or resume or config.resume
-    with owned(run_dir, config.engine, overwrite, tell):
+    with owned(run_dir, config.engine, overwrite, notify):
         resumption.begin_anew(config, overwrite)
         _write_config(composed, run_dir)
         if resume and _taken_over(started, run_dir):
@@ -110,7 +110,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
         if config.resume:
             set_aside(run_dir / ENGINE_LOG)
         for line in resumption.messages(config, planned):
-            tell(f"kvpipe: {line}\n")
+            notify(f"kvpipe: {line}\n")
         tracker = WandbSink(config.tracking, run_dir, api_key, earlier)
         with _sinks(config, run_dir, [tracker, *own], earlier) as sinks:
             work = supervisor.Run(
@@ -129,7 +129,7 @@ def _run(config: Kvpipe, plain: dict[str, Any], composed: DictConfig) -> int:
             )
             finished = work.carry_out()
     if finished.exit_code and first and not _shown_live(config):
-        tell(f"kvpipe: {finished.error}\n")
+        notify(f"kvpipe: {finished.error}\n")
     return finished.exit_code
 
 
@@ -165,7 +165,7 @@ def _start_tracking(tracker: WandbSink, plain: dict[str, Any], config: Kvpipe) -
     tracking = config.tracking
     if tracking.mode is not TrackingMode.disabled:
         for line in variable_messages(tracking, os.environ):
-            tell(f"kvpipe: {line}\n")
+            notify(f"kvpipe: {line}\n")
     fields = tracker.start(plain)
     fell_back = fields["fallback"] and tracking.fallback_offline
     wanted = TrackingMode.offline if fell_back else tracking.mode
@@ -226,7 +226,7 @@ def _started(config: Kvpipe, plain: dict[str, Any], steps: Sequence[Phase]) -> R
 
 
 def _own_code(config: Kvpipe) -> dict[str, str]:
-    """Return where the phases, sinks and rewards that are not kvpipe's own come from."""
+    """Return the origins of the phases, sinks and rewards that are not kvpipe's own."""
     found = {
         OWN_PHASE: phase_origins(config),
         OWN_SINK: sink_origins(config.sinks),
@@ -241,7 +241,7 @@ def _taken_over(started: RunStarted, run_dir: Path) -> bool:
     if found is None:
         return False
     take_over(found, run_dir)
-    tell(f"kvpipe: not run again, its records are taken over from {found}\n")
+    notify(f"kvpipe: not run again, its records are taken over from {found}\n")
     return True
 
 
@@ -331,5 +331,5 @@ def _heartbeat(config: Kvpipe) -> list[Sink]:
 
 
 def _shown_live(config: Kvpipe) -> bool:
-    """Whether a terminal shows the run, with its error, as it goes on."""
+    """Whether a terminal shows the run and its error while it executes."""
     return config.output is not OutputFormat.json and sys.stdout.isatty()

@@ -1,1 +1,1 @@
-"""The configuration: its schema, what Hydra needs, the prompt, jax's environment, the hosts."""
+"""The configuration: schema, Hydra's store and messages, prompt, jax's environment, hosts."""

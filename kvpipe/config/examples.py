@@ -48,7 +48,7 @@ def _named(config: TrainerConfig) -> str:
     if config.data is None:
         raise InputError(
             f"trainer.data: trainer.loss={config.loss} learns from a file; give one with a JSON "
-            "object with 'prompt' and 'response' a line"
+            "object with 'prompt' and 'response' on each line"
         )
     return config.data
 
@@ -58,5 +58,5 @@ def _example(where: str, line: str) -> TextExample:
     for key in _KEYS:
         value = data.get(key)
         if not isinstance(value, str) or not value:
-            raise InputError(f"{where}: {key!r} is a text that is not empty, this is {value!r}")
+            raise InputError(f"{where}: {key!r} is a text that is not empty, got {value!r}")
     return TextExample(data["prompt"], data["response"])

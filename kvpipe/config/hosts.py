@@ -30,7 +30,7 @@ _NOT_ALL_CAME = "RegisterTask"
 def with_node_rank(plain: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """Return a config of several hosts with this host's rank, if :data:`RANK_VARIABLES` give it.
 
-    A rank that the config has stays.
+    A rank in the config takes precedence.
     """
     engine = plain["engine"]
     name, nnodes = _rank_variable(environ), engine["nnodes"]
@@ -94,13 +94,13 @@ def check_hosts(config: Kvpipe) -> None:
         )
     if engine.tp_size is not None and engine.tp_size % engine.nnodes:
         raise InputError(
-            f"engine.tp_size is {engine.tp_size}, but engine.nnodes is {engine.nnodes}; the engine "
-            "takes a multiple of it"
+            f"engine.tp_size is {engine.tp_size}, but engine.nnodes is {engine.nnodes}; it must be "
+            "a multiple of that"
         )
     if not config.runner.isolate:
         raise InputError(
             f"runner.isolate is false, but engine.nnodes is {engine.nnodes}: when a host fails, "
-            "jax ends the process of every other; only a process of its own may be ended"
+            "jax ends the processes of all others, so the engine needs a process of its own"
         )
 
 
@@ -119,7 +119,7 @@ def _check_address(engine: EngineConfig) -> None:
     if not 0 < int(found[1]) <= _LAST_PORT:
         raise InputError(
             f"engine.dist_init_addr has port {found[1]}; it must be 1 to {_LAST_PORT}, because "
-            "the engine takes some of those after it"
+            "the engine uses some of the ports after it"
         )
 
 

@@ -66,9 +66,9 @@ def one_message(error: Exception) -> str:
 def uncaught(error: Exception, arguments: Sequence[str]) -> str | None:
     """Return the message for an error of Hydra's or OmegaConf's own that names no key.
 
-    It is none of :data:`COMPOSITION_ERRORS`, and from before any job. Two mistakes end in one: a
-    value that cannot be the name of a file of a group, and a key below a section that is null,
-    which OmegaConf 2.3 cannot fill from the command line.
+    It is not in :data:`COMPOSITION_ERRORS` and was raised before any job began. Two mistakes end in
+    one: a value that cannot be the name of a file of a group, and a key below a section that is
+    null, which OmegaConf 2.3 cannot fill from the command line.
     """
     given = [argument for argument in arguments if "=" in argument and argument[0] != "-"]
     overrides = OverridesParser.create().parse_overrides(given)
@@ -100,7 +100,7 @@ def _no_name(override: Override) -> str | None:
 
 
 def _instead(group: str) -> str:
-    """Return what to write instead, where a group was given something other than a file's name."""
+    """Return the valid spelling if a group was given something other than a file's name."""
     if group == "pipeline":
         return (
             "for a list of steps, write '# @package _global_' and below it 'pipeline: [STEP, STEP]' "

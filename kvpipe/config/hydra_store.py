@@ -41,7 +41,7 @@ def store_schema() -> None:
 
 
 def _composed_once() -> Callable[..., DictConfig]:
-    """Return Hydra's composition, which keeps what it made to read ``hydra.mode`` for the run.
+    """Return Hydra's composition, which keeps the config that it composed to read ``hydra.mode``.
 
     Hydra composes each config twice: first to see whether it is a sweep. Remove this once
     ``Hydra.run`` takes over what ``Hydra.get_mode`` has composed.

@@ -87,7 +87,7 @@ def _json_line(where: str, own_id: str, line: str) -> Prompt:
         raise InputError(f"{where}: give one of 'prompt' and 'messages', and not both")
     given, answer = str(data.get("id", own_id)), data.get("answer")
     if answer is not None and not isinstance(answer, str):
-        raise InputError(f"{where}: 'answer' should be a text, this is {answer!r}")
+        raise InputError(f"{where}: 'answer' should be a text, got {answer!r}")
     if "prompt" in data:
         return replace(_prompt(where, given, data["prompt"]), answer=answer)
     messages = data["messages"]
@@ -106,5 +106,5 @@ def _is_message(value: Any) -> bool:
 
 def _prompt(where: str, own_id: str, text: Any) -> Prompt:
     if not isinstance(text, str) or not text:
-        raise InputError(f"{where}: a prompt is a text that is not empty, this is {text!r}")
+        raise InputError(f"{where}: a prompt is a text that is not empty, got {text!r}")
     return Prompt(own_id, text)

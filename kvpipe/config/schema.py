@@ -35,7 +35,7 @@ _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class TrackingMode(Enum):
-    """Where W&B writes: to its server, to local files, or nowhere."""
+    """Destination of W&B's data: its server, local files, or none."""
 
     online = "online"
     offline = "offline"
@@ -71,7 +71,7 @@ Refusal = Callable[[str, Any], None]
 
 
 def one_of(*valid: str) -> Refusal:
-    """Refuse a text that is none of ``valid``."""
+    """Refuse a text that is not in ``valid``."""
 
     def refuse(key: str, value: Any) -> None:
         if value is not None and value not in valid:
@@ -125,14 +125,14 @@ def positive(key: str, value: float | None) -> None:
 
 
 def texts(key: str, values: list[Any]) -> None:
-    """Refuse an item that is no text: OmegaConf lets a list pass as an item of list[str]."""
+    """Refuse an item that is not a text: OmegaConf lets a list pass as an item of list[str]."""
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"{key}: {value!r} is of type {type(value).__name__}, not str")
 
 
 def stops(key: str, values: list[Any]) -> None:
-    """Refuse an item that is no text, or an empty one: it would end every sample at once."""
+    """Refuse an item that is empty or not a text: it would end every sample at once."""
     texts(key, values)
     if "" in values:
         raise InputError(
@@ -141,10 +141,12 @@ def stops(key: str, values: list[Any]) -> None:
 
 
 def token_ids(key: str, values: list[Any]) -> None:
-    """Refuse an item that is no token id; OmegaConf lets a list pass as an item of list[int]."""
+    """Refuse an item that is not a token id; OmegaConf lets a list pass as an item of list[int]."""
     for value in values:
         if not isinstance(value, int) or value < 0:
-            raise InputError(f"{key}: {value!r} is no token id; an id is a whole number from 0 on")
+            raise InputError(
+                f"{key}: {value!r} is not a token id; an id is an integer of at least 0"
+            )
 
 
 def name(key: str, value: str | None) -> None:
@@ -166,7 +168,7 @@ def directory_name(key: str, value: str) -> None:
 
 
 def wandb_id(key: str, value: str | None) -> None:
-    """Refuse what W&B does not take as the id of a run."""
+    """Refuse an id of a run that W&B does not accept."""
     if value is not None and not _WANDB_ID.fullmatch(value):
         raise InputError(f"{key} is {value!r}, it must be 1 to 64 letters, digits, '-' or '_'")
 
@@ -237,7 +239,7 @@ class TinyModel(Section, section="model.generate"):
                 f"of num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.head_dim % 2:
-            raise InputError(f"{key}.head_dim is {self.head_dim}, RoPE needs an even one")
+            raise InputError(f"{key}.head_dim is {self.head_dim}, it must be even for RoPE")
         if self.vocab_size <= 256:
             raise InputError(
                 f"{key}.vocab_size is {self.vocab_size}, it must be more than 256: one token for "
@@ -268,7 +270,7 @@ class ModelConfig:
 
 @dataclass
 class EngineConfig(Section, section="engine"):
-    """How sglang-jax is started; the names are those of its server arguments.
+    """Arguments of sglang-jax, under the names of its server arguments.
 
     Attributes:
         device: JAX platform, ``cpu`` or ``tpu``; must agree with JAX_PLATFORMS.
@@ -334,8 +336,8 @@ class TrainerConfig(Section, section="trainer"):
             without activations, to study memory and speed of the rest.
         data: JSON lines to learn from, each with ``prompt`` and ``response``;
             ``pkg://conf/data/NAME`` is a file that ships with kvpipe. For ``sft``.
-        reward: what scores a sample: ``MODULE:FUNCTION`` of one's own, or the name of one that kvpipe or
-            an installed package brings along.
+        reward: function that scores a sample: ``MODULE:FUNCTION`` of one's own, or the name of one
+            that kvpipe or an installed package brings along.
         reward_options: keyword arguments of that function.
         clip_ratio: for ``grpo``, how far from 1 the ratio of a token's new probability to the sampled
             one counts (PPO's clipping).
@@ -452,7 +454,7 @@ class PromptsConfig(Section, section="prompts"):
 
 @dataclass
 class SamplingConfig(Section, section="sampling"):
-    """How tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
         max_new_tokens: number of tokens to generate.
@@ -532,7 +534,7 @@ class RepeatConfig(Section, section="repeat"):
 
 @dataclass
 class RunnerConfig(Section, section="runner"):
-    """How the run is executed.
+    """Execution of a run: isolation, time limits, and reactions to failures.
 
     Attributes:
         isolate: run the engine in a fresh child process; false is for debuggers.
@@ -579,8 +581,8 @@ class RunnerConfig(Section, section="runner"):
             seconds(f"runner.{name}", limit)
             if limit is not None and not self.isolate:
                 raise InputError(
-                    f"runner.{name} is {limit:g}, but runner.isolate is false: only a process of "
-                    "its own can be ended; leave the limit out"
+                    f"runner.{name} is {limit:g}, but runner.isolate is false: only a child "
+                    "process can be ended; leave the limit out"
                 )
 
 
@@ -590,19 +592,19 @@ class PlanConfig(Section, section="plan"):
 
     Attributes:
         enforce: refuse a run that does not fit, and fail a run whose bytes differ from the plan.
-        allowance_bytes: allowed difference between the planned programs and what devices that count
-            by themselves use beyond their arrays, in bytes over all devices. Parameters, KV cache and
-            slots must be exact, and every other array needs an owner.
+        allowance_bytes: allowed difference, in bytes over all devices, between the planned programs
+            and the bytes beyond arrays on devices that count by themselves. Parameters, KV cache
+            and slots must be exact, and every other array needs an owner.
         format: output format of ``kvpipe plan``.
         target: machine that ``kvpipe plan`` plans for: ``cpu`` (this host), a chip and its
             topology, e.g. ``v5e:2x2x1``, or an accelerator type, e.g. ``v4-32``; None is ``cpu``
             for ``engine.device=cpu`` and ``v4:2x2x1``, a v4-8, for ``tpu``.
         file: file that ``kvpipe plan`` writes; None means stdout.
         compile: add code and temporaries to the plan: of the engine's prefill and decode steps, of
-            the trainer's programs and of kvpipe's own, compiled for the target. True compiles what
-            an earlier plan has not, which takes about half a minute; False adds none. ``auto``
-            takes what an earlier plan has compiled, and for a CPU compiles the rest where its
-            memory may not suffice. A run on a TPU takes what ``kvpipe plan`` has compiled.
+            the trainer's programs and of kvpipe's own, compiled for the target. True compiles the
+            programs that the cache lacks, which takes about half a minute; False adds none.
+            ``auto`` uses the programs in the cache, and compiles the others for a CPU whose memory
+            may not suffice. A run on a TPU takes what ``kvpipe plan`` has compiled.
         prompt_tokens: length of the prompt for ``compile``, in tokens; None estimates it from the
             prompt's bytes. The engine pads it to 64, 128, 256, … tokens.
         micro_batch: find the largest ``trainer.micro_batch_size`` that fits, by halving the divisors
@@ -651,7 +653,7 @@ class ComparePlansConfig(Section, section="compare_plans"):
 
 @dataclass
 class CompareConfig(Section, section="compare"):
-    """How ``kvpipe compare`` compares each further run with the first one.
+    """Comparison of each further run with the first one by ``kvpipe compare``.
 
     Attributes:
         format: output format.
@@ -678,7 +680,7 @@ class CompareConfig(Section, section="compare"):
 
 @dataclass
 class ReportConfig:
-    """Where ``kvpipe report`` writes.
+    """Output of ``kvpipe report``.
 
     Attributes:
         dir: directory of ``report.html`` and ``timeline.png``; None means the records' directory.
@@ -689,7 +691,7 @@ class ReportConfig:
 
 @dataclass
 class SweepConfig:
-    """How the jobs of a sweep (``-m``) are executed.
+    """Execution of the jobs of a sweep (``-m``).
 
     Attributes:
         resume: reuse the records of an earlier sweep's job instead of running it again, if that job

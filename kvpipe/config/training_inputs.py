@@ -1,4 +1,4 @@
-"""What a training depends on, to compare a resumed run's config and files with the checkpoint's."""
+"""Inputs of a training, to compare a resumed run's config and files with those of the checkpoint."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def as_plain(config: Kvpipe) -> dict[str, Any]:
 
 
 def digests(config: Kvpipe) -> dict[str, str | None]:
-    """Return the SHA-256 of what each file of the config says, by its key; None if there is none.
+    """Return the SHA-256 of each file of the config, by its key; None if the key has no file.
 
     Raises:
         InputError: one cannot be read.

@@ -1,7 +1,7 @@
-"""The environment's ``WANDB_*`` variables against ``tracking``: the config decides.
+"""Reconcile the environment's ``WANDB_*`` variables with ``tracking``, which takes precedence.
 
 A variable fills a key that the config leaves null. No other variable that describes a W&B run is read
-(:mod:`kvpipe.sinks.wandb` clears them): each run is a new one, and the upload is what the config says.
+(:mod:`kvpipe.sinks.wandb` clears them): each run is a new one, uploaded as the config says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def with_wandb_variables(plain: Mapping[str, Any], environ: Mapping[str, str]) -
 
 
 def variable_messages(tracking: TrackingConfig, environ: Mapping[str, str]) -> Iterator[str]:
-    """Yield a message for each variable that fills a key, or that is not read and contradicts one.
+    """Yield a message for each variable that fills a key, or that is ignored and differs from one.
 
     The config is one that :func:`with_wandb_variables` has completed.
     """

@@ -52,7 +52,7 @@ class CompileFinding(KvpipeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A target to compile for, with the cache of what has been compiled.
+    """A target to compile for, with the cache of compiled programs.
 
     Attributes:
         config: how the engine will be started.
@@ -88,7 +88,7 @@ class Place:
         """Return what ``make`` compiles for the target, from the cache if present.
 
         Args:
-            content: what the programs depend on beside model, target and versions.
+            content: inputs of the programs beside model, target and versions.
             make: compiles them; an exception from it is not cached.
         """
         key = {**content, "target": self.target}
@@ -132,7 +132,7 @@ def digest_program(place: Place) -> tuple[Program, ...]:
 
 
 def _engine(config: EngineConfig) -> dict[str, Any]:
-    """Return what of the engine's config its programs may depend on: not where it is started."""
+    """Return the part of the engine's config that its programs may depend on."""
     elsewhere = ("device", "virtual_devices", "node_rank", "dist_init_addr", "download_dir")
     return {key: value for key, value in asdict(config).items() if key not in elsewhere}
 
@@ -202,7 +202,7 @@ def not_in_place(name: str, in_place_bytes: int, nbytes: int, target: str) -> Co
     """Return the finding that a program of kvpipe copies arrays that it should update."""
     return CompileFinding(
         f"the program {name} is not in place on {target}: of {nbytes} bytes on a device it updates "
-        f"{in_place_bytes} in place and copies the rest; report it, the plan would be wrong"
+        f"{in_place_bytes} in place and copies the rest; report this, because the plan would be wrong"
     )
 
 
@@ -259,7 +259,7 @@ def _compile(
         raise CompileFinding(_finding(name, requests, tokens, devices[0], error)) from error
     except NotImplementedError as error:
         raise CompileFinding(
-            f"the engine's kernels are not made for {devices[0].device_kind}: {error}"
+            f"the engine's kernels do not support {devices[0].device_kind}: {error}"
         ) from error
     used: Any = compiled.memory_analysis()
     return Program(

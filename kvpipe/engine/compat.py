@@ -81,8 +81,8 @@ def in_engine_axes[**P, T](function: Callable[P, T], *shardings: Any) -> Callabl
     """Return ``function`` for a program that leaves its shardings to XLA; it runs the engine's model.
 
     Args:
-        function: what runs the model.
-        shardings: for each of its arguments, how the engine's mesh has it.
+        function: runs the model.
+        shardings: sharding of each of its arguments over the engine's mesh.
     """
     if not shards_explicitly():
         return function
@@ -151,7 +151,7 @@ def pytree_registered_twice() -> Iterator[None]:
 
     Defect: its base class is an nnx module, which flax has registered already, and jax raises
     "Duplicate custom PyTreeDef type registration".
-    For: 0.0.2. Goes when 0.0.2 is no longer supported.
+    For: 0.0.2. Remove when 0.0.2 is no longer supported.
     """
     register = jax.tree_util.register_pytree_node_class
 
@@ -171,7 +171,7 @@ def sampler_off_tpu() -> None:
     """Make the sampler take its TPU path on the CPU.
 
     Defect: the other path of 0.0.2 cannot unpack its operands; the TPU path is plain JAX.
-    For: 0.0.2. Goes when 0.0.2 is no longer supported.
+    For: 0.0.2. Remove when 0.0.2 is no longer supported.
     """
     if shards_explicitly():
         return
@@ -186,7 +186,7 @@ def seeded_sampling_is_random() -> None:
     Defect: the engine hashes seed, position and token so that the noise of the tokens is not
     independent: over 65,536 seeds a token of probability 0.42 came 0.32 of the time (chi-squared
     930 times its degrees of freedom; 1.5 times with this patch).
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine's own draws as its probabilities say.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine's own draws as its probabilities say.
     """
     from sgl_jax.srt.layers import sampler
 
@@ -212,7 +212,7 @@ def min_p_of_probabilities() -> None:
 
     Defect: the engine compares logits as if they were probabilities, and sets those that it leaves
     out to 0, which is above any negative logit.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine's own leaves out the right tokens.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine's own leaves out the right tokens.
     """
     from sgl_jax.srt.layers import sampler
 
@@ -233,7 +233,7 @@ def prefill_within_its_program(max_prefill_tokens: int, page_size: int) -> dict[
 
     Defect: the programs take ``max_prefill_tokens``, but batches of several requests are bounded by
     ``chunked_prefill_size`` alone, 4,096 by default; a larger batch kills the scheduler.
-    For: HEAD (cddbf6f); it changes nothing for bd09a87's batches. Goes when the engine bounds them
+    For: HEAD (cddbf6f); it changes nothing for bd09a87's batches. Remove when the engine bounds them
     by both.
     """
     if not shards_explicitly() or max_prefill_tokens >= _CHUNK_TOKENS:
@@ -247,7 +247,7 @@ def page_table_of_each_batch_is_its_own() -> None:
     Defect: every batch writes its page table into one array of the host. Where that is aligned to
     64 bytes, which differs from process to process, the CPU's devices read it in place while the
     scheduler writes the next batch's: 2 of 5 rollouts of 128 requests had wrong tokens.
-    For: HEAD (cddbf6f). Goes when the scheduler waits, or copies.
+    For: HEAD (cddbf6f). Remove when the scheduler waits, or copies.
     """
     from sgl_jax.srt.managers.schedule_batch import ScheduleBatch
 
@@ -264,7 +264,7 @@ def page_table_of_each_batch_is_its_own() -> None:
 
 @contextmanager
 def construction() -> Iterator[None]:
-    """Patch what an engine needs while it is constructed, whoever does it."""
+    """Apply the patches that an engine needs while it is constructed, by kvpipe or by a caller."""
     # The engine imports its attention backend only in its constructor.
     with pytree_registered_twice(), failure_signals_stay_here(), contexts_stay_open():
         sampler_off_tpu()
@@ -282,7 +282,7 @@ def config_of_each_engine_is_its_own() -> None:
     Defect: the config is cached by path, and tensor parallelism writes the replicated number of KV
     heads into it; the next reader of the same model (a plan, a second engine) mistakes that number
     for the checkpoint's.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine no longer writes into a cached config.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine no longer writes into a cached config.
     """
     from sgl_jax.srt.configs import model_config
 
@@ -302,7 +302,7 @@ def bit_width_of_dtypes() -> None:
 
     Defect: the kernel of 0.0.2 uses a private jax function that 0.8.1 renamed, so it fails on every
     TPU with jax 0.8.1 and later, versions that its own requirements allow.
-    For: 0.0.2. Goes when 0.0.2 is no longer supported.
+    For: 0.0.2. Remove when 0.0.2 is no longer supported.
     """
     from jax._src import dtypes
 
@@ -315,7 +315,7 @@ def kernel_sees(devices: Sequence[Any]) -> AbstractContextManager[None]:
 
     Defect: the attention kernel chooses its block sizes, and the engine its code paths, by
     ``jax.devices()``, even when they are lowered for other devices.
-    For: 0.0.2, bd09a87, HEAD. Goes when they read the mesh that they are lowered for.
+    For: 0.0.2, bd09a87, HEAD. Remove when they read the mesh that they are lowered for.
     """
     return replaced(jax, "devices", lambda *args, **kwargs: list(devices))
 
@@ -325,7 +325,7 @@ def failure_signals_stay_here() -> AbstractContextManager[None]:
 
     Defect: a thread that fails sends SIGQUIT to the parent of its process, even when the engine
     runs in a single process; that parent is the user's shell or the run's supervisor.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine raises its failures to the caller.
     """
     return replaced(psutil.Process, "parent", lambda self: self)
 
@@ -335,7 +335,7 @@ def failure_does_not_kill(on_kill: Callable[[], None]) -> None:
 
     Defect: the engine answers an exception of a thread with SIGQUIT, and its handler kills the
     process tree; no caller can report or clean up.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine raises its failures to the caller.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine raises its failures to the caller.
     """
     from sgl_jax.srt.entrypoints import engine
 
@@ -347,7 +347,7 @@ def starts_no_second_runtime() -> AbstractContextManager[None]:
 
     Defect: the scheduler always starts the runtime itself, so no engine can start in a process that
     has already queried jax's devices or started the runtime with its own timeouts.
-    For: 0.0.2, bd09a87, HEAD. Goes when the engine accepts a runtime that is already running.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine accepts a runtime that is already running.
     """
     return replaced(jax.distributed, "initialize", lambda *args, **kwargs: None)
 
@@ -358,7 +358,7 @@ def scheduler_of_any_host() -> Iterator[list[Any]]:
 
     Defect: on ranks after 0 the constructor never returns; or it returns without the scheduler, with
     SGLANG_BLOCK_NONZERO_RANK_CHILDREN=0, which :mod:`kvpipe.config.jax_environment` sets.
-    For: 0.0.2, bd09a87, HEAD. Goes when ``scheduler_info`` exists on every host.
+    For: 0.0.2, bd09a87, HEAD. Remove when ``scheduler_info`` exists on every host.
 
     Yields:
         A list that contains the scheduler once it is made.
@@ -388,7 +388,7 @@ def contexts_stay_open() -> Iterator[None]:
     Defect: the engine leaves its sockets open. When it is collected, pyzmq terminates the ZeroMQ
     context first and waits for its sockets to close; they would close later in the same collection,
     so it never returns, and no other thread can collect garbage any more.
-    For: 0.0.2, bd09a87, HEAD with pyzmq 27.0.2. Goes when the engine closes its sockets itself.
+    For: 0.0.2, bd09a87, HEAD with pyzmq 27.0.2. Remove when the engine closes its sockets itself.
     """
     import zmq
 

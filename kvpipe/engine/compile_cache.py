@@ -17,7 +17,9 @@ _OF_JAX = "JAX_COMPILATION_CACHE_DIR"
 
 
 def keep_in(directory: Path, max_bytes: int) -> None:
-    """Let jax keep what it compiles in this process; 0 bytes, or jax's own variable, keep nothing here.
+    """Let jax store the programs that this process compiles.
+
+    With 0 bytes, or with jax's own variable, nothing is stored here.
 
     Call it before the first compilation.
     """
@@ -43,7 +45,7 @@ class Store:
         self._path = directory  # jax names it in its log
         self._max_bytes = max_bytes
         self._used: int | None = None
-        self._told = False
+        self._reported = False
 
     def get(self, key: str) -> bytes | None:
         """Return the entry of a key; None if there is none that can be read."""
@@ -57,13 +59,13 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._tell("read", error)
+            return self._report("read", error)
         with suppress(OSError):  # on a disk that is read only
             os.utime(file)
         return value
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep an entry, unless it cannot be written or is larger than all may be together."""
+        """Store an entry, unless it cannot be written or exceeds the limit of the whole cache."""
         content = hashlib.sha256(value).digest() + value
         try:
             self._path.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ class Store:
             if len(content) <= self._max_bytes:
                 self._write(self._path / key, content)
         except OSError as error:
-            self._tell("write", error)
+            self._report("write", error)
 
     def _write(self, file: Path, content: bytes) -> None:
         descriptor, part = tempfile.mkstemp(dir=self._path)
@@ -84,7 +86,7 @@ class Store:
             raise
 
     def _make_room(self, size: int) -> None:
-        """Remove the oldest files, also what a killed process left, until ``size`` more bytes fit."""
+        """Remove the oldest files, a killed process's included, until ``size`` more bytes fit."""
         if self._used is None or self._used + size > self._max_bytes:
             files = sorted(self._files())
             self._used = sum(held for _, held, _ in files)
@@ -105,8 +107,8 @@ class Store:
                     found.append((status.st_mtime_ns, status.st_size, entry.path))
         return found
 
-    def _tell(self, verb: str, error: OSError) -> None:
+    def _report(self, verb: str, error: OSError) -> None:
         """Write the first error to the log of the engine; each program would have the same."""
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             print(f"kvpipe: cannot {verb} compiled programs: {error}", file=sys.stderr)

@@ -50,7 +50,7 @@ def check_devices(config: EngineConfig) -> None:
     if config.dp_size > 1 and not compat.shards_explicitly():
         raise InputError(
             f"engine.dp_size is {config.dp_size}, but sglang-jax {compat.sgl_jax_version()} starts "
-            "no engine with more than 1; a plan for another machine may have it"
+            "engines with 1 only; a plan for another machine may have more"
         )
 
 
@@ -60,7 +60,7 @@ def target_name() -> str:
 
 
 def name_of(devices: Sequence[Any]) -> str:
-    """Return the target that these devices are, by the coordinates of a TPU's chips."""
+    """Return the plan target of these devices, from the coordinates of a TPU's chips."""
     kind = devices[0].device_kind
     if kind not in _CHIPS:
         return devices[0].platform

@@ -75,7 +75,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Rule:
-    """Where the elements of a parameter come from.
+    """Source of the elements of a parameter.
 
     Attributes:
         source: its Hugging Face name.
@@ -121,7 +121,7 @@ class Proof:
         if not self.proven:
             return ()
         right = len(self.leaves) - len(self.wrong)
-        detail = f"not its source's: {', '.join(self.wrong)}" if self.wrong else ""
+        detail = f"differ from their source: {', '.join(self.wrong)}" if self.wrong else ""
         return (Check("weights_proven", len(self.leaves), right, not self.wrong, detail),)
 
 
@@ -145,7 +145,7 @@ class Heads:
 
 
 def rule_of(source: str, shape: tuple[int, ...], heads: Heads) -> Rule:
-    """Return where the elements of a parameter come from, by its name and shape alone.
+    """Return the source of the elements of a parameter, from its name and shape alone.
 
     Args:
         source: its Hugging Face name.
@@ -307,7 +307,7 @@ def _at_source(rule: Rule) -> Multipliers:
 
 @lru_cache(maxsize=64)
 def _gathered(multipliers_of: Callable[[int], Words], axis: Axis) -> Words:
-    """Add up what belongs to each position of the checkpoint."""
+    """Sum the multipliers that belong to each position of the checkpoint."""
     multipliers = multipliers_of(axis.engine)
     if axis.source == axis.engine:
         return multipliers
@@ -319,7 +319,7 @@ def _gathered(multipliers_of: Callable[[int], Words], axis: Axis) -> Words:
 
 
 def _once(rule: Rule) -> Multipliers:
-    """Return the checkpoint's multipliers at the first of the positions that each goes to."""
+    """Return the checkpoint's multipliers, each at the first place of its element in the engine."""
     return _spread(_rows, rule.rows), _spread(_columns, rule.columns)
 
 
@@ -346,11 +346,11 @@ def _columns(length: int) -> Words:
 
 
 def _hashed(length: int, stride: int) -> Words:
-    """Return odd multipliers: hashes above, and below odd numbers that differ from each other.
+    """Return odd uint32 multipliers: hashes in the high bits, distinct odd numbers in the low bits.
 
     Args:
-        length: how many.
-        stride: odd; another one for each axis and sum, so that a transposed matrix differs.
+        length: number of multipliers.
+        stride: an odd number, different for each axis and sum, so that a transposed matrix differs.
     """
     index = np.arange(length, dtype=np.uint32)
     mixed = (index + np.uint32(stride)) * np.uint32(0x9E3779B1)
@@ -401,7 +401,7 @@ def _on_devices(
 def _program(
     sharding: NamedSharding, ndim: int, axis: int, dtype: np.dtype[Any]
 ) -> tuple[Any, tuple[NamedSharding, NamedSharding]]:
-    """Return the program that sums each shard of an array, and where its multipliers have to be."""
+    """Return the program that sums each shard of an array, and the shardings of its multipliers."""
     mesh: Any = sharding.mesh
     dims = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
     rows, columns = (dims[0], None) if ndim == 1 else (dims[1 - axis], dims[axis])
@@ -443,9 +443,9 @@ def _sums(
 def _summed_on_cpu(words: jax.Array, axis: int, nothing: jax.Array) -> jax.Array:
     """Return the sums along an axis without a copy of the array on a CPU.
 
-    XLA's CPU compiler fuses a sum of a few values with what makes them, but not one of many. So a
-    few are summed first, and then many. It would join the two, hence ``nothing`` between them: a 0
-    that it does not know. On a TPU, whose arrays lie in tiles, the split itself would make a copy.
+    XLA's CPU compiler fuses a sum with the computation of its values only if they are few. So a few
+    are summed first, and then many. It would join the two, hence ``nothing`` between them: a 0 that
+    it does not know. On a TPU, whose arrays lie in tiles, the split itself would make a copy.
     """
     length = words.shape[axis]
     fitting = (k for k in range(_FEW, 1, -1) if length % k == 0 and length // k > _FEW)

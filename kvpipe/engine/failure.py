@@ -96,8 +96,8 @@ class FailureWatch(logging.Handler):
     def instead_of_signals(self) -> Iterator[None]:
         """Within the context, let the engine's threads set the failure flag and send no signal.
 
-        For an engine that somebody else made: its threads have the parent process to send to, and
-        its front end sets a handler for the signal that kills this process and its children.
+        For an engine that the caller made: its threads have the parent process to send to, and its
+        front end sets a handler for the signal that kills this process and its children.
         """
         send = psutil.Process.send_signal
 

@@ -36,7 +36,7 @@ _LANES = 128
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scores:
-    """How a model scores the tokens of sequences, from the second token on.
+    """A model's scores of the tokens of sequences, from the second token on.
 
     Attributes:
         logprobs: natural logarithm of each token's probability, given those before it, in float32.
@@ -202,7 +202,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a model reads of the engine's ForwardBatch."""
+    """The fields of the engine's ForwardBatch that a model reads."""
 
     input_ids: jax.Array
     positions: jax.Array
@@ -212,7 +212,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Pools:
-    """The KV caches that a model hands to its attention: there are none."""
+    """Stand-in for the KV caches that a model hands to its attention; it has none."""
 
     token_to_kv_pool: None = None
 

@@ -26,7 +26,8 @@ def pool_size(tokens: int, allocator: Any) -> int:
     """
     page_size = allocator.page_size
     if tokens < page_size:
-        raise InputError(f"max_total_tokens is {tokens}, a page has {counted(page_size, 'token')}")
+        least = f"a page of {counted(page_size, 'token')}"
+        raise InputError(f"max_total_tokens is {tokens}, it must be at least {least}")
     return whole_pages(tokens, page_size) * pool_ranks(allocator)
 
 
@@ -49,7 +50,7 @@ def resize(engine: SglangEngine, tokens: int) -> None:
     longest = min(engine.longest_request, tokens - 1)
     if longest <= margin:
         raise EngineError(
-            f"max_total_tokens: {tokens} tokens hold no request; the least is {margin + 2}"
+            f"max_total_tokens: {tokens} tokens hold no request; it must be at least {margin + 2}"
         )
     pool.size = allocator.size = size
     pages = size // allocator.page_size

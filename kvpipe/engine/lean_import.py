@@ -1,4 +1,4 @@
-"""Import the engine without what costs CPU seconds and no run uses.
+"""Import the engine without modules that cost CPU seconds and that no run uses.
 
 sglang-jax 0.0.2 imports fastapi for its HTTP server, which a run never starts. transformers 4.55
 reads the sources of all its models for the names that they export, and does so twice.
@@ -74,7 +74,7 @@ class _ScanLoader(SourceFileLoader):
 
 
 def _scan_once(import_utils: Any) -> None:
-    """Make transformers find what its models export in a quarter of the CPU time.
+    """Let transformers find the exports of its models in a quarter of the CPU time.
 
     It remembers 128 of its 380 folders, of which a second scan finds none again; and it looks at
     each line of each file for the last one that begins with ``__all__``.

@@ -93,7 +93,7 @@ def live_arrays(collect: bool = True) -> list[jax.Array]:
 def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     """Return the arrays in groups that share a buffer: an array, its views and its shards.
 
-    Once somebody reads an array, it may keep its shards, or itself, as further arrays. The buffers of
+    Once code reads an array, it may keep its shards, or itself, as further arrays. The buffers of
     one on several devices are looked up only where another on a single device has a shard's shape.
     """
     return _by_buffer(_alike(arrays))
@@ -256,7 +256,7 @@ def given_bytes(array: Any) -> int:
 
 
 def counting_device() -> Any:
-    """Return the device whose compiler knows what an array takes of a device's memory here."""
+    """Return the device whose compiler knows the bytes that an array takes on this host's devices."""
     return jax.local_devices()[0]
 
 
@@ -363,9 +363,9 @@ def collect_excluded_garbage() -> None:
 def lives_excluded() -> Iterator[None]:
     """Exclude all objects that live now from the garbage collections within the context.
 
-    In a process that is not kvpipe's own they must become collectable again; so do those that somebody
-    else has excluded. What is garbage among them stays until then, so it changes no difference between
-    two counts, unless :func:`collect_excluded_garbage` runs between them.
+    In a process that is not kvpipe's own they must become collectable again; so do those that other
+    code has excluded. What is garbage among them stays until then, so it changes no difference
+    between two counts, unless :func:`collect_excluded_garbage` runs between them.
     """
     gc.freeze()
     try:

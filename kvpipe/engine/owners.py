@@ -1,10 +1,10 @@
 """Name the owner of each live array that is in no pool, by the path of attributes to it.
 
 Arrays that the engine holds besides weights and KV cache (random keys, tables) are named when it is
-ready, with their bytes. After its first generate, what its own objects hold by then is named too,
-the metadata of attention, for example, and what the caches of its modules hold. Its idle threads
-hold their last batch in local variables until the next one. Any other array has no owner. kvpipe's
-own objects own nothing here.
+ready, with their bytes. After its first generate the arrays of its own objects, such as the
+metadata of attention, and those in the caches of its modules are named too. Its idle threads hold
+their last batch in local variables until the next one. Any other array has no owner. kvpipe's own
+objects own nothing here.
 """
 
 import gc
@@ -61,7 +61,7 @@ class Owners:
 
     @classmethod
     def when_ready(cls, engine: SglangEngine) -> "Owners":
-        """Name what the engine holds when it is ready.
+        """Name the owners of the engine's arrays once it is ready.
 
         Raises:
             EngineError: a part of it is as large as a layer of the KV cache: a pool that no plan
@@ -157,7 +157,7 @@ def _described(array: jax.Array, ours: Set[int]) -> str:
 
 
 def _name_of(referrer: Any, array: jax.Array) -> str:
-    """Return a referrer in words: its class, the attribute, key or index, and who has it."""
+    """Describe a referrer: its class, the attribute, key or index, and its own owner."""
     if isinstance(referrer, (FrameType, GeneratorType)):
         return ""
     kind = f"{type(referrer).__module__}.{type(referrer).__qualname__}"
@@ -226,7 +226,7 @@ def _found_at(
 
 
 def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """Return the things of each name; a bound method's two children, for example, have none."""
+    """Group things by name; the key of unnamed ones, as a bound method's children, is empty."""
     things: dict[str, list[Any]] = {}
     for name, thing in named:
         things.setdefault(name, []).append(thing)
@@ -279,7 +279,7 @@ def _is_ours(thing: Any) -> bool:
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a thing refers to, with the ending of its path; no code of the thing runs."""
+    """Yield the objects that ``thing`` refers to, with the end of the path; runs no code of it."""
     if isinstance(thing, dict):
         yield from ((f"[{key!r:.40}]", value) for key, value in list(dict.items(thing)))
     elif isinstance(thing, (list, tuple, set, frozenset, deque)):

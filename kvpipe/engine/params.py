@@ -21,7 +21,7 @@ class ParamTable:
     """The parameters by path, e.g. ``transformer.layers.0.mlp.gate_proj.weight``.
 
     It maps paths, which never change, to positions in the engine's live list of leaves: the next
-    step computes with whatever :meth:`put_in_step` writes.
+    step computes with the arrays that :meth:`put_in_step` writes.
 
     Attributes:
         positions: path → position in the list.
@@ -30,7 +30,7 @@ class ParamTable:
     def __init__(self, engine: SglangEngine) -> None:
         """Find the position of every parameter in the step's list.
 
-        Match by path, not by order: ``load_weights`` of 0.0.2 adds leaves that are no parameters.
+        Match by path, not by order: ``load_weights`` of 0.0.2 adds leaves that are not parameters.
         """
         self._model = engine.runner.model
         self._leaves = _step_leaves(engine.runner)

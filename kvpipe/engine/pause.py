@@ -14,16 +14,16 @@ This is safe, in 0.0.2 and the later versions, because of where a request half-w
 - Rows of the KV cache belong to ``req_to_token_pool``, the prefix tree, whose nodes in use are locked,
   and the allocator. None of them changes, so an offload takes the rows of these requests too, and a
   restore brings them back to the same places.
-- The kept batch refers to its last tokens by their places in the device's ``future_token_ids_map``. The
-  next step would overwrite them, and there is none.
+- The kept batch refers to its last tokens by their places in the device's ``future_token_ids_map``.
+  The next step would overwrite them, but no step runs during the pause.
 - The results that are outstanding are always those of decoding. Those of a prefill may let a request
   use the rows that another one has computed for the same prompt, with other last bits; a loop without
   a pause launches the next step before that.
 - Each choice is made, and each slot is taken and freed, in the order of an uninterrupted run, so the
   later batches are the same ones.
 - Where the requests are to be computed again, they leave both batches for the front of
-  ``waiting_queue``, as the engine itself retracts requests if the KV cache is full. Their tokens are
-  complete, since no results are outstanding, and become part of what the next prefill computes.
+  ``waiting_queue``, as the engine itself retracts requests if the KV cache is full. Their tokens
+  are complete, since no results are outstanding, and the next prefill computes them again.
 - The loop takes a round without a batch for idle only if it had none in the round before, so its
   search for leaked slots, which requests half-way would fail, does not run.
 """
@@ -70,7 +70,7 @@ class Pause:
         self._thread.let_go()
 
     def retract(self) -> None:
-        """Let a prefill compute the tokens of all requests again, after a flush that has to follow.
+        """Let a prefill compute the tokens of all requests again, after a flush that must follow.
 
         For callables on the scheduler's thread, while the pause lasts.
         """

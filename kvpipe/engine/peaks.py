@@ -40,7 +40,7 @@ class PeakSampler:
     def __init__(self, has_devices: Callable[[], bool], share: float = 0.01) -> None:
         self._has_devices = has_devices
         self._share = share
-        self._ticker = PeriodicThread("peaks", self._tick)
+        self._thread = PeriodicThread("peaks", self._sample_once)
         # Held for a whole sample, so that each sample belongs to one phase.
         self._lock = threading.Lock()
         self._reset(None)
@@ -49,13 +49,13 @@ class PeakSampler:
     def __enter__(self) -> "PeakSampler":
         global _sampler
         _sampler = self
-        self._ticker.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         global _sampler
         _sampler = None
-        self._ticker.stop()
+        self._thread.stop()
 
     def begin(self, before: Memory | None) -> None:
         """Reset the samples at the start of a phase; ``before`` is the last measurement."""
@@ -76,7 +76,7 @@ class PeakSampler:
                 traceback.print_exc()
                 self._error = f"{type(error).__name__}: {error}"
 
-    def _tick(self) -> float:
+    def _sample_once(self) -> float:
         # CPU time of this thread: while it waits, the phase computes.
         began = time.thread_time()
         self.sample()

@@ -1,8 +1,8 @@
 """The bytes that a device gives an array: a TPU pads small ones to tiles.
 
-Only the compiler knows them. A program that returns zeros of a shard's shape and dtype, compiled for
-one device, has them as its output; a program with several outputs would add the table of them. The
-layout is the one that the compiler chooses for an output, as for the arrays of a run.
+Only the compiler knows these sizes. The output of a program that returns zeros of a shard's shape
+and dtype, compiled for one device, has them; with several outputs it would also have their table.
+The layout is the one that the compiler chooses for an output, as for the arrays of a run.
 """
 
 import json

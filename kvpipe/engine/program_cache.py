@@ -45,7 +45,7 @@ def cached(
 
 
 def file_for(content: Mapping[str, Any], cache_dir: Path, folder: str = PROGRAMS) -> Path:
-    """Return the cache's file for ``content``, with the versions of what compiles."""
+    """Return the cache's file for ``content`` and the versions of the compilers."""
     key = json.dumps({**content, "format": _FORMAT, "versions": _versions()}, sort_keys=True)
     return cache_dir / folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 

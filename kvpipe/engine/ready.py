@@ -1,4 +1,4 @@
-"""What every start of an engine ends with, whatever weights it has."""
+"""Last part of every start of an engine, with or without weights."""
 
 from dataclasses import asdict
 

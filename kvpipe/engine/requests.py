@@ -21,7 +21,7 @@ class Requests:
     """The requests of an engine's front end, from any thread.
 
     Attributes:
-        unavailable: what the engine needs to generate and lacks now, each with the remedy.
+        unavailable: reason → remedy for everything that generating needs and that is missing now.
     """
 
     def __init__(self, manager: Any, failure: FailureWatch) -> None:
@@ -111,7 +111,10 @@ def emptied(batch: Any) -> list[Any]:
 
 
 def _parts(batch: Any) -> Sequence[Any]:
-    """Return what has the requests of a batch; later versions split them by data-parallel rank."""
+    """Return the objects that hold the requests of a batch.
+
+    Later versions split them by data-parallel rank.
+    """
     return getattr(batch, "reqs_info", None) or (batch,)
 
 

@@ -33,7 +33,7 @@ class InFlight:
         name: its name in the hooks.
         ids: the ids of the requests in the engine.
         answers: gets the engine's answers once all requests have ended; on the first host.
-        paused: what it was at its pause; None before.
+        paused: its state at the pause; None before.
         made: the tokens of each request at its pause.
     """
 
@@ -47,7 +47,7 @@ class InFlight:
 
     @property
     def at_pause(self) -> Paused:
-        """What it was at its pause."""
+        """The state at its pause; only for a rollout that was paused."""
         assert self.paused is not None, "pause() has returned it"
         return self.paused
 
@@ -103,7 +103,7 @@ def pause(
             hooks.pause_missed()
             raise EngineError(
                 f"all {counted(finished, 'request')} ended with {counted(tokens, 'token')}, and none "
-                f"was half-way at the pause after {after_tokens} (pause_after_tokens)"
+                f"was unfinished at the pause after {after_tokens} (pause_after_tokens)"
             )
 
     with _progress(engine, begun), engine.generating() as origin:
@@ -183,7 +183,7 @@ def _handed_over(engine: SglangEngine, begun: InFlight) -> InFlight:
 
 
 def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
-    """Wait for the answers; return them, and what the hooks know, on every host."""
+    """Wait for the answers; return them, and the records of the hooks, on every host."""
     hooks, found = _hooks(engine), None
     if begun.answers is not None:
         answers, ended = result_of(begun.answers, engine.failure), time.monotonic()
@@ -262,7 +262,7 @@ def _piece(request: Request, known: Sequence[tuple[int, float]]) -> Piece:
 
 
 def _sample(request: Request, answer: Mapping[str, Any], known: Sequence[Any]) -> Sample:
-    """Return the sample of a request from the engine's answer and what the hooks know."""
+    """Return the sample of a request from the engine's answer and the records of the hooks."""
     meta, (tokens, first_token_s) = answer["meta_info"], known
     return Sample(
         prompt=request.prompt,

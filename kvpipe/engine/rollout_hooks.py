@@ -38,7 +38,8 @@ class Held:
         finished: number of requests that have ended.
         half_way: ids of the requests that were half-way at a pause, until they have a step again.
         continued: number of those whose step was one of new tokens.
-        recomputed: number of those whose step computed again what the KV cache had of them.
+        recomputed: number of those whose tokens were computed again, although the KV cache had
+            them.
         paused: monotonic time of the pause.
     """
 
@@ -54,7 +55,7 @@ class Held:
 
 
 class RolloutHooks:
-    """What kvpipe does inside the engine's loop for the requests of a rollout.
+    """Hooks in the engine's loop for the requests of a rollout.
 
     Each method named after the engine's own wraps it. They run on the scheduler's thread, but for
     :meth:`_forward`, which runs on the one that launches the steps.
@@ -94,7 +95,7 @@ class RolloutHooks:
         return held.finished, sum(map(len, list(held.tokens.values())))
 
     def pause_after(self, rollout: str, tokens: int) -> Future[list[Any]]:
-        """Pause once a rollout has so many new tokens; return what gets its requests half-way."""
+        """Pause once a rollout has ``tokens`` new tokens; the future gets its unfinished requests."""
         return self._pause.when(lambda: self.done(rollout)[1] >= tokens)
 
     def pause_missed(self) -> None:
@@ -146,7 +147,7 @@ class RolloutHooks:
         self._receive(now)
 
     def _note_batch(self, batch: Any) -> Any:
-        """Note whether a batch has a request of a rollout, for what the engine makes of it."""
+        """Note whether a batch has a request of a rollout, for the engine's later calls with it."""
         self._wanted = False
         for request in in_batch(batch):
             if (rollout := _rollout_of(request.rid)) is not None:

@@ -50,7 +50,7 @@ class SglangEngine:
         longest_request: longest request, in tokens, that its tables were built for.
         proves_weights: whether digests hold its weights against their source.
         rollouts: holds the requests of a rollout together, and has their log-probabilities; None for an
-            engine that somebody else made.
+            engine that the caller made.
         proof: the digests of its weights; of offloaded ones those that they had.
         cache_digests: digests of the weights that the prefix cache was written under.
         generated: whether it has generated.
@@ -80,7 +80,7 @@ class SglangEngine:
 
     @property
     def unavailable(self) -> dict[str, str]:
-        """What it needs to generate and lacks now, each with the remedy."""
+        """Reason → remedy for everything that generating needs and that is missing now."""
         return self.requests.unavailable
 
     @property
@@ -197,7 +197,7 @@ class SglangEngine:
     def flush_for_other_weights(self) -> None:
         """Flush, on the scheduler's thread, unless requests are in flight, whose tokens would go too.
 
-        Those go on under the new weights, with what the old ones have computed for them.
+        They continue under the new weights, with the KV entries that the old ones computed.
         """
         if not self.in_flight:
             self.flush_now()
@@ -248,7 +248,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
 
 
 def adopt(engine: Any, idle_timeout_s: float, proves_weights: bool) -> SglangEngine:
-    """Take the handles on an engine that somebody else made; :func:`let_go` gives it back.
+    """Take the handles on an engine that the caller made; :func:`let_go` gives it back.
 
     Its process is the caller's, so no signal handler and no part of the garbage collection changes.
 

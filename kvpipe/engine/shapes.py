@@ -38,8 +38,8 @@ _BOUNDLESS = 1 << 80
 class EngineShapes:
     """The engine's shapes on a mesh: its own worker, and each parameter's shape by path.
 
-    The worker has shapes for weights and KV buffers; a parameter's has dtype and sharding. Its model
-    runner is emptied when this object goes.
+    The worker has shapes for weights and KV buffers; a parameter's has dtype and sharding. Its
+    model runner is emptied when this object is deleted.
     """
 
     mesh: Mesh
@@ -72,7 +72,7 @@ class EngineShapes:
 
     @property
     def dummy_start(self) -> list[Any]:
-        """What a start with random weights holds at its peak.
+        """The arrays that a start with random weights holds at its peak.
 
         0.0.2 makes the weights twice, the second time leaf by leaf, each whole on the first device
         before it is shared out. Later versions make them once.
@@ -148,7 +148,11 @@ def _abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: 
         for owner, name, value in (
             (model_runner, "get_model_loader", AbstractLoader),
             (model_runner.ModelRunner, "get_available_device_memory", lambda runner: _BOUNDLESS),
-            (model_runner.ModelRunner, "initialize_jit", _placing_shapes(model_runner.ModelRunner)),
+            (
+                model_runner.ModelRunner,
+                "initialize_jit",
+                _initialize_shapes(model_runner.ModelRunner),
+            ),
             (MHATokenToKVPool, "_create_buffers", abstract(MHATokenToKVPool._create_buffers)),
             # It would list every free slot, which takes four bytes a token.
             *((cls, "clear", lambda pool: None) for cls in _allocators()),
@@ -174,7 +178,7 @@ def _allocators() -> list[Any]:
     return [cls for cls in found if "clear" in vars(cls) and not inspect.isabstract(cls)]
 
 
-def _placing_shapes(runner_class: Any) -> Callable[[Any], None]:
+def _initialize_shapes(runner_class: Any) -> Callable[[Any], None]:
     """Return an ``initialize_jit`` that creates shapes where the engine would transfer arrays.
 
     HEAD transfers an empty array for each abstract leaf, which fails for devices of another

@@ -33,7 +33,7 @@ class HostLeaf(Protocol):
 
 
 @dataclass
-class Placing:
+class LeafTransfer:
     """A parameter whose shards are being transferred to the devices."""
 
     like: Param
@@ -50,7 +50,7 @@ class Placing:
         return whole
 
 
-def begin(host: HostLeaf, like: Param) -> Placing:
+def begin(host: HostLeaf, like: Param) -> LeafTransfer:
     """Start the transfer of ``host``, shard by shard, with the dtype and sharding of ``like``.
 
     The result never aliases the host memory: an alias would be a mapped file, not device bytes.
@@ -60,7 +60,7 @@ def begin(host: HostLeaf, like: Param) -> Placing:
         in_lane(lane, _put, host, index, like.dtype, device)
         for lane, (device, index) in enumerate(devices.items())
     )
-    return Placing(like, shards)
+    return LeafTransfer(like, shards)
 
 
 def place_together(hosts: Sequence[HostShards], likes: Sequence[Param]) -> list[jax.Array]:

@@ -1,9 +1,9 @@
 """Check all weights, by name, shape and value, before any of the engine's are replaced.
 
-A swap that failed half way could not restore the old weights. Names and shapes come from the
-headers and cost nothing; finding a non-finite value takes one pass at memory speed, and the digests
-are summed in the same pass. With digests a file is read once a process: they prove afterwards that
-what is on the devices is what was checked.
+A swap that failed half way could not restore the old weights. Names and shapes are read from the
+headers at no cost; finding a non-finite value takes one pass at memory speed, and the digests are
+summed in the same pass. With digests a file is read once a process: they prove afterwards that the
+devices hold the checked values.
 """
 
 from bisect import bisect_left
@@ -46,10 +46,11 @@ def check_weights(
         leaves: the checkpoint tensor behind each parameter, by path.
         blueprint: required shape, dtype and sharding of each parameter, by path.
         weights: arrays by Hugging Face name, in Hugging Face layout.
-        rules: where the elements of each parameter come from, by path.
+        rules: source of the elements of each parameter, by path.
 
     Returns:
-        By path, for each of the rules, the digest of a parameter that is exactly its weight.
+        The digest that a parameter has if it equals its weight, by path; only for parameters with a
+        rule.
 
     Raises:
         WeightsError: naming every weight that is missing, unexpected, misshapen, of a non-float

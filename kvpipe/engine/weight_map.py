@@ -1,8 +1,8 @@
 """Map the engine's parameters to checkpoint tensors, and their shapes to the engine's layout.
 
 Both are read from the engine: the model's ``_create_*_weight_mappings()`` names the Hugging Face
-tensor of every parameter and whether it is transposed, and the parameter's shape tells how its
-heads are repeated and padded. This module must not contain a table of models.
+tensor of every parameter and whether it is transposed, and the parameter's shape determines
+how its heads are repeated and padded. This module must not contain a table of models.
 """
 
 from collections import Counter
@@ -155,7 +155,7 @@ def sources_of(runner: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 def disagreeing(sources: Mapping[str, str]) -> list[str]:
     """Return how a map contradicts the names: ``path = tensor`` for each wrong pair.
 
-    The layer's number, the module and whether it is a bias have to agree, and no tensor may be that
+    The layer's number, the module and whether it is a bias must agree, and no tensor may be that
     of two parameters. A module that only one side knows by its name, as experts, cannot be compared.
 
     Args:

@@ -38,7 +38,7 @@ def rules_of(
 def rules_of_model(
     runner: Any, leaves: Mapping[str, Leaf], blueprint: Blueprint
 ) -> dict[str, Rule]:
-    """Return where the elements of each parameter come from, by path.
+    """Return the source of the elements of each parameter, by path.
 
     Args:
         runner: the engine's model runner; only its config of the model is used.

@@ -328,7 +328,7 @@ def _loading(sizes: Mapping[str, int], placed: Collection[str]) -> AbstractConte
 def _by_shape(item: tuple[str, Param]) -> Any:
     """Sort leaves of one shape next to each other, so that each takes over its forerunner's memory.
 
-    In any other order, what an allocator keeps of the old leaves can add up to a second set.
+    In any other order, the allocator's free lists of the old leaves can add up to a second set.
     """
     path, leaf = item
     return leaf.shape, path

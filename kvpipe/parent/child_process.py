@@ -43,7 +43,7 @@ class Child:
 
     Attributes:
         process: the child, leader of its own process group.
-        jobs: its standard input; its end of file tells the child that the parent has ended.
+        jobs: its standard input; its end of file means that the parent has ended.
         reports: descriptor of the pipe on which it reports.
         log: file of its stdout and stderr.
         scratch: its directory for temporary files, removed after it has ended.

@@ -1,4 +1,4 @@
-"""Report what this machine has, and whether the chosen experiment could run on it.
+"""Report the state of this machine, and whether the chosen experiment could run on it.
 
 The parent inspects everything that needs no jax; a child (:mod:`kvpipe.worker.doctor_probe`) looks for the
 devices.
@@ -51,7 +51,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: a thing, its state, and the remedy, empty if none is needed."""
+    """One line of the report: a part of the machine, its state, and a remedy, which may be empty."""
 
     level: Level
     about: str
@@ -211,7 +211,7 @@ def _devices(config: Kvpipe, plain: Mapping[str, Any]) -> Iterator[Finding]:
         module, log = "kvpipe.worker.doctor_probe", scratch / "probe.log"
         with start_child(module, log, environ, _SHUTDOWN_S) as child:
             child.send({"config": dict(plain), "model_dir": model_dir})
-            yield from _told(_answer(child), config)
+            yield from _findings_of(_answer(child), config)
 
 
 def _answer(child: Child) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _answer(child: Child) -> dict[str, Any]:
     return answer
 
 
-def _told(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
+def _findings_of(answer: Mapping[str, Any], config: Kvpipe) -> Iterator[Finding]:
     if "error" in answer:
         todo = "look at engine.device, engine.tp_size and the installed jax"
         yield Finding(Level.BAD, "devices", " ".join(answer["error"].split()), todo)

@@ -33,7 +33,8 @@ def kept(
 
     The input is the config, the target, the model's ``config.json``, the length of the prompt, the
     versions of the packages, kvpipe's own source, and the names of the programs that are compiled:
-    a plan takes those. A file that cannot be read or written is no error, since the plan can be made.
+    a plan takes those. A file that cannot be read or written is not an error, since the plan can be
+    made again.
     """
 
     def file() -> Path:

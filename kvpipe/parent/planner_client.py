@@ -94,5 +94,5 @@ class Planners:
 
 
 def plan_limit(config: PlanConfig, what: str) -> tuple[float | None, str]:
-    """Return ``plan.timeout_s``, and what to say of ``what`` after it."""
+    """Return ``plan.timeout_s`` and the error message about ``what`` after it."""
     return config.timeout_s, f"{what} took longer than plan.timeout_s = {config.timeout_s or 0:g} s"

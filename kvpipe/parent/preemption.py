@@ -1,7 +1,7 @@
-"""What a signal means to a run that saves its trainer: end the step, save what is worth it, and stop.
+"""Handle a signal to a run that saves its trainer: end the step, save the trainer, and stop.
 
-Without a cycle that has ended since the last save, nothing is worth waiting for: the signal ends the
-run at once, as it ends one that saves nothing.
+If no cycle has ended since the last save, there is nothing to save: the signal ends the run at once,
+as it ends a run without checkpoints.
 """
 
 from dataclasses import replace
@@ -15,10 +15,10 @@ from kvpipe.records.run import PhaseRecord
 
 
 class Preemption:
-    """Follows the cycles of a run by its records, and what becomes of a signal.
+    """Follow the cycles of a run by its records, and decide how a signal ends it.
 
     Attributes:
-        signal: the signal that came, once the worker is to stop because of it.
+        signal: the received signal, once the worker is to stop because of it.
         obeyed: whether the worker has left out a step because of it.
     """
 

@@ -56,7 +56,7 @@ _SHA_CHARS = 12
 
 
 def completed(plain: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the config with what saving needs and, with ``resume``, with what the checkpoint says.
+    """Return the config with the checkpoints' directory and, with ``resume``, the checkpoint's values.
 
     Raises:
         InputError: there is nothing to resume, or the checkpoint is not of this config.
@@ -81,7 +81,7 @@ def completed(plain: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def messages(config: Kvpipe, planned: Sequence[PlannedStep]) -> Iterator[str]:
-    """Yield what a person is told of a resumed run; nothing for another."""
+    """Yield the messages for the user of a resumed run; none for any other run."""
     if config.resume_after is None:
         return
     steps = [item.step for item in planned]

@@ -24,11 +24,11 @@ def set_aside(file: Path) -> None:
 
 @contextmanager
 def owned(
-    run_dir: Path, engine: EngineConfig, overwrite: bool, tell: Callable[[str], None]
+    run_dir: Path, engine: EngineConfig, overwrite: bool, notify: Callable[[str], None]
 ) -> Iterator[None]:
     """Hold the directory; several hosts of one run share it, each with files of its own.
 
-    With ``overwrite`` it may have the records of an earlier run. ``tell`` writes a message for the
+    With ``overwrite`` it may have the records of an earlier run. ``notify`` writes a message for the
     person at the terminal.
 
     Raises:
@@ -41,7 +41,7 @@ def owned(
     except OSError as error:
         raise cannot_write(RUN_DIR, run_dir, error) from None
     if not locked:
-        tell(f"{not_locked(run_dir, 'run')}\n")
+        notify(f"{not_locked(run_dir, 'run')}\n")
     try:
         for name in (RECORDS_FILE, ENGINE_LOG):
             path = run_dir / own_file(name, engine)

@@ -293,7 +293,7 @@ class Run:
     def _wait(self, child: Child, descriptor: int) -> None:
         """Wait until the worker sends something or ends, unless a limit or a signal comes first.
 
-        Once its step has run for a moment, the sinks receive what they may receive late. After a
+        Once its step is under way, the sinks receive the records that may reach them late. After a
         signal the worker may end its step, if a cycle has ended that is not saved.
         """
         if not is_readable(descriptor, _QUIET_S):

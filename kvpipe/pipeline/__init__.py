@@ -1,1 +1,1 @@
-"""What a phase is: facts, effects, the ledger, the contexts, and the steps of a pipeline."""
+"""The definition of a phase: facts, effects, the ledger, the contexts, and the steps of a pipeline."""

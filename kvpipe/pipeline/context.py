@@ -110,7 +110,7 @@ class WorkerContext:
         return _present(self.host_weights, "there are no offloaded weights")
 
     def exchanged_weights(self) -> None:
-        """Forget what an exchange of the engine's weights, with its flush, has made void.
+        """Forget the state that an exchange of the engine's weights, with its flush, invalidates.
 
         While requests are in flight it flushes nothing, and an offloaded KV cache can be restored.
         """
@@ -142,7 +142,7 @@ class WorkerContext:
 
     @cached_property
     def prompt_ids(self) -> list[tuple[int, ...]]:
-        """The token ids of each of those prompts.
+        """The token ids of each prompt of :attr:`prompts`.
 
         Raises:
             InputError: the tokenizer cannot be read, or has no template for a chat.

@@ -31,7 +31,7 @@ class Option:
     """An option of a phase.
 
     ``type`` is its type as YAML has it, e.g. ``str or null``; ``default`` is None if a step must
-    give it; ``meaning`` is what its docstring says, with the unit.
+    give it; ``meaning`` is its sentence in the docstring, with the unit.
     """
 
     name: str

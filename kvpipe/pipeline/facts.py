@@ -31,7 +31,7 @@ PREFIX_CACHE = (KV_WRITTEN, KV_STALE, KV_OFFLOADED)
 
 
 def stale(before: frozenset[str]) -> tuple[str, ...]:
-    """Return what other weights make of the facts ``before`` if the prefix cache is not flushed."""
+    """Return the facts that other weights add to ``before`` if the prefix cache is not flushed."""
     cache = (KV_STALE,) if KV_WRITTEN in before else ()
     return (*cache, IN_FLIGHT_STALE) if IN_FLIGHT in before else cache
 
@@ -123,13 +123,13 @@ def trained(step: str) -> str:
 
 
 def is_history(fact: str) -> bool:
-    """Whether a fact says what a step has done; their number grows with that of the steps."""
+    """Whether a fact records that a step has run; their number grows with that of the steps."""
     return fact.startswith((output(""), rollout(""), mixed(""), trained("")))
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """A fact in words, and what to do if a step needs it in vain or forbids it in vain."""
+    """A fact in words, and the remedies if a needed one is absent or a forbidden one is present."""
 
     what: str
     if_missing: str
@@ -195,7 +195,7 @@ _MEANINGS = {
 
 
 def remedy(fact: str, before: frozenset[str]) -> str:
-    """Return what to do if a step needs ``fact``, which is not among the facts ``before`` it."""
+    """Return the remedy if a step needs ``fact``, which is not among the facts ``before`` it."""
     if fact == KV_LIVE and KV_OFFLOADED in before:
         return "put 'kv_cache_restored' between"
     return meaning(fact).if_missing

@@ -1,4 +1,4 @@
-"""The base of a phase that leaves to the plan how much of the KV cache has to go."""
+"""Base of the phases for which the plan chooses how much of the KV cache to free."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from kvpipe.errors import InputError
 from kvpipe.pipeline.phase import Phase, WorkerPhase
 
 KEEP, SHRINK, DROP = KV_ACTIONS = ("keep", "shrink", "drop")
-"""What can be done to the KV cache while others need its memory, the smallest first."""
+"""Actions on the KV cache while others need its memory, the smallest first."""
 
 
 class KvChoice(WorkerPhase):
@@ -52,7 +52,7 @@ def open_actions(steps: Sequence[Phase]) -> tuple[str, ...]:
 
 
 def is_open(step: Phase) -> TypeGuard[KvChoice]:
-    """Whether the plan has to choose the action of a step."""
+    """Whether the plan must choose the action of a step."""
     return isinstance(step, KvChoice) and bool(step.choices)
 
 

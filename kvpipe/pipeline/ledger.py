@@ -3,7 +3,8 @@
 A pool is ``params``, ``kv``, ``program``, ``slot:<name>``, ``other`` or ``padding``; a plan keeps the
 trainer's programs apart from the engine's, as ``program:trainer``. Bytes are integers; no rounding
 happens here. The plan predicts a ledger for each step, the probe measures one, and
-:func:`differences` compares the two. A :class:`Change` is what one verb did to the bytes in use.
+:func:`differences` compares the two. A :class:`Change` is the effect of one verb on the bytes in
+use.
 """
 
 from collections.abc import Mapping
@@ -42,8 +43,8 @@ OWN_PROGRAMS = (*TRAINER_PROGRAMS, *KV_PROGRAMS)
 class Size(StrEnum):
     """Size of a pool, by a name that a phase knows before anything is loaded.
 
-    The last two are of no pool: what a start with random weights holds at its peak, and the largest
-    parameter.
+    The last two belong to no pool: the arrays of a start with random weights at its peak, and the
+    largest parameter.
     """
 
     NOTHING = "nothing"
@@ -130,7 +131,7 @@ class Change:
             padding where the devices count by themselves.
         changed_bytes: bytes in use after it minus before it, measured.
         replaced_bytes: bytes of the arrays that the placed ones replaced.
-        fields: what the record of the phase says about it.
+        fields: fields for the record of the phase.
     """
 
     nbytes: int
@@ -140,7 +141,7 @@ class Change:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes that came free."""
+        """Freed bytes."""
         return -self.changed_bytes
 
     def with_fields(self, **fields: Any) -> Self:

@@ -66,13 +66,13 @@ def computed(name: str, steps: int, least: int) -> Check:
 
 
 def cache_of_these_weights(current: Sequence[str], used: Sequence[str]) -> Check:
-    """Return the check that what the prefix cache had was computed with the current weights.
+    """Return the check that the prefix cache's contents were computed with the current weights.
 
     Args:
         current: digest of the weights in the engine.
         used: digests of those that the used part of the cache was written under.
     """
-    detail = "weights that the cached part of the prompt was computed with"
+    detail = "digests of the weights that computed the cached part of the prompt"
     return check_equal("cache_of_these_weights", current, used, detail)
 
 

@@ -1,4 +1,4 @@
-"""The base of every phase: what it declares, how it runs, what it returns.
+"""The base of every phase: its declarations, its method ``run``, its result.
 
 A phase is the one subclass of :class:`Phase` in its file. The base class makes it a frozen
 dataclass; its fields are its options, so the config is checked against the very class that runs.
@@ -63,8 +63,8 @@ class Effect:
         pauses_after: number of new tokens, of all samples together, after which it stops with samples
             half-way; 0 if it finishes them.
         reads_weights: whether it reads the files of the model's weights.
-        peak: sizes of what it holds at its peak together with all that was there before it; empty if
-            no plan predicts its peak.
+        peak: sizes of the arrays that it holds at its peak together with all that was there before;
+            empty if no plan predicts its peak.
         reads_losses: whether it reads the losses of training steps.
     """
 

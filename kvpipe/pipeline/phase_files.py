@@ -163,7 +163,7 @@ def _is_name(use: str) -> bool:
 
 
 def _places(use: str, path: Sequence[str]) -> list[_Place]:
-    """Return every place that has a phase of this name, the one that comes first first."""
+    """Return every place that has a phase of this name, in the order of the search."""
     if not _is_name(use):
         return []
     files = [folder / f"{use}.py" for folder in _folders(path)]
@@ -177,7 +177,7 @@ def _places(use: str, path: Sequence[str]) -> list[_Place]:
 
 
 def _stamp(place: _Place) -> Any:
-    """Return what changes when the file of a phase does; a sweep may take hours."""
+    """Return a value that changes with the file of a phase; a sweep may take hours."""
     with suppress(OSError):
         if isinstance(place.at, Path):
             state = place.at.stat()
@@ -278,7 +278,7 @@ def _is_shipped(path: Path) -> bool:
 
 
 def _shown(path: Path) -> str:
-    """Return what messages call a file."""
+    """Return the name of a file for messages."""
     if _is_shipped(path):
         return f"phases/{path.name}"
     here = Path.cwd()

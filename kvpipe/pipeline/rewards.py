@@ -72,7 +72,7 @@ class Reward:
         function: the function.
         options: its keyword arguments.
         roots: the files or folders of its code.
-        origin: where the code comes from; None for one of kvpipe's.
+        origin: origin of the code; None for one of kvpipe's.
     """
 
     name: str
@@ -221,7 +221,7 @@ class Rewarded:
 
     @cached_property
     def advantages(self) -> list[float]:
-        """How much better each sample is than its group, the samples of its prompt.
+        """Advantage of each sample over its group, the samples of the same prompt.
 
         The reward minus the group's mean, divided by its standard deviation (of n - 1).
         """

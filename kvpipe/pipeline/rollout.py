@@ -56,7 +56,7 @@ class Sample:
         prompt: id of its prompt.
         index: number of the sample of this prompt, from 0.
         seed: seed of this sample; None if it is greedy.
-        text: the new text, without the prompt and without what ended it.
+        text: the new text, without the prompt and without the stop text.
         token_ids: ids of the new tokens, with the one that ended it.
         logprobs: natural logarithm of the probability of each of them, at temperature 1 and over the
             whole vocabulary, in float32.
@@ -160,13 +160,14 @@ class Rollout:
     Attributes:
         samples: the samples.
         duration_s: seconds from the hand-over of all requests to the last answer.
-        forward_steps: steps that the engine ran meanwhile, by its own count.
+        forward_steps: steps that the engine ran in that time, by its own count.
         weights_digest: digest of the weights that they were generated under; None without digests.
         cache_digests: those that the prefix cache was written under before.
         unlike: names of the samples whose tokens are not those of the engine's own answer.
-        paused: what it was at its pause, if it was paused; the three above are of what came after.
-        continued: number of requests half-way then that were not computed again.
-        recomputed: number of those that were.
+        paused: its state at the pause, if it was paused; then duration, steps and digests are those
+            after it.
+        continued: number of requests unfinished at the pause whose tokens were not computed again.
+        recomputed: number of those whose tokens were computed again.
     """
 
     samples: Sequence[Sample]
@@ -304,7 +305,7 @@ def rollout_proven(rollout: Rollout, asked: int) -> Iterator[Check]:
 def rollout_continued(
     rollout: Rollout, new_weights: bool, recompute: bool = False
 ) -> Iterator[Check]:
-    """Yield the checks that a paused rollout went on where it was, and under the weights as meant.
+    """Yield the checks that a rollout continued where it paused, under the intended weights.
 
     Args:
         rollout: the rollout.
@@ -314,10 +315,10 @@ def rollout_continued(
     paused = rollout.paused
     assert paused is not None, "only a paused rollout is resumed"
     if recompute:
-        detail = "requests half-way whose KV cache was computed again"
+        detail = "requests unfinished at the pause whose KV entries were computed again"
         yield check_equal("requests_recomputed", paused.half_way, rollout.recomputed, detail)
     else:
-        detail = "requests half-way whose KV cache was read and not computed again"
+        detail = "requests unfinished at the pause whose KV entries were read, not computed again"
         yield check_equal("requests_continued", paused.half_way, rollout.continued, detail)
     before, now = paused.weights_digest, rollout.weights_digest
     if before is None or now is None:
@@ -346,7 +347,7 @@ def same_rollout(name: str, earlier: Rollout, later: Rollout) -> Check:
 
 
 def _differences(earlier: Rollout, later: Rollout) -> Iterator[str]:
-    """Yield what differs: which samples there are, token ids, log-probabilities."""
+    """Yield the differences: which samples there are, token ids, log-probabilities."""
     before, now = ([sample.name for sample in each.samples] for each in (earlier, later))
     if len(before) != len(now):
         yield f"{counted(len(before), 'sample')} before, {counted(len(now), 'sample')} now"

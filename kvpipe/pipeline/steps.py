@@ -143,7 +143,7 @@ def _check_names(config: Kvpipe) -> None:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the steps of one phase share, found once: each look at its file costs as much as a step.
+    """Class and options of a phase, found once for all of its steps, because finding them reads its file.
 
     Attributes:
         cls: class of the phase.

@@ -1,4 +1,4 @@
-"""Which steps a config runs: all of them or, after a checkpoint, those that are left.
+"""Select the steps that a config runs: all of them or, after a checkpoint, those that are left.
 
 A resumed run repeats the steps before the cycles (the engine is a new one), makes the trainer of the
 checkpoint, and continues with the next cycle. If the engine had the trainer's weights then, the sync
@@ -57,7 +57,10 @@ def _left(planned: Sequence[PlannedStep], config: Kvpipe, after: int) -> tuple[P
     repeat = config.repeat
     if repeat is None or after > repeat.times:
         times = repeat.times if repeat else 0
-        raise InputError(f"resume: the checkpoint is of cycle {after}, but there are only {times}")
+        raise InputError(
+            f"resume: the checkpoint is of cycle {after}, but repeat.times is {times}; it must be "
+            f"at least {after}"
+        )
     stretch = repeated_steps(config.pipeline, repeat) | {SAVED}
     done = [item for item in planned if _is_done(item.step.step, stretch, after)]
     left = [item for item in planned if not _is_done(item.step.step, stretch, after)]

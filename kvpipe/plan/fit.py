@@ -28,7 +28,7 @@ class KvCapacity:
         page_size: tokens in a page.
         engine_bytes: bytes of a device that the engine gives to the capacity (it adds a page on
             top of it); None if it takes any capacity.
-        padded_bytes: returns the bytes that a device gives a cache of so many tokens; None if it
+        padded_bytes: returns the bytes that a device gives a cache of that many tokens; None if it
             pads nothing.
     """
 
@@ -102,7 +102,7 @@ def fit_of(
     """Return whether every ledger fits devices of ``hbm_bytes`` bytes, and which is the fullest.
 
     ``temporaries`` are bytes that each step needs on a device while it runs, beside what its
-    ledger says is there after it; ``reserve_bytes`` have to stay free on each. ``limited`` says that
+    ledger says is there after it; ``reserve_bytes`` must stay free on each. ``limited`` says that
     ``hbm_bytes`` are those of ``plan.limit_bytes``. ``peaks`` are the most bytes that a step holds on
     a device, 0 where they are not known.
 
@@ -122,16 +122,7 @@ def fit_of(
     fullest = list(map(max, after, within))
     peak = max(range(len(fullest)), key=fullest.__getitem__)
     usable = hbm_bytes - reserve_bytes
-    kv_bytes = kv.padded_bytes(kv.tokens) if kv.padded_bytes else kv.device_bytes
-    loads = [
-        (total + more, kv_bytes if held and own_kv_tokens(item.facts) is None else 0)
-        for item, ledger, more in zip(planned, ledgers, extra, strict=True)
-        for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
-    ]
-    loads += [
-        (most, kv_bytes if _has_kv_at_peak(planned, step, Size.KV) else 0)
-        for step, most in enumerate(within)
-    ]
+    loads = _loads(planned, ledgers, kv, extra, within)
     too_full_without_kv = any(total > usable for total, held in loads if not held)
     most = kv.most_in(min((usable - total + held for total, held in loads if held), default=usable))
     cut = kv.engine_tokens if any(held for _, held in loads) else None
@@ -148,6 +139,29 @@ def fit_of(
     )
 
 
+def _loads(
+    planned: Sequence[PlannedStep],
+    ledgers: Sequence[Ledger],
+    kv: KvCapacity,
+    extra: Sequence[int],
+    within: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Return the bytes of each device after and within each step, with those of the KV cache.
+
+    They are 0 without a cache, and for one whose capacity ``engine.max_total_tokens`` does not set.
+    """
+    kv_bytes = kv.padded_bytes(kv.tokens) if kv.padded_bytes else kv.device_bytes
+    after = [
+        (total + more, kv_bytes if held and own_kv_tokens(item.facts) is None else 0)
+        for item, ledger, more in zip(planned, ledgers, extra, strict=True)
+        for total, held in zip(ledger.per_device, ledger.of(KV), strict=True)
+    ]
+    return after + [
+        (most, kv_bytes if _has_kv_at_peak(planned, step, Size.KV) else 0)
+        for step, most in enumerate(within)
+    ]
+
+
 def _has_kv_at_peak(planned: Sequence[PlannedStep], step: int, size: PoolSize) -> bool:
     """Whether a step holds a KV cache of a size at its peak."""
     there = step > 0 and planned[step - 1].pools.get(KV) == size
@@ -159,7 +173,8 @@ def most_rows(config: TrainerConfig, fits: Callable[[int], bool]) -> int:
 
     Args:
         config: micro-batches divide its batch.
-        fits: whether one of so many examples does; asked for as few as may be, since it compiles.
+        fits: whether a micro-batch of that many examples fits; called as few times as possible,
+            since it compiles.
     """
     sizes = [rows for rows in range(1, config.batch_size + 1) if config.batch_size % rows == 0]
     first_too_large = bisect_left(sizes, True, key=lambda rows: not fits(rows))
@@ -167,7 +182,7 @@ def most_rows(config: TrainerConfig, fits: Callable[[int], bool]) -> int:
 
 
 def why_not_fit(plan: RunPlanned) -> str | None:
-    """Return why a plan does not fit and what would; None if it fits."""
+    """Return why a plan does not fit and the capacity that would; None if it fits."""
     fit = plan.fit
     if fit.fits:
         return None
@@ -192,7 +207,7 @@ def why_not_fit(plan: RunPlanned) -> str | None:
 
 
 def left_out(plan: RunPlanned) -> str:
-    """Return what a plan does not count."""
+    """Return the bytes that a plan does not count, in words."""
     what = "the engine's small programs" if plan.programs else "compiled code, temporaries"
     if not plan.padded:
         what += ", the padding of small arrays (libtpu, which knows it, is not installed)"
@@ -214,7 +229,7 @@ def warning(plan: RunPlanned) -> str | None:
 
 
 def _margin(plan: RunPlanned) -> tuple[int, str]:
-    """Return the bytes of a device that should stay free, and what for."""
+    """Return the bytes of a device that should stay free, and their purpose."""
     if plan.target == CPU and not plan.programs:
         held = max(phase.pools.get(KV, 0) // plan.devices for phase in plan.phases)
         return held, "attention on a CPU copies the KV cache"

@@ -22,7 +22,7 @@ class PlannedStep:
     Attributes:
         step: the step.
         effect: its effect, given the facts before it.
-        facts: the facts after it, without those about what single steps have done.
+        facts: the facts after it, without those that record that a step has run.
         pools: pool → its size after the step; others have held nothing so far.
     """
 
@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         record: the plan as a record.
         ledgers: the ledger after each step.
-        steps: the steps that it is of, with what was open in them decided.
+        steps: its steps, with every open action decided.
     """
 
     record: RunPlanned
@@ -52,7 +52,7 @@ def check_order(steps: Sequence[Phase], made: Collection[str] = ()) -> tuple[Pla
 
     Args:
         steps: the steps.
-        made: facts about what single steps of the same run have done before.
+        made: facts that record earlier steps of the same run.
 
     Raises:
         InputError: a step needs a fact that is false, or forbids one that is true; the message names

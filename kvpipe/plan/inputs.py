@@ -137,11 +137,11 @@ def _context(engine: EngineConfig, model: Model | None) -> int | None:
 
 @dataclass
 class _Longest:
-    """The longest prompt, in tokens; counted only if the most that it may have would be too many.
+    """The longest prompt, in tokens; counted only if its upper bound exceeds a limit.
 
     Attributes:
         what: the prompt in messages.
-        most: the most tokens that it may have: a prompt has at most one a byte.
+        most: upper bound of its tokens, one per byte.
         count: returns the number of its tokens; None if no tokenizer is known.
     """
 
@@ -150,7 +150,7 @@ class _Longest:
     count: Callable[[], int | None] | None
 
     def exact(self) -> int:
-        """Return its tokens, or the most that are known of if there is no tokenizer."""
+        """Return its number of tokens, or an upper bound if there is no tokenizer."""
         if self.count is not None:
             self.most, self.count = self.count() or 1, None
         return self.most
@@ -207,7 +207,7 @@ def _check_request(item: PlannedStep, limit: int, key: str, longest: _Longest) -
 
 
 def _check_pause(item: PlannedStep, prompts: int) -> None:
-    """Refuse a pause at which no sample can be half-way, whatever is generated."""
+    """Refuse a pause at which no sample can be unfinished."""
     effect, step = item.effect, f"step {item.step.step!r}"
     # A sample has two tokens after its first step of decoding.
     if effect.new_tokens < _HALF_WAY:
@@ -239,8 +239,8 @@ def _check_row(item: PlannedStep, length: int, longest: _Longest) -> None:
 def _check_examples(config: Kvpipe, directory: Path | None) -> None:
     """Refuse an example to learn from that is longer than a row of a batch.
 
-    It has at most one token a byte, and one for each end of the text; so it is counted only if so
-    many would be too many.
+    It has at most one token a byte, and one for each end of the text; so it is counted only if the
+    bound is too large.
     """
     length = config.trainer.length
     for number, example in enumerate(read_examples(config.trainer), start=1):

@@ -1,7 +1,7 @@
 """Choose what happens to the KV cache: plan each action, and take the smallest whose plan fits.
 
 The choice is made before a step runs, and the plan of the run is the one with the chosen action. So
-whatever a plan counts, temporaries among it, counts here.
+everything that a plan counts, including temporaries, counts here.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -33,9 +33,9 @@ def in_order(
 ) -> tuple[PlannedStep, ...]:
     """Return steps with their effects, in a checked order.
 
-    What the plan has to choose stays open in the steps; their effects are those of the smallest
-    action that the order allows, with a smaller cache as large as the engine's. ``made`` are facts about
-    what single steps of the same run have done before.
+    Steps whose action the plan must choose stay open; their effects are those of the smallest
+    action that the order allows, with a smaller cache as large as the engine's. ``made`` are facts
+    that record earlier steps of the same run.
 
     Raises:
         InputError: the steps are wrong, or no action gives an order that holds.
@@ -58,7 +58,7 @@ def in_order(
 
 @dataclass(frozen=True)
 class _Tried:
-    """An action that was planned; without a plan, why it is none for this pipeline."""
+    """An action that was planned; without a plan, the reason why this pipeline cannot take it."""
 
     action: str
     plan: Plan | None
@@ -99,7 +99,7 @@ def choose(
             if action == SHRINK:
                 tokens = largest_own(with_action(action, least), kv, least)
                 if tokens < least:
-                    raise InputError(f"beside the rest no KV cache of {least} tokens has a place")
+                    raise InputError(f"no KV cache of {least} tokens has a place")
             plan = with_action(action, tokens)
             refuse(plan.steps)
         except InputError as error:
@@ -159,7 +159,7 @@ def _lost_tokens(steps: Steps, kept: Plan | None, capacity: int) -> int:
 
 
 def described(actions: Sequence[KvAction]) -> list[str]:
-    """Return one line for each action: whether it was chosen, what it leaves, what it costs."""
+    """Return one line for each action: whether it was chosen, the remaining cache, the cost."""
     return [
         f"kv={each.action}{' is chosen' if each.chosen else ''}: {_said(each)}" for each in actions
     ]

@@ -1,4 +1,4 @@
-"""Check what a policy learns from: rollouts, their groups and rewards, before anything is started."""
+"""Check before a start the samples that a policy learns from: rollouts, groups and rewards."""
 
 from collections.abc import Iterator, Sequence
 
@@ -46,7 +46,7 @@ def check_policy(config: Kvpipe, planned: Sequence[PlannedStep]) -> None:
 
 
 def check_group(config: Kvpipe, item: PlannedStep) -> None:
-    """Refuse a rollout whose samples are no batch of groups that were sampled from the policy.
+    """Refuse a rollout whose samples are not a batch of groups that were sampled from the policy.
 
     Raises:
         InputError: naming the step and the key.

@@ -46,7 +46,7 @@ class JsonRecord:
 
 
 def decode(hint: Any, value: Any) -> Any:
-    """Return the value of a type from what JSON made of it.
+    """Return the value of a type from its JSON value.
 
     Args:
         hint: a dataclass, ``Sequence``, ``tuple``, ``Mapping``, one of these ``| None``, or any

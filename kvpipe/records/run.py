@@ -47,8 +47,8 @@ class RunStarted(JsonRecord):
             ``phase NAME``, ``sink NAME`` and ``reward NAME``, which are not kvpipe's own, have the
             file, or the package and its version, and the SHA-256 of the file.
         started_at: start of the run in UTC, ISO 8601.
-        skipped: names of the steps that a resumed run does not run again, since a checkpoint has what
-            they did. The records before this one are theirs.
+        skipped: names of the steps that a resumed run skips, since the checkpoint has their
+            results. The records before this one are theirs.
     """
 
     tag: ClassVar[str] = RUN_STARTED
@@ -225,7 +225,7 @@ class PhaseRecord(JsonRecord):
     @override
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the record of a phase; what an earlier version did not record has its default."""
+        """Return the record of a phase; fields that an earlier version lacks have their defaults."""
         memory = {key: value for key, value in data["memory"].items() if key != _SUMMARY}
         if missing := _PHASE_KEYS - _LATER_KEYS - data.keys():
             raise KeyError(*sorted(missing))
@@ -319,7 +319,7 @@ class Program:
 
 @dataclass(frozen=True)
 class KvAction:
-    """What ``kv: auto`` can do to the KV cache, and what that costs, each time.
+    """An action of ``kv: auto`` on the KV cache, and its cost each time.
 
     Attributes:
         action: ``keep``, ``shrink`` or ``drop``.
@@ -358,10 +358,10 @@ class RunPlanned(JsonRecord):
         sglang_jax: version of the engine whose model gave the sizes.
         phases: the prediction after each phase.
         fit: whether it fits.
-        programs: what has been compiled for the target; empty if nothing was.
+        programs: programs that were compiled for the target; empty if nothing was.
         padded: whether the padding of the target's devices is known, or they pad nothing.
         warning: why a plan that fits may not fit after all; None if it leaves a margin.
-        kv_actions: what could happen to the KV cache, the smallest first; empty if the config says it.
+        kv_actions: actions on the KV cache, the smallest first; empty if the config says it.
         elapsed_s: seconds since the run began.
     """
 

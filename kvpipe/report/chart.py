@@ -88,7 +88,7 @@ class Chart:
 
     @property
     def dense(self) -> bool:
-        """Whether it has so many rows that they are drawn thin."""
+        """Whether it has too many rows for bars of the usual height."""
         return len(self.rows) > _MOST_FULL_ROWS
 
     def drawn(self, width: float) -> Drawing:

@@ -85,7 +85,7 @@ def curves_of(phases: Sequence[PhaseRecord]) -> list[Curve]:
 
 
 def training_table(phases: Sequence[PhaseRecord]) -> Table:
-    """Return the table of the training steps, with the numbers that any of them has."""
+    """Return the table of the training steps, with a column for each number that a step has."""
     training, names = training_of(phases), {**_ROLLOUTS, **_TRAINING}
     keys = [key for key in names if any(key in phase.fields for phase in training)]
     rows = [[Cell(codes=[p.phase]), *(_cell(p.fields, key) for key in keys)] for p in training]
@@ -95,7 +95,7 @@ def training_table(phases: Sequence[PhaseRecord]) -> Table:
 
 
 def _thinned(points: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
-    """Return points with even gaps, the last one among them; a page could not show more."""
+    """Return evenly spaced points, the last one included, as many as a page can show."""
     gap = -(-len(points) // _MOST_POINTS)
     return points[::-gap][::-1]
 

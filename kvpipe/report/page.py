@@ -80,7 +80,7 @@ def report_page(run: Run) -> str:
 
 
 def owners_table(phases: Sequence[PhaseRecord]) -> Table | None:
-    """Return who holds the arrays of the pool ``other``, in the order of appearance.
+    """Return the owners of the arrays of the pool ``other``, in the order of appearance.
 
     None for records that name no owner.
     """
@@ -139,7 +139,7 @@ def _error(run: Run) -> str | None:
 
 
 def _as_planned(check: Check) -> bool:
-    """Return whether a check says what the table of planned and actual bytes says, too."""
+    """Whether a check repeats a row of the table of planned and actual bytes."""
     return check.passed and check.name.startswith("plan/")
 
 

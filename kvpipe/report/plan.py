@@ -1,7 +1,7 @@
 """A plan as JSON and as Markdown.
 
 Both are exact and the same on every machine, so that a committed plan goes stale only when the plan
-changes: no times, no dates, and of a plan for this host not the host's own memory.
+changes: no times, no dates, and no memory size of this host.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def as_markdown(experiment: str, plan: RunPlanned) -> str:
 
 
 def peaks(plan: RunPlanned) -> list[str]:
-    """Return one line for each phase whose peak is predicted, and is more than what it leaves."""
+    """Return one line for each phase whose predicted peak exceeds the bytes after it."""
     return [
         f"`{phase.name}` holds up to {phase.peak_device_bytes:,} bytes of a device while it runs"
         for phase in plan.phases

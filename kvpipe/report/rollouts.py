@@ -1,4 +1,4 @@
-"""The rollouts of a run as tables: what each one did, how long its samples are, and the first ones."""
+"""The rollouts of a run as tables: figures, lengths of the samples, and the first samples."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -150,7 +150,7 @@ def records_file(path: Path) -> Path:
     if not (path / RECORDS_FILE).is_file():
         inside = sorted(found.parent.name for found in path.glob(f"*/{RECORDS_FILE}"))
         hint = f"; of its directories these are runs: {', '.join(inside)}" if inside else ""
-        raise InputError(f"{path}: there is no {RECORDS_FILE} in it, so it is no run{hint}")
+        raise InputError(f"{path}: there is no {RECORDS_FILE} in it, so it is not a run{hint}")
     return path / RECORDS_FILE
 
 

@@ -14,7 +14,7 @@ from kvpipe.system.alarm import limited
 
 @dataclass
 class Handed:
-    """What the sinks were given before the last record.
+    """The records that the sinks were given before the last one.
 
     Attributes:
         records: the number of records.
@@ -72,7 +72,7 @@ class Sink:
         """Receive, while a phase runs, the records that were not handed over yet."""
 
     def run_finishes(self, handed: Handed) -> None:
-        """Receive what was handed over, before the last record.
+        """Receive the list of the records so far, before the last record.
 
         A sink that stores records raises a KvpipeError, now or with the last record, if it lacks one.
         """
@@ -137,9 +137,9 @@ class Sinks(Sink):
         self._call(lambda sink: self._hand(sink, lambda: sink.sampled(step, line)))
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Pass the record of a phase to every sink, but to those that may lag with :meth:`catch_up`.
+        """Pass the record of a phase to every sink; sinks that may lag get it by :meth:`catch_up`.
 
-        Raise what they had against the record before it, whenever they received that.
+        Raise the errors of lagging sinks about the record before it.
         """
         self.catch_up()
         self._handed.records += 1
@@ -218,7 +218,7 @@ def failed_by(record: RunFinished, error: Exception) -> RunFinished:
 
 
 def _error_of(sink: Sink, error: Exception | SystemExit) -> Exception:
-    """Return what a sink raised; what is not kvpipe's own is no defect of kvpipe."""
+    """Return the error of a sink; an exception of a user's sink is not a defect of kvpipe."""
     module = type(sink).__module__
     if isinstance(error, Exception) and (
         isinstance(error, KvpipeError) or module.startswith("kvpipe.")

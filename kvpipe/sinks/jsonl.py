@@ -100,7 +100,7 @@ class JsonFile(JsonLines):
         """Do nothing: each record is tried again."""
 
     def run_finishes(self, handed: Handed) -> None:
-        """Count the lines; the last record is written after a look at what the file has of them.
+        """Count the lines; before the last record, check that the file has all of them.
 
         Raises:
             RecordError: there is not one line for each record.
@@ -142,7 +142,7 @@ class JsonFile(JsonLines):
         return self._is_in_place() and os.pread(self._file, self._size, 0) == b"".join(self._lines)
 
     def _go_on_elsewhere(self) -> RecordError:
-        """Follow the file to where it was moved, or save its lines; return what happened."""
+        """Follow the file to where it was moved, or save its lines; return the event in words."""
         was = self._path
         self._path = place_of(self._file)
         if self._path != was and self._is_whole():

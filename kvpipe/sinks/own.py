@@ -25,7 +25,7 @@ def own_sinks(names: Sequence[str], run_dir: Path) -> list[Sink]:
 
 
 def origins(names: Sequence[str]) -> dict[str, plugins.Origin]:
-    """Return where each named sink comes from, for records.
+    """Return the origin of each named sink, for records.
 
     Raises:
         InputError: there is no such sink, or its code cannot be executed.

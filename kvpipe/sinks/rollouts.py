@@ -14,7 +14,7 @@ ROLLOUTS_DIR = "rollouts"
 
 
 def rollout_file(run_dir: Path, step: str) -> Path:
-    """Return the file with the samples of a step; what a file's name cannot have is quoted."""
+    """Return the file with the samples of a step; characters that no file name has are quoted."""
     return run_dir / ROLLOUTS_DIR / f"{quote(step, safe='#')}.jsonl"
 
 
@@ -53,10 +53,10 @@ class RolloutFiles(Sink):
             raise RecordError(f"{path}: cannot write a sample: {error.strerror}") from error
 
     def phase_finished(self, record: PhaseRecord) -> None:
-        """Close the file of the step, and look whether it has every sample.
+        """Close the step's file, and check that it has every sample.
 
         Raises:
-            RecordError: it cannot be written, or somebody has removed or changed it.
+            RecordError: it cannot be written, or was removed or changed.
         """
         file, self._file = self._file, None
         if file is None:
@@ -72,5 +72,5 @@ class RolloutFiles(Sink):
         if there != self._lines:
             raise RecordError(
                 f"{path} has {counted(there, 'sample')}, {self._lines} were written: "
-                "somebody has changed it during the run"
+                "it was changed during the run"
             )

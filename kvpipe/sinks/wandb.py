@@ -91,7 +91,7 @@ class WandbSink(Sink):
 
     # Its limits are those of ``tracking``.
     limited = False
-    # Its service answers after milliseconds, for which no step has to wait.
+    # Its service answers after milliseconds, so a step need not wait for the answer.
     may_lag = True
 
     def __init__(
@@ -279,7 +279,7 @@ class WandbSink(Sink):
             run.summary.update(end)
             run.finish(exit_code=record.exit_code)
             if not any(_sync_dir(run).glob("*.wandb")):
-                raise TrackingError("somebody has removed or moved its files during the run")
+                raise TrackingError("its files were removed or moved during the run")
             if lost := upload_errors(_sync_dir(run)):
                 raise TrackingError(f"{counted(len(lost), 'upload')} failed: {lost[0]}")
 
@@ -324,19 +324,28 @@ class WandbSink(Sink):
             raise
         except (Exception, SystemExit) as error:
             _stop_service(stuck=isinstance(error, TimeoutError))
-            raise TrackingError(
-                f"tracking.mode={mode.value}: W&B at {base_url} did not begin the run: "
-                f"{_first_line(error)}; check the network, {API_KEY} and tracking.project, "
-                f"or set tracking.mode=offline"
-            ) from error
+            raise TrackingError(self._not_begun(mode, base_url, error)) from error
         if mode is TrackingMode.online and not run.url:
             _stop_service()
             raise TrackingError(
-                f"tracking.mode=online: {base_url} answered, but not as W&B does; "
+                f"tracking.mode=online: {base_url} answered, but is not a W&B server; "
                 f"check WANDB_BASE_URL, or set tracking.mode=offline"
             )
         self._unusable = False
         return run
+
+    def _not_begun(self, mode: TrackingMode, base_url: str, error: BaseException) -> str:
+        """Return the message for a start that failed; only an online one needs a server."""
+        if mode is TrackingMode.online:
+            place, remedy = f" at {base_url}", f"the network, {API_KEY} and tracking.project"
+            other = TrackingMode.offline
+        else:
+            place, remedy = "", f"tracking.init_timeout_s and the free space of {self._run_dir}"
+            other = TrackingMode.disabled
+        return (
+            f"tracking.mode={mode.value}: W&B{place} did not begin the run: {_first_line(error)}; "
+            f"check {remedy}, or set tracking.mode={other.value}"
+        )
 
     def _settings(self, mode: TrackingMode) -> "wandb.Settings":
         import wandb
@@ -421,7 +430,7 @@ class WandbSink(Sink):
         return summary
 
     def _call(self, what: str, work: Callable[[], None]) -> None:
-        """Call wandb, and wait until its service has taken what it was sent."""
+        """Call wandb, and wait until its service has received the data."""
         run = self._run
         assert run is not None
 
@@ -497,7 +506,7 @@ def _within[T](timeout_s: float, work: Callable[[], T]) -> T:
 
 
 def _stored_at_end(path: Path, limit_s: float) -> Stored:
-    """Return what W&B's file has once the end of the run is in it."""
+    """Return the contents of W&B's file once the end of the run is in it."""
     from wandb.proto import wandb_internal_pb2
 
     made_at_import: Any = wandb_internal_pb2  # by protobuf: types do not know its classes
@@ -505,7 +514,7 @@ def _stored_at_end(path: Path, limit_s: float) -> Stored:
     ends = time.monotonic() + limit_s
     while not (stored := read_stored(path, parse)).ended:
         if time.monotonic() > ends:
-            raise TrackingError(f"after {limit_s:g} s {path} has no end")
+            raise TrackingError(f"{path} has no end record after {limit_s:g} s")
         time.sleep(_FILE_POLL_S)
     return stored
 
@@ -522,7 +531,8 @@ def _first_line(error: BaseException) -> str:
 def _base_url() -> str:
     """Return the address of W&B's server from wandb's own settings.
 
-    They come from the environment and from wandb's files; what describes a run in them is cleared.
+    They come from the environment and from wandb's files; the settings that describe a run are
+    cleared.
     """
     import wandb
     from wandb.errors import UsageError

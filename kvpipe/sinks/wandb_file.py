@@ -1,8 +1,8 @@
-"""Read back what W&B's service has stored of a run, and find what it lacks.
+"""Read back the file that W&B's service has stored of a run, and find missing parts.
 
-W&B's ``finish`` returns normally whatever it was given. What it took is in ``run-<id>.wandb``, online
-too: a LevelDB log of protocol buffers, 7 bytes of W&B and then blocks of 32 KiB. A message that does
-not fit into a block continues in the next one. Code that needs wandb must not be here.
+W&B's ``finish`` returns normally even if data was lost. What it took is in ``run-<id>.wandb``,
+online too: a LevelDB log of protocol buffers, 7 bytes of W&B and then blocks of 32 KiB. A message
+that does not fit into a block continues in the next one. Code that needs wandb must not be here.
 """
 
 import json
@@ -24,12 +24,12 @@ _PATH = "path"  # of a media file, under the key of the media
 
 @dataclass
 class Stored:
-    """What W&B has of a run.
+    """Contents of W&B's file of a run.
 
     Attributes:
         phases: phase of each row, in order.
         media: path of each media file by its key.
-        files: paths of the files that it was told to keep.
+        files: paths of the files that it was asked to upload.
         ended: whether it has the exit code, which comes last.
     """
 
@@ -40,11 +40,11 @@ class Stored:
 
 
 def read_stored(path: Path, parse: Callable[[bytes], Any]) -> Stored:
-    """Return what W&B's file has by now.
+    """Return the contents of W&B's file so far.
 
     Args:
         path: the file.
-        parse: makes W&B's own record of a message.
+        parse: converts a message to W&B's own record.
     """
     stored = Stored()
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def lacking(
     media: Collection[str],
     files: Collection[str],
 ) -> str | None:
-    """Return what W&B lacks of a run, or None if it has all of it.
+    """Return the parts of a run that W&B lacks, in words; None if it has all of it.
 
     Args:
         stored: what it has.

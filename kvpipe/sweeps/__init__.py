@@ -1,1 +1,1 @@
-"""Sweeps: what their jobs share, which jobs there are, and what the records of all of them tell."""
+"""Sweeps: the config that their jobs share, the list of the jobs, and the summary of their records."""

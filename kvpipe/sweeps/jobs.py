@@ -47,7 +47,7 @@ class Begun:
 
 
 class NoteSweep(Callback):
-    """Record what Hydra starts: the sweep, even if its launcher then fails, or a run's directory.
+    """Record the jobs that Hydra starts: the sweep, even if its launcher fails, or a run's directory.
 
     ``lock`` keeps other sweeps out of its directory; ``made`` are the directories that Hydra makes
     for a single run, the deepest first.

@@ -43,7 +43,7 @@ def submitted() -> bool:
 
 
 @contextmanager
-def jobs(tell: Callable[[str], None]) -> Iterator[None]:
+def jobs(notify: Callable[[str], None]) -> Iterator[None]:
     """Report jobs that could not be submitted or left no result; cancel the jobs on Ctrl-C.
 
     A missing result or Ctrl-C is not an error here: all jobs have ended, and their records say how.
@@ -59,8 +59,8 @@ def jobs(tell: Callable[[str], None]) -> Iterator[None]:
             raise
         message = _shortened(str(error))
         if not submitted():
-            raise InputError(f"hydra/launcher: SLURM took no job: {message}") from None
-        tell(f"kvpipe: a job left no result: {message}\n")
+            raise InputError(f"hydra/launcher: SLURM accepted no job: {message}") from None
+        notify(f"kvpipe: a job left no result: {message}\n")
     except KeyboardInterrupt:
         if WatchQueue.watcher is None or not submitted():
             raise

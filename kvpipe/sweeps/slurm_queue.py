@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """Look jobs up in the queue; a job that is no longer there has ended.
+    """Look jobs up in the queue; a job that is not in it has ended.
 
     All jobs are reported as ended together: the first one without a result ends submitit's wait for
     all others, so report it only when none of them waits or runs.
@@ -39,7 +39,7 @@ class QueueWatcher(SlurmInfoWatcher):
         text = string if isinstance(string, str) else string.decode()
         lines = (line.partition(" ") for line in text.splitlines())
         states = [state for job_id, _, state in lines if job_id in self._registered]
-        self._tell(states)
+        self._report(states)
         state = "RUNNING" if states else "ENDED"
         return {job_id: {"State": state} for job_id in self._registered}
 
@@ -55,7 +55,7 @@ class QueueWatcher(SlurmInfoWatcher):
         while not self.is_done(job_ids[0], mode="force"):
             time.sleep(_POLL_S)
 
-    def _tell(self, states: Sequence[str]) -> None:
+    def _report(self, states: Sequence[str]) -> None:
         counts = sorted(Counter(state.removesuffix(" None") for state in states).items())
         summary = ", ".join(f"{count} {state}" for state, count in counts) or "none left"
         if summary != self._summary:

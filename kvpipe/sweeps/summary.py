@@ -1,6 +1,6 @@
 """Summarise a sweep from the records of its jobs, and from nothing else.
 
-Its jobs may have run in other processes and on other machines, so what they returned does not count.
+Its jobs may have run in other processes and on other machines, so their return values do not count.
 """
 
 from collections.abc import Sequence

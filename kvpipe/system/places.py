@@ -1,4 +1,4 @@
-"""Where the phases and the configs that ship with kvpipe are.
+"""Paths of the phases and configs that ship with kvpipe.
 
 In the repository ``phases/`` and ``conf/`` lie beside the package, in a wheel inside it, as
 ``_phases`` and ``_conf`` (pyproject.toml). They are found from the package's own place, never by an

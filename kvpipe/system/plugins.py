@@ -27,7 +27,7 @@ _DIGITS = 12
 
 @dataclass(frozen=True)
 class Origin:
-    """Where code comes from: a path or a package with its version, and the SHA-256 of its file."""
+    """Origin of code: a path or a package with its version, and the SHA-256 of its file."""
 
     where: str
     sha256: str
@@ -81,12 +81,12 @@ def load_class(point: "EntryPoint") -> type[Any]:
     """Import the class of an entry point.
 
     Raises:
-        InputError: its code cannot be executed, or it is no class.
+        InputError: its code cannot be executed, or it is not a class.
     """
     found = load(point)
     if not isinstance(found, type):
         where = f"{point.group}: {described(point)}"
-        raise InputError(f"{where}: it is no class; write {point.name} = 'PACKAGE.MODULE:CLASS'")
+        raise InputError(f"{where}: it is not a class; write {point.name} = 'PACKAGE.MODULE:CLASS'")
     return found
 
 
@@ -155,7 +155,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def blamed_on(shown: str, roots: Sequence[Path]) -> Iterator[None]:
-    """Report what the code below ``roots`` raises as an InputError; what it prints goes to stderr."""
+    """Convert an exception of the code below ``roots`` to an InputError, and print to stderr."""
     try:
         with redirect_stdout(sys.stderr):
             yield

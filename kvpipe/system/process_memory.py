@@ -75,7 +75,7 @@ def oom_kills() -> int:
 def host_memory_bytes() -> int:
     """Return the bytes of memory that this process can have: the host's, or its container's limit.
 
-    Linux kills what takes more than any of the cgroups above it allows.
+    Linux kills a process that takes more than any of the cgroups above it allows.
     """
     return min([psutil.virtual_memory().total, *_cgroup_limits()])
 
@@ -83,7 +83,7 @@ def host_memory_bytes() -> int:
 def _cgroup_limits() -> Iterator[int]:
     """Yield the limits of this process's cgroup and of all above it, of version 1 and 2.
 
-    A container sees its own cgroup as the root of the tree, whatever the path of it is called.
+    A container sees its own cgroup as the root of the tree, whatever its path.
     """
     if not _OWN_CGROUPS.is_file():
         return

@@ -70,7 +70,7 @@ def prepare() -> None:
 
 
 def end() -> None:
-    """Discard what cannot be written, and a late Ctrl-C: Python would print a traceback."""
+    """Discard output that cannot be written, and a late Ctrl-C: Python would print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         sys.stdout.flush()

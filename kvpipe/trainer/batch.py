@@ -26,7 +26,8 @@ class Example:
     Attributes:
         prompt_ids: token ids that it is given, at least one.
         new_ids: token ids that it learns.
-        logprobs: log-probability of each new one when it was sampled; none if nobody reads them.
+        logprobs: log-probability of each new one when it was sampled; none if the loss does not use
+            them.
         advantage: how much better than its group a sample is; without a unit.
     """
 
@@ -52,7 +53,7 @@ class Batch:
     learnt: int
 
     def parts(self, rows: int) -> Iterator[dict[str, Array]]:
-        """Yield the arrays of micro-batches of so many rows."""
+        """Yield the arrays of micro-batches of ``rows`` rows."""
         for first in range(0, len(self.arrays[TOKENS]), rows):
             yield {name: array[first : first + rows] for name, array in self.arrays.items()}
 
@@ -90,8 +91,8 @@ def batch_of(
         if not example.prompt_ids or len(ids) > config.length:
             raise PhaseError(
                 f"example {row} of the batch has {counted(len(example.prompt_ids), 'token')} of "
-                f"prompt and {len(example.new_ids)} new; it needs one of prompt and fits "
-                f"trainer.length={config.length}"
+                f"prompt and {len(example.new_ids)} new; it needs at least 1 of prompt and at most "
+                f"{config.length} in all (trainer.length)"
             )
         tokens[row, : len(ids)] = ids
         learns[row, len(example.prompt_ids) - 1 : len(ids) - 1] = True
@@ -115,7 +116,7 @@ def examples_of_samples(
     Args:
         rollout: the rollout.
         prompt_ids: token ids of each prompt, by its id.
-        advantages: that of each sample; None if nobody reads them.
+        advantages: advantage of each sample; None if the loss does not use them.
     """
     samples = rollout.samples
     each = zip(samples, advantages or [0.0] * len(samples), strict=True)

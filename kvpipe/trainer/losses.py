@@ -1,4 +1,4 @@
-"""The losses: what a batch and the model's scores of it give to minimise, beside the numbers to report.
+"""The losses: from a batch and its scores, the value to minimise and the numbers to report.
 
 Each is a sum over the tokens of a micro-batch, whose weights are shares of the whole batch. So the
 sums of its micro-batches are those of the batch.
@@ -32,8 +32,8 @@ def grpo(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """PPO's clipped objective with the advantages of groups, each token with the same share.
 
-    The ratio is to the probabilities with which the engine sampled, so what the two forward passes
-    compute differently is clipped too. ``kl`` is the divergence of the trained model from the
+    The ratio is to the probabilities with which the engine sampled, so differences between the two
+    forward passes are clipped too. ``kl`` is the divergence of the trained model from the
     reference, ``sampled_kl`` that of the engine's from the trained one; both are Schulman's
     estimator k3, in nats a token.
     """
@@ -65,9 +65,9 @@ def grpo(
 
 
 def _k3(log_ratio: jax.Array) -> jax.Array:
-    """Return what each token adds to the divergence of its own model from another one.
+    """Return the k3 estimate of the KL divergence for each token, in nats.
 
-    The ratio is that of the other's probability to its own.
+    ``log_ratio`` is the logarithm of the reference's probability of the token over the model's.
     """
     return jnp.exp(log_ratio) - 1 - log_ratio
 

@@ -1,4 +1,4 @@
-"""How far the trainer's log-probabilities of samples are from those that they were sampled with."""
+"""Distance of the trainer's log-probabilities of samples from those that they were sampled with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Differences:
     """The differences of the tokens that were sampled.
 
     Attributes:
-        sizes: absolute difference of each, in nats.
+        sizes: absolute difference of each token's log-probabilities, in nats.
         worst: row, place among the sampled tokens of that row, and the two log-probabilities of the
             one with the largest: the sampled one and the trainer's.
     """
@@ -31,7 +31,7 @@ class Differences:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Their distribution, for a record."""
+        """Fields for a record: the distribution of the differences."""
         found = {name: float(np.quantile(self.sizes, at)) for name, at in _QUANTILES.items()}
         mean = float(self.sizes.mean())
         return {"policy_tokens": self.sizes.size, "policy_difference": {"mean": mean, **found}}

@@ -35,7 +35,7 @@ class Scorer(MicroBatched):
     @property
     @override
     def temp_bytes(self) -> int:
-        """Bytes on a device beside the parameters: temporaries, a micro-batch, what it returns."""
+        """Bytes on a device beside the parameters: temporaries, a micro-batch, its result."""
         return super().temp_bytes + self.used[0].output_size_in_bytes
 
     def __call__(self, params: dict[str, Any], batch: Batch) -> Array:

@@ -115,7 +115,7 @@ class Trainer:
         """Carry out one step; the three sets take over their own memory.
 
         Args:
-            batch: what it learns from; None if its gradients are seeded.
+            batch: the samples or examples that it learns from; None if its gradients are seeded.
             reference: the weights, by Hugging Face name, that the loss compares with; None if it
                 compares with none.
 
@@ -161,8 +161,8 @@ class Trainer:
     def _compared(self, batch: Batch, reference: Mapping[str, HostArray]) -> Batch:
         """Return a batch with the log-probabilities of the reference.
 
-        Its weights take the place of the last gradients, which nobody reads any more, leaf by leaf.
-        So it takes no memory of its own.
+        Its weights replace the last gradients, which are no longer needed, leaf by leaf. So it
+        takes no memory of its own.
         """
         scorer = self._compiled.reference
         assert scorer is not None, "the loss has a reference"
@@ -187,7 +187,7 @@ class Trainer:
         return self._freed(before)
 
     def restore(self) -> Change:
-        """Bring what was offloaded back to the devices, leaf by leaf; the gradients are zeros."""
+        """Bring the offloaded arrays back to the devices, leaf by leaf; the gradients are zeros."""
         transfer.allocator(self._gradients)  # it may have been evicted
         before = memory.total_in_use()
         self.params = self._brought(Size.TRAINER_PARAMS, self._layout.params)

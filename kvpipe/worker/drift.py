@@ -31,8 +31,8 @@ class Drift:
         Args:
             step: its name.
             measured: the memory after it.
-            compilations: programs that were compiled until then. The code of one is no drift, so
-                the pool ``program`` counts only if none was compiled since the cycle before.
+            compilations: programs that were compiled until then. A new program is not drift, so the
+                pool ``program`` counts only if none was compiled since the cycle before.
         """
         if measured.ledger is None:
             return Result()

@@ -30,7 +30,7 @@ def main(load: "Load | None" = None) -> None:
     Standard input stays open for as long as the parent lives.
     SIGUSR1 writes the stacks of all threads into ``scratch``.
 
-    ``load`` imports what replaces the engine and returns the planner; None is the engine.
+    ``load`` imports the engine or its replacement and returns the planner; None is the engine.
     """
     # The parent handles the terminal's Ctrl-C; a SIGINT sent to this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

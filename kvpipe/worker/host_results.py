@@ -29,7 +29,7 @@ class HostResult:
 
 
 def merge(results: Sequence[HostResult], labels: Sequence[str]) -> HostResult:
-    """Merge the hosts' results, by rank: rank 0's, with every host's devices and failed checks."""
+    """Merge the hosts' results, given by rank, into rank 0's with all devices and failed checks."""
     first, *others = results
     if not others:
         return first

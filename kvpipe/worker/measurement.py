@@ -69,8 +69,8 @@ def measure(ctx: WorkerContext, settle: bool = True, describes: bool = True) -> 
 def _attributed(ctx: WorkerContext, describes: bool, collect: bool) -> Any:
     """Return the ledger, the bytes of each owner, and the arrays that have none, in words.
 
-    Return None without ``collect`` if an array has no owner: garbage may hold it. No array stays
-    referred to then.
+    Return None without ``collect`` if an array has no owner: garbage may hold it. In that case no
+    reference to an array is kept.
     """
     from kvpipe.engine import kv_cache, memory, owners, weights
 

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,76 +71,97 @@ def plan_for(
 
     They may be of any kind. By ``device``, one of the target, its padding is known; None if it is
     not, or if the target pads nothing. With ``compiles`` programs may be compiled for the target
-    here, as ``plan.compile`` says; else only what an earlier plan has compiled is in the plan.
+    here, as ``plan.compile`` says; else the plan has only the programs that an earlier one
+    compiled.
     """
     found = shapes.of_devices_here(config.engine, model_dir)
-    sizes, _ = _bytes(found.arrays(), device)
-    kv = _kv_capacity(target, found, config, sizes, device)
+    kv = _kv_capacity(target, found, config, device)
+    inputs = _Inputs(target, config, model_dir, device, compiles, found, kv)
 
-    def plan_of(config: Kvpipe) -> fold.Plan:
-        def make(steps: Sequence[fold.PlannedStep]) -> fold.Plan:
-            return _plan_of(steps, target, config, model_dir, device, compiles, found, kv)
+    def plan_of(inputs: _Inputs) -> fold.Plan:
+        refuse = partial(check_inputs, inputs.config, whole=False)
+        return kv_choice.choose(planned, kv, partial(_plan_of, inputs), refuse)
 
-        return kv_choice.choose(planned, kv, make, partial(check_inputs, config, whole=False))
-
-    plan = plan_of(config)
+    plan = plan_of(inputs)
     if not (compiles and config.plan.micro_batch and config.trainer.learns and trains(planned)):
         return plan
 
     def fits(rows: int) -> bool:
         trainer = replace(config.trainer, micro_batch_size=rows)
-        return plan_of(replace(config, trainer=trainer)).record.fit.fits
+        return plan_of(replace(inputs, config=replace(config, trainer=trainer))).record.fit.fits
 
     most = replace(plan.record.fit, micro_batch_size=fit.most_rows(config.trainer, fits))
     return replace(plan, record=replace(plan.record, fit=most))
 
 
-def _plan_of(
-    planned: Sequence[fold.PlannedStep],
-    target: Target,
-    config: Kvpipe,
-    model_dir: Path,
-    device: Any,
-    compiles: bool,
-    found: shapes.EngineShapes,
-    kv: fit.KvCapacity,
-) -> fold.Plan:
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs of every plan for a target, whatever its steps are.
+
+    Attributes:
+        target: the target; this process has as many devices.
+        config: the config of the run.
+        model_dir: directory of the model.
+        device: one of the target's, whose padding is known; None if it is not.
+        compiles: whether programs may be compiled for the target here.
+        found: shapes of the engine's arrays.
+        kv: the engine's KV cache and its limit.
+    """
+
+    target: Target
+    config: Kvpipe
+    model_dir: Path
+    device: Any
+    compiles: bool
+    found: shapes.EngineShapes
+    kv: fit.KvCapacity
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Arrays of each size that a pool of some steps can have.
+
+    Attributes:
+        of_size: the shapes of the arrays.
+        sizes: the bytes that they need on each device.
+        padding: the bytes that each device adds to them; empty if that is not known.
+    """
+
+    of_size: Mapping[PoolSize, Sequence[Any]]
+    sizes: Mapping[PoolSize, PerDevice]
+    padding: Mapping[PoolSize, PerDevice]
+
+
+def _plan_of(inputs: _Inputs, planned: Sequence[fold.PlannedStep]) -> fold.Plan:
     """Plan steps in which nothing is open.
 
     Unless that is asked for, nothing is compiled for a cache that does not fit even without
     temporaries: those of a cache that no host has would leave no smaller one to advise.
     """
-    arrays = _arrays(found, planned, config)
-    sizes, padding = _bytes(arrays, device)
-    make = partial(_plan_with, planned, target, config, found, kv, arrays, sizes, padding, device)
-    asked = compiles and config.plan.compile is True
-    plan = make(_programs(planned, config, model_dir, target, asked))
+    arrays = _arrays(inputs, planned)
+    asked = inputs.compiles and inputs.config.plan.compile is True
+    plan = _plan_with(inputs, planned, arrays, _programs(inputs, planned, asked))
     if (
-        not compiles
+        not inputs.compiles
         or asked
         or not plan.record.fit.fits
-        or not _may_not_suffice(target, sizes, kv, config, arrays)
+        or not _may_not_suffice(inputs.target, arrays, inputs.kv, inputs.config)
     ):
         return plan
-    return make(_programs(planned, config, model_dir, target, compiles=True))
+    return _plan_with(inputs, planned, arrays, _programs(inputs, planned, compiles=True))
 
 
 def _plan_with(
+    inputs: _Inputs,
     planned: Sequence[fold.PlannedStep],
-    target: Target,
-    config: Kvpipe,
-    found: shapes.EngineShapes,
-    kv: fit.KvCapacity,
-    arrays: Mapping[PoolSize, Sequence[Any]],
-    sizes: Mapping[PoolSize, PerDevice],
-    padding: Mapping[PoolSize, PerDevice],
-    device: Any,
+    arrays: _Arrays,
     programs: Sequence[Program],
 ) -> fold.Plan:
     """Plan steps whose programs are known, or left out."""
-    sizes = {**sizes, **_code_sizes(programs, target.devices)}
-    ledgers = fold.plan_ledgers(planned, sizes, target.devices, padding)
-    peaks = fold.plan_peaks(planned, ledgers, _at_peak(planned, arrays, found, device))
+    target, config = inputs.target, inputs.config
+    sizes = {**arrays.sizes, **_code_sizes(programs, target.devices)}
+    ledgers = fold.plan_ledgers(planned, sizes, target.devices, arrays.padding)
+    peaks = fold.plan_peaks(planned, ledgers, _at_peak(inputs, planned, arrays))
     reserve = config.plan.reserve_bytes
     if reserve is None:
         reserve = 0 if target.name == CPU else _RESERVE
@@ -151,9 +172,9 @@ def _plan_with(
         devices=target.devices,
         sglang_jax=devices.describe()["sgl_jax_version"],
         phases=fold.planned_phases(planned, ledgers, peaks, temporaries),
-        fit=fit.fit_of(planned, ledgers, limit, kv, temporaries, reserve, limited, peaks),
+        fit=fit.fit_of(planned, ledgers, limit, inputs.kv, temporaries, reserve, limited, peaks),
         programs=programs,
-        padded=device is not None or target.name == CPU,
+        padded=inputs.device is not None or target.name == CPU,
     )
     return fold.Plan(replace(record, warning=fit.warning(record)), ledgers, tuple(planned))
 
@@ -167,66 +188,64 @@ def _limit(config: Kvpipe, target: Target) -> tuple[bool, int]:
     stated = config.plan.limit_bytes
     if stated is not None and stated > target.hbm_bytes:
         raise InputError(
-            f"plan.limit_bytes is {stated}, but a device of {target.name} has {target.hbm_bytes}"
+            f"plan.limit_bytes is {stated}, but a device of {target.name} has {target.hbm_bytes}; "
+            "it must be at most that"
         )
     return stated is not None, stated or target.hbm_bytes
 
 
-def _arrays(
-    found: shapes.EngineShapes, planned: Sequence[fold.PlannedStep], config: Kvpipe
-) -> dict[PoolSize, list[Any]]:
-    """Return the arrays of each size that a pool of these steps can have."""
+def _arrays(inputs: _Inputs, planned: Sequence[fold.PlannedStep]) -> _Arrays:
+    """Return the arrays of each size that a pool of these steps can have.
+
+    Raises:
+        InputError: an axis of the mesh does not divide an array.
+    """
+    found, device = inputs.found, inputs.device
     arrays = found.arrays(fold.kv_capacities(planned))
     if trains(planned):
         tree = training.source_shapes(found.sources, found.params)
-        arrays |= lay_out(tree, found.mesh, config.trainer).sets
-    return arrays
+        arrays |= lay_out(tree, found.mesh, inputs.config.trainer).sets
+    sizes = _bytes(arrays)
+    if device is None:
+        return _Arrays(arrays, sizes, {})
+    given = {size: memory.bytes_of(held, device) for size, held in arrays.items()}
+    return _Arrays(arrays, sizes, {size: memory.less(given[size], sizes[size]) for size in arrays})
 
 
-def _bytes(
-    arrays: Mapping[PoolSize, Sequence[Any]], device: Any
-) -> tuple[dict[PoolSize, PerDevice], dict[PoolSize, PerDevice]]:
-    """Return the bytes on each device that arrays ask for, and those that it gives beyond them.
+def _bytes(arrays: Mapping[PoolSize, Sequence[Any]]) -> dict[PoolSize, PerDevice]:
+    """Return the bytes that arrays need on each device, without padding.
 
     Raises:
         InputError: an axis of the mesh does not divide an array.
     """
     try:
-        sizes = {size: memory.bytes_of(held) for size, held in arrays.items()}
+        return {size: memory.bytes_of(held) for size, held in arrays.items()}
     except ValueError as error:
         raise InputError(
             f"engine.tp_size: the model cannot be divided over the mesh: {error}"
         ) from error
-    if device is None:
-        return sizes, {}
-    given = {size: memory.bytes_of(held, device) for size, held in arrays.items()}
-    return sizes, {size: memory.less(given[size], sizes[size]) for size in arrays}
 
 
 def _at_peak(
-    planned: Sequence[fold.PlannedStep],
-    arrays: Mapping[PoolSize, Sequence[Any]],
-    found: shapes.EngineShapes,
-    device: Any,
+    inputs: _Inputs, planned: Sequence[fold.PlannedStep], arrays: _Arrays
 ) -> dict[PoolSize, PerDevice]:
     """Return the bytes on each device of the sizes that steps have at their peaks, with padding."""
-    held = {Size.DUMMY_START: found.dummy_start, Size.LEAF: [found.largest_leaf], **arrays}
+    found = inputs.found
+    start = {Size.DUMMY_START: found.dummy_start, Size.LEAF: [found.largest_leaf]}
+    held: dict[PoolSize, Sequence[Any]] = {**start, **arrays.of_size}
     wanted = {size for item in planned for size in item.effect.peak}
-    return {size: memory.bytes_of(held[size], device) for size in wanted}
+    return {size: memory.bytes_of(held[size], inputs.device) for size in wanted}
 
 
 def _kv_capacity(
-    target: Target,
-    found: shapes.EngineShapes,
-    config: Kvpipe,
-    sizes: Mapping[PoolSize, PerDevice],
-    device: Any,
+    target: Target, found: shapes.EngineShapes, config: Kvpipe, device: Any
 ) -> fit.KvCapacity:
-    """Return the KV cache that the sizes are of, and the limit that the engine sets to it.
+    """Return the engine's KV cache, and the limit that the engine sets to its capacity.
 
-    An engine that starts empty sets it before it has parameters; the plan leaves room for them.
+    An engine that starts empty sets the limit before it has parameters; the plan leaves room for
+    them.
     """
-    engine = config.engine
+    engine, sizes = config.engine, _bytes(found.arrays())
     # On the CPU each virtual device's engine sees the whole host and all of the host's parameters.
     on_host = target.devices // engine.nnodes
     sees, params = (
@@ -247,13 +266,7 @@ def _kv_capacity(
     )
 
 
-def _may_not_suffice(
-    target: Target,
-    sizes: Mapping[PoolSize, PerDevice],
-    kv: fit.KvCapacity,
-    config: Kvpipe,
-    arrays: Mapping[PoolSize, Sequence[Any]],
-) -> bool:
+def _may_not_suffice(target: Target, arrays: _Arrays, kv: fit.KvCapacity, config: Kvpipe) -> bool:
     """Whether temporaries could fill this host: they are a few times what the engine's steps read.
 
     That is at most all arrays, and as much of the KV cache as the longest batch has. A training step
@@ -261,9 +274,9 @@ def _may_not_suffice(
     """
     engine = config.engine
     longest = engine.max_running_requests * (engine.context_length or engine.max_total_tokens)
-    read = sum(map(max, sizes.values())) + longest * kv.token_bytes
+    read = sum(map(max, arrays.sizes.values())) + longest * kv.token_bytes
     if config.trainer.learns:
-        outputs = sum(leaf.shape[0] for leaf in arrays.get(Size.TRAINER_PARAMS, ()))
+        outputs = sum(leaf.shape[0] for leaf in arrays.of_size.get(Size.TRAINER_PARAMS, ()))
         read += _VALUE_BYTES * outputs * config.trainer.rows * config.trainer.length
     return config.plan.compile == AUTO and target.name == CPU and read * _TIMES > target.hbm_bytes
 
@@ -300,11 +313,7 @@ def main() -> None:
 
 
 def _programs(
-    planned: Sequence[fold.PlannedStep],
-    config: Kvpipe,
-    model_dir: Path,
-    target: Target,
-    compiles: bool,
+    inputs: _Inputs, planned: Sequence[fold.PlannedStep], compiles: bool
 ) -> tuple[Program, ...]:
     """Return the programs of the steps as compiled for the target, from the cache if present.
 
@@ -313,9 +322,12 @@ def _programs(
     Raises:
         CompileFinding: a step does not compile for the target, or copies what it should update.
     """
+    config = inputs.config
     if not config.plan.compile:
         return ()
-    place = aot.Place(config.engine, model_dir, target.name, cache_dir(config), compiles)
+    place = aot.Place(
+        config.engine, inputs.model_dir, inputs.target.name, cache_dir(config), compiles
+    )
     runs = {name for item in planned for name in item.effect.runs}
     programs = aot.engine_steps(place, tokens_of_prompt(config))
     programs += aot.kv_programs(place, sorted(runs.intersection(KV_PROGRAMS)))

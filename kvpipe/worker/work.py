@@ -59,7 +59,7 @@ def execute(
 ) -> Ending:
     """Run the worker's steps in this process, and shut the engine down at the end.
 
-    ``load`` imports the engine, or what replaces it, and returns the planner; that happens at once,
+    ``load`` imports the engine or its replacement and returns the planner; that happens at once,
     but no step starts before ``may_begin`` returns: then the parent's own steps are done.
     """
     ctx = WorkerContext(config, read_prompt(config.prompt))
@@ -117,7 +117,7 @@ def work(
         run_began: ``time.monotonic()`` when the run began.
         descriptor: receives starts, records and the ending, one JSON line each.
         orders: the parent's orders, which arrive on another thread.
-        load: imports the engine, or what replaces it; returns the planner.
+        load: imports the engine or its replacement; returns the planner.
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
 

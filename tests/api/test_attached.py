@@ -216,7 +216,7 @@ def test_arrays_of_the_devices_are_synced_there_and_have_the_files_digest(script
             kvpipe.InputError,
             "but the engine is on",
         ),
-        (named | {name: on_devices[name]}, kvpipe.InputError, "give all of one kind"),
+        (named | {name: on_devices[name]}, kvpipe.InputError, "give all arrays in one place"),
     ]:
         with pytest.raises(error, match=message):
             attached.sync(wrong)
@@ -361,7 +361,7 @@ def test_recorded_verbs_give_a_report_and_a_comparison(script, attached, tmp_pat
 
 
 class Sampler:
-    """What tunix's SglangJaxSampler does to its engine, with an event loop that stays open.
+    """Calls of tunix's SglangJaxSampler to its engine, with an event loop that stays open.
 
     tunix itself needs a later sglang-jax than the lock's.
     """
@@ -377,7 +377,7 @@ class Sampler:
         return [answer["output_ids"] for answer in answers]
 
     def update_params(self, leaves):
-        """Give model and step other leaves, of which kvpipe is not told."""
+        """Give model and step other leaves, without informing kvpipe."""
         from kvpipe.engine.params import ParamTable
 
         scheduler = self.engine.scheduler_info["scheduler"]

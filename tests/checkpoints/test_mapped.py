@@ -1,4 +1,4 @@
-"""The values of a mapped file come in blocks as they are, and the file may not shrink meanwhile."""
+"""The values of a mapped file come in blocks as they are, and the file may not shrink while they are read."""
 
 import os
 import re
@@ -45,8 +45,8 @@ def test_a_file_that_has_become_shorter_is_named(tmp_path):
     path.write_bytes(BYTES.tobytes())
     mapped = map_bytes(path)
     os.truncate(path, 9000)
-    told = f"{path} ends at byte 9000: it was truncated after it was opened"
-    with pytest.raises(InputError, match=f"^{re.escape(told)}$"):
+    reported = f"{path} ends at byte 9000: it was truncated after it was opened"
+    with pytest.raises(InputError, match=f"^{re.escape(reported)}$"):
         list(blocks(mapped, 4096))
 
 

@@ -144,7 +144,7 @@ def test_an_unknown_dtype_is_refused_with_the_nearest_name():
     ],
 )
 def test_a_tensor_that_the_tree_has_no_place_for_is_refused_by_name(name):
-    with pytest.raises(InputError, match="no place") as error:
+    with pytest.raises(InputError, match="without a counterpart") as error:
         tree_from_checkpoint({name: np.zeros((1, 1))})
     assert repr(name) in str(error.value)
 
@@ -157,12 +157,16 @@ def test_a_misspelled_leaf_is_refused_with_the_nearest_path():
 
 
 def test_a_kernel_with_one_dimension_is_refused():
-    with pytest.raises(InputError, match=r"lm_head.weight has shape \[4\]; a kernel has 2"):
+    with pytest.raises(
+        InputError, match=r"lm_head.weight has shape \[4\], it must have 2 dimensions"
+    ):
         tree_from_checkpoint({"lm_head.weight": np.zeros(4)})
 
 
 def test_a_scale_with_two_dimensions_is_refused():
-    with pytest.raises(InputError, match=r"model.norm.scale has shape \[1, 4\]; a scale has 1"):
+    with pytest.raises(
+        InputError, match=r"model.norm.scale has shape \[1, 4\], it must have 1 dimension"
+    ):
         hf_weights({"model": {"norm": {"scale": np.zeros((1, 4))}}})
 
 

@@ -34,7 +34,7 @@ def directory(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
 
 
-def told(directory, needs=ALL):
+def refusal_of(directory, needs=ALL):
     """Return what is wrong with a directory, after the directory's name."""
     start, _, why = refusal(check_directory, "model.path", directory, needs).partition(
         f"{directory}: "
@@ -75,7 +75,7 @@ CONFIGS = {
 def test_a_config_that_is_no_object_is_refused(directory, case):
     text, why = CONFIGS[case]
     (directory / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert told(directory).startswith(why)
+    assert refusal_of(directory).startswith(why)
 
 
 VALUES = {
@@ -117,7 +117,7 @@ def parsed(text):
 @pytest.mark.parametrize("case", VALUES)
 def test_a_wrong_value_of_the_config_and_what_the_engine_ignores_are_refused(directory, case):
     key, _, value = case.partition("=")
-    why = told(with_config(directory, **{key: parsed(value)}), Needs())
+    why = refusal_of(with_config(directory, **{key: parsed(value)}), Needs())
     assert why.startswith(f"config.json: {VALUES[case]}")
 
 
@@ -129,15 +129,15 @@ def test_what_the_engine_applies_is_accepted(directory):
     check_directory("model.path", with_config(directory, **qwen), Needs())
 
 
-def test_everything_that_is_wrong_is_told_at_once(directory):
+def test_everything_that_is_wrong_is_reported_at_once(directory):
     (directory / "tokenizer.json").unlink()
     (directory / "vocab.json").unlink()
     (directory / FILE).write_bytes(b"")
-    why = told(with_config(directory, num_hidden_layers=0, vocab_size="many"))
+    why = refusal_of(with_config(directory, num_hidden_layers=0, vocab_size="many"))
     assert "num_hidden_layers is 0" in why
     assert "vocab_size is 'many'" in why
     assert "it has no tokenizer" in why
-    assert f"{FILE} is damaged, truncated or no safetensors file" in why
+    assert f"{FILE} is damaged, truncated or not a safetensors file" in why
 
 
 def header(directory, change):
@@ -190,7 +190,9 @@ DAMAGES = {
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_its_header(directory, case):
     DAMAGES[case](directory)
-    assert told(directory).startswith(f"{directory / FILE} is damaged, truncated or no safetensors")
+    assert refusal_of(directory).startswith(
+        f"{directory / FILE} is damaged, truncated or not a safetensors"
+    )
 
 
 def rewritten(directory, change):
@@ -198,10 +200,10 @@ def rewritten(directory, change):
     change(tensors)
     safetensors.write(directory / "new", {name: np.array(a) for name, a in tensors.items()})
     (directory / "new").replace(directory / FILE)
-    return told(directory)
+    return refusal_of(directory)
 
 
-def test_missing_extra_and_misshapen_tensors_are_told_by_their_names(directory):
+def test_missing_extra_and_misshapen_tensors_are_reported_by_name(directory):
     def change(tensors):
         del tensors[Q_BIAS]
         tensors["model.layers.0.self_attn.q_proj.bia"] = np.zeros(16, ml_dtypes.bfloat16)
@@ -233,13 +235,13 @@ def test_a_tied_head_that_is_written_out_is_accepted_unless_it_has_another_shape
 
 def test_a_checkpoint_of_torch_alone_is_none(directory):
     (directory / FILE).rename(directory / "pytorch_model.bin")
-    assert told(directory) == f"checkpoint {directory} holds no *.safetensors file"
+    assert refusal_of(directory) == f"checkpoint {directory} holds no *.safetensors file"
     check_directory("model.path", directory, Needs(tokenizer=True))
 
 
 def test_an_index_is_held_against_its_files(directory):
     (directory / safetensors.INDEX_NAME).write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    assert "names files that are not there: gone.safetensors" in told(directory)
+    assert "names files that are not there: gone.safetensors" in refusal_of(directory)
 
 
 def without_tokenizer(directory):
@@ -278,7 +280,7 @@ TOKENIZERS = {
 def test_a_tokenizer_that_is_missing_damaged_or_too_large_is_refused(directory, case):
     spoil, why = TOKENIZERS[case]
     spoil(directory)
-    assert why in told(directory)
+    assert why in refusal_of(directory)
     if case != "config":
         check_directory("model.path", directory, Needs(weights=True))
 
@@ -292,4 +294,4 @@ def test_of_an_architecture_that_kvpipe_does_not_know_only_the_headers_are_check
     moe = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     check_directory("model.path", with_config(directory, **moe), ALL)
     cut(directory)
-    assert "is damaged, truncated or no safetensors file" in told(directory)
+    assert "is damaged, truncated or not a safetensors file" in refusal_of(directory)

@@ -55,7 +55,7 @@ def test_a_file_is_no_model_directory(tmp_path):
     assert refusal(check_model, wrong) == f"model.path: {tmp_path / 'file'} is not a directory"
 
 
-def test_a_relative_path_is_told_with_the_directory_it_starts_from(tmp_path, monkeypatch):
+def test_a_relative_path_is_reported_with_the_directory_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = config(path="models/qwen")
     assert refusal(check_model, wrong) == f"model.path: {tmp_path}/models/qwen is not a directory"

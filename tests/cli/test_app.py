@@ -41,7 +41,7 @@ def write_experiment(directory, text, group="experiment"):
     return ["--config-dir", str(directory)]
 
 
-# Command line → the one line that is told.
+# Command line → the one line that is printed.
 REFUSED = {
     "+experiment=tinny": f"there is no experiment 'tinny'; {nearest('tinny', EXPERIMENTS)}",
     "+experiment=zzz": f"there is no experiment 'zzz'; valid are: {', '.join(EXPERIMENTS)}",
@@ -162,7 +162,7 @@ REFUSED = {
     "runner.heartbeat_s=0": "runner.heartbeat_s is 0.0, it must be at least 1",
     "model.generate=null model.path=nowhere": "model.path: {cwd}/nowhere is not a directory",
     "model.generate=null model.path=.": "model.path: {cwd} has no config.json",
-    "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
+    "model.generate.head_dim=3": "model.generate.head_dim is 3, it must be even for RoPE",
     "prompt.text=null prompt.file=nowhere.txt": (
         "prompt.file: cannot read nowhere.txt: No such file or directory"
     ),
@@ -192,7 +192,7 @@ def split(line):
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_wrong_input_is_told_in_one_line_with_exit_code_2_and_leaves_nothing(
+def test_wrong_input_is_reported_in_one_line_with_exit_code_2_and_leaves_nothing(
     kvpipe, tmp_path, line
 ):
     import conf
@@ -241,7 +241,7 @@ def test_an_unknown_verb_is_refused_with_the_nearest(kvpipe):
     )
 
 
-def test_a_verb_that_does_not_stand_first_is_told_where_it_has_to_stand(kvpipe):
+def test_a_verb_that_is_not_the_first_argument_is_refused_with_its_place(kvpipe):
     expected = "kvpipe: cannot read the argument 'check': write KEY=VALUE; a verb comes first\n"
     assert kvpipe("+experiment=tiny", "check") == Answer(2, "", expected)
 
@@ -362,7 +362,7 @@ def test_the_experiments_of_ones_own_are_among_the_nearest(kvpipe, tmp_path):
         ),
     ],
 )
-def test_a_defect_of_an_experiment_file_is_told_in_one_line(kvpipe, tmp_path, text, message):
+def test_a_defect_of_an_experiment_file_is_reported_in_one_line(kvpipe, tmp_path, text, message):
     where = write_experiment(tmp_path, text)
     message = message.replace("{file}", str(tmp_path / "experiment/mine.yaml"))
     answer = kvpipe("check", *where, "+experiment=mine")
@@ -402,7 +402,7 @@ def test_a_sweep_checks_each_job_and_leaves_nothing(kvpipe, tmp_path):
     assert files(tmp_path) == []
 
 
-def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_tells(kvpipe):
+def test_a_sweep_goes_on_after_a_failed_job_and_its_exit_code_says_so(kvpipe):
     answer = kvpipe("check", "-m", "engine.tp_size=0,2")
     assert (answer.code, answer.out) == (2, accepted("tiny"))
     assert answer.err.count("kvpipe: engine.tp_size is 0, it must be at least 1\n") == 1
@@ -428,7 +428,7 @@ def test_the_exit_code_of_a_sweep_is_the_highest_of_its_jobs(kvpipe, monkeypatch
 
 
 def test_an_unexpected_error_keeps_its_traceback(kvpipe, monkeypatch):
-    """What is no person's mistake at the terminal must not look like one."""
+    """Errors that are no mistake of the user must not look like one."""
 
     def broken(composed):
         raise ValueError("a defect of kvpipe")
@@ -446,7 +446,7 @@ def test_an_unknown_flag_is_refused_by_name_with_exit_code_2(tmp_path):
     assert done.stderr.splitlines()[-1] == "kvpipe: error: unrecognized arguments: --nosuch"
 
 
-def test_the_real_command_line_tells_an_error_on_stderr_without_a_traceback(tmp_path):
+def test_the_real_command_line_prints_an_error_on_stderr_without_a_traceback(tmp_path):
     done = command.kvpipe(tmp_path, "+experiment=tinny")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("kvpipe: there is no experiment 'tinny'; did you mean 'tiny' or ")

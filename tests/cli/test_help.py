@@ -15,7 +15,7 @@ from tests.in_process import files
 
 @pytest.fixture(scope="module")
 def shown_help(tmp_path_factory):
-    """What ``kvpipe --help`` leaves."""
+    """Output and side effects of ``kvpipe --help``."""
     return command.kvpipe(tmp_path_factory.mktemp("help"), "--help")
 
 
@@ -84,7 +84,7 @@ def test_the_examples_in_the_help_pass_the_check(kvpipe, shown_help):
         ("kvpipe check", []),
     ],
 )
-def test_hydras_completion_completes_what_stands_after_a_verb_too(tmp_path, line, found):
+def test_hydras_completion_also_completes_the_arguments_after_a_verb(tmp_path, line, found):
     done = command.kvpipe(tmp_path, "-sc", "query=bash", COMP_LINE=line)
     assert (done.exit_code, done.stderr, done.stdout.split()) == (0, "", found)
     assert files(tmp_path) == []

@@ -55,15 +55,15 @@ def test_without_a_phase_path_it_lies_in_phases_of_the_working_directory(kvpipe,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("phase", "new: say what is new, and its name, not 'phase': new phase NAME"),
-        ("model it", "new: say what is new, and its name, not 'model it': new phase NAME"),
+        ("phase", "new: give a kind and a name, not 'phase': new phase NAME"),
+        ("model it", "new: give a kind and a name, not 'model it': new phase NAME"),
         (
             "phase Kv-Layers",
-            "new phase: 'Kv-Layers' is no name; write lower-case letters, digits and '_', a letter first",
+            "new phase: 'Kv-Layers' is not a valid name; write lower-case letters, digits and '_', a letter first",
         ),
         (
             "phase class",
-            "new phase: 'class' is no name; write lower-case letters, digits and '_', a letter first",
+            "new phase: 'class' is not a valid name; write lower-case letters, digits and '_', a letter first",
         ),
         ("phase generate", "new phase: there is 'generate' already; choose another name"),
         ("phase run_planned", "new phase: there is 'run_planned' already; choose another name"),

@@ -24,13 +24,13 @@ def test_report_writes_page_and_picture_beside_the_records(kvpipe, tmp_path):
     assert files(tmp_path / "run") == ["records.jsonl", "report.html", "timeline.png"]
 
 
-def test_report_writes_elsewhere_if_told_to(kvpipe, tmp_path):
+def test_report_writes_to_the_directory_that_is_given(kvpipe, tmp_path):
     (tmp_path / "here").mkdir()
     answer = kvpipe("report", SMALL, "report.dir=here")
     assert (answer.code, answer.out) == (0, "here/report.html\nhere/timeline.png\n")
 
 
-def test_compare_holds_runs_against_the_first_and_its_exit_code_tells(kvpipe, tmp_path):
+def test_compare_holds_runs_against_the_first_and_its_exit_code_says_so(kvpipe, tmp_path):
     grown = kvpipe("compare", SMALL, LARGE)
     assert grown.code == 1
     assert grown.out.startswith("# Runs compared\n")
@@ -64,7 +64,7 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
             "report: name one directory of a run or a sweep, not 2: report DIR",
         ),
         (["report", "nosuch"], "nosuch: there is no such directory or file"),
-        (["report", "."], ".: there is no records.jsonl in it, so it is no run"),
+        (["report", "."], ".: there is no records.jsonl in it, so it is not a run"),
         (["report", SMALL, "report.dir=nosuch"], "report.dir: there is no directory nosuch"),
         (
             ["report", SMALL, "report.dri=a"],
@@ -93,14 +93,14 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_run(kvpipe, tmp_path):
         ),
     ],
 )
-def test_what_report_and_compare_cannot_read_is_told_in_one_line(
+def test_what_report_and_compare_cannot_read_is_reported_in_one_line(
     kvpipe, tmp_path, arguments, message
 ):
     assert kvpipe(*arguments) == Answer(2, "", f"kvpipe: {message}\n")
     assert files(tmp_path) == []
 
 
-def test_a_report_that_cannot_be_written_is_told_in_one_line(kvpipe, tmp_path):
+def test_a_report_that_cannot_be_written_is_reported_in_one_line(kvpipe, tmp_path):
     (run_dir(tmp_path / "run") / "report.html").mkdir()
     answer = kvpipe("report", "run")
     assert answer.code == 3

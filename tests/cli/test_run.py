@@ -39,7 +39,7 @@ def test_another_platform_in_the_environment_is_refused_by_a_run(kvpipe, monkeyp
     )
 
 
-def test_a_run_directory_that_cannot_be_made_is_told_without_a_traceback(kvpipe, tmp_path):
+def test_a_run_directory_that_cannot_be_made_is_reported_without_a_traceback(kvpipe, tmp_path):
     (tmp_path / "outputs").touch()
     answer = kvpipe()
     assert (answer.code, answer.out) == (2, "")
@@ -107,10 +107,10 @@ def test_the_reason_of_a_failed_run_is_on_stderr_unless_a_terminal_shows_it(kvpi
         return replace(passed(self.run_dir), exit_code=3, error="it cannot be done")
 
     monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
-    told = Answer(3, "", "kvpipe: it cannot be done\n")
-    assert kvpipe() == kvpipe("output=table") == told
+    reported = Answer(3, "", "kvpipe: it cannot be done\n")
+    assert kvpipe() == kvpipe("output=table") == reported
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert kvpipe("output=json") == told
+    assert kvpipe("output=json") == reported
     assert kvpipe() == Answer(3, "", "")
 
 
@@ -159,9 +159,9 @@ def test_a_number_that_a_misspelled_option_has_is_no_secret(kvpipe, given):
     step, option = given.removeprefix("phases.").partition("=")[0].split(".")
     done = kvpipe(given)
     meant = {"max_new_token": "max_new_tokens", "probe_token": "probe_tokens"}.get(option)
-    told = f"{option!r}; did you mean {meant!r}?" if meant else "this looks like a secret"
+    reported = f"{option!r}; did you mean {meant!r}?" if meant else "this looks like a secret"
     assert done.err.startswith(f"kvpipe: phases.{step}.{option}: ")
-    assert told in done.err
+    assert reported in done.err
     assert "hf_eight" not in done.err
     assert [path for path in files(Path.cwd()) if ".hydra" in path] == []
 

@@ -5,7 +5,7 @@ import pytest
 from tests.in_process import files
 
 TOKEN = "hf_" + "0Secret9" * 5
-TOLD = (
+REPORTED = (
     "kvpipe: {}: this contains the secret in the variable HF_TOKEN, and would be recorded and "
     "uploaded; take it out, or unset HF_TOKEN if it is not a secret\n"
 )
@@ -34,7 +34,7 @@ def test_a_secret_on_the_command_line_is_refused_and_nothing_is_written(
     kvpipe, tmp_path, arguments, where
 ):
     answer = kvpipe(*arguments)
-    assert (answer.code, answer.out, answer.err) == (2, "", TOLD.format(where))
+    assert (answer.code, answer.out, answer.err) == (2, "", REPORTED.format(where))
     assert files(tmp_path) == []
 
 
@@ -53,17 +53,17 @@ def test_a_secret_in_a_file_of_the_users_is_refused_and_nothing_is_written(kvpip
     before = files(tmp_path)
     config = ["--config-dir", str(tmp_path / "mine")]
     for arguments in ([*config, "+experiment=a"], ["check", *config, "+experiment=a"]):
-        assert kvpipe(*arguments).err == TOLD.format("prompt.text")
-    assert kvpipe(*config, "+sweep=names").err == TOLD.format("model.id")
-    assert kvpipe("check", "prompt.text=null", "prompt.file=prompt.txt").err == TOLD.format(
+        assert kvpipe(*arguments).err == REPORTED.format("prompt.text")
+    assert kvpipe(*config, "+sweep=names").err == REPORTED.format("model.id")
+    assert kvpipe("check", "prompt.text=null", "prompt.file=prompt.txt").err == REPORTED.format(
         "prompt.file"
     )
-    told = kvpipe("check", "+experiment=tiny_rollout", "prompts.file=prompt.txt").err
-    assert told == TOLD.format("prompts.file")
+    reported = kvpipe("check", "+experiment=tiny_rollout", "prompts.file=prompt.txt").err
+    assert reported == REPORTED.format("prompts.file")
     assert files(tmp_path) == before
     # Hydra writes the config of a job before it can be seen; the copy is removed.
     answer = kvpipe(*config, "-m", "+experiment=a,b", "hydra.output_subdir=hydra")
-    assert answer.err.count(TOLD.format("prompt.text")) == 2
+    assert answer.err.count(REPORTED.format("prompt.text")) == 2
     left = [tmp_path / name for name in set(files(tmp_path)) - set(before)]
     assert [path for path in left if path.is_file() and TOKEN in path.read_text()] == []
 
@@ -77,7 +77,7 @@ def test_a_secret_given_to_hydra_for_the_environment_is_refused_by_its_name(kvpi
 
 def test_a_secret_that_a_variable_of_wandb_would_bring_in_is_refused(kvpipe, monkeypatch):
     monkeypatch.setenv("WANDB_NAME", f"run {TOKEN}")
-    assert (kvpipe().err, kvpipe().code) == (TOLD.format("tracking.name"), 2)
+    assert (kvpipe().err, kvpipe().code) == (REPORTED.format("tracking.name"), 2)
 
 
 def test_a_short_secret_refuses_nothing(kvpipe, monkeypatch):

@@ -36,11 +36,11 @@ def test_each_line_that_is_not_empty_is_an_example(tmp_path: Path) -> None:
         ("", "has no example"),
         (f"{GOOD}\n{{", "line 2: not JSON"),
         ("[1]", "line 1: it is '[1]', not an object"),
-        ('{"prompt": "a"}', "line 1: 'response' is a text that is not empty, this is None"),
+        ('{"prompt": "a"}', "line 1: 'response' is a text that is not empty, got None"),
         ('{"prompt": "", "response": "b"}', "line 1: 'prompt' is a text that is not empty"),
         (
             '{"prompt": "a", "response": 2}',
-            "line 1: 'response' is a text that is not empty, this is 2",
+            "line 1: 'response' is a text that is not empty, got 2",
         ),
         ('{"prompt": "a", "respond": "b"}', "line 1: there is no key 'respond'; did you mean"),
     ],

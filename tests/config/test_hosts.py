@@ -197,14 +197,14 @@ def test_two_hosts_generate_what_one_process_generates(whole, real_engine):
 
 @dataclass(frozen=True)
 class Cell:
-    """What happens to a pair, and how it ends.
+    """A fault of a pair of hosts, and its expected end.
 
     Attributes:
         exit_codes: of the two hosts; that of a parent that was killed is minus the signal.
-        error: a part of the message in the first host's last record, or in that of ``teller``.
+        error: a part of the message in the first host's last record, or in that of ``reporter``.
         how: what the step ``fault`` does.
         act: what is done to the pair once both are in that step.
-        teller: the host whose record tells it.
+        reporter: the host whose record has it.
         overrides: overrides of both.
         second: overrides of the second host alone.
         cleaned: whether the cleaning step was run.
@@ -214,7 +214,7 @@ class Cell:
     error: str
     how: str = "wait"
     act: Callable = lambda hosts: None
-    teller: int = 0
+    reporter: int = 0
     overrides: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     cleaned: bool = False
@@ -234,7 +234,7 @@ def ended(rank):
 
 CELLS = {
     "SIGKILL to worker 1": Cell((3, 3), ended(1), act=to_worker(1, signal.SIGKILL)),
-    "SIGKILL to worker 0": Cell((3, 3), ended(0), act=to_worker(0, signal.SIGKILL), teller=1),
+    "SIGKILL to worker 0": Cell((3, 3), ended(0), act=to_worker(0, signal.SIGKILL), reporter=1),
     "SIGKILL to parent 1": Cell((3, -9), ended(1), act=to_parent(1, signal.SIGKILL)),
     "SIGTERM to parent 1": Cell((3, 143), ended(1), act=to_parent(1, signal.SIGTERM)),
     "more bytes on host 1, then an exception": Cell(
@@ -263,7 +263,7 @@ FINDS = {
     "SIGKILL to worker 1": "host 0 waits for, or does not name, a host whose engine's process died",
     "SIGKILL to worker 0": "the hosts after the first keep no record when the first one's died",
     "SIGKILL to parent 1": "a worker that outlives its parent keeps the other host waiting",
-    "SIGTERM to parent 1": "a host that is ended in order is told as a defect by the other",
+    "SIGTERM to parent 1": "a host that is ended in order is reported as a defect by the other",
     "another command on host 1": "hosts run with configs that differ, and the first one's counts",
 }
 TRIED = [pytest.param(name, marks=pytest.mark.nightly(finds=FINDS[name])) for name in CELLS]
@@ -304,8 +304,8 @@ def cells(tmp_path_factory, request):
 def test_a_failure_on_a_host_ends_both_with_a_record_that_names_it(name, cells):
     cell, hosts = CELLS[name], cells[name].result()
     assert tuple(host.exit_code for host in hosts) == cell.exit_codes, [h.output for h in hosts]
-    teller = hosts[cell.teller]
-    records = teller.records("records.host1.jsonl" if cell.teller else "records.jsonl")
+    reporter = hosts[cell.reporter]
+    records = reporter.records("records.host1.jsonl" if cell.reporter else "records.jsonl")
     end = records[-1]
     assert end["phase"] == "run_finished"
     assert cell.error in end["error"]
@@ -326,7 +326,7 @@ def test_an_exception_on_one_host_fails_the_step_of_all(name, cells):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [p for p in TRIED if CELLS[p.values[0]].exit_codes[1] > 0])
 def test_every_host_that_lives_says_why_it_ended(name, cells):
-    """What host 0 tells stands on host 1 too, in a file of its own and on stderr."""
+    """The message of host 0 is on host 1 too, in a file of its own and on stderr."""
     second = cells[name].result()[1]
     end = second.records("records.host1.jsonl")[-1]
     assert end["exit_code"] == second.exit_code
@@ -334,7 +334,7 @@ def test_every_host_that_lives_says_why_it_ended(name, cells):
     assert second.output[0] == ""
 
 
-TELLS_RANK = {"KVPIPE_NODE_RANK": "1", "TPU_WORKER_ID": "2", "SLURM_PROCID": "3"}
+NAMES_RANK = {"KVPIPE_NODE_RANK": "1", "TPU_WORKER_ID": "2", "SLURM_PROCID": "3"}
 
 
 def config(**engine):
@@ -352,11 +352,11 @@ def completed(config, environ):
 
 
 def test_the_rank_is_that_of_the_config_or_of_the_environment():
-    assert completed(config(), TELLS_RANK) == 1
-    assert completed(config(), {k: TELLS_RANK[k] for k in ("TPU_WORKER_ID", "SLURM_PROCID")}) == 2
+    assert completed(config(), NAMES_RANK) == 1
+    assert completed(config(), {k: NAMES_RANK[k] for k in ("TPU_WORKER_ID", "SLURM_PROCID")}) == 2
     assert completed(config(), {"SLURM_PROCID": "3"}) == 3
-    assert completed(config(node_rank=0), TELLS_RANK) == 0
-    assert completed(config(nnodes=1), TELLS_RANK) is None
+    assert completed(config(node_rank=0), NAMES_RANK) == 0
+    assert completed(config(nnodes=1), NAMES_RANK) is None
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_the_rank_is_that_of_the_config_or_of_the_environment():
         (
             {"tp_size": 2, "dp_size": 2},
             {},
-            "engine.tp_size is 2, but engine.nnodes is 4; the engine takes a multiple of it",
+            "engine.tp_size is 2, but engine.nnodes is 4; it must be a multiple of that",
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_hosts_that_cannot_be_are_refused_by_their_key(engine, environ, message)
 def test_several_hosts_need_a_process_that_jax_may_end():
     wrong = config()
     wrong.runner = RunnerConfig(isolate=False)
-    message = refusal(completed, wrong, TELLS_RANK)
+    message = refusal(completed, wrong, NAMES_RANK)
     assert message.startswith("runner.isolate is false, but engine.nnodes is 4")
 
 
@@ -411,7 +411,7 @@ SERVICE = (
 
 
 @pytest.mark.parametrize(
-    ("log", "told"),
+    ("log", "reported"),
     [
         (
             f"{SERVICE}UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n"
@@ -426,8 +426,8 @@ SERVICE = (
         ("/job:jax_worker/replica:0/task:1 is there", None),
     ],
 )
-def test_which_host_ended_is_read_from_what_jax_says(log, told):
-    assert who_ended(f"a line\n{log}\n", ["a", "b"]) == told
+def test_which_host_ended_is_read_from_what_jax_says(log, reported):
+    assert who_ended(f"a line\n{log}\n", ["a", "b"]) == reported
 
 
 def share(positions, used, **more):
@@ -437,8 +437,8 @@ def share(positions, used, **more):
     return HostResult(measured, Peak(tuple(used), sum(used), 10, 1), positions=positions, **more)
 
 
-def test_the_devices_of_all_hosts_stand_in_their_global_order():
-    """On a TPU slice the devices of a host need not stand next to each other."""
+def test_the_devices_of_all_hosts_are_in_their_global_order():
+    """On a TPU slice the devices of a host need not be adjacent."""
     wrong = Check("a check", 1, 2, False, "why")
     shares = [
         share((0, 2), [1, 3]),
@@ -458,5 +458,5 @@ def test_the_devices_of_all_hosts_stand_in_their_global_order():
 
 
 def test_a_share_comes_to_another_host_as_it_is():
-    told = share((0, 1), [1, 2], checks=(Check("a check", 1, 1, True),))
-    assert decode(HostResult, json.loads(json.dumps(asdict(told)))) == told
+    reported = share((0, 1), [1, 2], checks=(Check("a check", 1, 1, True),))
+    assert decode(HostResult, json.loads(json.dumps(asdict(reported)))) == reported

@@ -57,8 +57,8 @@ def test_each_change_counts_from_the_list_as_it_is_written(edit, edited):
     ],
 )
 def test_a_wrong_change_is_refused_with_its_key_and_the_step(edit, message):
-    told = refusal(edit.of, A_TO_C).removeprefix("pipeline_edit").lstrip(":. ")
-    assert told.startswith(message)
+    reported = refusal(edit.of, A_TO_C).removeprefix("pipeline_edit").lstrip(":. ")
+    assert reported.startswith(message)
 
 
 def test_the_command_line_changes_the_pipeline_and_its_options_follow():

@@ -21,7 +21,7 @@ refusal = partial(refusal_of, read)
 
 
 @given(st.text(min_size=1))
-def test_a_text_is_the_prompt_as_it_stands(text):
+def test_a_text_is_the_prompt_unchanged(text):
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert read(text=text, sha256=digest) == text
 
@@ -38,7 +38,7 @@ def test_the_shipped_prompt_is_the_one_of_the_sop():
 
 
 @pytest.mark.parametrize("given_ones", [{}, {"text": "Hello", "file": "prompt.txt"}])
-def test_one_of_text_and_file_has_to_be_given_and_not_both(given_ones):
+def test_exactly_one_of_text_and_file_is_required(given_ones):
     assert refusal(**given_ones) == "prompt: give one of prompt.text and prompt.file, and not both"
 
 

@@ -40,7 +40,7 @@ def test_a_json_line_may_have_the_right_answer_as_a_text(tmp_path):
     file = written(tmp_path, "\n".join(map(json.dumps, lines)))
     assert [prompt.answer for prompt in read(file=file)] == ["8", "Hi"]
     file = written(tmp_path, '{"prompt": "3 + 5 =", "answer": 8}')
-    assert refusal(file=file).endswith("line 1: 'answer' should be a text, this is 8")
+    assert refusal(file=file).endswith("line 1: 'answer' should be a text, got 8")
 
 
 def test_every_line_of_another_file_is_a_prompt_and_an_empty_one_is_none(tmp_path):
@@ -64,7 +64,7 @@ def test_the_shipped_prompts_are_32_with_ids_of_their_own():
 
 
 @pytest.mark.parametrize("given_ones", [{}, {"texts": ["One"], "file": "prompts.txt"}])
-def test_one_of_file_and_texts_has_to_be_given_and_not_both(given_ones):
+def test_exactly_one_of_file_and_texts_is_required(given_ones):
     why = "prompts: give one of prompts.file and prompts.texts, and not both"
     assert refusal(**given_ones) == why
 
@@ -75,8 +75,8 @@ NOT_A_PROMPT = {
     '{"promt": "One"}': "there is no key 'promt'; did you mean 'prompt'?",
     '{"id": "one"}': "give one of 'prompt' and 'messages', and not both",
     '{"prompt": "One", "messages": []}': "give one of 'prompt' and 'messages', and not both",
-    '{"prompt": ""}': "a prompt is a text that is not empty, this is ''",
-    '{"prompt": 1}': "a prompt is a text that is not empty, this is 1",
+    '{"prompt": ""}': "a prompt is a text that is not empty, got ''",
+    '{"prompt": 1}': "a prompt is a text that is not empty, got 1",
     **dict.fromkeys(
         [
             '{"messages": []}',
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_there_or_not_utf_8_is_named(tmp_path):
 
 def test_an_empty_text_is_refused_by_its_place():
     assert refusal(texts=["One", ""]) == (
-        "prompts.texts[1]: a prompt is a text that is not empty, this is ''"
+        "prompts.texts[1]: a prompt is a text that is not empty, got ''"
     )
 
 

@@ -51,7 +51,7 @@ def test_a_size_of_the_engine_below_one_is_refused(key):
             {"num_key_value_heads": 3},
             "num_attention_heads is 4, it must be a multiple of num_key_value_heads (3)",
         ),
-        ({"head_dim": 7}, "head_dim is 7, RoPE needs an even one"),
+        ({"head_dim": 7}, "head_dim is 7, it must be even for RoPE"),
         (
             {"vocab_size": 256},
             "vocab_size is 256, it must be more than 256: one token for each byte and one for "
@@ -64,10 +64,10 @@ def test_a_shape_that_no_generated_model_can_have_is_refused(shape, message):
 
 
 def test_sampling_that_cannot_be_is_refused():
-    told = refusal(SamplingConfig, max_new_tokens=0)
-    assert told.startswith("sampling.max_new_tokens is 0, it must be at least 1")
-    told = refusal(SamplingConfig, temperature=-0.1)
-    assert told.startswith("sampling.temperature is -0.1, it must be at least 0")
+    reported = refusal(SamplingConfig, max_new_tokens=0)
+    assert reported.startswith("sampling.max_new_tokens is 0, it must be at least 1")
+    reported = refusal(SamplingConfig, temperature=-0.1)
+    assert reported.startswith("sampling.temperature is -0.1, it must be at least 0")
 
 
 def test_a_composed_config_is_checked_in_the_same_way():

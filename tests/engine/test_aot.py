@@ -116,7 +116,7 @@ def test_another_capacity_or_prompt_is_another_program(
     assert len(asked) == 3
 
 
-@pytest.mark.nightly(finds="a refusal of the TPU's compiler that is told without its advice")
+@pytest.mark.nightly(finds="a refusal of the TPU's compiler that is reported without its advice")
 def test_a_page_table_beyond_scalar_memory_is_a_finding_with_advice(
     four_devices: None, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_a_chip_that_the_engines_kernel_does_not_know_is_a_finding(
     monkeypatch.setattr(FlashAttention, "__call__", unknown)
     with pytest.raises(aot.CompileFinding) as caught:
         aot.compile_steps(aot.Place(engine_config(), model_dir, TARGET, Path(), True), 100)
-    expected = f"the engine's kernels are not made for {KIND}: Unsupported tpu_version=4."
+    expected = f"the engine's kernels do not support {KIND}: Unsupported tpu_version=4."
     assert str(caught.value) == expected
 
 

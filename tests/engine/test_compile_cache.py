@@ -79,9 +79,9 @@ def test_on_a_full_disk_nothing_is_kept_and_on_one_that_is_read_only_all_is_foun
         for name in ("first", "second"):
             store.put(name, bytes(1 << 20))
         assert [*sizes(tmp_path / "disk" / "cache")] == ["before"]
-        told = capfd.readouterr().err.splitlines()
-        assert len(told) == 1
-        assert told[0].startswith("kvpipe: cannot write compiled programs: [Errno 28] No space")
+        reported = capfd.readouterr().err.splitlines()
+        assert len(reported) == 1
+        assert reported[0].startswith("kvpipe: cannot write compiled programs: [Errno 28] No space")
         remount = ["mount", "-o", "remount,ro", str(tmp_path / "disk")]
         subprocess.run(remount, check=True)
         store.put("after", b"program")

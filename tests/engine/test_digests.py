@@ -203,5 +203,5 @@ def test_a_proof_names_the_parameters_that_are_not_their_sources() -> None:
         1,
         False,
     )
-    assert check.detail == "not its source's: b"
+    assert check.detail == "differ from their source: b"
     assert Proof(leaves, "f0", proven=True).checks[0].passed

@@ -73,7 +73,7 @@ def rebuilt(real_engine: Any) -> Callable[[int], Any]:
 def test_a_cache_can_be_rebuilt_to_another_capacity_and_back(
     real_engine: Any, rebuilt: Callable[[int], Any]
 ) -> None:
-    """What is longer than a smaller cache is ended by the engine and not waited for."""
+    """The engine ends requests that are longer than a smaller cache, and nothing waits for them."""
     from kvpipe.engine.compile_count import CompileCounter
 
     first = real_engine.generate("Hello", greedy(30)).token_ids
@@ -97,8 +97,8 @@ def test_a_capacity_that_holds_no_request_is_refused_and_the_cache_can_be_rebuil
 
     kv_cache.drop(real_engine)
     for tokens, error, message in [
-        (6, EngineError, "6 tokens hold no request; the least is 7"),
-        (0, InputError, "max_total_tokens is 0, a page has 1 token"),
+        (6, EngineError, "6 tokens hold no request; it must be at least 7"),
+        (0, InputError, "max_total_tokens is 0, it must be at least a page of 1 token"),
     ]:
         with pytest.raises(error, match=message):
             kv_cache.rebuild(real_engine, tokens)
@@ -316,7 +316,7 @@ def test_garbage_is_not_counted_while_another_thread_is_collecting(
     assert (found[0], len(found) > 1) == (0, True)
 
 
-def test_a_collection_that_does_not_end_is_told_and_not_waited_for(
+def test_a_collection_that_does_not_end_is_reported_and_not_waited_for(
     four_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvpipe.engine import memory

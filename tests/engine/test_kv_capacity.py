@@ -53,5 +53,6 @@ def test_each_data_parallel_rank_gets_the_whole_pages_of_the_capacity():
 
 def test_a_capacity_below_a_page_is_refused_with_both_numbers():
     assert (
-        refusal(pool_size, 15, allocator(16, 2)) == "max_total_tokens is 15, a page has 16 tokens"
+        refusal(pool_size, 15, allocator(16, 2))
+        == "max_total_tokens is 15, it must be at least a page of 16 tokens"
     )

@@ -1,4 +1,4 @@
-"""What the engine is imported without, and that transformers exports the same names all the same."""
+"""Modules that the engine is imported without; transformers still exports the same names."""
 
 import importlib.util
 import sys

@@ -49,7 +49,7 @@ def measured(engine: Any, owners: Any) -> tuple[dict[str, int], list[Any]]:
     return owners.attribute(memory.measure(*pools, {})[1])
 
 
-def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_refers_to_them(
+def test_what_the_engine_holds_is_named_and_four_bytes_more_are_reported_with_their_referrer(
     real_engine: Any,
 ) -> None:
     import jax.numpy as jnp
@@ -65,7 +65,7 @@ def test_what_the_engine_holds_is_named_and_four_bytes_more_are_told_with_who_re
     assert unowned == []
     engine.generate("Hello you", greedy(4))
     assert measured(engine, named)[1] == []
-    # From bd09a87 on a module has the zeros that stand for no penalty, for each shape of a batch.
+    # From bd09a87 on a module has the zeros that mean no penalty, for each shape of a batch.
     cache = "sgl_jax.srt.sampling.sampling_batch_info.cache_of_a_later_version"
     module: Any = sys.modules[cache.rpartition(".")[0]]
     module.cache_of_a_later_version = {(4, 512): jnp.zeros(3, jnp.float32)}

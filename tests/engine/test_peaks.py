@@ -63,7 +63,7 @@ def test_before_jax_only_rss_is_sampled() -> None:
     assert (peak.samples, peak.process_rss_bytes > 1 << 20) == (1, True)
 
 
-def test_a_sample_that_fails_is_told_in_the_peak_and_nowhere_raised(
+def test_a_sample_that_fails_is_reported_in_the_peak_and_raises_nowhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def broken() -> bool:
@@ -82,7 +82,7 @@ def test_a_sample_that_fails_is_told_in_the_peak_and_nowhere_raised(
 def test_a_mark_is_a_sample_of_the_sampler_that_is_on() -> None:
     peaks.mark()
     with PeakSampler(lambda: False) as sampler:
-        sampler._ticker.stop()
+        sampler._thread.stop()
         sampler.begin(None)
         peaks.mark()
         assert sampler.take(memory()).samples == 1
@@ -102,7 +102,7 @@ def test_the_thread_sleeps_the_longer_the_dearer_a_sample_is(
             clock[0] += cost
 
         monkeypatch.setattr(sampler, "_take_one", spend)
-        assert sampler._tick() == pytest.approx(sleep)
+        assert sampler._sample_once() == pytest.approx(sleep)
         assert sampler.spent_s == pytest.approx(cost)
 
 
@@ -156,25 +156,25 @@ def outcome(engine: Any, tiny_dir: Path) -> dict[str, Any]:
         for idx, step in enumerate(build_steps(config))
     ]
     records: dict[str, PhaseRecord] = {}
-    told: list[Any] = []
+    reported: list[Any] = []
     events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=lambda step, idx: None,
-        progressed=told.append,
+        progressed=reported.append,
         sampled=lambda step, sample: None,
         finished=lambda record: records.__setitem__(record.phase, record),
     )
     assert loop.run(jobs, ctx, events, time.monotonic()) == Ending()
     engine.flush()
     engine.proves_weights = True
-    return {"records": records, "told": told}
+    return {"records": records, "progress": reported}
 
 
 def test_the_way_over_a_second_set_peaks_at_two_sets_and_the_streamed_one_at_one(
     outcome: dict[str, Any],
 ) -> None:
-    """What is compared are records alone, to the byte."""
+    """Only records are compared, to the byte."""
     records: dict[str, PhaseRecord] = outcome["records"]
     before = records["load"].ledger
     one_set, rest = before["params"], before["kv"] + before["other"]
@@ -204,13 +204,17 @@ def test_an_offload_and_a_restore_of_the_kv_cache_peak_at_the_cache_and_its_bloc
 
 
 def test_the_progress_of_a_generate_counts_its_tokens(outcome: dict[str, Any]) -> None:
-    told = [p for p in outcome["told"] if p.step == "generate" and p.activity == "generating"]
-    counts = [p.done["tokens"] for p in told]
+    reported = [
+        p for p in outcome["progress"] if p.step == "generate" and p.activity == "generating"
+    ]
+    counts = [p.done["tokens"] for p in reported]
     assert counts
     assert counts[:-1] == sorted(counts[:-1])  # the last one may find the requests gone
     assert 0 < max(counts) <= 24
-    assert {p.total["tokens"] for p in told} == {24}
-    assert all(earlier.elapsed_s < later.elapsed_s for earlier, later in itertools.pairwise(told))
+    assert {p.total["tokens"] for p in reported} == {24}
+    assert all(
+        earlier.elapsed_s < later.elapsed_s for earlier, later in itertools.pairwise(reported)
+    )
 
 
 def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
@@ -221,21 +225,25 @@ def test_the_progress_of_a_placement_counts_its_leaves_and_bytes(
 
     begin = transfer.begin
     for way in (weights.build, weights.stream):
-        told = []
+        reported = []
 
-        def watched(host: Any, like: Any, told: list[Any] = told) -> Any:
+        def watched(host: Any, like: Any, reported: list[Any] = reported) -> Any:
             activity = progress.now()
             assert activity is not None
-            told.append(activity.progress("it"))
+            reported.append(activity.progress("it"))
             return begin(host, like)
 
         monkeypatch.setattr(transfer, "begin", watched)
         way(real_engine, tiny_weights)
-        leaves = [p.done["leaves"] for p in told]
+        leaves = [p.done["leaves"] for p in reported]
         assert leaves == sorted(leaves)
         assert max(leaves) >= 36
-        assert {p.total["leaves"] for p in told} == {38}
-        assert told[-1].done["bytes"] < told[-1].total["bytes"] == weights.live_bytes(real_engine)
+        assert {p.total["leaves"] for p in reported} == {38}
+        assert (
+            reported[-1].done["bytes"]
+            < reported[-1].total["bytes"]
+            == weights.live_bytes(real_engine)
+        )
     assert progress.now() is None
 
 
@@ -267,7 +275,7 @@ def test_samples_at_any_moment_do_not_change_what_a_phase_measures(
 def test_beside_a_generate_each_sample_is_followed_by_a_hundred_times_its_cost_without_one(
     real_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tick = PeakSampler._tick
+    tick = PeakSampler._sample_once
     turns: list[tuple[float, float]] = []
 
     def noted(sampler: PeakSampler) -> float:
@@ -276,7 +284,7 @@ def test_beside_a_generate_each_sample_is_followed_by_a_hundred_times_its_cost_w
         turns.append((sampler.spent_s - before, wait))
         return wait
 
-    monkeypatch.setattr(PeakSampler, "_tick", noted)
+    monkeypatch.setattr(PeakSampler, "_sample_once", noted)
     with PeakSampler(lambda: True) as sampler:
         while len(turns) < 2:  # a sample that took long is followed by a long wait
             real_engine.generate("Hello", greedy(24))

@@ -303,7 +303,7 @@ def test_a_pause_that_comes_too_late_is_refused_with_the_tokens_that_there_were(
     with pytest.raises(EngineError) as raised:
         paused(flushed, 25)
     assert str(raised.value) == (
-        "all 6 requests ended with 24 tokens, and none was half-way at the pause after 25 "
+        "all 6 requests ended with 24 tokens, and none was unfinished at the pause after 25 "
         "(pause_after_tokens)"
     )
     flushed.wait_idle()

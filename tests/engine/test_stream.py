@@ -227,7 +227,7 @@ def test_after_a_drop_of_the_weights_either_swap_brings_the_ids_back_and_one_set
         assert ids(real_engine) == first
 
 
-def test_with_weights_and_kv_cache_both_away_both_are_named_and_both_have_to_come_back(
+def test_with_weights_and_kv_cache_both_dropped_both_are_named_and_both_must_come_back(
     real_engine: Any, tiny_weights: Tensors
 ) -> None:
     from kvpipe.engine import kv_cache, weights

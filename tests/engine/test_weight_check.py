@@ -1,4 +1,4 @@
-"""What is refused before a swap, decided on the host alone: no engine runs here."""
+"""Refusals before a swap, decided on the host alone: no engine runs here."""
 
 import os
 

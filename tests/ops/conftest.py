@@ -1,4 +1,4 @@
-"""A laptop with a clone, its remote, and a TPU VM of two workers behind the stand-in for gcloud."""
+"""A laptop with a clone, its remote, and a TPU VM of two workers behind the fake gcloud."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.helpers_config import ROOT
 
 VM = {"TPU": "box", "PROJECT": "p-1", "ZONE": "us-x1-b", "HOSTKEY": "SHA256:abc+/9"}
 ENV_SH = """#!/bin/sh
-# Stands in for the set-up, which needs an index.
+# Replaces the set-up, which needs an index.
 if [ "${1:-}" = uv ]; then echo "$PWD/tools/uv"; exit; fi
 mkdir -p .venv/bin
 cp tools/python .venv/bin/python
@@ -25,7 +25,7 @@ UV = """#!/bin/sh
 echo "in $PWD: uv $*"
 """
 PYTHON = """#!/bin/sh
-# Stands in for kvpipe in a run: it keeps a record, waits until it may end, and fails.
+# Replaces kvpipe in a run: it keeps a record, waits until it may end, and fails.
 echo "python $*"
 case "$*" in
     *hydra.run.dir=*)
@@ -62,7 +62,7 @@ class Done:
 
 
 def _commands(text: str) -> list[str]:
-    """Return what stands behind each ``+`` at the beginning of a line, quoted newlines included."""
+    """Return what follows each ``+`` at the beginning of a line, quoted newlines included."""
     parts = text.split("\n+ ")[1:]
     found = []
     for part in parts:

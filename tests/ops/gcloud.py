@@ -1,4 +1,4 @@
-"""A stand-in for gcloud: it records how it was called and carries the remote command out here.
+"""A fake gcloud: it records how it was called and carries the remote command out here.
 
 A worker of the "VM" is a directory, which is the home directory of what runs there. It is a script
 of its own, so that tests put it on the PATH as ``gcloud``.

@@ -1,4 +1,4 @@
-"""The exact command lines of each target, their quoting, and what a missing value is told."""
+"""The exact command lines of each target, their quoting, and the message about a missing value."""
 
 import re
 import shutil
@@ -187,7 +187,7 @@ def known_host(fingerprint: str, pinned: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_ssh_is_told_the_pinned_key_and_no_other() -> None:
+def test_ssh_accepts_the_pinned_key_and_no_other() -> None:
     right = known_host("SHA256:b", "SHA256:a SHA256:b")
     assert (right.returncode, right.stdout) == (0, "tpu.1-0 ssh-ed25519 AAAA\n")
     wrong = known_host("SHA256:c", "SHA256:a SHA256:b")
@@ -203,17 +203,17 @@ def test_openssh_takes_the_pin_beside_the_options_that_gcloud_gives_before_it(
 ) -> None:
     """``ssh -G`` prints what ssh would do: the command that pins is in force."""
     gclouds = ["-o", "UserKnownHostsFile=/known", "-o", "StrictHostKeyChecking=yes"]
-    told = subprocess.run(
+    reported = subprocess.run(
         ["ssh", "-G", *gclouds, "-Fops/ssh_config", "root@192.0.2.1"],
         cwd=laptop.clone,
         env=laptop.environment | {"KVPIPE_OPS": str(laptop.clone / "ops")},
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stderr
-    assert "userknownhostsfile /known" in told.stdout
-    assert "stricthostkeychecking true" in told.stdout
-    assert "knownhostscommand /bin/sh" in told.stdout
+    assert reported.returncode == 0, reported.stderr
+    assert "userknownhostsfile /known" in reported.stdout
+    assert "stricthostkeychecking true" in reported.stdout
+    assert "knownhostscommand /bin/sh" in reported.stdout
 
 
 def test_the_scripts_are_ones_that_the_strictest_shell_takes() -> None:
@@ -222,7 +222,7 @@ def test_the_scripts_are_ones_that_the_strictest_shell_takes() -> None:
         assert checked.returncode == 0, checked.stderr
 
 
-def test_no_account_stands_in_the_operations() -> None:
+def test_the_operations_contain_no_account() -> None:
     """Every value is the caller's: no project, zone, name or key is in a default."""
     text = "".join((ROOT / "ops" / n).read_text() for n in ("tpu.mk", "tpu", "on-vm"))
     assert re.findall(r"SHA256:[A-Za-z0-9+/]{43}", text) == []

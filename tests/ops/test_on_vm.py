@@ -1,4 +1,4 @@
-"""What the operations do on the VM: the key file, a run and its log, its directory, the set-up."""
+"""Effects of the operations on the VM: the key file, a run and its log, its directory, the set-up."""
 
 import os
 import pty
@@ -34,7 +34,7 @@ def test_the_key_file_has_the_lines_as_they_were_given_and_only_its_owner_reads_
 
 
 def test_no_process_command_line_or_output_has_the_key(vm: Laptop) -> None:
-    """The stand-in looks through the arguments and environments of every process while it runs."""
+    """The fake gcloud looks through the arguments and environments of every process while it runs."""
     (vm.stand_in / "secret").write_text(KEY)
     done = vm.make("tpu-secrets", **VM, WORKER="all", stdin=f"WANDB_API_KEY={KEY}\n")
     assert done.code == 0, done.err
@@ -43,7 +43,7 @@ def test_no_process_command_line_or_output_has_the_key(vm: Laptop) -> None:
     assert KEY not in (vm.stand_in / "calls.jsonl").read_text()
 
 
-def test_the_stand_in_would_find_a_key_in_a_command_line_and_in_an_environment(
+def test_the_fake_gcloud_would_find_a_key_in_a_command_line_and_in_an_environment(
     vm: Laptop,
 ) -> None:
     (vm.stand_in / "secret").write_text("a-key-to-be-found")
@@ -109,7 +109,7 @@ def test_at_a_terminal_the_key_is_asked_for_and_not_shown(vm: Laptop) -> None:
     ("lines", "message"),
     [
         ("", "standard input is empty"),
-        (f"A=b\n{KEY}\n", "standard input, line 2: it has to be NAME=VALUE, a comment or empty"),
+        (f"A=b\n{KEY}\n", "standard input, line 2: it must be NAME=VALUE, a comment or empty"),
     ],
 )
 def test_what_is_no_key_file_is_refused_and_not_shown(vm: Laptop, lines: str, message: str) -> None:

@@ -35,7 +35,7 @@ def start(tmp_path, monkeypatch):
     return started
 
 
-def test_each_job_is_answered_and_what_the_child_prints_stands_in_its_log(start):
+def test_each_job_is_answered_and_what_the_child_prints_is_in_its_log(start):
     with start(ECHO) as child:
         for number in (1, 2):
             child.send({"number": number, "text": "zwölf\u2028"})
@@ -78,7 +78,7 @@ def test_a_torn_last_line_is_left_out(start):
         assert list(child.messages()) == [{"a": 1}]
 
 
-def test_a_child_that_was_killed_is_told_by_its_signal_and_gets_no_job_any_more(start):
+def test_a_child_that_was_killed_is_reported_with_its_signal_and_gets_no_more_jobs(start):
     with start("import os\nprint('last words', flush=True)\nos.kill(os.getpid(), 9)") as child:
         assert next(child.messages(), None) is None
         assert child.how_it_ended() == "SIGKILL"
@@ -86,7 +86,7 @@ def test_a_child_that_was_killed_is_told_by_its_signal_and_gets_no_job_any_more(
         assert child.log_tail() == "last words"
 
 
-def test_a_child_that_exits_is_told_by_its_code(start):
+def test_a_child_that_exits_is_reported_with_its_code(start):
     with start("import sys\nsys.exit(7)") as child:
         assert child.how_it_ended() == "exit code 7"
 

@@ -26,9 +26,9 @@ def send(signum):
 def test_a_signal_is_raised_where_it_is_allowed(signum):
     before = signal.getsignal(signum)
     with (
-        DeferredSignals() as interrupts,
+        DeferredSignals() as deferred,
         pytest.raises(Interrupted) as caught,
-        interrupts.allowed(),
+        deferred.allowed(),
     ):
         send(signum)
         time.sleep(5)
@@ -39,10 +39,10 @@ def test_a_signal_is_raised_where_it_is_allowed(signum):
 
 def test_a_signal_waits_until_it_is_allowed():
     done = []
-    with DeferredSignals() as interrupts:
+    with DeferredSignals() as deferred:
         send(signal.SIGTERM)
         done.append("the record is written")
-        with pytest.raises(Interrupted), interrupts.allowed():
+        with pytest.raises(Interrupted), deferred.allowed():
             done.append("never")
     assert done == ["the record is written"]
 
@@ -73,8 +73,8 @@ def child():
 
 def test_a_second_signal_kills_every_child_and_raises_nothing(child, seconds):
     seconds.each = 0.3
-    with DeferredSignals() as interrupts:
-        with pytest.raises(Interrupted), interrupts.allowed():
+    with DeferredSignals() as deferred:
+        with pytest.raises(Interrupted), deferred.allowed():
             send(signal.SIGINT)
             time.sleep(5)
         send(signal.SIGINT)
@@ -94,7 +94,7 @@ def test_the_same_press_that_comes_twice_is_one(child, seconds):
 def test_under_nohup_the_end_of_the_terminal_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with DeferredSignals() as interrupts, interrupts.allowed():
+        with DeferredSignals() as deferred, deferred.allowed():
             send(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

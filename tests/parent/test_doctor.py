@@ -61,7 +61,7 @@ def test_online_wandb_needs_a_key_but_for_a_fallback(here):
     assert (offline.level, offline.found) == (Level.OK, "offline, no API key")
 
 
-def test_the_key_is_told_by_where_it_is_and_never_shown(here, monkeypatch):
+def test_the_key_is_named_by_its_place_and_never_shown(here, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     finding = wandb(BIGKV)
     assert finding.level is Level.OK
@@ -81,7 +81,7 @@ def test_the_key_is_told_by_where_it_is_and_never_shown(here, monkeypatch):
     assert wandb("tracking=offline").level is Level.WARN
 
 
-def test_a_server_that_is_not_there_is_told(here, monkeypatch):
+def test_a_server_that_is_not_there_is_reported(here, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     finding = wandb(BIGKV, find_server=unreachable)
     assert finding.level is Level.BAD
@@ -95,7 +95,7 @@ def test_a_pipeline_without_wandb_needs_none_of_it(here):
     assert finding.found == "online, no API key; the pipeline does not use it"
 
 
-def test_a_model_of_the_hub_has_to_be_in_the_cache_or_to_be_had(here, monkeypatch):
+def test_a_model_of_the_hub_must_be_in_the_cache_or_downloadable(here, monkeypatch):
     from huggingface_hub import constants
 
     cache = f"engine.download_dir={here}"
@@ -115,7 +115,7 @@ def test_a_model_of_the_hub_has_to_be_in_the_cache_or_to_be_had(here, monkeypatc
     assert (found.level, found.found.endswith("is in the cache")) == (Level.OK, True)
 
 
-def test_the_token_is_told_and_not_shown(here, monkeypatch):
+def test_the_token_is_mentioned_and_not_shown(here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "t0ken" * 6)
     finding = hugging_face()
     assert finding.level is Level.OK
@@ -123,7 +123,7 @@ def test_the_token_is_told_and_not_shown(here, monkeypatch):
     assert "t0ken" not in str(finding)
 
 
-def test_who_has_the_tpu_is_told(monkeypatch):
+def test_who_has_the_tpu_is_reported(monkeypatch):
     held = Holder(4711, "anna", "python -m kvpipe")
     monkeypatch.setattr(doctor, "holder", lambda: held)
     finding = doctor._libtpu_lock("tpu")
@@ -159,8 +159,8 @@ def test_little_memory_is_a_warning(monkeypatch):
 
 def test_a_package_that_is_missing_is_bad(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", ("jax", "no-such-package"))
-    told, missing = doctor._versions()
-    assert (told.level, missing.level) == (Level.OK, Level.BAD)
+    reported, missing = doctor._versions()
+    assert (reported.level, missing.level) == (Level.OK, Level.BAD)
     assert missing.found == "not installed: no-such-package"
 
 
@@ -174,24 +174,24 @@ ANSWER = {
 }
 
 
-def told(**more):
-    return list(doctor._told(ANSWER | more, config_of(compose_plain())))
+def reported(**more):
+    return list(doctor._findings_of(ANSWER | more, config_of(compose_plain())))
 
 
-def test_the_devices_the_patches_and_the_plan_are_told():
-    devices, patches, plan = told()
+def test_the_devices_the_patches_and_the_plan_are_reported():
+    devices, patches, plan = reported()
     assert devices.found == "4 × TPU v4 (tpu), 32.00 GiB each"
     assert patches.found == "a, b"
     assert (plan.level, plan.found) == (
         Level.OK,
         "tiny fits, peak 16.00 GiB of 32.00 GiB a device",
     )
-    assert str(told(warning="only 5 bytes stay free")[2]) == (
+    assert str(reported(warning="only 5 bytes stay free")[2]) == (
         "warn  plan          tiny fits, peak 16.00 GiB of 32.00 GiB a device; only 5 bytes stay free"
     )
-    assert told(why_not_fit="it does not fit")[2].level is Level.BAD
-    assert told(peak_bytes=None) == [devices, patches]
-    (error,) = told(error="no devices")
+    assert reported(why_not_fit="it does not fit")[2].level is Level.BAD
+    assert reported(peak_bytes=None) == [devices, patches]
+    (error,) = reported(error="no devices")
     assert (error.level, error.found) == (Level.BAD, "no devices")
 
 

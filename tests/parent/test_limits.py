@@ -132,8 +132,8 @@ def test_each_step_has_its_own_clock_and_all_have_that_of_the_run(clock):
         ),
         (
             {"isolate": False, "run_timeout_s": 5},
-            "runner.run_timeout_s is 5, but runner.isolate is false: only a process of its own can "
-            "be ended; leave the limit out",
+            "runner.run_timeout_s is 5, but runner.isolate is false: only a child process can be "
+            "ended; leave the limit out",
         ),
         ({"on_error": "contine"}, "runner.on_error is 'contine'; did you mean 'continue'?"),
     ],

@@ -54,13 +54,13 @@ REFUSED = {
         "model.config is 'qwen2.5-3b-instruct.json', but the config of 'Qwen/Qwen3-4B' is "
         "'qwen3-4b.json'; leave model.config out"
     ),
-    "model.generate.head_dim=3": "model.generate.head_dim is 3, RoPE needs an even one",
+    "model.generate.head_dim=3": "model.generate.head_dim is 3, it must be even for RoPE",
     f"pipeline.{default_names().index('kv_cache_dropped')}=flush_cache": "pipeline: ",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_wrong_input_is_told_in_one_line_with_exit_code_2_before_a_child_is_started(
+def test_wrong_input_is_reported_in_one_line_with_exit_code_2_before_a_child_is_started(
     kvpipe, planned, line
 ):
     answer = kvpipe("plan", *line.split())
@@ -83,7 +83,7 @@ def test_a_file_gets_the_plan_instead_and_its_name_may_have_the_experiments(
     assert (tmp_path / "tiny.md").read_text() == MARKDOWN.replace("mine", "tiny")
 
 
-def test_a_file_that_cannot_be_written_is_told(kvpipe, planned):
+def test_a_file_that_cannot_be_written_is_reported(kvpipe, planned):
     why = "kvpipe: plan.file: cannot write nowhere/plan.md: No such file or directory\n"
     assert kvpipe("plan", "plan.file=nowhere/plan.md") == Answer(2, "", why)
 
@@ -152,7 +152,7 @@ def test_the_planning_process_finds_virtual_cpu_devices_whatever_it_inherits():
     }
 
 
-def test_a_planning_process_that_dies_is_told_with_the_end_of_its_log(monkeypatch, tmp_path):
+def test_a_planning_process_that_dies_is_reported_with_the_end_of_its_log(monkeypatch, tmp_path):
     plain = compose_plain()
     broken = tmp_path / "kvpipe/worker"
     broken.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a run needs that saves its trainer, what is refused of a checkpoint, what a signal means."""
+"""Requirements of a run that saves its trainer, refusals of a checkpoint, and the effect of a signal."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_after_the_last_checkpoint_under_the_same_id_of_wa
     assert (plain["resume_after"], plain["tracking"]["id"]) == (2, "abcd1234")
 
 
-def test_what_differs_without_an_effect_is_told_and_so_are_the_steps_that_are_skipped(tmp_path):
+def test_what_differs_without_an_effect_is_reported_and_so_are_the_steps_that_are_skipped(tmp_path):
     path = write(tmp_path, about_of(plain_of(resume=False)))
     config = config_of(completed(tmp_path, "runner.heartbeat_s=7", "repeat.times=5"))
     skipped, differs, versions = resumption.messages(config, planned_steps(config))

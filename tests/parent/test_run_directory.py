@@ -16,13 +16,13 @@ def host(rank):
     return EngineConfig(max_total_tokens=64, nnodes=2, node_rank=rank)
 
 
-def enter(run_dir, engine=ALONE, overwrite=False, tell=None):
-    with owned(run_dir, engine, overwrite, tell or pytest.fail):
+def enter(run_dir, engine=ALONE, overwrite=False, notify=None):
+    with owned(run_dir, engine, overwrite, notify or pytest.fail):
         return sorted(path.name for path in run_dir.iterdir())
 
 
 def test_a_directory_belongs_to_one_run_until_its_end(tmp_path):
-    with owned(tmp_path, ALONE, overwrite=True, tell=pytest.fail):
+    with owned(tmp_path, ALONE, overwrite=True, notify=pytest.fail):
         message = refusal(enter, tmp_path, overwrite=True)
         assert message.startswith(f"hydra.run.dir: {tmp_path} is in use by another run (process ")
     assert enter(tmp_path) == ["run.lock"]
@@ -65,14 +65,14 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path):
     )
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     def no_locks(file, operation):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    told = []
-    assert enter(tmp_path, tell=told.append) == []
-    assert told == [
+    reported = []
+    assert enter(tmp_path, notify=reported.append) == []
+    assert reported == [
         f"kvpipe: {tmp_path} is on a file system without file locks, so nothing keeps a second "
         "run out of it\n"
     ]

@@ -32,7 +32,7 @@ def test_a_stretch_is_repeated_with_the_cycle_in_each_name():
     assert [cycle_of(name) for name in names[2:4]] == [1, 2]
 
 
-def test_without_a_repeat_and_with_one_cycle_the_pipeline_is_as_it_stands():
+def test_without_a_repeat_and_with_one_cycle_the_pipeline_is_unchanged():
     assert repeated(PIPELINE, None) == repeated(PIPELINE, RepeatConfig("drop", "drop", 1))
     assert repeated(PIPELINE, None) == PIPELINE
 

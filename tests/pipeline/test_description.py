@@ -1,4 +1,4 @@
-"""What ``kvpipe phases`` says comes from the phases' own code, and every option says its unit."""
+"""The output of ``kvpipe phases`` comes from the phases' own code, and every option says its unit."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_an_options_default_is_the_one_that_a_step_would_get():
     assert describe("param_dict", CONFIG).options[0].required
 
 
-def test_a_kv_cache_of_another_capacity_is_told_in_tokens():
+def test_a_kv_cache_of_another_capacity_is_described_in_tokens():
     doc = replace(describe("kv_cache_rebuilt", CONFIG), effect=Effect(pools={KV: KvTokens(400)}))
     assert effect_rows(doc.effect) == {"pools": "kv has the KV cache of 400 tokens"}
     (phase,) = as_json([doc])

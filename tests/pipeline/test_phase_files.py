@@ -189,8 +189,8 @@ def test_a_wrong_phase_file_is_one_message_with_file_and_line(phases, name):
 def test_a_wrong_phase_file_of_ones_own_is_one_message_with_file_and_line(mine, name):
     source, message = REFUSED[name]
     (mine / "it.py").write_text(source)
-    told = refused(phase_path=["mine"]).removeprefix("pipeline step 'it': ")
-    assert told == f"mine/it.py{message}"
+    reported = refused(phase_path=["mine"]).removeprefix("pipeline step 'it': ")
+    assert reported == f"mine/it.py{message}"
 
 
 # What is wrong → the package's files, the entry point, and what is said after its name.
@@ -234,7 +234,7 @@ PACKAGES = {
     "a module": (
         {"acme.py": WORKS},
         "acme",
-        ": it is no class; write it = 'PACKAGE.MODULE:CLASS'",
+        ": it is not a class; write it = 'PACKAGE.MODULE:CLASS'",
     ),
 }
 
@@ -243,8 +243,10 @@ PACKAGES = {
 def test_a_wrong_phase_of_a_package_is_one_message_with_file_and_line(site, name):
     files, point, message = PACKAGES[name]
     install(site, "acme-phases", files, phases={"it": point})
-    told = refused().removeprefix(f"pipeline step 'it': kvpipe.phases: acme-phases 2.1, {point}")
-    assert told == message.replace("{site}", str(site))
+    reported = refused().removeprefix(
+        f"pipeline step 'it': kvpipe.phases: acme-phases 2.1, {point}"
+    )
+    assert reported == message.replace("{site}", str(site))
 
 
 def test_a_class_of_a_package_that_is_no_phase_is_refused(site):

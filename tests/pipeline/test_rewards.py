@@ -98,8 +98,8 @@ def test_a_file_that_cannot_be_executed_is_refused_with_its_line(
     tmp_path: Any, source: str, message: str
 ) -> None:
     (tmp_path / "_bad.py").write_text(source)
-    told = refusal(check, config("_bad:brief", tmp_path), PROMPTS)
-    assert told.startswith(f"{tmp_path / '_bad.py'}{message}")
+    reported = refusal(check, config("_bad:brief", tmp_path), PROMPTS)
+    assert reported.startswith(f"{tmp_path / '_bad.py'}{message}")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a rollout is, how two are compared, and what the phase refuses and asks of the engine."""
+"""Rollouts: their contents, their comparison, the phase's refusals and its requests to the engine."""
 
 import hashlib
 import json
@@ -251,7 +251,7 @@ def test_the_options_of_a_step_are_those_of_sampling_unless_it_has_its_own():
         ),
         (
             {"stop_token_ids": (-1,)},
-            "stop_token_ids: -1 is no token id; an id is a whole number from 0 on",
+            "stop_token_ids: -1 is not a token id; an id is an integer of at least 0",
         ),
         ({"aa_control": True}, "aa_control is true, but same_rollout_as names no step to repeat"),
     ],

@@ -56,7 +56,7 @@ def test_every_option_of_every_phase_is_described_in_its_docstring():
     assert undescribed == set()
 
 
-def test_the_steps_stand_in_the_order_of_the_pipeline_under_their_own_names():
+def test_the_steps_are_in_the_order_of_the_pipeline_under_their_own_names():
     steps = build(default_names())
     assert [step.step for step in steps] == default_names()
     assert all(isinstance(step, Phase) for step in steps)
@@ -108,7 +108,7 @@ def test_a_step_uses_the_phase_of_its_own_name_unless_it_says_another():
     assert use_of("jax_ready", config) == "jax_ready"
 
 
-def test_one_phase_may_stand_in_the_pipeline_under_two_names():
+def test_one_phase_may_occur_in_the_pipeline_under_two_names():
     phases = {"first": {"use": "flush_cache"}, "second": {"use": "flush_cache"}}
     steps = build_steps(Kvpipe(pipeline=["first", "second"], phases=phases))
     assert [(step.step, type(step).__name__) for step in steps] == [
@@ -221,7 +221,7 @@ def test_an_option_of_another_type_is_refused_with_its_key(use, option, value, r
     assert message == f"phases.it.{option}: {reason}"
 
 
-def test_a_phase_of_the_parent_cannot_stand_after_one_of_the_worker():
+def test_a_phase_of_the_parent_cannot_follow_one_of_the_worker():
     assert refusal(["jax_ready", "wandb_init"]) == (
         "pipeline: 'wandb_init' runs before the engine's process is started, so it must come "
         "before 'jax_ready'"
@@ -287,7 +287,7 @@ def test_a_list_option_takes_lists_of_texts_only(value):
         ),
     ],
 )
-def test_a_value_that_a_phase_itself_refuses_is_told_with_the_steps_name(
+def test_a_value_that_a_phase_itself_refuses_is_reported_with_the_steps_name(
     use, option, value, message
 ):
     assert refusal_of(step_of, use, {option: value}) == f"phases.it.{message}"

@@ -1,4 +1,4 @@
-"""Which steps a run saves its trainer in, and which it runs once it is resumed."""
+"""The steps in which a run saves its trainer, and those that it runs after a resume."""
 
 import pytest
 
@@ -121,5 +121,5 @@ def test_without_cycles_there_is_nothing_to_save_after():
 def test_a_checkpoint_of_a_later_cycle_than_the_last_is_refused():
     late = config("tiny_sft", "trainer.checkpoint_every=1", resume_after=4)
     assert refusal(planned_steps, late) == (
-        "resume: the checkpoint is of cycle 4, but there are only 3"
+        "resume: the checkpoint is of cycle 4, but repeat.times is 3; it must be at least 4"
     )

@@ -1,4 +1,4 @@
-"""What a plan leaves out, and the warning of one that fits by a hair."""
+"""The omissions that a plan states, and the warning of one that barely fits."""
 
 from dataclasses import replace
 
@@ -48,9 +48,11 @@ def test_the_margin_is_exact_and_what_does_not_fit_is_no_warning(peak: int, warn
 def test_with_compiled_steps_the_margin_is_smaller_and_their_temporaries_count() -> None:
     programs = (Program("decode", 1, 1, 50, 60 << 20, 1.0),)
     assert warning(plan(V5E - (124 << 20), temp_bytes=60 << 20, programs=programs)) is None
-    told = warning(plan(V5E - (123 << 20), temp_bytes=60 << 20, programs=programs))
-    assert told is not None
-    assert told.endswith("the engine's small programs and the runtime's own memory are left out")
+    reported = warning(plan(V5E - (123 << 20), temp_bytes=60 << 20, programs=programs))
+    assert reported is not None
+    assert reported.endswith(
+        "the engine's small programs and the runtime's own memory are left out"
+    )
 
 
 def test_on_a_cpu_the_margin_is_a_copy_of_the_kv_cache() -> None:

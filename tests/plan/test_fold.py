@@ -314,7 +314,7 @@ def test_after_a_drop_of_the_weights_either_swap_makes_a_generate_legal():
 
 
 @pytest.mark.parametrize("use", ["weights_streamed", "weights_offloaded", "weights_dropped"])
-def test_a_slot_that_shares_the_weights_has_to_be_released_before_they_are_freed(use):
+def test_a_slot_that_shares_the_weights_must_be_released_before_they_are_freed(use):
     assert refusal([*SWAPPED, "it"], it={"use": use}) == (
         "pipeline: step 'it' requires an engine on the arrays of slot 'param_dict' to be absent, but "
         "step 'weights_swapped_from_mllm' created it; release slot 'param_dict' before it"

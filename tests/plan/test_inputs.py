@@ -1,4 +1,4 @@
-"""What every verb refuses before anything is started: models, meshes, capacities, prompts, requests."""
+"""Refusals of every verb before anything is started: models, meshes, capacities, prompts, requests."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ REFUSED = {
         "1, but the model's context is 32,768"
     ),
     "phases.mllm_params_cpu_ready.orbax=nowhere": (
-        "phases.mllm_params_cpu_ready.orbax is 'nowhere', which is no directory"
+        "phases.mllm_params_cpu_ready.orbax is 'nowhere', which is not a directory"
     ),
     "model.config=nosuch.json model.generate=null": "model.config: there is no 'nosuch.json' in ",
     "pipeline=rollout": "prompts: give one of prompts.file and prompts.texts, and not both",
@@ -167,7 +167,7 @@ def of_four_heads(model):
 
 
 SPOILT = {
-    "cut": (cut, "is damaged, truncated or no safetensors file"),
+    "cut": (cut, "is damaged, truncated or not a safetensors file"),
     "no tokenizer": (without_tokenizer, "it has no tokenizer"),
     "four heads": (of_four_heads, "num_attention_heads is 'four'"),
 }
@@ -190,7 +190,7 @@ def test_a_spoilt_model_is_refused_by_check_run_and_doctor(kvpipe, model, case):
     assert why in finding.found
 
 
-def test_a_plan_needs_the_config_alone_but_what_else_is_there_has_to_be_right(
+def test_a_plan_needs_the_config_alone_but_what_else_is_there_must_be_right(
     kvpipe, model, monkeypatch
 ):
     monkeypatch.setattr(Planners, "plan", lambda *_: pytest.fail("it was planned"))
@@ -226,8 +226,8 @@ def test_a_model_in_the_hubs_cache_is_checked_as_far_as_it_is_there(kvpipe, made
     index.unlink()
     assert "is damaged, truncated" in kvpipe("check", *hub).err
     of_four_heads(snapshot)
-    assert "model.id: " in (told := kvpipe("check", *hub).err)
-    assert "num_attention_heads is 'four'" in told
+    assert "model.id: " in (reported := kvpipe("check", *hub).err)
+    assert "num_attention_heads is 'four'" in reported
 
 
 def templated(model, template):

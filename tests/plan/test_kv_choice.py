@@ -26,7 +26,7 @@ STEPS = [item.step for item in CYCLE]
 
 @dataclass(frozen=True)
 class Machine:
-    """What the plan of a cycle depends on, with sizes made up like those of Qwen2.5-3B."""
+    """Inputs of the plan of a cycle, with invented sizes similar to those of Qwen2.5-3B."""
 
     target: str
     hbm_bytes: int

@@ -1,4 +1,4 @@
-"""What may and may not happen while a paused rollout's requests are in flight."""
+"""Steps that are allowed and refused while a paused rollout's requests are in flight."""
 
 from functools import partial
 

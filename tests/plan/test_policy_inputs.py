@@ -1,4 +1,4 @@
-"""What GRPO cannot learn from is refused before anything is started."""
+"""Rollouts and prompts that GRPO cannot learn from are refused before anything is started."""
 
 import pytest
 
@@ -49,8 +49,8 @@ REFUSED = {
 @pytest.mark.parametrize("overrides", REFUSED)
 def test_what_grpo_cannot_learn_from_is_refused(overrides: str) -> None:
     composed = compose_plain(GRPO, *overrides.split(" "))
-    told = refusal(lambda: checked_steps(config_of(composed)))
-    assert told.startswith(REFUSED[overrides])
+    reported = refusal(lambda: checked_steps(config_of(composed)))
+    assert reported.startswith(REFUSED[overrides])
 
 
 def test_a_greedy_rollout_that_is_only_rewarded_is_none_of_its_business() -> None:

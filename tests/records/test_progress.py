@@ -7,7 +7,7 @@ from kvpipe.records.progress import COMPILING, GENERATING, LOADING, Progress
 
 
 @pytest.mark.parametrize(
-    ("told", "text"),
+    ("one", "text"),
     [
         (
             Progress("a", GENERATING, 3.14, {"tokens": 12}, {"tokens": 64}),
@@ -26,9 +26,9 @@ from kvpipe.records.progress import COMPILING, GENERATING, LOADING, Progress
         (Progress("a", COMPILING, 6.25, {"programs": 3}), "compiling program 4, 6.2 s"),
     ],
 )
-def test_progress_reads_as_a_sentence_and_comes_back_from_json(told, text):
-    assert str(told) == text
-    assert Progress(**asdict(told)) == told
+def test_progress_reads_as_a_sentence_and_comes_back_from_json(one, text):
+    assert str(one) == text
+    assert Progress(**asdict(one)) == one
 
 
 def test_an_activity_is_known_while_it_is_under_way_and_read_each_time():
@@ -38,11 +38,11 @@ def test_an_activity_is_known_while_it_is_under_way_and_read_each_time():
         tokens[0] = 3
         activity = progress.now()
         assert activity is not None
-        told = activity.progress("generate_result")
-        assert told == Progress(
-            "generate_result", GENERATING, told.elapsed_s, {"tokens": 3}, {"tokens": 4}
+        now = activity.progress("generate_result")
+        assert now == Progress(
+            "generate_result", GENERATING, now.elapsed_s, {"tokens": 3}, {"tokens": 4}
         )
-        assert 0 <= told.elapsed_s < 10
+        assert 0 <= now.elapsed_s < 10
     assert progress.now() is None
 
 

@@ -1,4 +1,4 @@
-"""Reads a page of HTML: that it is well-formed, and what stands in it."""
+"""Reads a page of HTML: whether it is well-formed, and its contents."""
 
 from html.parser import HTMLParser
 
@@ -9,7 +9,7 @@ class Page(HTMLParser):
     """The elements of a page, each with its attributes and its text.
 
     Raises:
-        AssertionError: an element is not closed in its place, or an id stands twice.
+        AssertionError: an element is not closed in its place, or an id occurs twice.
     """
 
     def __init__(self, text):

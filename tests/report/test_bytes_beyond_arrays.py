@@ -1,4 +1,4 @@
-"""What a device counts beyond the arrays that are alive, e.g. compiled programs, is shown too."""
+"""Bytes that a device counts beyond its live arrays, e.g. compiled programs, are shown too."""
 
 from kvpipe.records.run import Memory
 from kvpipe.report.figures import BEYOND_ARRAYS, memory_chart

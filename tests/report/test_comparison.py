@@ -107,7 +107,7 @@ def test_a_run_differs_in_nothing_from_itself(base):
     ],
     ids=["kv", "slot", "slower", "compilation", "output"],
 )
-def test_what_is_beyond_a_threshold_is_told_with_the_key(tmp_path, base, step, more, why):
+def test_what_is_beyond_a_threshold_is_reported_with_the_key(tmp_path, base, step, more, why):
     other = side(tmp_path / "b", *with_phase(step, **more))
     assert beyond(base, other) == [f"{other.name}: {text}" for text in why]
     back = [text.replace("3 before, 4 now", "4 before, 3 now") for text in why if "output" in text]
@@ -127,7 +127,7 @@ def test_by_default_only_bytes_outputs_and_the_status_count(tmp_path, base):
     assert beyond(base, changed, CompareConfig(outputs=False)) == []
 
 
-def test_growth_in_many_phases_is_told_once_with_the_most(tmp_path, base):
+def test_growth_in_many_phases_is_reported_once_with_the_most(tmp_path, base):
     records = [
         replace(r, ledger={**r.ledger, "params": r.ledger["params"] + r.idx})
         if "params" in r.ledger
@@ -178,7 +178,7 @@ def test_runs_without_a_common_phase_are_refused(tmp_path, base):
         Comparison.of([base, other])
 
 
-def test_steps_of_one_side_stand_in_their_place_and_are_told(tmp_path, base):
+def test_steps_of_one_side_keep_their_place_and_are_marked(tmp_path, base):
     records = pipeline()
     more = [*records[:3], phase(3, "mine"), *records[4:]]
     other = side(tmp_path / "b", started(), *more, passed())
@@ -226,7 +226,7 @@ def test_the_json_has_every_figure_of_every_side(tmp_path, base):
     assert len(found["beyond"]) == 1
 
 
-def test_other_versions_and_keys_are_told(tmp_path, base):
+def test_other_versions_and_keys_are_reported(tmp_path, base):
     first = replace(
         started({"engine": {"page_size": 64}}), versions={"kvpipe": "0.2.0", "jax": "0.8"}
     )
@@ -237,7 +237,7 @@ def test_other_versions_and_keys_are_told(tmp_path, base):
     assert "`jax`" not in shown
 
 
-def test_a_phase_of_ones_own_that_only_one_run_has_is_told(tmp_path, base):
+def test_a_phase_of_ones_own_that_only_one_run_has_is_reported(tmp_path, base):
     """It may take the place of one of kvpipe's, with every name in the records as before."""
     first = replace(
         started(), versions={"phase generate": "/mine/generate.py (sha256 0123456789ab)"}
@@ -278,7 +278,7 @@ def test_the_plan_is_the_published_run_but_for_programs_and_small_buffers():
     assert comparison.beyond(CompareConfig()) == []
 
 
-def test_the_published_run_and_its_plan_stand_side_by_side_on_a_page():
+def test_the_published_run_and_its_plan_are_side_by_side_on_a_page():
     sides = [read_side(PLANNED), read_side(SOP / "bigkv_131072.jsonl")]
     page = Page(comparison_page(Comparison(sides), CompareConfig()))
     assert page.text_of("p", class_="said") == "Within the thresholds"

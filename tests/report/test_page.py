@@ -114,7 +114,7 @@ def test_a_failed_run_says_why_at_once():
     assert row[1:5] == [STEPS[14], "✗ fails", "[1, 2, 3]", "[1, 2, 4]"]
 
 
-def test_an_error_that_no_check_tells_is_shown():
+def test_an_error_without_a_failed_check_is_shown():
     error = "the engine's process ended by SIGKILL in step 'jax_ready'"
     page = page_of([*RECORDS[:3], passed(status="failed", exit_code=3, error=error, checks=())])
     (shown,) = page.all("pre", text=error)
@@ -164,13 +164,13 @@ def test_who_holds_the_arrays_in_no_pool_is_named_with_the_most_bytes():
     ]
 
 
-def test_durations_and_compile_counts_stand_in_a_table():
+def test_durations_and_compile_counts_are_in_a_table():
     rows = page_of(RECORDS).table("Durations and compilations")
     row = next(row for row in rows if row[0] == "generate_result")
     assert row[:3] == ["generate_result", "1.250", "2"]
 
 
-def test_loaded_programs_and_the_time_between_phases_are_told():
+def test_loaded_programs_and_the_time_between_phases_are_reported():
     later = replace(phase(5), programs_loaded=7, outside_s=0.25)
     page = page_of([*RECORDS[:6], later])
     row = next(r for r in page.table("Durations and compilations") if r[0] == STEPS[5])
@@ -181,7 +181,7 @@ def test_loaded_programs_and_the_time_between_phases_are_told():
     assert f"0.25 s{share:.1f} % of the time from the first step to the last" in header
 
 
-def test_peaks_inside_phases_are_told_if_there_are_any():
+def test_peaks_inside_phases_are_shown_if_there_are_any():
     none = [replace(record, peak=None) for record in pipeline()[:5]]
     page = page_of([*RECORDS[:2], *none, with_peak(phase(5), 20 << 30)])
     assert "Peak inside a phase" in page.text_of("header")
@@ -222,7 +222,7 @@ def test_the_config_and_the_versions_are_there():
     assert ["kvpipe", "0.1.0"] in page.table("Versions")
 
 
-def test_text_is_escaped_once_wherever_it_stands():
+def test_text_is_escaped_once_wherever_it_occurs():
     name = '<b title="&amp;">a_b'
     check = Check(name, name, name, False, name)
     page = page_of([*RECORDS[:2], replace(phase(0), phase=name, checks=(check,))])

@@ -144,7 +144,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
-def test_texts_and_bars_stand_out_from_the_ground(palette):
+def test_texts_and_bars_contrast_with_the_background(palette):
     """WCAG 2: 4.5:1 for texts, on the raised ground too, and 3:1 for what a picture needs."""
     for role in ("ink", "quiet", "good", "bad", "link"):
         assert contrast(palette[role], palette["ground"]) >= 4.5, role

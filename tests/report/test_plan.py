@@ -124,7 +124,7 @@ def test_the_table_for_a_terminal_sums_the_slots_and_names_every_phase_in_80_col
     assert lines[-1].startswith("It fits: the peak is 3,000 of a device's 34,359,738,368 bytes")
 
 
-def test_temporaries_and_the_programs_of_a_trainer_are_told_where_they_were_compiled():
+def test_temporaries_and_the_programs_of_a_trainer_are_reported_where_they_were_compiled():
     programs = (
         Program("decode", 1, 1, 50, 7, 1.0),
         Program("train_step", 0, 0, 60, 9, 1.0),

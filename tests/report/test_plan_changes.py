@@ -34,7 +34,7 @@ def test_an_unchanged_experiment_is_named_and_no_more():
     )
 
 
-def test_changed_keys_bytes_and_verdicts_stand_before_and_after():
+def test_changed_keys_bytes_and_verdicts_are_shown_before_and_after():
     config = CONFIG | {"engine": {"max_total_tokens": 128, "page_size": 16}}
     assert shown(change(plan(), plan(peak=1500, fits=False), config)) == (
         "# Plans compared\n\n"
@@ -84,7 +84,7 @@ def test_a_new_experiment_has_its_verdict_and_one_that_is_gone_is_said_to_be():
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "budget", "told"),
+    ("before", "after", "budget", "reported"),
     [
         (plan(), plan(), 0, None),
         (plan(), plan(peak=200), 0, None),
@@ -98,10 +98,10 @@ def test_a_new_experiment_has_its_verdict_and_one_that_is_gone_is_said_to_be():
     ],
 )
 def test_a_change_is_beyond_the_budget_if_a_peak_grows_more_or_no_longer_fits(
-    before, after, budget, told
+    before, after, budget, reported
 ):
     why = change(before, after).excess(budget)
-    assert why is None if told is None else why is not None and why.startswith(told)
+    assert why is None if reported is None else why is not None and why.startswith(reported)
 
 
 def test_only_a_change_of_the_plan_or_the_config_counts_as_one():

@@ -52,7 +52,7 @@ def test_records_without_a_first_one_are_a_run_of_the_directorys_name(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nosuch: there is no such directory or file"):
         read_run(tmp_path / "nosuch")
-    with pytest.raises(InputError, match=r"there is no records\.jsonl in it, so it is no run$"):
+    with pytest.raises(InputError, match=r"there is no records\.jsonl in it, so it is not a run$"):
         read_run(tmp_path)
     write(tmp_path / "inner", *LINES)
     with pytest.raises(InputError, match="of its directories these are runs: inner"):

@@ -171,7 +171,7 @@ def test_the_live_line_says_how_far_the_phase_is_and_stays_one_line(width, doing
     sink = ConsoleTable(Console(file=out, width=width, force_terminal=True, color_system=None))
     sink.run_started(started())
     sink.phase_started(STEPS[14], 14, 16)
-    for step in (STEPS[14], STEPS[13]):  # what is told of a step that is over is too late
+    for step in (STEPS[14], STEPS[13]):  # progress of a step that is over is too late
         sink.phase_progressed(progress_of(step))
     sink._live.refresh()
     sink._live.stop()

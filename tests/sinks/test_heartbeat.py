@@ -57,7 +57,7 @@ def test_a_line_says_how_far_the_phase_is_and_not_how_far_another_was():
     assert lines[1] == f"{HEAD}: generating 3/64 tokens, 1.5 s"
 
 
-def test_what_was_told_long_ago_is_said_to_be_old(clock):
+def test_progress_of_long_ago_is_marked_as_old(clock):
     out = io.StringIO()
     sink = Heartbeat(out, 0.01)
     sink.phase_started("generate_result", 8, 16)

@@ -1,4 +1,4 @@
-"""Sinks of installed packages: what is wrong with one is refused, or told with exit code 3."""
+"""Sinks of installed packages: an error in one is refused, or reported with exit code 3."""
 
 import sys
 
@@ -60,14 +60,14 @@ def test_a_sink_of_a_package_receives_every_record(installed, tmp_path):
         (f"{SINK}\nint('x')\n", "acme:Lines", "acme:Lines, line 12: ValueError: invalid literal"),
         ("import nosuch\n", "acme:Lines", "acme:Lines, line 1: ModuleNotFoundError: No module"),
         (SINK, "acme:Line", "acme:Line: AttributeError: module 'acme' has no attribute 'Line'"),
-        (SINK, "acme", "acme: it is no class; write lines = 'PACKAGE.MODULE:CLASS'"),
+        (SINK, "acme", "acme: it is not a class; write lines = 'PACKAGE.MODULE:CLASS'"),
     ],
     ids=["raises", "missing import", "no such class", "a module"],
 )
 def test_a_sink_that_cannot_be_loaded_is_refused_with_its_line(installed, source, point, message):
     installed(source, point)
-    told = refusal(origins, ["lines"])
-    assert told.startswith(f"kvpipe.sinks: acme 2.1, {message}")
+    reported = refusal(origins, ["lines"])
+    assert reported.startswith(f"kvpipe.sinks: acme 2.1, {message}")
 
 
 def test_what_is_no_sink_or_cannot_be_made_is_refused(installed, tmp_path):
@@ -87,7 +87,7 @@ def test_a_sink_that_needs_more_than_the_run_directory_is_refused(installed, tmp
 
 
 @pytest.mark.parametrize("fault", ["1 / 0", "import sys; sys.exit(0)"])
-def test_a_sink_that_fails_during_a_run_is_told_as_lost_telemetry(installed, tmp_path, fault):
+def test_a_sink_that_fails_during_a_run_is_reported_as_lost_telemetry(installed, tmp_path, fault):
     """Not as a defect of kvpipe; the sinks after it get the last record with the failure."""
     installed(SINK.replace("self.lines.append(record.line)", fault))
     (fails,) = own_sinks(["lines"], tmp_path)

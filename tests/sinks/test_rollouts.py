@@ -60,7 +60,7 @@ def test_a_full_disk_is_an_error_with_the_samples_file(tmp_path, monkeypatch):
     ("change", "message"),
     [
         (lambda file: file.unlink(), "cannot write the samples: No such file or directory"),
-        (lambda file: file.write_text("{}\n"), "has 1 sample, 2 were written: somebody has"),
+        (lambda file: file.write_text("{}\n"), "has 1 sample, 2 were written: it was changed"),
     ],
 )
 def test_samples_that_are_removed_or_changed_during_the_run_are_noticed(tmp_path, change, message):

@@ -79,7 +79,7 @@ def test_every_sink_gets_every_call():
         lambda sinks: sinks.run_finished(passed()),
     ],
 )
-def test_a_failing_sink_hinders_no_other_and_every_error_is_told(call):
+def test_a_failing_sink_hinders_no_other_and_every_error_is_reported(call):
     errors = [TrackingError("W&B is gone"), KvpipeError("the disk is full")]
     last = Recorder()
     with pytest.raises(TrackingError, match="W&B is gone") as caught:
@@ -106,7 +106,7 @@ def test_a_run_that_had_failed_keeps_its_exit_code_and_its_error():
 
 
 class Hangs(Recorder):
-    """Waits long for each record, and is told when it is given up."""
+    """Waits long for each record, and is notified when it is abandoned."""
 
     def _take(self, *call):
         super()._take(*call)

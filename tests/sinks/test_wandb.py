@@ -1,6 +1,6 @@
 """The W&B sink against the real wandb library: offline, and with a local server for online.
 
-wandb keeps state of its own for a whole process, so what has to be seen from outside (stdout,
+wandb keeps state of its own for a whole process, so what must be seen from outside (stdout,
 which modules are imported) runs in a process of its own, and every other test ends with a teardown.
 """
 
@@ -347,7 +347,7 @@ def test_the_plan_is_a_table_in_the_row_of_the_phase_after_it(offline):
     assert [row["_step"] for row in phase_rows(offline.file) if "plan/phases/path" in row] == [1]
 
 
-def test_the_phases_stand_side_by_side_in_a_table_and_in_charts_by_their_names(offline):
+def test_the_phases_are_side_by_side_in_a_table_and_in_charts_by_their_names(offline):
     table = table_of(offline, "phases")
     records = pipeline()
     assert [row[0] for row in table["data"]] == STEPS
@@ -405,7 +405,7 @@ def test_an_alert_reaches_the_server(tmp_path, server):
     assert json.loads(alerts[0])["variables"]["title"] == "kvpipe tiny failed"
 
 
-def test_tables_that_the_server_never_takes_hold_the_end_up_for_its_timeout_and_are_told(
+def test_tables_that_the_server_never_takes_hold_the_end_up_for_its_timeout_and_are_reported(
     tmp_path, wandb_process, monkeypatch
 ):
     import wandb
@@ -519,7 +519,7 @@ def test_online_without_a_key_goes_offline_if_the_config_says_so(tmp_path, wandb
     [
         (401, b'{"errors": [{"message": "user is not logged in"}]}', "user is not logged in"),
         (200, b"<html>It works!</html>", "invalid character '<'"),
-        (200, b"{}", "answered, but not as W&B does"),
+        (200, b"{}", "answered, but is not a W&B server"),
     ],
 )
 def test_a_refusing_or_foreign_server_is_one_clear_message(tmp_path, server, status, body, said):
@@ -679,7 +679,9 @@ def test_a_service_that_does_not_start_is_named_within_the_limit_and_the_next_ru
     done = python(HANGING_START, str(tmp_path), str(STUCK_SERVICE), json.dumps(CONFIG), **home)
     assert done.returncode == 0, done.stderr.decode()
     (hung, failed_at_once, then), left = json.loads(done.stdout.splitlines()[-1])
-    assert "did not begin the run: no answer in 5.1 s" in hung
+    begun = "tracking.mode=offline: W&B did not begin the run: no answer in 5.1 s; check "
+    assert hung.startswith(f"{begun}tracking.init_timeout_s and the free space of {tmp_path}")
+    assert hung.endswith("or set tracking.mode=disabled")
     assert failed_at_once == "W&B's service did not start: wandb-core exited with code 1"
     assert then == "offline"
     assert left == []

@@ -1,4 +1,4 @@
-"""A local stand-in for W&B's server: enough of its protocol to begin, feed and end a run."""
+"""A local fake of W&B's server: enough of its protocol to begin, feed and end a run."""
 
 import contextlib
 import gzip
@@ -44,7 +44,7 @@ def answer(**data):
 
 
 class Server:
-    """What a test gets: the requests so far, and ``respond``, which it may exchange."""
+    """The fake server for a test: the requests so far, and ``respond``, which a test may replace."""
 
     def __init__(self, respond):
         self.respond = respond

@@ -88,7 +88,7 @@ class Cluster:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What finds it, for the environment of whoever submits to it."""
+        """Environment variables with which a client finds the cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _PATH}
 
     def ask(self, *command: str) -> str:

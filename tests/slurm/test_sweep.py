@@ -1,7 +1,7 @@
 """Sweeps through submitit on a real SLURM: where its jobs end up, and what becomes of lost ones.
 
 The sweep that goes well has jobs without an engine; ``make test-all`` runs the one of the guide, as
-it stands there, and those whose jobs are ended from outside.
+it is there, and those whose jobs are ended from outside.
 """
 
 import json
@@ -64,7 +64,7 @@ def start(cluster, cwd, *command):
 
 
 def sweep_of(cwd):
-    """Return what the sweep told of its jobs on stdout, which holds nothing else."""
+    """Return what the sweep reported of its jobs on stdout, which holds nothing else."""
     (line,) = (cwd / "stdout").read_text().splitlines()
     return json.loads(line)
 
@@ -166,9 +166,9 @@ def test_jobs_that_ask_for_the_one_tpu_wait_for_each_other(swept):
     assert "Resources" in {job.reason for queue in jobs for job in queue if job.state == "PENDING"}
 
 
-def test_what_the_cluster_does_is_told_while_the_sweep_waits(swept):
-    told = re.findall(r"SLURM job \d+: (.*)", (swept.cwd / "stderr").read_text())
-    assert any(line.endswith("1 RUNNING") and "PENDING" in line for line in told)
+def test_the_state_of_the_cluster_is_reported_while_the_sweep_waits(swept):
+    reported = re.findall(r"SLURM job \d+: (.*)", (swept.cwd / "stderr").read_text())
+    assert any(line.endswith("1 RUNNING") and "PENDING" in line for line in reported)
 
 
 def test_a_resource_that_the_cluster_lacks_is_refused_at_once(cluster, tmp_path):
@@ -176,7 +176,7 @@ def test_a_resource_that_the_cluster_lacks_is_refused_at_once(cluster, tmp_path)
     launcher = start(cluster, tmp_path, *command, "hydra.launcher.gres=tpu:2")
     assert launcher.wait(60) == 2
     message = (tmp_path / "stderr").read_text().partition("kvpipe: ")[2]
-    assert message.startswith("hydra/launcher: SLURM took no job: ")
+    assert message.startswith("hydra/launcher: SLURM accepted no job: ")
     assert "Requested node configuration is not available" in message
 
 
@@ -193,10 +193,12 @@ def started_waiting(cluster, cwd, name, *overrides):
 
 
 def waiting_worker(cwd, launcher):
-    """Return the process of the job that has come to its step, and let the next one tell."""
-    told = cwd / "worker.pid"
-    worker = psutil.Process(int(wait_for(lambda: told.exists() and told.read_text(), launcher)))
-    told.unlink()
+    """Return the process of the job that has come to its step, and remove its file for the next one."""
+    pid_file = cwd / "worker.pid"
+    worker = psutil.Process(
+        int(wait_for(lambda: pid_file.exists() and pid_file.read_text(), launcher))
+    )
+    pid_file.unlink()
     return worker
 
 

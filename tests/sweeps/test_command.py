@@ -58,7 +58,7 @@ def swept(site, tmp_path_factory):
 
 
 def test_a_job_over_several_hosts_is_refused(site, tmp_path):
-    """The hosts after the first keep no records of a run that passed, so no sweep can be told."""
+    """The hosts after the first keep no records of a run that passed, so no sweep can be summarised."""
     address = "engine.dist_init_addr=127.0.0.1:9000"
     hosts = ["engine.nnodes=2", "engine.node_rank=0", address]
     done = kvpipe(site, tmp_path, "pipeline=tracked", *hosts)
@@ -112,8 +112,8 @@ def test_each_job_of_a_sweep_is_a_wandb_run_of_its_own_whatever_the_environment_
     cwd, done = swept
     ids = {wandb_file.read(file)["id"] for file in cwd.glob("multirun/*/*/wandb/*/*.wandb")}
     assert len(ids - {"same"}) == 2
-    told = "kvpipe: not read: WANDB_RESUME, WANDB_RUN_ID; each run is a new W&B run\n"
-    assert done.stderr.count(told) == 2
+    reported = "kvpipe: not read: WANDB_RESUME, WANDB_RUN_ID; each run is a new W&B run\n"
+    assert done.stderr.count(reported) == 2
 
 
 def test_a_name_from_the_environment_is_in_the_recorded_config(swept):
@@ -134,8 +134,8 @@ def test_resume_runs_only_what_has_not_passed_and_says_what_it_took_over(swept, 
     end = end_of(again)
     assert (again.returncode, statuses(end)) == (1, ["failed", "passed", "passed"])
     assert [job["taken_from"] for job in end["jobs"]] == [None, str(first / "2"), None]
-    told = f"kvpipe: not run again, its records are taken over from {first / '2'}\n"
-    assert again.stderr.count("taken over") == again.stderr.count(told) == 1
+    reported = f"kvpipe: not run again, its records are taken over from {first / '2'}\n"
+    assert again.stderr.count("taken over") == again.stderr.count(reported) == 1
     copied = cwd / "multirun/again/1/records.jsonl"
     assert copied.read_bytes() == (first / "2/records.jsonl").read_bytes()
     assert (copied.parent / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""What a sweep's table, page and picture say, from synthetic records."""
+"""Table, page and picture of a sweep, from synthetic records."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def test_a_narrow_terminal_gets_every_number_but_the_peak(monkeypatch):
     assert lines[4].split() == row.split()
 
 
-def test_below_the_table_stand_what_failed_and_the_command_that_does_it_again(monkeypatch):
+def test_below_the_table_are_the_failures_and_the_command_that_repeats_them(monkeypatch):
     text = table_of(mixed(), monkeypatch)
     assert "* not run again: records of an earlier sweep\n" in text
     assert "✗ max_total_tokens=4096: engine_ready_dummy: the check 'plan/kv' failed\n" in text
@@ -82,12 +82,12 @@ def test_the_record_is_one_line_of_exact_numbers():
     assert not any(isinstance(job["kv_bytes"], float) for job in line["jobs"])
 
 
-def test_the_page_tells_the_verdict_each_job_and_how_to_do_it_again(tmp_path):
+def test_the_page_has_the_verdict_each_job_and_how_to_repeat_it(tmp_path):
     page = Page(sweep_page(mixed(), tmp_path))
     assert page.text_of("p", class_="said") == "Failed"
-    told = [e["text"] for e in page.all("li")]
-    assert "max_total_tokens=8192: <it> broke badly" in told
-    assert "max_total_tokens=4096: engine_ready_dummy: the check 'plan/kv' failed" in told
+    reported = [e["text"] for e in page.all("li")]
+    assert "max_total_tokens=8192: <it> broke badly" in reported
+    assert "max_total_tokens=4096: engine_ready_dummy: the check 'plan/kv' failed" in reported
     assert page.all("text", text="12.00 MiB, +512 B off the plan")
     heading, *rows = page.table("Jobs")
     assert heading == [
@@ -155,7 +155,7 @@ def test_a_sweep_that_has_measured_nothing_has_no_picture(tmp_path):
     assert Page(sweep_page(record, tmp_path)).all("figure") == []
 
 
-def test_values_that_stand_close_together_keep_their_labels_apart():
+def test_values_that_are_close_together_keep_their_labels_apart():
     drawing = picture(sweep(*(job(n, 64 << n) for n in range(11))))
     texts = [s for s in drawing.shapes if type(s).__name__ == "Text" and s.text[0].isdigit()]
     boxes = [_box(text) for text in texts]

@@ -1,4 +1,4 @@
-"""What kvpipe tells of a SLURM where there is none. The real one is in ``tests/slurm``."""
+"""Messages about SLURM on a machine without it. The real one is in ``tests/slurm``."""
 
 import logging
 import re
@@ -32,9 +32,9 @@ def test_without_the_extra_the_message_says_what_to_install(tmp_path, launcher):
 def test_without_slurm_the_sweep_is_refused_in_one_message(tmp_path):
     done = kvpipe(tmp_path, *SWEEP, PATH=str(tmp_path))
     assert (done.exit_code, done.stdout) == (2, "")
-    told = [line for line in done.stderr.splitlines() if not line.startswith("[INFO]")]
-    assert told == [
-        'kvpipe: hydra/launcher: SLURM took no job: Could not detect "srun", are you indeed on a '
+    reported = [line for line in done.stderr.splitlines() if not line.startswith("[INFO]")]
+    assert reported == [
+        'kvpipe: hydra/launcher: SLURM accepted no job: Could not detect "srun", are you indeed on a '
         "slurm cluster?"
     ]
 
@@ -71,13 +71,13 @@ def test_a_queue_that_does_not_answer_ends_no_job(watcher, monkeypatch, tmp_path
     assert not watcher.is_done("7_0", mode="force")
 
 
-def test_the_guide_tells_the_defaults_of_the_launcher():
+def test_the_guide_has_the_defaults_of_the_launcher():
     store_schema()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True)
     rows = table("cluster.md", "key, below `hydra.launcher`")
-    told = {key: row[1] for cell, row in rows.items() for key in re.findall(r"\w+", cell)}
-    for key, text in told.items():
+    reported = {key: row[1] for cell, row in rows.items() for key in re.findall(r"\w+", cell)}
+    for key, text in reported.items():
         value = composed.hydra.launcher[key]
         if text == "the cluster's":
             assert value is None
@@ -85,4 +85,4 @@ def test_the_guide_tells_the_defaults_of_the_launcher():
             assert (text, value) == ("`{no-requeue: true}`", {"no-requeue": True})
         else:
             assert text.strip("`") == ("null" if value is None else str(value)), key
-    assert len(told) == 9
+    assert len(reported) == 9

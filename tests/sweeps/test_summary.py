@@ -1,4 +1,4 @@
-"""What is made of the records that a sweep has left, whatever state they are in."""
+"""Summary of the records of a sweep, whatever their state."""
 
 import json
 from pathlib import Path
@@ -89,10 +89,10 @@ def test_what_did_not_end_or_begin_or_cannot_be_read_has_failed_and_says_why(tmp
         *("unfinished", "unfinished", "passed", "unfinished", "not begun")
     ]
     last = json.loads(RUNS[1024].read_text().splitlines()[4])["phase"]
-    told = [job.error for job in found.jobs]
-    assert told[:3] == [f"its records end after {last!r}", "it has left no records", None]
-    assert "line 1: not a record of this version of kvpipe" in told[3]
-    assert told[4] == "it has not begun"
+    reported = [job.error for job in found.jobs]
+    assert reported[:3] == [f"its records end after {last!r}", "it has left no records", None]
+    assert "line 1: not a record of this version of kvpipe" in reported[3]
+    assert reported[4] == "it has not begun"
 
 
 def skipped(lines):

@@ -34,7 +34,7 @@ def hold(lock_file):
     held.communicate()
 
 
-def test_who_holds_the_lock_is_told(lock_file, hold):
+def test_who_holds_the_lock_is_reported(lock_file, hold):
     found = holder(lock_file)
     assert found.pid == hold.pid
     assert str(lock_file) in found.command

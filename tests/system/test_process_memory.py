@@ -76,7 +76,7 @@ def test_the_peak_of_a_child_is_its_own_and_not_that_of_its_parent():
         ("cgroups/memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
     ],
 )
-def test_the_kills_for_memory_are_counted_wherever_linux_tells_them(
+def test_the_kills_for_memory_are_counted_wherever_linux_counts_them(
     tmp_path, monkeypatch, name, text
 ):
     monkeypatch.setattr(module, "_VMSTAT", tmp_path / "vmstat")

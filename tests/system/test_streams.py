@@ -1,4 +1,4 @@
-"""What holds for all that a command prints, whatever its streams are."""
+"""Output of every command to every kind of stream."""
 
 import os
 import signal
@@ -64,8 +64,8 @@ except OutputError as error:
 streams.end()
 """
     done = python(code, shell)
-    told = f"<stdout>: cannot write the output: {reason} 3\n"
-    assert (done.returncode, done.stderr.decode()) == (0, told)
+    reported = f"<stdout>: cannot write the output: {reason} 3\n"
+    assert (done.returncode, done.stderr.decode()) == (0, reported)
 
 
 @pytest.mark.parametrize("shell", ["2>/dev/full", "2>&-", "2>&- <&-"])
@@ -98,8 +98,8 @@ def test_a_command_whose_output_is_lost_fails(tmp_path):
         text=True,
         check=False,
     )
-    told = "kvpipe: <stdout>: cannot write the output: Bad file descriptor\n"
-    assert (done.returncode, done.stderr) == (3, told)
+    reported = "kvpipe: <stdout>: cannot write the output: Bad file descriptor\n"
+    assert (done.returncode, done.stderr) == (3, reported)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_a_verb_whose_output_is_lost_fails(arguments, tmp_path, monkeypatch, cap
         streams.end()
         monkeypatch.undo()
     output.close()
-    told = "kvpipe: <stdout>: cannot write the output: No space left on device\n"
+    reported = "kvpipe: <stdout>: cannot write the output: No space left on device\n"
     lines = [line for line in done.err.splitlines(keepends=True) if "[INFO]" not in line]
-    assert (done.code, lines) == (3, [told])
+    assert (done.code, lines) == (3, [reported])
 
 
 def test_ctrl_c_while_kvpipe_is_imported_ends_it_without_a_traceback():

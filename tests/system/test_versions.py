@@ -24,14 +24,14 @@ GIT = {"url": "https://git.test/engine", "vcs_info": {"vcs": "git", "commit_id":
 
 
 @pytest.mark.parametrize(
-    ("origin", "told"),
+    ("origin", "reported"),
     [
         (None, "0.0.2"),
         ({"url": "file:///src/engine", "dir_info": {}}, "0.0.2"),
         (GIT, "0.0.2 (git c0ffeec0ffee)"),
     ],
 )
-def test_two_commits_with_one_version_are_told_apart(tmp_path, monkeypatch, origin, told):
+def test_two_commits_with_one_version_are_distinguished(tmp_path, monkeypatch, origin, reported):
     """Commits of sglang-jax after 0.0.2 call themselves 0.0.2 too."""
     info = tmp_path / "some_engine-0.0.2.dist-info"
     info.mkdir()
@@ -39,4 +39,4 @@ def test_two_commits_with_one_version_are_told_apart(tmp_path, monkeypatch, orig
     if origin is not None:
         (info / "direct_url.json").write_text(json.dumps(origin))
     monkeypatch.syspath_prepend(tmp_path)
-    assert version_of("some-engine") == told
+    assert version_of("some-engine") == reported

@@ -22,7 +22,7 @@ PIECES = [Piece("a", 1, (7, 8), (3, 4), (-0.5, -0.25)), Piece("b", 0, (), (6,), 
 def test_the_largest_difference_of_a_sampled_token_decides_and_is_named(
     off: float, passes: bool
 ) -> None:
-    """What the forward pass gives for prompt and padding is not compared."""
+    """The forward pass's values for prompt and padding are not compared."""
     logprobs = batch().arrays["sampled"] + np.where(batch().arrays["weights"] > 0, 1e-4, 7)
     logprobs[0, 2] += off - 1e-4
     found = policy.compared(batch(), logprobs)

@@ -71,31 +71,31 @@ class ReadsAnotherTree(WorkerPhase):
 
 
 def run(*phases, **options):
-    """Run the phases; return the records and what was told of their progress."""
-    records, told, ending = run_in(
+    """Run the phases; return the records and the reported progress."""
+    records, reported, ending = run_in(
         WorkerContext(Kvpipe(runner=RunnerConfig(**options)), "Hello"), phases
     )
-    return records + ([ending.error] if ending.error else []), told
+    return records + ([ending.error] if ending.error else []), reported
 
 
 def run_in(ctx, phases, planned=None, take=lambda record: None, started=lambda step, idx: None):
-    """Run the phases; return the records, what was told of their progress, and the ending.
+    """Run the phases; return the records, the reported progress, and the ending.
 
     ``take`` is called with each record, after it is in the list.
     """
-    records, told = [], []
+    records, reported = [], []
     events = loop.Callbacks(
         joined=lambda hosts: None,
         planned=lambda plan: None,
         started=started,
-        progressed=told.append,
+        progressed=reported.append,
         sampled=lambda step, sample: records.append((step, sample)),
         finished=lambda record: (records.append(record), take(record)),
     )
     jobs = [
         loop.Job(idx, phase.step, phase, planned or Ledger(1)) for idx, phase in enumerate(phases)
     ]
-    return records, told, loop.run(jobs, ctx, events, time.monotonic())
+    return records, reported, loop.run(jobs, ctx, events, time.monotonic())
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_input_that_is_wrong_once_the_engine_is_there_has_a_code_of_its_own(
     assert (ending.exit_code, ending.error) == (exit_code, error)
 
 
-def test_progress_is_told_under_the_steps_name_and_at_most_five_times_a_second():
-    _, told = run(Waits("quick"), Waits("slow", 1.1))
-    assert {p.step for p in told[1:]} == {"slow"}
-    slow = [progress.elapsed_s for progress in told if progress.step == "slow"]
+def test_progress_is_reported_under_the_steps_name_and_at_most_five_times_a_second():
+    _, reported = run(Waits("quick"), Waits("slow", 1.1))
+    assert {p.step for p in reported[1:]} == {"slow"}
+    slow = [progress.elapsed_s for progress in reported if progress.step == "slow"]
     assert len(slow) >= 2
     assert min(later - earlier for earlier, later in pairwise(slow)) > 0.2
-    last = told[-1]
+    last = reported[-1]
     assert last == Progress("slow", GENERATING, last.elapsed_s, {"tokens": 1}, {"tokens": 4})
 
 
-def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
+def test_a_compilation_is_shown_before_what_waits_for_it(monkeypatch):
     class Compiling:
         total = 2
         so_far = Compilations(count=2, seconds=1.5, loaded=3)
@@ -139,8 +139,8 @@ def test_a_compilation_is_told_before_what_waits_for_it(monkeypatch):
             return self.so_far
 
     monkeypatch.setattr(loop, "CompileCounter", Compiling)
-    (record,), told = run(Waits("first", 0.4))
-    assert Progress("first", COMPILING, 1.75, {"programs": 5}) in told
+    (record,), reported = run(Waits("first", 0.4))
+    assert Progress("first", COMPILING, 1.75, {"programs": 5}) in reported
     assert (record.compilations, record.programs_loaded, record.compile_s) == (2, 3, 1.5)
 
 

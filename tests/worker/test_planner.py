@@ -15,7 +15,7 @@ pytestmark = pytest.mark.early
 
 
 def plan(cwd: Path, *overrides: str) -> Finished:
-    """Run ``plan`` in an empty directory, as on a machine whose jax is told to be a TPU's."""
+    """Run ``plan`` in an empty directory, as on a machine whose jax is configured for a TPU."""
     return kvpipe(cwd, "plan", *overrides, JAX_PLATFORMS="tpu")
 
 
@@ -71,7 +71,7 @@ def cells(row: str) -> list[int]:
 
 
 def does_not_fit(cwd: Path, most: int, *overrides: str) -> None:
-    """Plan for a v5e-4: twice ``most`` tokens, ``most``, which have to fit, and one page more."""
+    """Plan for a v5e-4: twice ``most`` tokens, ``most``, which must fit, and one page more."""
     tokens = (f"engine.max_total_tokens={2 * most},{most},{most + 16}", "engine.page_size=16")
     done = plan(cwd, "-m", "plan.format=json", "plan.target=v5e:2x2", *tokens, *overrides)
     assert done.exit_code == 1
@@ -226,14 +226,15 @@ def test_a_batch_whose_activations_could_fill_this_host_has_the_programs_compile
     from kvpipe.pipeline.ledger import Size
     from kvpipe.plan.fit import KvCapacity
     from kvpipe.plan.targets import Target
-    from kvpipe.worker.planner import _may_not_suffice
+    from kvpipe.worker.planner import _Arrays, _may_not_suffice
 
     def compiled(**options: Any) -> bool:
         engine = EngineConfig(max_total_tokens=100)
         config = Kvpipe(pipeline=[], engine=engine, trainer=TrainerConfig(length=512, **options))
-        arrays: Any = {Size.TRAINER_PARAMS: [SimpleNamespace(shape=(1000, 10))]}
+        matrix: Any = SimpleNamespace(shape=(1000, 10))
+        arrays = _Arrays({Size.TRAINER_PARAMS: [matrix]}, {}, {})
         capacity = KvCapacity(202, 100, 1)
-        return _may_not_suffice(Target("cpu", 1, 1 << 30), {}, capacity, config, arrays)
+        return _may_not_suffice(Target("cpu", 1, 1 << 30), arrays, capacity, config)
 
     assert [compiled(loss="sft", batch_size=size) for size in (32, 33)] == [False, True]
     assert not compiled(loss="sft", batch_size=64, micro_batch_size=32)

@@ -1,4 +1,4 @@
-"""What a worker makes of its plan before the first step runs."""
+"""Use of the plan by the worker before the first step runs."""
 
 import pytest
 

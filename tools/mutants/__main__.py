@@ -3,8 +3,9 @@
     make mutants                    all faults
     make mutants ARGS="-k kv"       those with 'kv' in their names; -k may be given several times
 
-First the chosen tests and runs have to pass without a fault, since what fails anyway notices
-nothing; ``--tests-passed`` leaves the tests out where all of them have just passed. Then each fault gets a copy of its own. It exits 1 if a fault is not noticed or no longer
+First the chosen tests and runs must pass without a fault, since a test that always fails notices
+nothing; ``--tests-passed`` leaves the tests out where all of them have just passed. Then each fault
+gets a copy of its own. It exits 1 if a fault is not noticed or no longer
 applies, or if a run notices a fault that is listed as its known hole. The last line is JSON.
 """
 
@@ -35,12 +36,12 @@ _NAME, _NOTICED = 40, 96  # columns of the table
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a fault.
+    """Result of planting a fault.
 
     Attributes:
         fault: the fault.
         noticed_by: the test, and the checks of the run, that noticed it.
-        problems: what is wrong: not noticed, or a hole that is none any more.
+        problems: what is wrong: not noticed, or a known hole that is closed.
         cpu_s: CPU seconds of its tests and its run.
     """
 
@@ -52,8 +53,8 @@ class Verdict:
     @property
     def row(self) -> str:
         """Its row of the table."""
-        told = ("FAILED", *self.problems) if self.problems else self.noticed_by
-        return _row(self.fault.name, "; ".join(told), f"{self.cpu_s:.1f}")
+        findings = ("FAILED", *self.problems) if self.problems else self.noticed_by
+        return _row(self.fault.name, "; ".join(findings), f"{self.cpu_s:.1f}")
 
 
 def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +150,7 @@ def _failed(answers: dict[str, Answer]) -> dict[str, str]:
 
 
 def _verdict(sound: Copy, fault: Fault) -> Verdict:
-    """Plant a fault in a copy of its own and see what notices it."""
+    """Plant a fault in a copy of its own and find the test or run that notices it."""
     answers: list[Answer] = []
     problems: list[str] = []
     with tempfile.TemporaryDirectory(dir=sound.folder.parent, prefix="fault-") as folder:

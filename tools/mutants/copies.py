@@ -26,11 +26,11 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Answer:
-    """What tests or a run say of a copy.
+    """Result of tests or of a run in a copy.
 
     Attributes:
         noticed_by: what failed: the first failing test, or the step and checks of a run.
-        problem: why the answer is of no use: nothing was tested, or it did not end.
+        problem: why the answer proves nothing: nothing was tested, or it did not end.
         cpu_s: CPU time of the process and of all that it waited for.
     """
 
@@ -44,7 +44,7 @@ class Copy:
     """A copy of the repository's tracked files.
 
     Attributes:
-        folder: holds the copy in ``tree``, its interpreter, and whatever its processes write.
+        folder: holds the copy in ``tree``, its interpreter, and the files that its processes write.
         environment: environment of its processes.
         limit_s: seconds after which a process of it is killed; None if it may take any time.
     """
@@ -74,7 +74,7 @@ class Copy:
         return copy
 
     def again(self, folder: Path, limit_s: float | None = None) -> "Copy":
-        """Return another copy of the tree, with the bytecode that this one has by now."""
+        """Return another copy of the tree, with the bytecode that this one has so far."""
         programs = self.environment["JAX_COMPILATION_CACHE_DIR"]
         environment = _environment(folder) | {"JAX_COMPILATION_CACHE_DIR": programs}
         shutil.copytree(self.tree, folder / "tree")
@@ -149,7 +149,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class _Ended:
-    """How a process ended: exit code, last line, and CPU seconds unless it was killed."""
+    """End of a process: exit code, last line, and CPU seconds unless it was killed."""
 
     code: int
     said: str

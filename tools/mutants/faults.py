@@ -1,7 +1,7 @@
-"""Planted faults as files: exact texts to replace in the product, and what has to notice that.
+"""Planted faults as files: exact texts to replace in the product, and the tests or run that must notice it.
 
 A fault names texts and no line numbers, so that it survives changes around it. A text that no longer
-occurs exactly once is an error: the fault would otherwise be tested no more, without a word.
+occurs exactly once is an error: otherwise the fault would silently no longer be tested.
 """
 
 import importlib.util
@@ -63,12 +63,13 @@ class Fault:
 
     Attributes:
         name: name of its file, without the suffix.
-        title: what a user would suffer.
+        title: the effect on a user.
         edits: the edits that plant it.
-        tests: pytest arguments of the tests that have to notice it.
+        tests: pytest arguments of the tests that must notice it.
         run: arguments of a run that should notice it by its own checks; empty if no run can.
         no_run: why no run can notice it; empty if one should.
-        hole: why that run passes all the same, and what will close the hole; empty if it fails.
+        hole: why that run passes nevertheless, and the issue that will close the hole; empty if it
+            fails.
     """
 
     name: str
@@ -87,7 +88,9 @@ class Fault:
         if self.hole and not self.run:
             raise BrokenFault("'hole' says why the run passes, but no 'run' is given")
         if not self.tests and (not self.run or self.hole):
-            raise BrokenFault("nothing has to notice it: give 'tests', or a 'run' without 'hole'")
+            raise BrokenFault(
+                "no test and no run must notice it: give 'tests', or a 'run' without 'hole'"
+            )
 
     def check(self, tree: Path) -> None:
         """Raise BrokenFault if an edit does not apply to a copy of the repository."""

@@ -74,7 +74,7 @@ def _facts() -> dict[str, Any] | None:
 
 
 def _broken(facts: dict[str, Any]) -> list[str]:
-    """Return what failed: sections that could not be gathered, and the step that failed."""
+    """Return the failures: sections that could not be gathered, and the step that failed."""
     sections = [f"{name}: {s['failed']}" for name, s in facts.items() if "failed" in s]
     return sections + [f"{name}: {how}" for name, how in facts["steps"].items() if how != "works"]
 
@@ -109,8 +109,8 @@ def _contract_of(file: Path) -> int:
         text=True,
     )
     lines = done.stdout.splitlines()
-    told = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    print(*told, f"{file.name}: {lines[-1] if lines else 'no output'}", sep="\n", flush=True)
+    summary = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    print(*summary, f"{file.name}: {lines[-1] if lines else 'no output'}", sep="\n", flush=True)
     if done.returncode not in (0, _TESTS_FAILED):
         print(f"pytest ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return 1 if done.returncode else 0

@@ -50,8 +50,10 @@ def _difference(was: str, now: str) -> str:
     old_parts, new_parts = _parameters(old), _parameters(new)
     lost = [part for part in old_parts if part not in new_parts]
     won = [part for part in new_parts if part not in old_parts]
-    told = [f"without {', '.join(lost)}"] * bool(lost) + [f"with {', '.join(won)}"] * bool(won)
-    return "; ".join(told) or "its parameters in another order"
+    differences = [f"without {', '.join(lost)}"] * bool(lost) + [f"with {', '.join(won)}"] * bool(
+        won
+    )
+    return "; ".join(differences) or "its parameters in another order"
 
 
 def _parameters(text: str) -> list[str]:

@@ -97,12 +97,12 @@ def _mapping(mapping: Any) -> str:
     """Return a WeightMapping without its default values."""
     fields = dataclasses.fields(mapping)
     values = {field.name: getattr(mapping, field.name) for field in fields}
-    told = {
+    shown = {
         field.name: values[field.name]
         for field in fields
         if field.name in ("target_path", "sharding") or values[field.name] != field.default
     }
-    return ", ".join(f"{name}={value!r}" for name, value in told.items())
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def _by_layer(pairs: Iterable[tuple[str, str]]) -> Section:
