@@ -391,10 +391,11 @@ def _peak_check(
     """Return the check that no device held more than is planned, while the step ran.
 
     Beside it there may be the arrays of the pool other, and programs where the device counts them.
-    jax compares an array that several hosts place: it gathers it from each, and reads a view of that.
+    jax makes such an array from a scalar, or from a copy on one device: for a moment both are there.
+    It compares an array that several hosts place: it gathers it from each, and reads a view of that.
     """
-    compared = 2 * hosts + 2 if hosts > 1 else 1
-    most = planned_bytes + compared * max(ledger.of(OTHER))
+    copies = 2 + (2 * hosts if hosts > 1 else 0)
+    most = planned_bytes + copies * max(ledger.of(OTHER))
     if PROGRAM in ledger.pools:
         most += max(ledger.of(PROGRAM)) + config.allowance_bytes
     held = max(peak.bytes_in_use, default=0)
