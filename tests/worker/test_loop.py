@@ -205,7 +205,9 @@ def test_the_total_may_differ_from_the_plan_by_what_a_device_counts_as_programs(
 @pytest.mark.parametrize(
     ("hosts", "held", "passed"), [(1, 20, True), (1, 21, False), (2, 40, True), (2, 41, False)]
 )
-def test_a_peak_may_have_what_jax_makes_an_array_from_and_what_hosts_gather_to_compare_it(hosts, held, passed):
+def test_a_peak_may_have_what_jax_makes_an_array_from_and_what_hosts_gather_to_compare_it(
+    hosts, held, passed
+):
     ledger = Ledger(1, {"kv": (10,), "other": (5,)})
     peak = Peak((held,), held, 0, 1, "live_arrays", None)
     check = loop._peak_check(10, ledger, peak, PlanConfig(), hosts)
