@@ -1,7 +1,7 @@
 """Draw the largest KV cache of a rollout and training cycle, from plans: the picture in rl.md.
 
-The plans are the JSON lines of the sweep in rl.md: for each machine and precision, one with the KV
-cache dropped while training and one with it kept. The table of rl.md goes to stdout.
+The plans are the JSON lines of the sweep in rl.md: for each machine and length of an example, one with
+the KV cache dropped while training and one with it kept. The table of rl.md goes to stdout.
 
 .venv/bin/python docs/make_rl_frontier.py frontier.jsonl docs/rl_frontier.svg
 """
@@ -16,16 +16,10 @@ from xml.sax.saxutils import escape
 
 GIB = 1024**3
 TOKENS = 131072
-PRECISIONS = {
-    "float32": ("all float32", 16),
-    "bfloat16_mu": ("bf16 first moment", 14),
-    "bfloat16_gradients": ("bf16 gradients too", 12),
-    "bfloat16": ("all bfloat16", 8),
-}
+LENGTHS = (512, 2048, 8192)
 MACHINES = {"v4:2x2x1": "v4-8", "v5e:2x2x1": "v5e-4", "v6e:2x2x1": "v6e-4"}
 
 PANEL, HEIGHT, LEFT, TOP, GAP, MARGIN = 270, 250, 84, 88, 30, 30
-WIDTH = LEFT + len(MACHINES) * PANEL + (len(MACHINES) - 1) * GAP + 24
 BOTTOM = TOP + HEIGHT
 MOST = 1_500_000
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d1d9e0"
@@ -34,40 +28,44 @@ DROPPED, KEPT = "#0a6b4a", "#b3441e"
 
 @dataclass(frozen=True)
 class Point:
-    """The plans of one machine and precision.
+    """The plans of one machine and length, with the KV cache dropped and kept.
 
     Attributes:
-        machine, precision: names.
-        trainer_bytes: bytes of the trainer on a device.
-        needed: bytes that a device needs at the peak, with the cache dropped and kept.
-        most: largest ``engine.max_total_tokens``, with the cache dropped and kept.
+        machine: name of the target.
+        length: tokens of a micro-batch, which has one example.
+        temp_bytes: temporaries of the train step on a device.
+        needed: bytes that a device needs at the peak.
+        fits: whether a device has them.
+        most: largest ``engine.max_total_tokens``.
         hbm_bytes: memory of a device, in bytes.
     """
 
     machine: str
-    precision: str
-    trainer_bytes: int
+    length: int
+    temp_bytes: int
     needed: tuple[int, int]
+    fits: tuple[bool, bool]
     most: tuple[int, int]
     hbm_bytes: int
 
 
 def points(plans: Sequence[dict[str, Any]]) -> list[Point]:
-    """Return the points of the sweep's plans, in the sweep's order."""
-    keys = [(machine, precision) for machine in MACHINES for precision in PRECISIONS]
+    """Return the points of the sweep's plans, in the sweep's order: all lengths of each machine."""
+    machines = dict.fromkeys(plan["target"] for plan in plans)
+    keys = [(machine, length) for machine in machines for length in LENGTHS]
     pairs = list(zip(plans[::2], plans[1::2], strict=True))
     found = []
-    for (machine, precision), (dropped, kept) in zip(keys, pairs, strict=True):
-        held = [_pools_in_training(plan) for plan in (dropped, kept)]
+    for (machine, length), (dropped, kept) in zip(keys, pairs, strict=True):
+        steps = [_training(plan) for plan in (dropped, kept)]
         assert dropped["target"] == kept["target"] == machine, (machine, dropped["target"])
-        assert ["kv" in pools for pools in held] == [False, True], (machine, precision)
-        slots = [size for pool, size in held[0].items() if pool.startswith("slot:")]
+        assert ["kv" in step["pools"] for step in steps] == [False, True], (machine, length)
         found.append(
             Point(
                 machine,
-                precision,
-                sum(slots) // dropped["devices"],
+                length,
+                steps[0]["temp_bytes"],
                 (_needed(dropped), _needed(kept)),
+                (dropped["fit"]["fits"], kept["fit"]["fits"]),
                 (dropped["fit"]["max_total_tokens"], kept["fit"]["max_total_tokens"]),
                 dropped["fit"]["hbm_bytes"],
             )
@@ -75,8 +73,8 @@ def points(plans: Sequence[dict[str, Any]]) -> list[Point]:
     return found
 
 
-def _pools_in_training(plan: dict[str, Any]) -> dict[str, int]:
-    return next(phase["pools"] for phase in plan["phases"] if phase["name"] == "train_step")
+def _training(plan: dict[str, Any]) -> dict[str, Any]:
+    return next(phase for phase in plan["phases"] if phase["name"] == "train_step")
 
 
 def _needed(plan: dict[str, Any]) -> int:
@@ -90,17 +88,18 @@ def _needed(plan: dict[str, Any]) -> int:
 def table(found: Sequence[Point]) -> str:
     """Return the Markdown table."""
     lines = [
-        f"| machine | trainer | its GiB a device | peak, cache of {TOKENS} dropped | kept "
+        f"| machine | tokens of a micro-batch | temporaries | peak, cache of {TOKENS} dropped | kept "
         "| largest cache, dropped | kept |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for point in found:
-        dropped, kept = (f"{needed / GIB:.2f}" for needed in point.needed)
-        if point.needed[1] > point.hbm_bytes:
-            kept = f"**{kept}: does not fit**"
+        dropped, kept = (
+            f"{needed / GIB:.2f}" if fits else f"**{needed / GIB:.2f}: does not fit**"
+            for needed, fits in zip(point.needed, point.fits, strict=True)
+        )
         name = f"{MACHINES[point.machine]}, {point.hbm_bytes // GIB} GiB"
         lines.append(
-            f"| {name} | `{point.precision}` | {point.trainer_bytes / GIB:.2f} | {dropped} | {kept} "
+            f"| {name} | {point.length:,} | {point.temp_bytes / GIB:.2f} | {dropped} | {kept} "
             f"| {point.most[0]:,} | {point.most[1]:,} |"
         )
     return "\n".join(lines)
@@ -112,15 +111,18 @@ def svg(found: Sequence[Point]) -> str:
         _text(LEFT, 26, "Largest KV cache of the cycle, in tokens", 17, INK, weight=600),
         *_legend(),
     ]
-    for index, machine in enumerate(MACHINES):
+    machines = list(dict.fromkeys(point.machine for point in found))
+    panels = max(len(machines), 2)  # the legend is as wide as two
+    width = LEFT + panels * PANEL + (panels - 1) * GAP + 24
+    for index, machine in enumerate(machines):
         mine = [point for point in found if point.machine == machine]
         parts += _panel(mine, LEFT + index * (PANEL + GAP), first=index == 0)
-    middle = LEFT + (WIDTH - LEFT - 24) / 2
+    middle = LEFT + (width - LEFT - 24) / 2
     parts.append(
         _text(
             middle,
             BOTTOM + 62,
-            "GiB of the trainer on a device; bytes for each parameter",
+            "tokens of a micro-batch; GiB of its temporaries on a device",
             13,
             SOFT,
             anchor="middle",
@@ -128,9 +130,9 @@ def svg(found: Sequence[Point]) -> str:
     )
     height = BOTTOM + 78
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" xmlns="http://www.w3.org/2000/svg" '
+        f'<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">\n'
-        f'<rect width="{WIDTH}" height="{height}" rx="10" fill="#ffffff"/>\n'
+        f'<rect width="{width}" height="{height}" rx="10" fill="#ffffff"/>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
@@ -150,9 +152,8 @@ def _legend() -> list[str]:
 
 def _panel(mine: Sequence[Point], left: float, first: bool) -> list[str]:
     """Return the marks of one machine."""
-    sizes = [point.trainer_bytes for point in mine]
-    scale = (PANEL - 2 * MARGIN) / (max(sizes) - min(sizes))
-    xs = [left + MARGIN + scale * (size - min(sizes)) for size in sizes]
+    step = (PANEL - 2 * MARGIN) / (len(mine) - 1)
+    xs = [left + MARGIN + step * place for place in range(len(mine))]
     title = f"{MACHINES[mine[0].machine]}, {mine[0].hbm_bytes // GIB} GiB a device"
     parts = [_text(left, TOP - 12, title, 14, INK, weight=600)]
     for tokens in range(0, MOST + 1, 250_000):
@@ -175,21 +176,13 @@ def _panel(mine: Sequence[Point], left: float, first: bool) -> list[str]:
             for x, y in zip(xs, ys, strict=True)
         ]
     for x, point in zip(xs, mine, strict=True):
-        words, bytes_each = PRECISIONS[point.precision]
-        size = f"{point.trainer_bytes / GIB:.1f}"
-        parts.append(_text(x, BOTTOM + 18, size, 12, INK, anchor="middle"))
-        parts.append(_text(x, BOTTOM + 34, f"{bytes_each} B", 12, SOFT, anchor="middle"))
-        title = f"{words}: {point.most[0]:,} dropped, {point.most[1]:,} kept"
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{_y(point.most[1]):.1f}" r="9" fill-opacity="0">'
-            f"<title>{escape(title)}</title></circle>"
-        )
-        if point.precision in ("float32", "bfloat16"):
-            # Below its point, or next to it near the axis.
-            near_axis = point.most[1] < 200_000
-            at, anchor = (x - 10, "end") if near_axis else (x, "middle")
-            y = _y(point.most[1]) + (12 if near_axis else 20)
-            parts.append(_text(at, y, f"{point.most[1]:,}", 12, KEPT, anchor))
+        size = f"{point.temp_bytes / GIB:.2f}"
+        parts.append(_text(x, BOTTOM + 18, f"{point.length:,}", 12, INK, anchor="middle"))
+        parts.append(_text(x, BOTTOM + 34, f"{size} GiB", 12, SOFT, anchor="middle"))
+        # Above its point and the dashed line near the axis, else below its point.
+        kept = point.most[1]
+        y = min(_y(kept) - 10, _y(TOKENS) - 6) if kept < 200_000 else _y(kept) + 20
+        parts.append(_text(x, y, f"{kept:,}", 12, KEPT, anchor="middle"))
     top = mine[0].most[0]
     parts.append(_text(xs[0], _y(top) - 10, f"{top:,}", 12, DROPPED, anchor="middle"))
     return parts
