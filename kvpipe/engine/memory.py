@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,8 +38,6 @@ _counting = threading.Lock()
 # Array on several devices by the device and address of each of its shards: once looked up, a shard
 # stays alive as an array of its own, which a count from another thread must not count again.
 _whole_of: dict[tuple[Any, int], weakref.ref[jax.Array]] = {}
-# Arrays with the bytes of their buffers, by id.
-_sized: dict[int, tuple[weakref.ref[jax.Array], int]] = {}
 _OLDEST = 2  # generation of a full garbage collection
 _OTHERS_COLLECTION_S = 0.001
 _LONGEST_COLLECTION_S = 60.0
@@ -99,17 +97,26 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
     return _by_buffer(_alike(arrays))
 
 
-def _by_buffer(kinds: Iterable[Sequence[jax.Array]]) -> list[list[jax.Array]]:
-    """Return arrays, which come in groups of alike ones, in groups that share a buffer."""
+def _by_buffer(
+    kinds: Iterable[Sequence[jax.Array]], known: Container[int] = ()
+) -> list[list[jax.Array]]:
+    """Return arrays, which come in groups of alike ones, in groups that share a buffer.
+
+    Those on several devices whose ids are ``known`` are left out, unless they may share one.
+    """
     single, several = [], []
     for alike in kinds:
         (single if len(alike[0].sharding.device_set) == 1 else several).append(alike)
     shapes = {(alike[0].shape, alike[0].dtype) for alike in single}
-    groups = {id(array): [array] for alike in several for array in alike}
+    groups: dict[int, list[jax.Array]] = {}
     group_of: dict[tuple[Any, int], list[jax.Array]] = {}
     for alike in several:
         shard_shape = alike[0].sharding.shard_shape(alike[0].shape)
-        for array in alike if (shard_shape, alike[0].dtype) in shapes else ():
+        if (shard_shape, alike[0].dtype) not in shapes:
+            groups |= {id(array): [array] for array in alike if id(array) not in known}
+            continue
+        for array in alike:
+            groups[id(array)] = [array]
             for shard in array.addressable_shards:
                 buffer = _buffer(shard.data)
                 group_of[buffer] = groups[id(array)]
@@ -186,7 +193,7 @@ def measure(
         ledger = ledger.with_pool(pool, _summed(mine, devices))
     unpooled = [
         group
-        for group in _by_buffer(kinds)
+        for group in _by_buffer(kinds, pool_of)
         if not any(id(array) in pool_of for array in group) and group[0].size
     ]
     ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
@@ -223,26 +230,18 @@ def check_sizes(kinds: Iterable[Sequence[jax.Array]]) -> None:
     """Compare :func:`shard_bytes`, which plan and ledger share, with the sizes of the buffers.
 
     For backends that pad nothing and do not count their bytes in use. The arrays come in groups of
-    alike ones. The size of an array never changes, so each is asked once.
+    alike ones, whose buffers have one size: one of each group is asked.
 
     Raises:
         EngineError: an array has buffers of another size.
     """
-    global _sized
-    known, _sized = _sized, {}
-    for alike in kinds:
-        first = alike[0]
+    for first, *_ in kinds:
         counted = shard_bytes(first) * len(first.sharding.device_set)
-        for array in alike:
-            sized = known.get(id(array))
-            if sized is None or sized[0]() is not array:
-                sized = weakref.ref(array), array.on_device_size_in_bytes()
-            _sized[id(array)] = sized
-            if (given := sized[1]) != counted:
-                raise EngineError(
-                    f"an array of shape {first.shape}, {first.dtype}, {first.sharding} is counted as "
-                    f"{counted} bytes over its devices, but its buffers have {given}"
-                )
+        if (given := first.on_device_size_in_bytes()) != counted:
+            raise EngineError(
+                f"an array of shape {first.shape}, {first.dtype}, {first.sharding} is counted as "
+                f"{counted} bytes over its devices, but its buffers have {given}"
+            )
 
 
 def less(bytes_: Iterable[int], others: Iterable[int]) -> PerDevice:

@@ -32,6 +32,9 @@ _ENGINE_MODULES = "sgl_jax."
 Path = tuple[str, ...]
 """Names that lead from one of the roots to an object, each as the ending of what is before it."""
 
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+# Most of what an object refers to; nothing is behind it.
+_LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
 _ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
 _MOST_REFERRERS = 3
 _MOST_DESCRIBED = 5
@@ -256,18 +259,52 @@ def _walk(
         wanted: ids of the objects.
         seen: objects that were visited, kept alive so that no id is used again; it grows.
     """
-    found: dict[int, Path] = {}
-    ahead: deque[tuple[Path, Any]] = deque(((name,), thing) for name, thing in roots)
+    paths: dict[int, Path] = {}
+    ahead: deque[Any] = deque()
+    for name, thing in roots:
+        paths.setdefault(id(thing), (name,))
+        ahead.append(thing)
+    found: list[Any] = []
+    reached_from: dict[int, Any] = {}
     while ahead and len(found) < len(wanted):
-        path, thing = ahead.popleft()
+        thing = ahead.popleft()
         if id(thing) in seen or isinstance(thing, _ATOMS) or _is_ours(thing):
             continue
         seen[id(thing)] = thing
         if id(thing) in wanted:
-            found[id(thing)] = path
+            found.append(thing)
             continue
-        ahead.extend(((*path, name), child) for name, child in _children(thing))
-    return found
+        for child in _referents(thing):
+            if type(child) not in _LEAVES and id(child) not in seen:
+                reached_from.setdefault(id(child), thing)
+                ahead.append(child)
+    return {id(thing): _path_to(thing, reached_from, paths) for thing in found}
+
+
+def _path_to(thing: Any, reached_from: Mapping[int, Any], paths: dict[int, Path]) -> Path:
+    """Return the path to a thing; only those that were found get names, which take time.
+
+    Args:
+        thing: the object.
+        reached_from: the object from which a walk came to each other one, by id.
+        paths: the paths that are known, by id; it grows.
+    """
+    if (path := paths.get(id(thing))) is None:
+        parent = reached_from[id(thing)]
+        name = next((name for name, child in _children(parent) if child is thing), "")
+        path = paths[id(thing)] = (*_path_to(parent, reached_from, paths), name)
+    return path
+
+
+def _referents(thing: Any) -> Iterable[Any]:
+    """Return the objects that :func:`_children` names, without their names."""
+    if isinstance(thing, dict):
+        return list(dict.values(thing))
+    if isinstance(thing, FunctionType):
+        return thing.__closure__ or ()
+    own = {} if isinstance(thing, _CONTAINERS) else _dict_of(thing)
+    referents = gc.get_referents(thing)
+    return [*own.values(), *(r for r in referents if r is not own)] if own else referents
 
 
 def _is_ours(thing: Any) -> bool:
@@ -282,7 +319,7 @@ def _children(thing: Any) -> Iterator[tuple[str, Any]]:
     """Yield the objects that ``thing`` refers to, with the end of the path; runs no code of it."""
     if isinstance(thing, dict):
         yield from ((f"[{key!r:.40}]", value) for key, value in list(dict.items(thing)))
-    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+    elif isinstance(thing, _CONTAINERS):
         yield from ((f"[{i}]", value) for i, value in enumerate(list(thing)))
     elif isinstance(thing, FunctionType):
         cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
@@ -297,17 +334,21 @@ def _children(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    try:
-        own = object.__getattribute__(thing, "__dict__")
-    except AttributeError:
-        own = {}
-    if isinstance(own, dict):
-        yield from ((f".{name}", value) for name, value in list(own.items()))
+    yield from ((f".{name}", value) for name, value in list(_dict_of(thing).items()))
     for name, slot in _slots(type(thing)):
         try:
             yield f".{name}", slot.__get__(thing)
         except AttributeError:
             continue
+
+
+def _dict_of(thing: Any) -> dict[str, Any]:
+    """Return the attributes of an instance; empty if it has none of its own."""
+    try:
+        own = object.__getattribute__(thing, "__dict__")
+    except AttributeError:
+        return {}
+    return own if isinstance(own, dict) else {}
 
 
 @cache
@@ -351,4 +392,4 @@ def _thread_locals() -> list[tuple[str, Any]]:
 
 
 def _nbytes(array: jax.Array) -> int:
-    return sum(memory.bytes_of([array]))
+    return memory.shard_bytes(array) * len(array.sharding.device_set)
