@@ -323,6 +323,8 @@ def killed(site, cwd):
     (cwd / "worker.pid").unlink(missing_ok=True)
     run = start(WITHOUT_ENGINE, ["pipeline=without_engine", "phases.fault.how=wait"], site, cwd)
     run.worker()
+    # The parent may still be at the record of the step before.
+    run.wait_for(lambda: '"phase": "before"' in (run.run_dir / "records.jsonl").read_text())
     run.process.kill()
     run.process.communicate(timeout=PATIENCE_S)
     left = survivors(cwd), [path.name for path in (cwd / "tmp").iterdir()]

@@ -293,8 +293,9 @@ class Run:
     def _wait(self, child: Child, descriptor: int) -> None:
         """Wait until the worker sends something or ends, unless a limit or a signal comes first.
 
-        Once its step is under way, the sinks receive the records that may reach them late. After a
-        signal the worker may end its step, if a cycle has ended that is not saved.
+        What it has sent is read first: it may be in the next step already. Once its step is under way,
+        the sinks receive the records that may reach them late. After a signal the worker may end its
+        step, if a cycle has ended that is not saved.
         """
         if not is_readable(descriptor, _QUIET_S):
             self.sinks.catch_up()
@@ -303,6 +304,8 @@ class Run:
                 with self._signals.allowed():
                     return self._limits.wait(descriptor)
         except Interrupted as interrupted:
+            if is_readable(descriptor, 0.0):
+                return None  # the signal is raised again after that
             if not self._preemption.takes(interrupted):
                 raise
             child.send({STOP: self._current})

@@ -4,12 +4,18 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from kvpipe.config.schema import Kvpipe, RunnerConfig
 from kvpipe.errors import Interrupted
 from kvpipe.parent import deferred_signals as module
 from kvpipe.parent.deferred_signals import DeferredSignals
+from kvpipe.parent.limits import Limits
+from kvpipe.parent.preemption import Preemption
+from kvpipe.parent.supervisor import Run
+from kvpipe.sinks import Sink
 
 PATIENCE_S = 60
 
@@ -98,3 +104,23 @@ def test_under_nohup_the_end_of_the_terminal_is_ignored():
             send(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_what_the_worker_sent_before_a_signal_is_read_before_that_ends_the_run():
+    """It may be in the next step while the parent is at the record of the last one."""
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    with DeferredSignals() as signals:
+        run: Any = SimpleNamespace(
+            sinks=Sink(),
+            _signals=signals,
+            _limits=Limits(RunnerConfig()),
+            _preemption=Preemption(Kvpipe()),
+        )
+        send(signal.SIGINT)
+        Run._wait(run, run, reading)
+        assert os.read(reading, 2) == b"x"
+        with pytest.raises(Interrupted):
+            Run._wait(run, run, reading)
+    os.close(reading)
+    os.close(writing)
