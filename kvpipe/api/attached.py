@@ -155,7 +155,7 @@ class Attached:
         """
         with self._lock:
             self._engine.wait_idle()
-            ledger = measurement.measure(self._ctx, settle=False, describes=False).ledger
+            ledger = measurement.measure(self._ctx, describes=False).ledger
             assert ledger is not None
             return ledger
 

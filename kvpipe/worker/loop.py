@@ -248,6 +248,8 @@ class Loop:
         result, error, measured = Result(), None, None
         try:
             result = result_of(job.phase, self.ctx)
+            # What it has only dispatched is its work too; after a failure it may never be done.
+            measurement.settle(self.ctx)
         except Exception as raised:
             error = raised
         timed = self._timed(job)
@@ -276,7 +278,7 @@ class Loop:
     def _measured_after(self, error: Exception) -> tuple[Measurement, str]:
         """Measure after a failed step, without waiting for the engine to become idle."""
         try:
-            return measurement.measure(self.ctx, settle=False), str(error)
+            return measurement.measure(self.ctx), str(error)
         except Exception as second:
             # Keep the failure's record even if the failure has also broken the measurement.
             traceback.print_exc()

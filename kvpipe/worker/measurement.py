@@ -30,22 +30,30 @@ class Measurement:
     unowned: tuple[str, ...] = ()
 
 
-def measure(ctx: WorkerContext, settle: bool = True, describes: bool = True) -> Measurement:
-    """Measure the devices and this process.
-
-    With ``settle`` wait until the engine is idle; after a failure it may never be. With ``describes``
-    put the arrays that have no owner into words, which takes time.
+def settle(ctx: WorkerContext) -> None:
+    """Wait until the engine is idle and every array is there, so that all work of a phase is done.
 
     Raises:
-        EngineError: the engine failed or stayed busy, with ``settle``.
+        EngineError: the engine failed or stayed busy.
+    """
+    if not ctx.jax_ready:
+        return
+    from kvpipe.engine import memory
+
+    if ctx.started is not None:
+        ctx.started.wait_idle()
+    memory.live_arrays(collect=False)
+
+
+def measure(ctx: WorkerContext, describes: bool = True) -> Measurement:
+    """Measure the devices and this process.
+
+    With ``describes`` put the arrays that have no owner into words, which takes time.
     """
     if not ctx.jax_ready:
         return Measurement(process_memory(), None)
     from kvpipe.engine import memory
 
-    engine = ctx.started
-    if engine is not None and settle:
-        engine.wait_idle()
     # A collection takes longer than all the rest. An array that garbage holds has no owner, so it can
     # wait for one that has none; but compiled code that garbage holds is in no list, so where devices
     # count it too, garbage is collected each time.
