@@ -8,6 +8,7 @@ import pytest
 
 from kvpipe.errors import Ending
 from kvpipe.parent.child_process import start_child
+from kvpipe.worker.orders import Orders
 from tests import faults
 from tests.command import environment
 from tests.helpers_config import compose_plain
@@ -65,6 +66,16 @@ def test_a_worker_that_is_ordered_to_stop_says_which_step_it_leaves_out(worker):
     worker.send({"begin": "fault"})
     assert next(messages)["phase"] == "fault"
     assert list(messages) == [{"stopped": "after"}, asdict(Ending())]
+
+
+def test_after_an_order_to_stop_the_save_need_not_wait_for_the_step_that_was_left_out():
+    orders = Orders()
+    orders.began()
+    orders.take('{"stop": "a step"}')
+    orders.take('{"begin": "a step"}')
+    orders.catch_up()
+    assert orders.stopped
+    orders.catch_up()
 
 
 def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(worker):

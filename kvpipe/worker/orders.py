@@ -16,6 +16,7 @@ class Orders:
     def __init__(self) -> None:
         self._begin = threading.Semaphore(0)
         self._stop = threading.Event()
+        self._ahead = False
 
     def take(self, line: str) -> None:
         """Take a line of the parent: an object with the key ``begin`` or ``stop``."""
@@ -27,6 +28,16 @@ class Orders:
     def wait(self) -> None:
         """Block until the next ``begin``."""
         self._begin.acquire()
+
+    def began(self) -> None:
+        """Note that a step has begun, which was reported to the parent."""
+        self._ahead = True
+
+    def catch_up(self) -> None:
+        """Block until the parent knows the last step that began: its ``begin`` comes then, once."""
+        if self._ahead:
+            self.wait()
+        self._ahead = False
 
     @property
     def stopped(self) -> bool:

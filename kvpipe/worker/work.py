@@ -125,18 +125,14 @@ def work(
         with whole_lines:
             send(channel, message)
 
-    begun = False
-
     def start(step: str, idx: int) -> None:
-        nonlocal begun
-        if begun:
-            orders.wait()  # for the step before, so that no more than its record is yet to be written
+        orders.catch_up()
         if orders.stopped and base_name(step) != SAVED:
             report({"stopped": step})
             raise loop.StopAsked
         # Whatever ends the run inside the step, the parent's last record names this step.
         report({"started": step, "idx": idx})
-        begun = True
+        orders.began()
 
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
