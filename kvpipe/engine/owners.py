@@ -13,7 +13,7 @@ import re
 import sys
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -113,12 +113,13 @@ class Owners:
         cached = {path[0] for path in self.paths if path[0].startswith(_ENGINE_MODULES)}
         roots = [*_roots(self.engine), *map(_module_cache, cached)]
         held = _found_at(self.paths, arrays, roots)
-        last = _found_at(self.thread_paths, arrays, _thread_locals())
+        last = _found_at(self.thread_paths, arrays, _thread_locals(), _any_index)
         found = held.keys() | last.keys()
         missing = [a for group in groups if found.isdisjoint(map(id, group)) for a in group]
         more_held, more_last = _held_by(self.engine, missing)
         self.paths.update(more_held.values())
-        self.thread_paths.update(more_last.values())
+        # The next batch may be at another place of a thread's list.
+        self.thread_paths.update(tuple(map(_any_index, path)) for path in more_last.values())
         names = {key: _name_of_path(path) for key, path in (held | more_held).items()}
         return names, last.keys() | more_last.keys()
 
@@ -205,11 +206,17 @@ def _roots(engine: SglangEngine) -> list[tuple[str, Any]]:
 
 
 def _found_at(
-    paths: Iterable[Path], arrays: Iterable[jax.Array], roots: Iterable[tuple[str, Any]]
+    paths: Iterable[Path],
+    arrays: Iterable[jax.Array],
+    roots: Iterable[tuple[str, Any]],
+    known_as: Callable[[str], str] = str,
 ) -> dict[int, Path]:
-    """Return the paths, of these, that now lead from the roots to one of the arrays, by its id."""
+    """Return the paths, of these, that now lead from the roots to one of the arrays, by its id.
+
+    ``known_as`` gives a name as the paths have it.
+    """
     wanted = {id(array) for array in arrays}
-    inside: dict[Path, dict[str, list[Any]]] = {(): _by_name(roots)}
+    inside: dict[Path, dict[str, list[Any]]] = {(): _by_name(roots, known_as)}
 
     def things_at(path: Path) -> list[Any]:
         return inside[path[:-1]].get(path[-1], [])
@@ -219,20 +226,25 @@ def _found_at(
         for end in range(1, len(path)):
             if path[:end] not in inside:
                 things = things_at(path[:end])
-                inside[path[:end]] = _by_name(
-                    child for thing in things for child in _children(thing)
-                )
+                children = (child for thing in things for child in _children(thing))
+                inside[path[:end]] = _by_name(children, known_as)
         for thing in things_at(path):
             if id(thing) in wanted:
                 found.setdefault(id(thing), path)
     return found
 
 
-def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+def _any_index(name: str) -> str:
+    return "[...]" if name[:1] == "[" and name[1:-1].isdigit() else name
+
+
+def _by_name(
+    named: Iterable[tuple[str, Any]], known_as: Callable[[str], str]
+) -> dict[str, list[Any]]:
     """Group things by name; the key of unnamed ones, as a bound method's children, is empty."""
     things: dict[str, list[Any]] = {}
     for name, thing in named:
-        things.setdefault(name, []).append(thing)
+        things.setdefault(known_as(name), []).append(thing)
     return things
 
 
