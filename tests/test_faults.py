@@ -56,7 +56,7 @@ def to_worker_then_parent(signum):
 
 def interrupt_twice(run):
     """Ctrl-C, and again while W&B, whose server is stuck, is being finished."""
-    run.worker()
+    once_wandb_has_the_row_before(run)
     run.server.respond = wandb_server.never
     run.process.send_signal(signal.SIGINT)
     # The picture is the last thing that is made before W&B is finished.
@@ -66,19 +66,19 @@ def interrupt_twice(run):
 
 
 def server_goes(run):
-    run.worker()
+    once_wandb_has_the_row_before(run)
     run.server.stop()
     run.signal_worker(signal.SIGUSR2)
 
 
 def server_gets_stuck(run):
-    run.worker()
+    once_wandb_has_the_row_before(run)
     run.server.respond = wandb_server.never
     run.signal_worker(signal.SIGUSR2)
 
 
 def once_wandb_has_the_row_before(run):
-    """It gets the row of a step while the next one runs, and writes it to its file within seconds."""
+    """It gets the plan and then that row while the next step runs; its file has them in seconds."""
     run.worker()
 
     def has_it():

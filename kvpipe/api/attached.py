@@ -155,6 +155,7 @@ class Attached:
         """
         with self._lock:
             self._engine.wait_idle()
+            memory.wait_for_arrays()
             ledger = measurement.measure(self._ctx, describes=False).ledger
             assert ledger is not None
             return ledger

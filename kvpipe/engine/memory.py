@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def per_device(
     ``size`` gives the bytes of one shard.
     """
     held = (a for a in arrays if not (isinstance(a, jax.Array) and a.is_deleted()))
-    return _summed(_alike(held), devices, size)
+    return _summed((alike for _, alike in _alike(held)), devices, size)
 
 
 def _summed(
@@ -71,21 +72,31 @@ def _summed(
     return tuple(sizes[device] for device in devices)
 
 
-def _alike(arrays: Iterable[Any]) -> Collection[list[Any]]:
-    """Return the arrays in groups of one shape, dtype and sharding: hundreds have a few of them."""
+def _alike(
+    arrays: Iterable[Any], pool_of: Mapping[int, str] = MappingProxyType({})
+) -> list[tuple[str | None, list[Any]]]:
+    """Return the arrays in groups of one pool, shape, dtype and sharding, each with its pool.
+
+    Hundreds of arrays have a few of them. ``pool_of`` has pools by the arrays' ids.
+    """
     groups: dict[Any, list[Any]] = {}
     for array in arrays:
-        groups.setdefault((array.shape, array.dtype, array.sharding), []).append(array)
-    return groups.values()
+        kind = pool_of.get(id(array)), array.shape, array.dtype, array.sharding
+        groups.setdefault(kind, []).append(array)
+    return [(pool, alike) for (pool, *_), alike in groups.items()]
 
 
 def live_arrays(collect: bool = True) -> list[jax.Array]:
-    """Return every live array, ready, after a garbage collection unless ``collect`` is false."""
+    """Return every live array, after a garbage collection unless ``collect`` is false."""
     if collect:
         collect_garbage()
     with _counting:
-        alive = [array for array in jax.live_arrays() if not array.is_deleted()]
-    return jax.block_until_ready(alive)
+        return [array for array in jax.live_arrays() if not array.is_deleted()]
+
+
+def wait_for_arrays() -> None:
+    """Wait until every live array is computed."""
+    jax.block_until_ready(live_arrays(collect=False))
 
 
 def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
@@ -98,35 +109,39 @@ def by_buffer(arrays: Iterable[jax.Array]) -> list[list[jax.Array]]:
 
 
 def _by_buffer(
-    kinds: Iterable[Sequence[jax.Array]], known: Container[int] = ()
+    kinds: Iterable[tuple[str | None, Sequence[jax.Array]]],
 ) -> list[list[jax.Array]]:
     """Return arrays, which come in groups of alike ones, in groups that share a buffer.
 
-    Those on several devices whose ids are ``known`` are left out, unless they may share one.
+    Those of a pool that are on several devices are left out, unless they may share one.
     """
     single, several = [], []
-    for alike in kinds:
-        (single if len(alike[0].sharding.device_set) == 1 else several).append(alike)
+    for pool, alike in kinds:
+        if len(alike[0].sharding.device_set) == 1:
+            single.append(alike)
+        else:
+            several.append((pool, alike))
     shapes = {(alike[0].shape, alike[0].dtype) for alike in single}
     groups: dict[int, list[jax.Array]] = {}
     group_of: dict[tuple[Any, int], list[jax.Array]] = {}
-    for alike in several:
+    for pool, alike in several:
         shard_shape = alike[0].sharding.shard_shape(alike[0].shape)
-        if (shard_shape, alike[0].dtype) not in shapes:
-            groups |= {id(array): [array] for array in alike if id(array) not in known}
-            continue
-        for array in alike:
-            groups[id(array)] = [array]
+        may_share = (shard_shape, alike[0].dtype) in shapes
+        if may_share or pool is None:
+            groups |= {id(array): [array] for array in alike}
+        for array in alike if may_share else ():
             for shard in array.addressable_shards:
-                buffer = _buffer(shard.data)
+                buffer = shard.device, shard.data.unsafe_buffer_pointer()
                 group_of[buffer] = groups[id(array)]
                 _whole_of[buffer] = weakref.ref(array)
     for buffer in [buffer for buffer in _whole_of if not _is_shard(buffer)]:
         del _whole_of[buffer]
-    for array in (array for alike in single for array in alike):
-        group = group_of.setdefault(_buffer(array), [])
-        group.append(array)
-        groups.setdefault(id(group[0]), group)
+    for alike in single:
+        (device,) = alike[0].sharding.device_set
+        for array in alike:
+            group = group_of.setdefault((device, array.unsafe_buffer_pointer()), [])
+            group.append(array)
+            groups.setdefault(id(group[0]), group)
     return list(groups.values())
 
 
@@ -134,9 +149,10 @@ def _once(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
     """Yield the arrays, those on one device once for each buffer, and no known shard of another."""
     seen: set[tuple[Any, int]] = set()
     for array in arrays:
-        if len(array.sharding.device_set) == 1:
+        device, *others = array.sharding.device_set
+        if not others:
             try:
-                buffer = _buffer(array)
+                buffer = device, array.unsafe_buffer_pointer()
             except RuntimeError:  # a step has deleted it meanwhile
                 continue
             if buffer in seen or _is_shard(buffer):
@@ -149,12 +165,6 @@ def _is_shard(buffer: tuple[Any, int]) -> bool:
     """Whether a buffer is one of an array on several devices that :func:`by_buffer` has looked at."""
     whole = _whole_of.get(buffer, lambda: None)()
     return whole is not None and not whole.is_deleted()
-
-
-def _buffer(array: jax.Array) -> tuple[Any, int]:
-    """Return the device and the address of an array that is on one device."""
-    (device,) = array.sharding.device_set
-    return device, array.unsafe_buffer_pointer()
 
 
 def share_buffers(arrays: Iterable[Any]) -> bool:
@@ -178,27 +188,30 @@ def measure(
     An array that belongs to two pools counts for the first, so a slot holds no bytes for arrays
     that the engine computes with. Where the backend reports its bytes in use, those beyond the
     arrays and their padding are the pool ``program``: compiled code and the runtime's buffers.
-    Without ``collect`` arrays that only garbage refers to are in the pool other too.
+    Without ``collect`` arrays that only garbage refers to are in the pool other too. Nothing here
+    waits for arrays; until they are computed, a backend may not count them.
     """
     devices = jax.local_devices()
-    # Grouped once: between two steps this takes most of the time of a measurement.
-    kinds = _alike(live_arrays(collect))
     owned = {PARAMS: [*params], KV: [*kv]} | {slot_pool(n): [*a] for n, a in slots.items()}
     pool_of: dict[int, str] = {}
     for pool, arrays in owned.items():
         for array in arrays:
             pool_of.setdefault(id(array), pool)
+    # Grouped once: between two steps this takes most of the time of a measurement.
+    kinds = _alike(live_arrays(collect), pool_of)
     ledger = Ledger(len(devices))
-    for pool, mine in _split(kinds, pool_of, owned).items():
-        ledger = ledger.with_pool(pool, _summed(mine, devices))
+    for pool in owned:
+        ledger = ledger.with_pool(
+            pool, _summed((alike for of, alike in kinds if of == pool), devices)
+        )
     unpooled = [
         group
-        for group in _by_buffer(kinds, pool_of)
+        for group in _by_buffer(kinds)
         if not any(id(array) in pool_of for array in group) and group[0].size
     ]
     ledger = ledger.with_pool(OTHER, per_device([group[0] for group in unpooled], devices))
     if device_stats() is not None:
-        held = [array for alike in kinds for array in alike if id(array) in pool_of]
+        held = [array for pool, alike in kinds if pool is not None for array in alike]
         held += [group[0] for group in unpooled]
         ledger = ledger.with_pool(
             PADDING, less(per_device(held, devices, given_bytes), ledger.per_device)
@@ -207,23 +220,8 @@ def measure(
         in_use = (device["bytes_in_use"] for device in device_stats() or ())
         ledger = ledger.with_pool(PROGRAM, less(in_use, ledger.per_device))
     else:
-        check_sizes(kinds)
+        check_sizes(alike for _, alike in kinds)
     return ledger, unpooled
-
-
-def _split(
-    kinds: Iterable[Sequence[jax.Array]], pool_of: Mapping[int, str], pools: Iterable[str]
-) -> dict[str, list[list[jax.Array]]]:
-    """Return the arrays of each pool, in groups of alike ones; ``pool_of`` has pools by id."""
-    split: dict[str, list[list[jax.Array]]] = {pool: [] for pool in pools}
-    for alike in kinds:
-        mine: dict[str | None, list[jax.Array]] = {}
-        for array in alike:
-            mine.setdefault(pool_of.get(id(array)), []).append(array)
-        for pool, arrays in mine.items():
-            if pool is not None:
-                split[pool].append(arrays)
-    return split
 
 
 def check_sizes(kinds: Iterable[Sequence[jax.Array]]) -> None:
@@ -269,7 +267,7 @@ def device_stats() -> list[dict[str, int]] | None:
 
 def bytes_in_use() -> PerDevice:
     """Return the bytes in use on each local device: the backend's count, else live buffers."""
-    alive = live_arrays()
+    alive = jax.block_until_ready(live_arrays())
     if device_stats() is not None:
         return used_now()
     return per_device((group[0] for group in by_buffer(alive)), jax.local_devices())

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
@@ -22,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from kvpipe.engine import kv_cache, memory, params
 from kvpipe.engine.sglang import SglangEngine
@@ -32,10 +34,29 @@ _ENGINE_MODULES = "sgl_jax."
 Path = tuple[str, ...]
 """Names that lead from one of the roots to an object, each as the ending of what is before it."""
 
+
+@dataclass
+class _Node:
+    """A name in paths: the path that ends with it, if one does, and the names after it."""
+
+    ends: Path | None = None
+    inner: "Paths" = field(default_factory=dict)
+
+
+Paths = dict[str, _Node]
+"""Paths as a tree of their names."""
+
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 # Most of what an object refers to; nothing is behind it.
 _LEAVES = frozenset({str, bytes, int, float, bool, type(None)})
-_ATOMS = (str, bytes, int, float, type(None), type, ModuleType, np.ndarray, np.generic, FrameType)
+# Those of flax and jax describe structure: most objects of an engine are theirs, and none is an array.
+_DESCRIPTIONS = (nnx.GraphDef, jax.tree_util.PyTreeDef)
+_ATOMS = (
+    *(str, bytes, int, float, type(None), type, ModuleType, FrameType),
+    *(np.ndarray, np.generic, *_DESCRIPTIONS),
+)
+# Their children are no attributes.
+_OTHERWISE_NAMED = (dict, *_CONTAINERS, FunctionType, MethodType, partial)
 _MOST_REFERRERS = 3
 _MOST_DESCRIBED = 5
 
@@ -59,8 +80,8 @@ class Owners:
         default_factory=weakref.WeakValueDictionary
     )
     after_generate: set[str] | None = None
-    paths: set[Path] = field(default_factory=set)
-    thread_paths: set[Path] = field(default_factory=set)
+    paths: Paths = field(default_factory=dict)
+    thread_paths: Paths = field(default_factory=dict)
 
     @classmethod
     def when_ready(cls, engine: SglangEngine) -> "Owners":
@@ -110,16 +131,18 @@ class Owners:
         Look first where such arrays were before: a walk over all objects takes tens of milliseconds.
         """
         arrays = [array for group in groups for array in group]
-        cached = {path[0] for path in self.paths if path[0].startswith(_ENGINE_MODULES)}
-        roots = [*_roots(self.engine), *map(_module_cache, cached)]
+        cached = map(_module_cache, (n for n in self.paths if n.startswith(_ENGINE_MODULES)))
+        roots = [*_roots(self.engine), *cached]
         held = _found_at(self.paths, arrays, roots)
         last = _found_at(self.thread_paths, arrays, _thread_locals(), _any_index)
         found = held.keys() | last.keys()
         missing = [a for group in groups if found.isdisjoint(map(id, group)) for a in group]
         more_held, more_last = _held_by(self.engine, missing)
-        self.paths.update(more_held.values())
-        # The next batch may be at another place of a thread's list.
-        self.thread_paths.update(tuple(map(_any_index, path)) for path in more_last.values())
+        for path in more_held.values():
+            _add(path, self.paths)
+        for path in more_last.values():
+            # The next batch may be at another place of a thread's list.
+            _add(tuple(map(_any_index, path)), self.thread_paths)
         names = {key: _name_of_path(path) for key, path in (held | more_held).items()}
         return names, last.keys() | more_last.keys()
 
@@ -206,7 +229,7 @@ def _roots(engine: SglangEngine) -> list[tuple[str, Any]]:
 
 
 def _found_at(
-    paths: Iterable[Path],
+    paths: Paths,
     arrays: Iterable[jax.Array],
     roots: Iterable[tuple[str, Any]],
     known_as: Callable[[str], str] = str,
@@ -216,36 +239,30 @@ def _found_at(
     ``known_as`` gives a name as the paths have it.
     """
     wanted = {id(array) for array in arrays}
-    inside: dict[Path, dict[str, list[Any]]] = {(): _by_name(roots, known_as)}
-
-    def things_at(path: Path) -> list[Any]:
-        return inside[path[:-1]].get(path[-1], [])
-
     found: dict[int, Path] = {}
-    for path in sorted(paths, key=len):
-        for end in range(1, len(path)):
-            if path[:end] not in inside:
-                things = things_at(path[:end])
-                children = (child for thing in things for child in _children(thing))
-                inside[path[:end]] = _by_name(children, known_as)
-        for thing in things_at(path):
-            if id(thing) in wanted:
-                found.setdefault(id(thing), path)
+    ahead: deque[tuple[Paths, Iterable[tuple[str, Any]]]] = deque([(paths, roots)])
+    while ahead:
+        names, children = ahead.popleft()
+        for name, child in children:
+            if (node := names.get(known_as(name))) is None:
+                continue
+            if node.ends is not None and id(child) in wanted:
+                found.setdefault(id(child), node.ends)
+            if node.inner:
+                ahead.append((node.inner, _children_of(child, node.inner)))
     return found
+
+
+def _add(path: Path, paths: Paths) -> None:
+    inside, node = paths, _Node()
+    for name in path:
+        node = inside.setdefault(name, _Node())
+        inside = node.inner
+    node.ends = path
 
 
 def _any_index(name: str) -> str:
     return "[...]" if name[:1] == "[" and name[1:-1].isdigit() else name
-
-
-def _by_name(
-    named: Iterable[tuple[str, Any]], known_as: Callable[[str], str]
-) -> dict[str, list[Any]]:
-    """Group things by name; the key of unnamed ones, as a bound method's children, is empty."""
-    things: dict[str, list[Any]] = {}
-    for name, thing in named:
-        things.setdefault(known_as(name), []).append(thing)
-    return things
 
 
 def _held_by(
@@ -280,7 +297,7 @@ def _walk(
     reached_from: dict[int, Any] = {}
     while ahead and len(found) < len(wanted):
         thing = ahead.popleft()
-        if id(thing) in seen or isinstance(thing, _ATOMS) or _is_ours(thing):
+        if id(thing) in seen or _is_atom(type(thing)) or _is_ours(thing):
             continue
         seen[id(thing)] = thing
         if id(thing) in wanted:
@@ -312,19 +329,33 @@ def _referents(thing: Any) -> Iterable[Any]:
     """Return the objects that :func:`_children` names, without their names."""
     if isinstance(thing, dict):
         return list(dict.values(thing))
-    if isinstance(thing, FunctionType):
+    if type(thing) is FunctionType:
         return thing.__closure__ or ()
-    own = {} if isinstance(thing, _CONTAINERS) else _dict_of(thing)
     referents = gc.get_referents(thing)
+    if not type(thing).__dictoffset__ or isinstance(thing, _CONTAINERS):
+        return referents
+    own = _dict_of(thing)
     return [*own.values(), *(r for r in referents if r is not own)] if own else referents
+
+
+# A walk asks of thousands of things, which have few classes.
+@cache
+def _is_atom(kind: type) -> bool:
+    return issubclass(kind, _ATOMS)
 
 
 def _is_ours(thing: Any) -> bool:
     """Whether a thing is kvpipe's: a function of it, or an instance of a class of it."""
-    if isinstance(thing, MethodType):
+    if type(thing) is MethodType:
         thing = thing.__func__
-    module = thing.__module__ if isinstance(thing, FunctionType) else type(thing).__module__
-    return str(module).partition(".")[0] == "kvpipe"
+    return _is_our_module(
+        thing.__module__ if type(thing) is FunctionType else type(thing).__module__
+    )
+
+
+@cache
+def _is_our_module(name: object) -> bool:
+    return str(name).partition(".")[0] == "kvpipe"
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -343,6 +374,23 @@ def _children(thing: Any) -> Iterator[tuple[str, Any]]:
     else:
         yield from _attributes(thing)
         yield from (("", child) for child in gc.get_referents(thing))
+
+
+def _children_of(thing: Any, names: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the children of ``thing`` that may have one of the names, as the paths have it.
+
+    An object can have hundreds of attributes: they are looked up.
+    """
+    if isinstance(thing, _OTHERWISE_NAMED) or "" in names:
+        yield from _children(thing)
+        return
+    own, slots = _dict_of(thing), dict(_slots(type(thing)))
+    for name in names:
+        if name[1:] in own:
+            yield name, own[name[1:]]
+        elif name[1:] in slots:
+            with suppress(AttributeError):
+                yield name, slots[name[1:]].__get__(thing)
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
 """Records to and from JSON, by the type hints of their fields."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, cached_property
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -20,15 +20,19 @@ class JsonRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the record."""
-        known = asdict(self, dict_factory=_object)
-        more = known.pop("fields", {})
-        return ({"phase": self.tag} if self.tag else {}) | known | more
+        return json.loads(self.line)
 
     @cached_property
     def line(self) -> str:
         """The record as one JSON line, without its newline."""
         # ASCII: some readers split lines at U+2028, which a text may contain.
-        return json.dumps(self.to_json(), allow_nan=False)
+        return json.dumps(self._object(), allow_nan=False, default=fields_of)
+
+    def _object(self) -> dict[str, Any]:
+        """Return the record as an object whose values json can convert; some are dataclasses."""
+        known = fields_of(self)
+        more = known.pop("fields", {})
+        return ({"phase": self.tag} if self.tag else {}) | known | more
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -75,5 +79,10 @@ def decode(hint: Any, value: Any) -> Any:
 _hints = cache(get_type_hints)
 
 
-def _object(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}
+def fields_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass as they are, the dataclasses in them too.
+
+    Raises:
+        TypeError: it is none.
+    """
+    return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, override
 
-from kvpipe.records.json_record import JsonRecord
+from kvpipe.records.json_record import JsonRecord, fields_of
 
 RUN_STARTED = "run_started"
 RUN_PLANNED = "run_planned"
@@ -61,9 +61,8 @@ class RunStarted(JsonRecord):
     skipped: Sequence[str] = ()
 
     @override
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record."""
-        return super().to_json() | {"config": _finite(self.config)}
+    def _object(self) -> dict[str, Any]:
+        return super()._object() | {"config": _finite(self.config)}
 
 
 def _finite(value: Any) -> Any:
@@ -214,13 +213,11 @@ class PhaseRecord(JsonRecord):
         return self.peak.bytes_in_use_total if self.peak and self.peak.bytes_in_use else None
 
     @override
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of the record: the script's field names, then kvpipe's own."""
+    def _object(self) -> dict[str, Any]:
         if clash := sorted(self.fields.keys() & _PHASE_KEYS):
             raise ValueError(f"phase {self.phase!r} reports {clash}, which the record uses itself")
-        record = super().to_json()
-        record["memory"][_SUMMARY] = self.memory.jax_device_memory_summary
-        return record
+        memory = {_SUMMARY: self.memory.jax_device_memory_summary}
+        return super()._object() | {"memory": fields_of(self.memory) | memory}
 
     @override
     @classmethod

@@ -30,7 +30,8 @@ class Sink:
 
     The parent calls the hooks in this order; that of a record passes it on to :meth:`received`.
     Unless the sink is not ``limited``, that may be interrupted after ``runner.sink_timeout_s``. One that
-    ``may_lag`` receives the record of a phase while the next one runs; its error ends the run then.
+    ``may_lag`` receives the plan and the record of a phase while the next phase runs; its error ends
+    the run then.
     """
 
     limited: ClassVar[bool] = True
@@ -109,20 +110,17 @@ class Sinks(Sink):
         self._sinks = tuple(sinks)
         self._timeout_s = timeout_s
         self._handed = Handed()
-        self._late: PhaseRecord | None = None
+        self._late: Callable[[Sink], None] | None = None
         self._late_errors: list[Exception] = []
 
     def run_started(self, record: RunStarted) -> None:
         """Pass the first record to every sink."""
         self._handed.records += 1
-        self._call(lambda sink: self._hand(sink, lambda: sink.run_started(record)))
+        self._call(lambda sink: self._hand(sink, lambda sink: sink.run_started(record)))
 
     def run_planned(self, record: RunPlanned) -> None:
-        """Pass the plan to every sink."""
-        self.catch_up()
-        self._handed.records += 1
-        errors = self._taken_errors()
-        self._call(lambda sink: self._hand(sink, lambda: sink.run_planned(record)), errors)
+        """Pass the plan to every sink, as :meth:`phase_finished` does with a record."""
+        self._pass(lambda sink: sink.run_planned(record))
 
     def phase_started(self, step: str, idx: int, total: int) -> None:
         """Pass the step that starts to every sink."""
@@ -133,32 +131,34 @@ class Sinks(Sink):
         self._call(lambda sink: sink.phase_progressed(progress))
 
     def sampled(self, step: str, line: str) -> None:
-        """Pass a sample to every sink."""
-        self._call(lambda sink: self._hand(sink, lambda: sink.sampled(step, line)))
+        """Pass a sample to every sink that has a use for it: a rollout has hundreds."""
+        uses = [sink for sink in self._sinks if type(sink).sampled is not Sink.sampled]
+        self._call(lambda sink: self._hand(sink, lambda sink: sink.sampled(step, line)), sinks=uses)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Pass the record of a phase to every sink; sinks that may lag get it by :meth:`catch_up`.
 
         Raise the errors of lagging sinks about the record before it.
         """
+        self._handed.phases.append(record.phase)
+        self._pass(lambda sink: sink.phase_finished(record))
+
+    def _pass(self, receive: Callable[[Sink], None]) -> None:
+        """Pass a record to every sink, later to those that may lag; raise their earlier errors."""
         self.catch_up()
         self._handed.records += 1
-        self._handed.phases.append(record.phase)
-        self._late = None if self._late_errors else record
+        self._late = None if self._late_errors else receive
         errors = self._taken_errors()
-        self._call(lambda sink: sink.may_lag or self._finish(sink, record), errors)
+        self._call(lambda sink: sink.may_lag or self._hand(sink, receive), errors)
 
     def catch_up(self) -> None:
-        """Pass the record of the phase before to the sinks that may lag; keep their errors."""
-        record, self._late = self._late, None
-        if record is None:
+        """Pass the record before to the sinks that may lag; keep their errors."""
+        receive, self._late = self._late, None
+        if receive is None:
             return
-        finish = partial(self._finish, record=record)
+        hand = partial(self._hand, receive=receive)
         for sink in (sink for sink in self._sinks if sink.may_lag):
-            self._try(sink, finish, self._late_errors)
-
-    def _finish(self, sink: Sink, record: PhaseRecord) -> None:
-        self._hand(sink, lambda: sink.phase_finished(record))
+            self._try(sink, hand, self._late_errors)
 
     def run_finished(self, record: RunFinished) -> None:
         """Pass the last record to every sink, marked as failed after a sink that failed."""
@@ -176,18 +176,18 @@ class Sinks(Sink):
         _raise_all(errors)
 
     def _hand_all(self, sink: Sink, _: RunFinished) -> None:
-        self._hand(sink, lambda: sink.run_finishes(self._handed))
+        self._hand(sink, lambda sink: sink.run_finishes(self._handed))
 
     def _hand_last(self, sink: Sink, record: RunFinished) -> None:
-        self._hand(sink, lambda: sink.run_finished(record))
+        self._hand(sink, lambda sink: sink.run_finished(record))
 
-    def _hand(self, sink: Sink, hand: Callable[[], None]) -> None:
+    def _hand(self, sink: Sink, receive: Callable[[Sink], None]) -> None:
         """Hand a record to a sink, within the limit."""
         limit_s = self._timeout_s if sink.limited else None
         message = f"{sink.name} took longer than runner.sink_timeout_s = {limit_s} s for a record"
         try:
             with limited(limit_s, message):
-                hand()
+                receive(sink)
         except TimedOut:
             sink.hung()
             raise
@@ -196,9 +196,14 @@ class Sinks(Sink):
         errors, self._late_errors = self._late_errors, []
         return errors
 
-    def _call(self, call: Callable[[Sink], object], before: Sequence[Exception] = ()) -> None:
+    def _call(
+        self,
+        call: Callable[[Sink], object],
+        before: Sequence[Exception] = (),
+        sinks: Sequence[Sink] | None = None,
+    ) -> None:
         errors = [*before]
-        for sink in self._sinks:
+        for sink in self._sinks if sinks is None else sinks:
             self._try(sink, call, errors)
         _raise_all(errors)
 

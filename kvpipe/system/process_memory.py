@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import psutil
 from kvpipe.records.run import Memory
 
 _RSS = re.compile(r"^VmHWM:\s+(?P<peak>\d+) kB\nVmRSS:\s+(?P<rss>\d+) kB$", re.MULTILINE)
+_MOST_STATUS_BYTES = 65536
 _VMSTAT = Path("/proc/vmstat")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -53,13 +55,28 @@ def _memory(pid: int, who: int) -> Memory:
     the one of a child begins at its parent's RSS.
     """
     with suppress(FileNotFoundError, ProcessLookupError):
-        if found := _RSS.search(Path(f"/proc/{pid}/status").read_text()):
+        if found := _RSS.search(_status(pid)):
             return Memory(int(found["rss"]) * 1024, int(found["peak"]) * 1024)
     rss = 0
     with suppress(psutil.NoSuchProcess):
         rss = psutil.Process(pid).memory_info().rss
     peak = resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Memory(rss, max(rss, peak))
+
+
+def _status(pid: int) -> str:
+    """Return what Linux says of a process.
+
+    Its own is kept open: each call that may wait gives the GIL away, in a worker to the engine.
+    """
+    if pid == os.getpid():
+        return os.pread(_kept_open(pid), _MOST_STATUS_BYTES, 0).decode()
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+@cache
+def _kept_open(pid: int) -> int:
+    return os.open(f"/proc/{pid}/status", os.O_RDONLY)
 
 
 def oom_kills() -> int:

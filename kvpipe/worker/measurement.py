@@ -42,11 +42,11 @@ def settle(ctx: WorkerContext) -> None:
 
     if ctx.started is not None:
         ctx.started.wait_idle()
-    memory.live_arrays(collect=False)
+    memory.wait_for_arrays()
 
 
 def measure(ctx: WorkerContext, describes: bool = True) -> Measurement:
-    """Measure the devices and this process.
+    """Measure the devices and this process, as a rule once they are settled.
 
     With ``describes`` put the arrays that have no owner into words, which takes time.
     """
