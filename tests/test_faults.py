@@ -111,7 +111,7 @@ def stop_wandb(run):
 
 
 def move_directory(run):
-    run.worker()
+    once_wandb_has_the_row_before(run)
     run.run_dir.rename(f"{run.run_dir}.moved")
     run.signal_worker(signal.SIGUSR2)
 
