@@ -83,6 +83,8 @@ def fields_of(record: Any) -> dict[str, Any]:
     """Return the fields of a dataclass as they are, the dataclasses in them too.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is none, so JSON has no such value.
     """
+    if not is_dataclass(record) or isinstance(record, type):
+        raise TypeError(f"Object of type {type(record).__name__} is not JSON serializable")
     return {field.name: getattr(record, field.name) for field in fields(record)}

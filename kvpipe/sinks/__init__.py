@@ -132,8 +132,12 @@ class Sinks(Sink):
 
     def sampled(self, step: str, line: str) -> None:
         """Pass a sample to every sink that has a use for it: a rollout has hundreds."""
-        uses = [sink for sink in self._sinks if type(sink).sampled is not Sink.sampled]
-        self._call(lambda sink: self._hand(sink, lambda sink: sink.sampled(step, line)), sinks=uses)
+
+        def hand(sink: Sink) -> None:
+            if type(sink).sampled is not Sink.sampled:
+                self._hand(sink, lambda sink: sink.sampled(step, line))
+
+        self._call(hand)
 
     def phase_finished(self, record: PhaseRecord) -> None:
         """Pass the record of a phase to every sink; sinks that may lag get it by :meth:`catch_up`.
@@ -196,14 +200,9 @@ class Sinks(Sink):
         errors, self._late_errors = self._late_errors, []
         return errors
 
-    def _call(
-        self,
-        call: Callable[[Sink], object],
-        before: Sequence[Exception] = (),
-        sinks: Sequence[Sink] | None = None,
-    ) -> None:
+    def _call(self, call: Callable[[Sink], object], before: Sequence[Exception] = ()) -> None:
         errors = [*before]
-        for sink in self._sinks if sinks is None else sinks:
+        for sink in self._sinks:
             self._try(sink, call, errors)
         _raise_all(errors)
 

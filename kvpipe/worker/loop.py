@@ -4,7 +4,6 @@ A step that fails gets its record too: out of memory is exactly when memory reco
 failure, only steps that are declared to run always still run.
 """
 
-import gc
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +203,6 @@ class Loop:
         self._memory: Memory | None = None
         self.engine_lives = True
         self._sampler: PeakSampler | None = None
-        threads.callback(gc.enable)
         if ctx.config.runner.sample_peaks:
             self._sampler = threads.enter_context(PeakSampler(lambda: ctx.jax_ready))
 
@@ -231,7 +229,6 @@ class Loop:
         if self._sampler:
             self._sampler.begin(self._memory)
         self._compiles.take()
-        gc.enable()
         self._step_began = time.monotonic()
         self._outside_s = self._step_began - (self._step_ended or self._step_began)
 
@@ -334,8 +331,6 @@ class Loop:
     def _timed(self, job: Job) -> dict[str, Any]:
         """Stop the clock and the counts of a step; return them by the record's field names."""
         self._step_ended = time.monotonic()
-        # Between two steps Python's own collection would take longer than all the rest.
-        gc.disable()
         duration_s = self._step_ended - self._step_began
         compiled = self._compiles.take()
         return {

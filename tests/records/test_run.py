@@ -441,3 +441,11 @@ def test_a_number_that_json_does_not_have_is_refused_and_not_written(value):
 def test_a_phase_must_not_report_under_a_name_that_the_record_has():
     with pytest.raises(ValueError, match=r"phase 'p' reports \['ledger'\]"):
         a_record(fields={"ledger": {}}).to_json()
+
+
+@pytest.mark.parametrize("value", [{1}, object(), PhaseRecord])
+def test_a_value_that_json_lacks_is_refused_with_its_type(value):
+    """A phase that reports one has to find it."""
+    record = a_record(fields={"given": [value]})
+    with pytest.raises(TypeError, match=f"Object of type {type(value).__name__} is not JSON"):
+        _ = record.line

@@ -157,17 +157,34 @@ class LosesRows(Late):
         raise TrackingError("the row is lost")
 
 
+class LosesPlans(Late):
+    def run_planned(self, record):
+        super().run_planned(record)
+        raise TrackingError("the plan is lost")
+
+
+def test_a_plan_that_a_sink_that_lags_did_not_take_fails_with_the_record_of_the_first_step():
+    late, prompt = LosesPlans(), Recorder()
+    sinks = Sinks([late, prompt])
+    sinks.run_planned(plan())
+    with pytest.raises(TrackingError, match="the plan is lost"):
+        sinks.phase_finished(phase(3))
+    assert prompt.calls == [("run_planned", plan()), ("phase_finished", phase(3))]
+
+
 def test_a_sink_that_may_lag_gets_each_record_while_the_next_step_runs_or_right_after_it():
     late, prompt = Late(), Recorder()
     sinks = Sinks([late, prompt])
-    sinks.run_planned(plan())
-    assert (late.calls, prompt.calls) == ([], [("run_planned", plan())])
     sinks.phase_finished(phase(3))
-    assert late.calls == prompt.calls[:-1]
+    assert (late.calls, prompt.calls) == ([], [("phase_finished", phase(3))])
     sinks.catch_up()
     assert late.calls == prompt.calls
     for idx in (4, 5):
         sinks.phase_finished(phase(idx))
+    assert late.calls == prompt.calls[:-1]
+    sinks.run_planned(plan())
+    assert late.calls == prompt.calls[:-1]
+    sinks.phase_finished(phase(6))
     assert late.calls == prompt.calls[:-1]
     sinks.run_finished(passed())
     assert late.calls == prompt.calls
