@@ -88,7 +88,8 @@ def in_portions(engine: Any, patch: pytest.MonkeyPatch, sizes: Sequence[int]) ->
             return portion
         return []
 
-    patch.setattr(engine.scheduler, "recv_requests", received)
+    # On the scheduler's thread: the method in use may be about to receive, and would keep a portion.
+    engine.on_scheduler.call(lambda: patch.setattr(engine.scheduler, "recv_requests", received))
 
 
 def test_a_rollout_is_the_same_however_its_requests_arrive(flushed: Any) -> None:
