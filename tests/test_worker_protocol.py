@@ -23,6 +23,7 @@ def worker(tmp_path, monkeypatch):
     phases = {
         "fault": {"use": "fault_changes", "how": "leave_a_mark"},
         "after": {"use": "fault_changes"},
+        "last": {"use": "fault_changes"},
     }
     config = compose_plain() | {"pipeline": list(phases), "phases": phases}
     module, log = "tests.without_engine.worker", tmp_path / "log"
@@ -39,20 +40,22 @@ def is_silent(child):
         return selector.select(1.0) == []
 
 
-def test_the_worker_is_at_most_one_step_ahead_of_the_parent(worker, tmp_path):
-    """While a step runs the parent writes the record before; two would be lost with the parent."""
+def test_the_worker_is_at_most_two_steps_ahead_of_the_parent(worker, tmp_path):
+    """While steps run the parent writes the records before; a third would be lost with the parent."""
     messages, mark = worker.messages(), tmp_path / "mark"
     assert is_silent(worker)
     worker.send({"begin": "run_planned"})
     assert next(messages) == {"hosts": []}
-    assert [phase["name"] for phase in next(messages)["phases"]] == ["fault", "after"]
+    assert [phase["name"] for phase in next(messages)["phases"]] == ["fault", "after", "last"]
     assert next(messages) == {"started": "fault", "idx": 0}
     assert next(messages)["phase"] == "fault"
     assert mark.exists()
-    assert is_silent(worker)
-    worker.send({"begin": "fault"})
     assert next(messages) == {"started": "after", "idx": 1}
     assert next(messages)["phase"] == "after"
+    assert is_silent(worker)
+    worker.send({"begin": "fault"})
+    assert next(messages) == {"started": "last", "idx": 2}
+    assert next(messages)["phase"] == "last"
     assert next(messages) == asdict(Ending())
     assert list(messages) == []
     assert worker.how_it_ended() == "exit code 0"
@@ -61,15 +64,16 @@ def test_the_worker_is_at_most_one_step_ahead_of_the_parent(worker, tmp_path):
 def test_a_worker_that_is_ordered_to_stop_says_which_step_it_leaves_out(worker):
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
-    assert [next(iter(next(messages))) for _ in range(3)] == ["hosts", "phase", "started"]
+    begun = [next(iter(next(messages))) for _ in range(6)]
+    assert begun == ["hosts", "phase", "started", "phase", "started", "phase"]
     worker.send({"stop": "fault"})
     worker.send({"begin": "fault"})
-    assert next(messages)["phase"] == "fault"
-    assert list(messages) == [{"stopped": "after"}, asdict(Ending())]
+    assert list(messages) == [{"stopped": "last"}, asdict(Ending())]
 
 
 def test_after_an_order_to_stop_the_save_need_not_wait_for_the_step_that_was_left_out():
     orders = Orders()
+    orders.began()
     orders.began()
     orders.take('{"stop": "a step"}')
     orders.take('{"begin": "a step"}')
@@ -83,6 +87,7 @@ def test_a_worker_whose_parent_has_gone_ends_at_once_with_its_temporary_files(wo
     worker.send({"begin": "run_planned"})
     messages = worker.messages()
     assert [next(iter(next(messages))) for _ in range(2)] == ["hosts", "phase"]
+    assert [next(iter(next(messages))) for _ in range(2)] == ["started", "phase"]
     assert [next(iter(next(messages))) for _ in range(2)] == ["started", "phase"]
     worker.end_jobs()
     assert list(messages) == []

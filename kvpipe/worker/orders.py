@@ -1,13 +1,19 @@
 """The parent's orders: when the worker may begin a step, and when it must begin no further one.
 
-The worker runs at most one step ahead of the parent: while a step runs, the parent writes the record
-of the one before. What the worker has sent stays in the pipe for the parent if the worker dies.
+While a step runs, the parent writes the records of those before. What the worker has sent stays in the
+pipe for the parent if the worker dies.
 """
 
 import json
 import threading
 
 from kvpipe.system.pipes import STOP
+
+_STEPS_AHEAD = 2
+"""Steps that may begin before the parent knows them. If both are killed at once, their records are lost.
+
+One is too few: after a rollout come steps of a millisecond, and a row of W&B takes several.
+"""
 
 
 class Orders:
@@ -16,7 +22,7 @@ class Orders:
     def __init__(self) -> None:
         self._begin = threading.Semaphore(0)
         self._stop = threading.Event()
-        self._ahead = False
+        self._ahead = 0
 
     def take(self, line: str) -> None:
         """Take a line of the parent: an object with the key ``begin`` or ``stop``."""
@@ -31,13 +37,13 @@ class Orders:
 
     def began(self) -> None:
         """Note that a step has begun, which was reported to the parent."""
-        self._ahead = True
+        self._ahead += 1
 
     def catch_up(self) -> None:
-        """Block until the parent knows the last step that began: its ``begin`` comes then, once."""
-        if self._ahead:
+        """Block until another step may begin: a ``begin`` says that the parent knows one step more."""
+        if self._ahead == _STEPS_AHEAD:
             self.wait()
-        self._ahead = False
+            self._ahead -= 1
 
     @property
     def stopped(self) -> bool:
