@@ -384,7 +384,7 @@ def _children_of(thing: Any, names: Collection[str]) -> Iterator[tuple[str, Any]
     if isinstance(thing, _OTHERWISE_NAMED) or "" in names:
         yield from _children(thing)
         return
-    own, slots = _dict_of(thing), dict(_slots(type(thing)))
+    own, slots = _dict_of(thing), _slots(type(thing))
     for name in names:
         if name[1:] in own:
             yield name, own[name[1:]]
@@ -395,7 +395,7 @@ def _children_of(thing: Any, names: Collection[str]) -> Iterator[tuple[str, Any]
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     yield from ((f".{name}", value) for name, value in list(_dict_of(thing).items()))
-    for name, slot in _slots(type(thing)):
+    for name, slot in _slots(type(thing)).items():
         try:
             yield f".{name}", slot.__get__(thing)
         except AttributeError:
@@ -412,10 +412,10 @@ def _dict_of(thing: Any) -> dict[str, Any]:
 
 
 @cache
-def _slots(kind: type) -> tuple[tuple[str, Any], ...]:
-    """Return the slots of a class and its bases."""
+def _slots(kind: type) -> Mapping[str, Any]:
+    """Return the slots of a class and its bases by their names."""
     slots = [item for base in kind.__mro__ for item in vars(base).items()]
-    return tuple((name, slot) for name, slot in slots if inspect.ismemberdescriptor(slot))
+    return {name: slot for name, slot in slots if inspect.ismemberdescriptor(slot)}
 
 
 def _module_caches() -> list[tuple[str, Any]]:
