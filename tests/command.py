@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 INHERITED = dict(os.environ)
-# Without what a fixture may have set for jax in this process.
-WITHOUT_JAX = {k: v for k, v in INHERITED.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+WITHOUT_JAX = {k: v for k, v in INHERITED.items() if k != "JAX_PLATFORMS"}
 FAKE_KEY = "0123456789abcdef" * 2 + "deadbeef"
 KVPIPE = (sys.executable, "-m", "kvpipe")
 

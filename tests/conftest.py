@@ -31,6 +31,9 @@ IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
 ENGINE_FIXTURES = frozenset({"engine", "start_engine"})
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+# Most of LLVM's passes take longer than they save in a program that runs for milliseconds. Without
+# any, a token takes four times as long.
+FEW_OPTIMIZATIONS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
 SMALL_ENGINE: dict[str, Any] = {
     "device": "cpu",
@@ -77,8 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # LLVM's passes take longer than what they save in a program that runs for milliseconds.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("XLA_FLAGS", FEW_OPTIMIZATIONS)
     # One seed for all of pytest's processes, so that the report can name it.
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = secrets.randbits(32)
@@ -144,7 +146,7 @@ def four_devices() -> None:
     """Let jax find four virtual CPU devices, and leave the environment as it was."""
     before = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={DEVICES}"
     import jax
 
     assert jax.device_count() == DEVICES, "another test imported jax before this fixture"

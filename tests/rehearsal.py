@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.records.run import PhaseRecord, RunPlanned, record_from_json
 from tests.command import environment
 from tests.helpers_config import ROOT, compose_plain, config_of
@@ -110,11 +111,11 @@ def main(*overrides: str) -> None:
 def run(directory: Path, experiment: str, *overrides: str) -> Rehearsed:
     """Rehearse an experiment on four devices, with few tokens, among which a pause finds its place."""
     few = ("engine.tp_size=4", "sampling.max_new_tokens=16", "tracking=disabled", *overrides)
+    inherited = environment(directory)
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", f"+experiment={experiment}", *few],
         cwd=ROOT,
-        env=environment(directory)
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=inherited | cpu_environment(4, inherited),
         capture_output=True,
         text=True,
         timeout=600,

@@ -329,7 +329,7 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
         # Programs that another test has compiled, or that LLVM does not optimize, would leave no time
         # for a beat about compiling.
         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
-        JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+        XLA_FLAGS="",
     )
     assert run.exit_code == run.end["exit_code"] == 1
     assert run.end["status"] == "failed"

@@ -173,7 +173,8 @@ def _environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in the tests, whose programs a run then loads
+        # As in the tests, whose programs a run then loads.
+        "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
     }
     left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
     inherited = {k: v for k, v in os.environ.items() if k not in left_out}
