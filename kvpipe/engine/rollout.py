@@ -197,6 +197,7 @@ def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
             }
         )
     received = multihost.of_first(found, engine.failure.raise_if_failed)
+    engine.wait_idle()  # another host may be done before the hooks here have seen its last token
     hooks.forget(begun.name)
     return received
 

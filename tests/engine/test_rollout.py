@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,23 @@ def test_a_rollout_is_the_same_however_its_requests_arrive(flushed: Any) -> None
     for later, its_batches in others:
         assert its_batches == composed
         assert same_rollout("same_rollout", first, later).passed
+
+
+def test_requests_that_arrive_before_their_rollout_has_begun_here_are_waited_for(
+    real_engine: Any,
+) -> None:
+    """The first host sends them to the engines of the others, which may be a moment behind it."""
+    from kvpipe.engine.rollout import _hooks
+
+    hooks = _hooks(real_engine)
+    name, ids = hooks.new_ids(2)
+    hooks.forget(name)
+    following = str(int(name) + 1)
+    early = SimpleNamespace(rid=ids[0].replace(f"/{name}/", f"/{following}/"))
+    hooks._wait_for_all([early])
+    assert hooks.new_ids(2)[0] == following
+    assert hooks._held[following].waiting == [early]
+    hooks.forget(following)
 
 
 def test_samples_are_distinct_the_same_with_the_same_seed_and_others_with_another(
