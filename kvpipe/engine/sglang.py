@@ -143,6 +143,8 @@ class SglangEngine:
         steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
         origin: dict[str, Any] = {"weights_digest": digest, "cache_digests": tuple(sorted(cached))}
         self.generated = True
+        # The engines of the other hosts compute as soon as the first host's request reaches them.
+        multihost.each(True)
         yield origin
         self.wait_idle()
         if digest is not None:
