@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 INHERITED = dict(os.environ)
+# Without the platform that a shell or a fixture has chosen for jax: a run chooses its own.
 WITHOUT_JAX = {k: v for k, v in INHERITED.items() if k != "JAX_PLATFORMS"}
 FAKE_KEY = "0123456789abcdef" * 2 + "deadbeef"
 KVPIPE = (sys.executable, "-m", "kvpipe")

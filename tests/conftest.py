@@ -26,14 +26,12 @@ from kvpipe.checkpoints.safetensors import Tensors, open_checkpoint
 from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import EngineConfig, SamplingConfig
 from tests.in_process import Call, callable_in
+from tools.mutants.copies import FEW_OPTIMIZATIONS
 
 IDLE_TIMEOUT_S = 60.0
 DEVICES = 4
 ENGINE_FIXTURES = frozenset({"engine", "start_engine"})
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
-# Most of LLVM's passes take longer than they save in a program that runs for milliseconds. Without
-# any, a token takes four times as long.
-FEW_OPTIMIZATIONS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
 SMALL_ENGINE: dict[str, Any] = {
     "device": "cpu",

@@ -27,6 +27,7 @@ from tests.fault_runs import (
     start,
     survivors,
 )
+from tests.processes import suspend
 from tests.sinks import wandb_file, wandb_server
 from tests.without_engine.__main__ import SAME_SIGNAL_S
 
@@ -106,7 +107,7 @@ def stop_wandb(run):
     once_wandb_has_the_row_before(run)
     children = psutil.Process(run.process.pid).children()
     (service,) = [child for child in children if child.name().startswith("wandb-core")]
-    service.suspend()
+    suspend(service)
     run.signal_worker(signal.SIGUSR2)
 
 

@@ -68,6 +68,7 @@ def roll_out(
     begun = _new(engine, requests, sampling)
     with _progress(engine, begun), engine.generating() as origin:
         received = _received(engine, _handed_over(engine, begun))
+    _hooks(engine).forget(begun.name)
     return _rollout(begun, received, origin)
 
 
@@ -143,6 +144,7 @@ def resume(engine: SglangEngine, paused: InFlight, recompute: bool = False) -> R
     with _progress(engine, paused), engine.generating() as origin:
         engine.on_scheduler.call(lambda: hooks.go_on(paused.name))
         received = _received(engine, paused)
+    hooks.forget(paused.name)
     return _rollout(paused, received, origin)
 
 
@@ -196,10 +198,7 @@ def _received(engine: SglangEngine, begun: InFlight) -> Mapping[str, Any]:
                 "went_on": hooks.went_on(begun.name),
             }
         )
-    received = multihost.of_first(found, engine.failure.raise_if_failed)
-    engine.wait_idle()  # another host may be done before the hooks here have seen its last token
-    hooks.forget(begun.name)
-    return received
+    return multihost.of_first(found, engine.failure.raise_if_failed)
 
 
 def _rollout(begun: InFlight, received: Mapping[str, Any], origin: Mapping[str, Any]) -> Rollout:

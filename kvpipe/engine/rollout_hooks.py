@@ -78,7 +78,7 @@ class RolloutHooks:
     def new_ids(self, count: int) -> tuple[str, list[str]]:
         """Return the name of a new rollout, and the ids of its requests."""
         rollout = str(next(self._numbers))
-        self._held.setdefault(rollout, Held())
+        self._held[rollout] = Held()
         return rollout, [f"{_OURS}/{rollout}/{place}/{count}" for place in range(count)]
 
     def known(self, request_id: str) -> tuple[Sequence[tuple[int, float]], float]:
@@ -138,8 +138,7 @@ class RolloutHooks:
             if rollout is None:
                 now.append(request)
                 continue
-            # The first host's requests may arrive here before this host has begun the rollout.
-            held = self._held.setdefault(rollout, Held())
+            held = self._held[rollout]
             held.waiting.append(request)
             if len(held.waiting) == int(request.rid.rpartition("/")[2]):
                 held.began = time.monotonic()

@@ -143,7 +143,7 @@ class SglangEngine:
         steps, digest, cached = self.scheduler.forward_ct, self.proof.whole, self.cache_digests
         origin: dict[str, Any] = {"weights_digest": digest, "cache_digests": tuple(sorted(cached))}
         self.generated = True
-        # The engines of the other hosts compute as soon as the first host's request reaches them.
+        # All hosts get here before the first sends a request, which their engines compute at once.
         multihost.each(True)
         yield origin
         self.wait_idle()

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,21 +107,25 @@ def test_a_rollout_is_the_same_however_its_requests_arrive(flushed: Any) -> None
         assert same_rollout("same_rollout", first, later).passed
 
 
-def test_requests_that_arrive_before_their_rollout_has_begun_here_are_waited_for(
-    real_engine: Any,
+def test_all_hosts_are_ready_before_the_first_sends_a_request(
+    flushed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first host sends them to the engines of the others, which may be a moment behind it."""
+    """Else another host lacks the rollout of a request, or does not count its first step."""
+    from kvpipe.engine import multihost
     from kvpipe.engine.rollout import _hooks
 
-    hooks = _hooks(real_engine)
-    name, ids = hooks.new_ids(2)
-    hooks.forget(name)
-    following = str(int(name) + 1)
-    early = SimpleNamespace(rid=ids[0].replace(f"/{name}/", f"/{following}/"))
-    hooks._wait_for_all([early])
-    assert hooks.new_ids(2)[0] == following
-    assert hooks._held[following].waiting == [early]
-    hooks.forget(following)
+    met = []
+
+    def each(value: Any) -> list[Any]:
+        met.append((len(_hooks(flushed)._held), flushed.scheduler.forward_ct))
+        return [value]
+
+    monkeypatch.setattr(multihost, "each", each)
+    steps = flushed.scheduler.forward_ct
+    generated = flushed.generate("Hello", greedy(2)).forward_steps
+    roll_out(flushed, WARM)
+    assert met == [(0, steps), (1, steps + generated)]
+    assert generated > 0 == len(_hooks(flushed)._held)
 
 
 def test_samples_are_distinct_the_same_with_the_same_seed_and_others_with_another(

@@ -40,6 +40,7 @@ from kvpipe.records.metrics import metrics
 from kvpipe.sinks import Handed
 from kvpipe.sinks.wandb import WandbSink
 from kvpipe.sinks.wandb_tables import alert_of
+from tests.processes import suspend
 
 # A thread of wandb that watches the network may outlive a teardown, and then says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -695,7 +696,7 @@ def test_a_service_that_hangs_later_is_named_with_the_row_and_not_waited_for_aga
     sink.phase_finished(phase(0))
     sink._tracking = TrackingConfig(log_timeout_s=0.5)
     (service,) = services()
-    service.suspend()
+    suspend(service)
     try:
         said = r"the row of 'jax_ready': no answer in 0\.5 s; up to 2"
         with pytest.raises(TrackingError, match=said):

@@ -20,6 +20,9 @@ from kvpipe.errors import DEFECT, InputError
 from kvpipe.records.run import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
 
+# Most of LLVM's passes take longer than they save in a program that runs for milliseconds. Without
+# any, a token takes four times as long.
+FEW_OPTIMIZATIONS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 TESTS_FAILED = 1  # pytest's exit code
 _POLL_S = 0.02
 
@@ -173,8 +176,7 @@ def _environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # As in the tests, whose programs a run then loads.
-        "XLA_FLAGS": "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": FEW_OPTIMIZATIONS,  # as in the tests, whose programs a run then loads
     }
     left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
     inherited = {k: v for k, v in os.environ.items() if k not in left_out}
