@@ -45,6 +45,12 @@ class Orders:
             self.wait()
             self._ahead -= 1
 
+    def all_known(self) -> None:
+        """Block until the parent knows every step that has begun: all records before are written."""
+        while self._ahead:
+            self.wait()
+            self._ahead -= 1
+
     @property
     def stopped(self) -> bool:
         """Whether ``stop`` has come."""

@@ -120,6 +120,7 @@ def work(
         load: imports the engine or its replacement; returns the planner.
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
+    began: list[str] = []
 
     def report(message: Mapping[str, Any]) -> None:
         with whole_lines:
@@ -133,6 +134,9 @@ def work(
         # Whatever ends the run inside the step, the parent's last record names this step.
         report({"started": step, "idx": idx})
         orders.began()
+        began.append(base_name(step))
+        if SAVED in began[-2:]:  # a resumed run repeats no step that is saved, and not the save
+            orders.all_known()
 
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
