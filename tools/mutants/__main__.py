@@ -30,7 +30,8 @@ FAULTS = "tests/mutants"
 PACKAGES = ("kvpipe", "phases", "conf")
 # Of the tests or the run of one fault; a minute is enough on a machine that does nothing else.
 _LIMIT_S = 600.0
-_AT_ONCE = min(len(os.sched_getaffinity(0)), 4)
+# One more than there are cores: while one waits, another computes.
+_AT_ONCE = min(len(os.sched_getaffinity(0)) + 1, 4)
 _NAME, _NOTICED = 40, 96  # columns of the table
 
 
