@@ -47,6 +47,12 @@ def shared_code(platform: str) -> dict[str, bool]:
     return {"xla_tpu_enable_deduplicated_calls": True} if platform == "tpu" else {}
 
 
+def compile_layers(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile a program over all layers of a model, for the mesh's kind of devices."""
+    options: Any = shared_code(mesh.devices.flat[0].platform)
+    return lowered.compile(options)
+
+
 def shapes(engine: SglangEngine) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter that there is to train, by Hugging Face name."""
     table = ParamTable(engine)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine.forward import Forward
-from kvpipe.engine.training import shared_code
+from kvpipe.engine.training import compile_layers
 from kvpipe.trainer.batch import TOKENS, Batch
 from kvpipe.trainer.layout import Layout
 from kvpipe.trainer.losses import LOSSES
@@ -99,8 +99,7 @@ class Learned(MicroBatched):
         )
         first = jax.ShapeDtypeStruct((), jnp.bool_)
         lowered = jitted.lower(layout.params, layout.gradients, layout.batch, first)
-        options: Any = shared_code(layout.mesh.devices.flat[0].platform)
-        return cls(lowered.compile(options), layout.batch, config)
+        return cls(compile_layers(lowered, layout.mesh), layout.batch, config)
 
     @property
     def copied_bytes(self) -> int:

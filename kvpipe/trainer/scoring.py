@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine.forward import Forward
-from kvpipe.engine.training import shared_code
+from kvpipe.engine.training import compile_layers
 from kvpipe.trainer.batch import TOKENS, Array, Batch
 from kvpipe.trainer.layout import Layout, Shapes
 from kvpipe.trainer.micro_batches import MicroBatched
@@ -29,8 +29,7 @@ class Scorer(MicroBatched):
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
         tokens = layout.batch[TOKENS]
         lowered = jax.jit(score, out_shardings=everywhere).lower(params, tokens)
-        options: Any = shared_code(layout.mesh.devices.flat[0].platform)
-        return cls(lowered.compile(options), {TOKENS: tokens}, config)
+        return cls(compile_layers(lowered, layout.mesh), {TOKENS: tokens}, config)
 
     @property
     @override

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvpipe.config.schema import TrainerConfig
 from kvpipe.engine.forward import Forward
-from kvpipe.engine.training import shared_code
+from kvpipe.engine.training import compile_layers
 from kvpipe.trainer.gradients import Gradients, compile_gradients
 from kvpipe.trainer.layout import Layout, learning_rate, optimizer, steps_of
 from kvpipe.trainer.scoring import Scorer
@@ -96,5 +96,4 @@ def compile_update(layout: Layout, config: TrainerConfig) -> jax.stages.Compiled
         keep_unused=True,
         out_shardings=(*shardings, everywhere),
     )
-    options: Any = shared_code(layout.mesh.devices.flat[0].platform)
-    return jitted.lower(*held).compile(options)
+    return compile_layers(jitted.lower(*held), layout.mesh)

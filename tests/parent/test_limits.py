@@ -1,6 +1,6 @@
 import os
-import select
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -93,12 +93,12 @@ def test_a_real_pipe_that_says_nothing_is_waited_for_until_the_limit(pipe):
 
 
 @pytest.mark.parametrize("options", [{"phase_timeout_s": 0.05}, {"run_timeout_s": 0.05}])
-def test_a_step_in_this_process_that_hangs_is_interrupted_at_the_limit(pipe, options):
+def test_a_step_in_this_process_that_hangs_is_interrupted_at_the_limit(options):
     before = signal.getsignal(signal.SIGALRM)
     limits = Limits(RunnerConfig(**options))
     limits.begin("wandb_init")
     with pytest.raises(TimedOut, match=r"'?wandb_init'?") as caught, limits.in_parent():
-        select.select([pipe[0]], [], [], 5)
+        time.sleep(5)
     assert f"runner.{next(iter(options))} = 0.05 s" in str(caught.value)
     assert signal.getsignal(signal.SIGALRM) == before
 
