@@ -49,6 +49,17 @@ SIZES = [f"engine.{name}={value}" for name, value in SMALL_ENGINE.items() if isi
 # The compiler takes as long for each layer, so what is about a run's own steps has one.
 ONE_LAYER = "model.generate.num_hidden_layers=1"
 
+# Of a rollout that trains while it is paused: 8 samples in 4 slots, so 4 are half-way and 4 wait.
+SMALL_PAUSE = (
+    "prompts.limit=4",
+    "sampling.n=2",
+    "sampling.max_new_tokens=8",
+    "engine.max_running_requests=4",
+    "phases.rollout_paused.pause_after_tokens=12",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=8",
+)
+
 StartEngine = Callable[..., AbstractContextManager[Any]]
 own_programs = pytest.StashKey[str]()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.command import Finished, kvpipe
-from tests.conftest import ONE_LAYER, SIZES
+from tests.conftest import ONE_LAYER, SIZES, SMALL_PAUSE
 
 pytestmark = pytest.mark.slow
 
@@ -13,13 +13,7 @@ SMALL = (
     "engine.tp_size=2",
     "tracking=disabled",
     "repeat.times=1",
-    "prompts.limit=4",
-    "sampling.n=2",
-    "sampling.max_new_tokens=8",
-    "engine.max_running_requests=4",
-    "phases.rollout_paused.pause_after_tokens=12",
-    "trainer.batch_size=8",
-    "trainer.micro_batch_size=8",
+    *SMALL_PAUSE,
 )
 
 

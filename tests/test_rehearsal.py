@@ -6,7 +6,7 @@ import pytest
 
 from kvpipe.pipeline.ledger import PADDING, PROGRAM
 from tests import rehearsal
-from tests.conftest import ONE_LAYER
+from tests.conftest import ONE_LAYER, SMALL_PAUSE
 from tests.helpers_config import EXPERIMENTS, compose_plain, config_of
 
 pytestmark = pytest.mark.slow
@@ -17,20 +17,15 @@ WHOLE_TILES = ("tiny_rollout", "tiny_rollout_paused")
 # Arrays of one layer are padded as those of three. Three cycles are one after the last new program.
 FEW: dict[str, tuple[str, ...]] = dict.fromkeys(TINY, (ONE_LAYER,))
 FEW |= {
-    "tiny_kv_auto": ("repeat.times=1",),  # its limit is one for all of its layers
-    "tiny_async_cycle": (
-        *(ONE_LAYER, "repeat.times=1", "prompts.limit=4", "sampling.n=2"),
-        *("sampling.max_new_tokens=8", "engine.max_running_requests=4"),
-        "phases.rollout_paused.pause_after_tokens=12",
-        *("trainer.batch_size=8", "trainer.micro_batch_size=8"),
-    ),
+    "tiny_kv_auto": (),  # its limit is one for all of its layers
+    "tiny_async_cycle": (ONE_LAYER, *SMALL_PAUSE),
     "tiny_rl_cycle": (ONE_LAYER, "repeat.times=3"),
     "tiny_rollout": (ONE_LAYER, "prompts.limit=8"),
     "tiny_rollout_paused": (
         *(ONE_LAYER, "prompts.limit=8"),
         "phases.rollout_paused.pause_after_tokens=275",
     ),
-    "tiny_grpo": (ONE_LAYER, "repeat.times=2", "pipeline_edit.remove=[reward_rose]"),
+    "tiny_grpo": (ONE_LAYER, "repeat.times=3", "pipeline_edit.remove=[reward_rose]"),
     "tiny_sft": (
         *(ONE_LAYER, "repeat.times=3", "+phases.loss_fell.share=2"),
         *("trainer.batch_size=8", "trainer.micro_batch_size=4", "trainer.length=64"),

@@ -45,14 +45,12 @@ OF_WHOLE = pytest.param((), marks=WHOLE, id="whole")
 
 @pytest.fixture(scope="module", params=[OF_SHORT, OF_WHOLE])
 def options(request):
-    return ("+experiment=tiny_sft", *request.param)
+    return ("+experiment=tiny_sft", "plan.compile=true", *request.param)
 
 
 @pytest.fixture(scope="module")
 def run(options, tmp_path_factory):
-    done = kvpipe(
-        tmp_path_factory.mktemp("sft"), *options, "plan.compile=true", "tracking=disabled"
-    )
+    done = kvpipe(tmp_path_factory.mktemp("sft"), *options, "tracking=disabled")
     assert done.exit_code == 0, done.end["error"]
     return done
 

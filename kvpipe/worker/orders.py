@@ -39,15 +39,12 @@ class Orders:
         """Note that a step has begun, which was reported to the parent."""
         self._ahead += 1
 
-    def catch_up(self) -> None:
-        """Block until another step may begin: a ``begin`` says that the parent knows one step more."""
-        if self._ahead == _STEPS_AHEAD:
-            self.wait()
-            self._ahead -= 1
+    def catch_up(self, unknown: int = _STEPS_AHEAD - 1) -> None:
+        """Block until the parent lacks at most so many steps that have begun.
 
-    def all_known(self) -> None:
-        """Block until the parent knows every step that has begun: all records before are written."""
-        while self._ahead:
+        A ``begin`` says that it knows one step more, and has written all records before it.
+        """
+        while self._ahead > unknown:
             self.wait()
             self._ahead -= 1
 

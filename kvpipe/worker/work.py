@@ -120,23 +120,25 @@ def work(
         load: imports the engine or its replacement; returns the planner.
     """
     whole_lines = threading.Lock()  # progress is reported from another thread
-    began: list[str] = []
+    after_save = False
 
     def report(message: Mapping[str, Any]) -> None:
         with whole_lines:
             send(channel, message)
 
     def start(step: str, idx: int) -> None:
+        nonlocal after_save
         orders.catch_up()
-        if orders.stopped and base_name(step) != SAVED:
+        saves = base_name(step) == SAVED
+        if orders.stopped and not saves:
             report({"stopped": step})
             raise loop.StopAsked
         # Whatever ends the run inside the step, the parent's last record names this step.
         report({"started": step, "idx": idx})
         orders.began()
-        began.append(base_name(step))
-        if SAVED in began[-2:]:  # a resumed run repeats no step that is saved, and not the save
-            orders.all_known()
+        if saves or after_save:  # a resumed run repeats no step that is saved, and not the save
+            orders.catch_up(unknown=0)
+        after_save = saves
 
     def record(made: RunPlanned | PhaseRecord) -> None:
         with whole_lines:
