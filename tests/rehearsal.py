@@ -5,6 +5,7 @@ a TPU v4, and every compiled program some code. jax still computes on the CPU.
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 
 from kvpipe.config.jax_environment import cpu_environment
 from kvpipe.records.run import PhaseRecord, RunPlanned, record_from_json
+from tests import conftest
 from tests.command import environment
 from tests.helpers_config import ROOT, compose_plain, config_of
 
@@ -91,8 +93,10 @@ def counting_devices() -> Iterator[None]:
 def main(*overrides: str) -> None:
     """Run the worker's steps of a config and print the lines of plan, records and ending.
 
-    A process of its own: the next run would find what this one's engine leaves in its threads.
+    A process of its own: the next run would find what this one's engine leaves in its threads. What
+    the compiler says of a shape is kept for the next one, as programs are.
     """
+    from kvpipe.engine import physical
     from kvpipe.worker import loop, work
 
     callbacks = loop.Callbacks(
@@ -103,19 +107,21 @@ def main(*overrides: str) -> None:
         sampled=lambda step, sample: None,
         finished=lambda record: print(record.line),
     )
-    with counting_devices():
+    sizes_kept = physical.kept_in(Path(os.environ[conftest.PROGRAMS]))
+    with counting_devices(), sizes_kept:
         ending = work.execute(config_of(compose_plain(*overrides)), callbacks, time.monotonic())
     print(json.dumps(asdict(ending)))
 
 
-def run(directory: Path, experiment: str, *overrides: str) -> Rehearsed:
-    """Rehearse an experiment on four devices, with few tokens, among which a pause finds its place."""
-    few = ("engine.tp_size=4", "sampling.max_new_tokens=16", "tracking=disabled", *overrides)
+def run(directory: Path, experiment: str, *overrides: str, devices: int) -> Rehearsed:
+    """Rehearse an experiment on devices, with few tokens, among which a pause finds its place."""
+    few = ("sampling.max_new_tokens=16", "tracking=disabled", *overrides)
+    few = (*few, f"engine.tp_size={devices}")
     inherited = environment(directory)
     done = subprocess.run(
         [sys.executable, "-m", "tests.rehearsal", f"+experiment={experiment}", *few],
         cwd=ROOT,
-        env=inherited | cpu_environment(4, inherited),
+        env=inherited | cpu_environment(devices, inherited),
         capture_output=True,
         text=True,
         timeout=600,

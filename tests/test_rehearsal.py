@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvpipe.pipeline.ledger import PADDING, PROGRAM
-from tests import rehearsal
-from tests.conftest import ONE_LAYER, SMALL_PAUSE
+from tests import rehearsal, test_grpo, test_sft
+from tests.conftest import ONE_LAYER, SIZES, SMALL_PAUSE
 from tests.helpers_config import EXPERIMENTS, compose_plain, config_of
 
 pytestmark = pytest.mark.slow
@@ -18,18 +18,18 @@ WHOLE_TILES = ("tiny_rollout", "tiny_rollout_paused")
 FEW: dict[str, tuple[str, ...]] = dict.fromkeys(TINY, (ONE_LAYER,))
 FEW |= {
     "tiny_kv_auto": (),  # its limit is one for all of its layers
-    "tiny_async_cycle": (ONE_LAYER, *SMALL_PAUSE),
-    "tiny_rl_cycle": (ONE_LAYER, "repeat.times=3"),
-    "tiny_rollout": (ONE_LAYER, "prompts.limit=8"),
     "tiny_rollout_paused": (
         *(ONE_LAYER, "prompts.limit=8"),
         "phases.rollout_paused.pause_after_tokens=275",
     ),
-    "tiny_grpo": (ONE_LAYER, "repeat.times=3", "pipeline_edit.remove=[reward_rose]"),
-    "tiny_sft": (
-        *(ONE_LAYER, "repeat.times=3", "+phases.loss_fell.share=2"),
-        *("trainer.batch_size=8", "trainer.micro_batch_size=4", "trainer.length=64"),
-    ),
+}
+# On two devices, and of the sizes with which a test runs the same: its programs are compiled.
+AS_IN_A_TEST: dict[str, tuple[str, ...]] = {
+    "tiny_async_cycle": (*SIZES, ONE_LAYER, *SMALL_PAUSE),
+    "tiny_grpo": (*test_grpo.SHORT, "repeat.times=3"),
+    "tiny_rl_cycle": (*SIZES, ONE_LAYER, "repeat.times=3", "sampling.max_new_tokens=8"),
+    "tiny_rollout": (*SIZES, ONE_LAYER, "engine.max_running_requests=16", "prompts.limit=4"),
+    "tiny_sft": test_sft.SHORT,
 }
 
 
@@ -38,7 +38,9 @@ FEW |= {
 def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_count(
     tmp_path: Path, experiment: str
 ) -> None:
-    done = rehearsal.run(tmp_path, experiment, *FEW[experiment])
+    devices = 2 if experiment in AS_IN_A_TEST else 4
+    options = AS_IN_A_TEST.get(experiment, FEW[experiment])
+    done = rehearsal.run(tmp_path, experiment, *options, devices=devices)
     assert done.error is None
     planned = {phase.name: phase.pools for phase in done.plan.phases}
     steps = [record for record in done.records if planned[record.phase]]
@@ -50,4 +52,4 @@ def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_coun
     assert any(PADDING in pools for pools in planned.values()) == (experiment not in WHOLE_TILES)
     stated = config_of(compose_plain(f"+experiment={experiment}")).plan.limit_bytes
     assert done.plan.fit.hbm_bytes == (stated or rehearsal.LIMIT_BYTES)
-    assert steps[-1].memory.jax_device_memory_summary["bytes_reserved_sum"] == 4 << 20
+    assert steps[-1].memory.jax_device_memory_summary["bytes_reserved_sum"] == devices << 20

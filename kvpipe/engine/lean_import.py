@@ -1,7 +1,8 @@
 """Import the engine without modules that cost CPU seconds and that no run uses.
 
-sglang-jax 0.0.2 imports fastapi for its HTTP server, which a run never starts. transformers 4.55
-reads the sources of all its models for the names that they export, and does so twice.
+sglang-jax 0.0.2 imports fastapi for its HTTP server, and the types of that server's requests for the
+function calls in generated texts. A run uses neither. transformers 4.55 reads the sources of all its
+models for the names that they export, and does so twice.
 """
 
 import functools
@@ -13,15 +14,16 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, override
 
-_SERVER = "fastapi"
+# Packages, with all that is in them, and modules.
+_SERVER = ("fastapi", "sgl_jax.srt.entrypoints.openai.protocol")
 _SCAN = "transformers.utils.import_utils"
 
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Within this context fastapi imports as an empty package, and transformers scans once.
+    """Within this context the server's modules import as empty ones, and transformers scans once.
 
-    After it, ``import fastapi`` imports the real one. What was imported before stays as it is.
+    After it, an import gives the real module. What was imported before stays as it is.
     """
     finder = _Finder()
     sys.meta_path.insert(0, finder)
@@ -47,7 +49,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] == _SERVER:
+        if fullname in _SERVER or fullname.partition(".")[0] in _SERVER:
             self.emptied.append(fullname)
             return ModuleSpec(fullname, _EmptyLoader(), is_package=True)
         if fullname != _SCAN:

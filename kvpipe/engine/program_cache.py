@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def write(path: Path, content: Any) -> None:
     part.replace(path)
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     """Return the versions of the packages that determine a result; libtpu may be missing."""
     found = {}
     for name in _PACKAGES:

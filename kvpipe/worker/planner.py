@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,12 @@ class _Inputs:
     found: shapes.EngineShapes
     kv: fit.KvCapacity
 
+    @cached_property
+    def trainer_sets(self) -> Mapping[Size, Sequence[Any]]:
+        """The arrays of each set of a trainer, which are the same for each action of ``kv: auto``."""
+        tree = training.source_shapes(self.found.sources, self.found.params)
+        return lay_out(tree, self.found.mesh, self.config.trainer).sets
+
 
 @dataclass(frozen=True)
 class _Arrays:
@@ -203,8 +209,7 @@ def _arrays(inputs: _Inputs, planned: Sequence[fold.PlannedStep]) -> _Arrays:
     found, device = inputs.found, inputs.device
     arrays = found.arrays(fold.kv_capacities(planned))
     if trains(planned):
-        tree = training.source_shapes(found.sources, found.params)
-        arrays |= lay_out(tree, found.mesh, inputs.config.trainer).sets
+        arrays |= inputs.trainer_sets
     sizes = _bytes(arrays)
     if device is None:
         return _Arrays(arrays, sizes, {})
