@@ -39,10 +39,11 @@ test: env ## run what a commit can break, on real engines
 
 # The planted faults load what the tests have compiled, and tests that have all just passed are not run
 # once more without a fault.
-test-all: env ## run every test, and the planted faults that some test has to notice
+test-all: env ## run the tests of both tiers, and the planted faults that some test has to notice
 	@JAX_COMPILATION_CACHE_DIR=$$(mktemp -d) && trap 'rm -rf "$$JAX_COMPILATION_CACHE_DIR"' EXIT && \
 		export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 && \
-		$(BIN)/python -m pytest $(PARALLEL) $(ARGS) && $(BIN)/python -m tools.mutants $(if $(ARGS),,--tests-passed)
+		$(BIN)/python -m pytest $(PARALLEL) -m "not small" $(ARGS) && \
+		$(BIN)/python -m tools.mutants $(if $(ARGS),,--tests-passed)
 
 mutants: env ## plant faults in copies and see them noticed: make mutants ARGS="-k kv"
 	@$(BIN)/python -m tools.mutants $(ARGS)

@@ -5,12 +5,17 @@ The product here is a package of a few lines; its "run" is a real process that l
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
+import psutil
 import pytest
 
 from tools.mutants.__main__ import FAULTS, ROOT, main
+from tools.mutants.copies import Answer, Copy
 from tools.mutants.faults import BrokenFault, read_fault
+from tools.mutants.forked import Server
 
 PACKAGE = "PAGE = 8\nLINES = 3\n"
 RUN = """
@@ -183,3 +188,56 @@ def test_the_committed_faults_apply_and_reach_every_folder_of_the_product():
     files = [edit.file for fault in faults for edit in fault.edits]
     missed = {folder for folder in folders if not any(f.startswith(f"{folder}/") for f in files)}
     assert missed == set()
+
+
+FACTS = """
+import json, os, sys
+from pathlib import Path
+
+def test_facts():
+    own = {name: getattr(sys, name) for name in ("executable", "prefix", "exec_prefix", "orig_argv")}
+    own |= {"environ": dict(os.environ), "cwd": os.getcwd(), "path": sys.path, "argv": sys.argv[1:]}
+    own |= {"ours": [name for name in sys.modules if name.split(".")[0] in ("kvpipe", "tools")]}
+    Path("facts.json").write_text(json.dumps(own))
+"""
+FOR_EVER = """
+import subprocess, sys, time
+
+def test_for_ever():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Iterator[tuple[Copy, Server]]:
+    """A copy of a repository with two more files of tests, and a server in its original."""
+    root = repository(tmp_path / "root", FACTS)
+    (root / "tests/test_ever.py").write_text(FOR_EVER)
+    subprocess.run(["git", "add", "-A"], cwd=root, check=True)
+    sound = Copy.of(root, tmp_path / "sound")
+    server = Server(sound.folder, sound.environment)
+    yield sound.again(tmp_path / "copy", limit_s=5), server
+    server.end()
+
+
+def test_a_forked_process_finds_what_a_started_one_finds(copied: tuple[Copy, Server]) -> None:
+    copy, server = copied
+    found = []
+    for of in (None, server):
+        assert copy.test(["tests/test_it.py"], server=of) == Answer(cpu_s=ANY)
+        found.append(json.loads((copy.tree / "facts.json").read_text()))
+    started, forked = found
+    assert forked == started
+    assert forked["executable"].startswith(f"{copy.folder}/")
+
+
+def test_a_forked_process_that_does_not_end_is_killed_with_all_that_it_started(
+    copied: tuple[Copy, Server],
+) -> None:
+    copy, server = copied
+    answer = copy.test(["tests/test_ever.py"], server=server)
+    assert answer == Answer(problem="pytest: it did not end within 5 s")
+    arguments = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [each for each in arguments if each[:1] == [f"{copy.folder}/venv/bin/python"]]
+    assert copy.test(["tests/test_it.py"], server=server).problem == ""

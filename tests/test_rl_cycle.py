@@ -230,7 +230,10 @@ def test_with_the_cache_kept_the_cycle_is_the_same_without_its_drop_and_rebuild(
 
 
 # A byte that drifts is seen from the third cycle on, in whose second nothing is compiled any more.
-TIMES = [3, pytest.param(10, marks=pytest.mark.nightly(finds="a drift that begins after 3 cycles"))]
+TIMES = [
+    pytest.param(3, marks=pytest.mark.small),
+    pytest.param(10, marks=pytest.mark.nightly(finds="a drift that begins after 3 cycles")),
+]
 
 
 @pytest.fixture(scope="module", params=TIMES, ids="{} cycles".format)

@@ -13,6 +13,7 @@ from tests.sinks import wandb_file
 
 pytestmark = pytest.mark.slow
 
+FEW = pytest.param(4, marks=pytest.mark.small)
 ALL = pytest.param(32, marks=pytest.mark.nightly(finds="a sample that a long queue changes"))
 ROLLOUTS = ["rollout", "rollout_control", "rollout_after_kv_rebuild"]
 # Random weights and a swap are other tests'; their programs take as long to compile as the rollout's.
@@ -24,7 +25,7 @@ STREAMED = (
 )
 
 
-@pytest.fixture(scope="module", params=[4, ALL], ids="{} prompts".format)
+@pytest.fixture(scope="module", params=[FEW, ALL], ids="{} prompts".format)
 def prompts(request: pytest.FixtureRequest) -> int:
     """Number of the experiment's prompts that a run takes; each has four samples."""
     return request.param

@@ -16,14 +16,17 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 from tools.mutants.copies import Answer, Copy, kill_left
 from tools.mutants.faults import BrokenFault, Fault, read_fault
+from tools.mutants.forked import Server
 
 ROOT = Path(__file__).parents[2]
 FAULTS = "tests/mutants"
@@ -33,6 +36,8 @@ _LIMIT_S = 600.0
 # One more than there are cores: while one waits, another computes.
 _AT_ONCE = min(len(os.sched_getaffinity(0)) + 1, 4)
 _NAME, _NOTICED = 40, 96  # columns of the table
+
+type Servers = SimpleQueue[Server]
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,10 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
         broken = broken or _failing_runs(sound, faults, threads)
         if not broken:
             print(_row("fault", "noticed by", "CPU s"), flush=True)
-            for verdict in threads.map(partial(_verdict, sound), faults):
-                print(verdict.row, flush=True)
-                verdicts.append(verdict)
+            with _servers(sound) as servers:
+                for verdict in threads.map(partial(_verdict, sound, servers), faults):
+                    print(verdict.row, flush=True)
+                    verdicts.append(verdict)
     return _conclude(verdicts, broken, time.monotonic() - began)
 
 
@@ -150,7 +156,18 @@ def _failed(answers: dict[str, Answer]) -> dict[str, str]:
     }
 
 
-def _verdict(sound: Copy, fault: Fault) -> Verdict:
+@contextmanager
+def _servers(sound: Copy) -> Iterator[Servers]:
+    """Start the servers of pytest's processes, one for each fault that is planted at once."""
+    servers: Servers = SimpleQueue()
+    for _ in range(_AT_ONCE):
+        servers.put(Server(sound.folder, sound.environment))
+    yield servers
+    for _ in range(_AT_ONCE):
+        servers.get().end()
+
+
+def _verdict(sound: Copy, servers: Servers, fault: Fault) -> Verdict:
     """Plant a fault in a copy of its own and find the test or run that notices it."""
     answers: list[Answer] = []
     problems: list[str] = []
@@ -158,7 +175,9 @@ def _verdict(sound: Copy, fault: Fault) -> Verdict:
         copy = sound.again(Path(folder), _LIMIT_S)
         fault.plant(copy.tree)
         if fault.tests:
-            answers.append(answer := copy.test(fault.tests, "-x"))
+            server = servers.get()
+            answers.append(answer := copy.test(fault.tests, "-x", server=server))
+            servers.put(server)
             if not answer.noticed_by:
                 problems.append(answer.problem or "no test noticed it")
         if fault.run:

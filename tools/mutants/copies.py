@@ -1,12 +1,10 @@
 """Copies of the repository in which tests and runs import the copy, wherever they start processes."""
 
-import math
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
-import time
 import venv
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -19,12 +17,13 @@ import psutil
 from kvpipe.errors import DEFECT, InputError
 from kvpipe.records.run import RECORDS_FILE, RunFinished
 from kvpipe.report.run import read_run
+from tools.mutants import forked
 
 # Most of LLVM's passes take longer than they save in a program that runs for milliseconds. Without
 # any, a token takes four times as long.
 FEW_OPTIMIZATIONS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 TESTS_FAILED = 1  # pytest's exit code
-_POLL_S = 0.02
+_KILLED = -9
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,15 @@ class Copy:
         _make_interpreter(folder)
         return Copy(folder, environment, limit_s)
 
-    def test(self, tests: Sequence[str], *options: str) -> Answer:
+    def test(
+        self, tests: Sequence[str], *options: str, server: forked.Server | None = None
+    ) -> Answer:
         """Run tests in the copy.
 
         Args:
             tests: files and node ids.
             options: further options of pytest.
+            server: forks the process; without it the process is started as any other.
         """
         report = self.folder / "tests.xml"
         always = (
@@ -99,7 +101,8 @@ class Copy:
             f"--junitxml={report}",
             *("-p", "no:cacheprovider"),
         )
-        ended = self._python(self.tree, "-m", "pytest", *always, *options, *tests)
+        arguments = (*always, *options, *tests)
+        ended = self._forked(server, arguments) if server else self._pytest(arguments)
         if ended.code == TESTS_FAILED:
             return Answer(noticed_by=", ".join(_failed(report)), cpu_s=ended.cpu_s)
         return Answer(problem=f"pytest: {ended.said}" if ended.code else "", cpu_s=ended.cpu_s)
@@ -129,9 +132,17 @@ class Copy:
         ended = self._python(self.folder, "-c", where)
         return (ended.code, ended.said) == (0, str(self.tree / package))
 
+    def _pytest(self, arguments: Sequence[str]) -> "_Ended":
+        return self._python(self.tree, "-m", "pytest", *arguments)
+
+    def _forked(self, server: forked.Server, arguments: Sequence[str]) -> "_Ended":
+        output = self.folder / "output"
+        return self._ended(
+            server.pytest(self.folder, self.environment, output, arguments, self.limit_s)
+        )
+
     def _python(self, cwd: Path, *arguments: str) -> "_Ended":
-        """Return how a Python process ended; its exit code is -9 if it took too long."""
-        with (self.folder / "output").open("w+", encoding="utf-8", errors="replace") as output:
+        with (self.folder / "output").open("w") as output:
             process = subprocess.Popen(
                 [str(self.folder / "venv/bin/python"), *arguments],
                 cwd=cwd,
@@ -140,14 +151,21 @@ class Copy:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            if (cpu_s := _waited(process, self.limit_s)) is None:
-                _kill(process)
-                return _Ended(process.returncode, f"it did not end within {self.limit_s:g} s")
-            output.seek(0)
-            lines = output.read().split("\n")
-        code = process.returncode
-        said = [line for line in lines if line.strip()]
-        return _Ended(code, said[-1] if said else f"exit code {code} without a word", cpu_s)
+            ended = forked.waited(process.pid, self.limit_s)
+            if ended is None:
+                forked.kill(process.pid)
+            process.returncode = ended[0] if ended else _KILLED
+        return self._ended(ended)
+
+    def _ended(self, ended: Sequence[float] | None) -> "_Ended":
+        """Return how a process of the copy ended, given exit code and CPU seconds, if it did."""
+        if ended is None:
+            return _Ended(_KILLED, f"it did not end within {self.limit_s:g} s")
+        text = (self.folder / "output").read_text("utf-8", errors="replace")
+        code, cpu_s = ended
+        said = [line for line in text.split("\n") if line.strip()]
+        last = said[-1] if said else f"exit code {code:g} without a word"
+        return _Ended(int(code), last, cpu_s)
 
 
 @dataclass(frozen=True)
@@ -209,27 +227,3 @@ def kill_left(folder: Path) -> None:
         with suppress(psutil.Error):
             if any(argument.startswith(f"{folder}/") for argument in process.cmdline()):
                 process.kill()
-
-
-def _waited(process: "subprocess.Popen[bytes]", limit_s: float | None) -> float | None:
-    """Wait for a process; return its CPU seconds, or None if it is still running at the limit.
-
-    They include the processes that it waited for. Popen.wait() would discard them.
-    """
-    ends = time.monotonic() + (math.inf if limit_s is None else limit_s)
-    while not (waited := os.wait4(process.pid, os.WNOHANG))[0]:
-        if time.monotonic() > ends:
-            return None
-        time.sleep(_POLL_S)
-    process.returncode = os.waitstatus_to_exitcode(waited[1])
-    return waited[2].ru_utime + waited[2].ru_stime
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process and all that it has started."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    for child in started:
-        if child.is_running():
-            child.kill()
