@@ -23,9 +23,8 @@ from tests.test_run import QUIET
 def tree(tmp_path_factory):
     """A copy of the sources with the phase, and its line of YAML, of CONTRIBUTING.md."""
     copy = tmp_path_factory.mktemp("tree")
-    ignore = shutil.ignore_patterns("__pycache__")
     for package in ("kvpipe", "phases", "conf"):
-        shutil.copytree(ROOT / package, copy / package, ignore=ignore)
+        shutil.copytree(ROOT / package, copy / package)
     shutil.copy(ROOT / "pyproject.toml", copy)
     ((name, source),) = named_files(CONTRIBUTING, "python").items()
     (copy / name).write_text(source)

@@ -117,7 +117,7 @@ class _Inputs:
     kv: fit.KvCapacity
 
     @cached_property
-    def trainer_sets(self) -> Mapping[Size, Sequence[Any]]:
+    def trainer_sets(self) -> dict[Size, list[Any]]:
         """The arrays of each set of a trainer, which are the same for each action of ``kv: auto``."""
         tree = training.source_shapes(self.found.sources, self.found.params)
         return lay_out(tree, self.found.mesh, self.config.trainer).sets
