@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -159,8 +158,7 @@ def _run(order: Order) -> None:
 def _main(names: Sequence[str]) -> None:
     for name in names:
         importlib.import_module(name)
-    order: Any = _serve()
-    if order is not None:
+    if order := _serve():
         _run(order)
 
 
