@@ -6,6 +6,7 @@ The product here is a package of a few lines; its "run" is a real process that l
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -217,7 +218,7 @@ def copied(tmp_path: Path) -> Iterator[tuple[Copy, Server]]:
     subprocess.run(["git", "add", "-A"], cwd=root, check=True)
     sound = Copy.of(root, tmp_path / "sound")
     server = Server(sound.folder, sound.environment)
-    yield sound.again(tmp_path / "copy", limit_s=5), server
+    yield sound.again(tmp_path / "copy"), server
     server.end()
 
 
@@ -236,7 +237,7 @@ def test_a_forked_process_that_does_not_end_is_killed_with_all_that_it_started(
     copied: tuple[Copy, Server],
 ) -> None:
     copy, server = copied
-    answer = copy.test(["tests/test_ever.py"], server=server)
+    answer = replace(copy, limit_s=5).test(["tests/test_ever.py"], server=server)
     assert answer == Answer(problem="pytest: it did not end within 5 s")
     arguments = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [each for each in arguments if each[:1] == [f"{copy.folder}/venv/bin/python"]]
