@@ -309,9 +309,9 @@ def test_a_bad_config_is_refused_in_a_few_lines_that_name_the_key(bad):
 
 
 @pytest.mark.nightly(finds="a rare bad value that crashes, passes or is refused without its key")
-@settings(max_examples=200)
+@settings(max_examples=500)
 @given(bad_configs)
-def test_hundreds_of_bad_configs_are_refused_too(bad):
+def test_five_hundred_bad_configs_are_refused_too(bad):
     assert_refused_by_name(*bad)
 
 

@@ -16,7 +16,7 @@ import pytest
 from tools.mutants.__main__ import FAULTS, ROOT, main
 from tools.mutants.copies import Answer, Copy
 from tools.mutants.faults import BrokenFault, read_fault
-from tools.mutants.forked import Server
+from tools.mutants.forked import Server, imported_by_pytest
 
 PACKAGE = "PAGE = 8\nLINES = 3\n"
 RUN = """
@@ -217,7 +217,8 @@ def copied(tmp_path: Path) -> Iterator[tuple[Copy, Server]]:
     (root / "tests/test_ever.py").write_text(FOR_EVER)
     subprocess.run(["git", "add", "-A"], cwd=root, check=True)
     sound = Copy.of(root, tmp_path / "sound")
-    server = Server(sound.folder, sound.environment)
+    imported = imported_by_pytest(sound.folder, sound.environment)
+    server = Server(sound.folder, sound.environment, imported)
     yield sound.again(tmp_path / "copy"), server
     server.end()
 

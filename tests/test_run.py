@@ -8,9 +8,11 @@ import hashlib
 import html
 import json
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +348,70 @@ def test_another_output_fails_the_run_says_which_token_and_a_heart_beats_meanwhi
     assert any(": compiling program " in line for line in beats)
     assert (run.run_dir / "records.jsonl").read_text() == run.stdout
     assert ">Failed, exit code 1</p>" in (run.run_dir / "report.html").read_text()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run under way, its engine just started."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvpipe", "engine.tp_size=1"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _lines_until(process: subprocess.Popen[str], phase: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["phase"] == phase:
+            return
+    raise AssertionError(f"the run ended before {phase}")
+
+
+@pytest.mark.nightly(
+    finds="a child of the engine that outlives a killed worker of the whole procedure"
+)
+def test_a_killed_worker_ends_in_a_failure_record_and_exit_code_3(
+    started: subprocess.Popen[str],
+) -> None:
+    import psutil
+
+    _lines_until(started, "engine_ready_dummy")
+    (worker,) = [
+        child
+        for child in psutil.Process(started.pid).children()
+        if "kvpipe.worker.entry" in child.cmdline()
+    ]
+    worker.kill()
+    stdout, stderr = started.communicate(timeout=60)
+    end = json.loads(stdout.splitlines()[-1])
+    assert started.returncode == end["exit_code"] == 3
+    assert end["status"] == "failed"
+    assert "SIGKILL" in end["error"]
+    assert "SIGKILL" in (Path(end["run_dir"]) / "report.html").read_text()
+    assert "engine.log" in end["error"]
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.nightly(finds="a child that outlives SIGTERM only beside a live engine")
+def test_a_terminated_run_ends_its_worker_and_says_so(started: subprocess.Popen[str]) -> None:
+    import psutil
+
+    _lines_until(started, "engine_ready_dummy")
+    children = psutil.Process(started.pid).children(recursive=True)
+    started.send_signal(signal.SIGTERM)
+    stdout, _ = started.communicate(timeout=60)
+    end = json.loads(stdout.splitlines()[-1])
+    assert started.returncode == end["exit_code"] == 128 + signal.SIGTERM
+    assert end["error"] == "SIGTERM ended the run"
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
 
 
 def _in_use(record: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 
 from tools.mutants.copies import Answer, Copy, kill_left
 from tools.mutants.faults import BrokenFault, Fault, read_fault
-from tools.mutants.forked import Server
+from tools.mutants.forked import Server, imported_by_pytest
 
 ROOT = Path(__file__).parents[2]
 FAULTS = "tests/mutants"
@@ -160,8 +160,9 @@ def _failed(answers: dict[str, Answer]) -> dict[str, str]:
 def _servers(sound: Copy) -> Iterator[Servers]:
     """Start the servers of pytest's processes, one for each fault that is planted at once."""
     servers: Servers = SimpleQueue()
+    imported = imported_by_pytest(sound.folder, sound.environment)
     for _ in range(_AT_ONCE):
-        servers.put(Server(sound.folder, sound.environment))
+        servers.put(Server(sound.folder, sound.environment, imported))
     yield servers
     for _ in range(_AT_ONCE):
         servers.get().end()

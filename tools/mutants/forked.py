@@ -50,23 +50,20 @@ class Order:
 
 
 class Server:
-    """A server in the folder of a copy of the repository; it carries out one order at a time."""
+    """A server in the folder of a copy of the repository; it carries out one order at a time.
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        python, tree = folder / "venv/bin/python", folder / "tree"
-        asked = subprocess.run(
-            [str(python), "-c", _IMPORTED],
-            cwd=tree,
-            env=dict(environment),
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        imported: dict[str, str | None] = json.loads(asked.stdout.splitlines()[-1])
-        names = [name for name, file in imported.items() if file and str(tree) not in file]
+    Args:
+        folder: of the copy.
+        environment: the server's.
+        imported: modules that it imports, as :func:`imported_by_pytest` returns them.
+    """
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], imported: Sequence[str]
+    ) -> None:
         self._folder = str(folder)
         self._process = subprocess.Popen(
-            [str(python), "-P", __file__, *names],
+            [str(folder / "venv/bin/python"), "-P", __file__, *imported],
             env=dict(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -90,6 +87,21 @@ class Server:
     def end(self) -> None:
         """End the server, which does nothing at this moment."""
         self._process.communicate()
+
+
+def imported_by_pytest(folder: Path, environment: Mapping[str, str]) -> list[str]:
+    """Return the modules, but those of a copy itself, that its pytest imports before the first test."""
+    tree = folder / "tree"
+    asked = subprocess.run(
+        [str(folder / "venv/bin/python"), "-c", _IMPORTED],
+        cwd=tree,
+        env=dict(environment),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    files: dict[str, str | None] = json.loads(asked.stdout.splitlines()[-1])
+    return [name for name, file in files.items() if file and str(tree) not in file]
 
 
 def waited(pid: int, limit_s: float | None) -> tuple[int, float] | None:
