@@ -6,6 +6,8 @@ defect.
 """
 
 import copy
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -45,7 +47,9 @@ def in_force() -> list[str]:
         page_table_of_each_batch_is_its_own: not first,
         config_of_each_engine_is_its_own: True,
         failure_signals_stay_here: True,
+        exit_statuses_are_for_who_waits: True,
         failure_does_not_kill: True,
+        watchdog_ends_with_its_engine: True,
         starts_no_second_runtime: True,
         scheduler_of_any_host: True,
         contexts_stay_open: True,
@@ -265,8 +269,12 @@ def page_table_of_each_batch_is_its_own() -> None:
 @contextmanager
 def construction() -> Iterator[None]:
     """Apply the patches that an engine needs while it is constructed, by kvpipe or by a caller."""
-    # The engine imports its attention backend only in its constructor.
-    with pytree_registered_twice(), failure_signals_stay_here(), contexts_stay_open():
+    with (
+        pytree_registered_twice(),  # the constructor imports the attention backend
+        failure_signals_stay_here(),
+        exit_statuses_are_for_who_waits(),
+        contexts_stay_open(),
+    ):
         sampler_off_tpu()
         bit_width_of_dtypes()
         seeded_sampling_is_random()
@@ -328,6 +336,33 @@ def failure_signals_stay_here() -> AbstractContextManager[None]:
     For: 0.0.2, bd09a87, HEAD. Remove when the engine raises its failures to the caller.
     """
     return replaced(psutil.Process, "parent", lambda self: self)
+
+
+@contextmanager
+def exit_statuses_are_for_who_waits() -> Iterator[None]:
+    """Undo the handler of SIGCHLD that the engine sets while it is constructed.
+
+    Defect: it takes the exit status of any child of this process, W&B's service included, so the code
+    that waits for that child is told it succeeded; if there is none to take, it raises
+    ChildProcessError in the main thread.
+    For: 0.0.2, bd09a87, HEAD. Remove when the engine reaps its own children only.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def watchdog_ends_with_its_engine(scheduler: Any) -> None:
+    """Let the watchdog of a scheduler that failed wait for no step any more.
+
+    Defect: its thread lives on, and ``watchdog_timeout`` after a failure within a step it takes that
+    step for one that hangs: it prints, and kills the process, which may have caught the failure.
+    For: 0.0.2, bd09a87, HEAD. Remove when the watchdog ends with its scheduler.
+    """
+    scheduler.watchdog_timeout = threading.TIMEOUT_MAX  # seconds, some hundred years
 
 
 def failure_does_not_kill(on_kill: Callable[[], None]) -> None:

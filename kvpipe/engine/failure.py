@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import psutil
 
-from kvpipe.engine.compat import replaced
+from kvpipe.engine.compat import replaced, watchdog_ends_with_its_engine
 from kvpipe.errors import EngineError
 
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b")
@@ -32,14 +33,19 @@ class FailureWatch(logging.Handler):
         self._failed = threading.Event()
         self._reason = ""
         self._starting = False
+        self._scheduler: Any = None
         logging.getLogger("sgl_jax").addHandler(self)
+
+    def of(self, scheduler: Any) -> None:
+        """Watch the threads of this scheduler, whose own watchdog ends when one of them fails."""
+        self._scheduler = scheduler
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the reason from the engine's error log."""
         message = record.getMessage()
         if _THREAD_FAILURE in message or "watchdog timeout" in message.lower():
             self._reason = message
-            self._failed.set()
+            self._fail()
 
     def raise_if_failed(self) -> None:
         """Raise the failure, if a thread of the engine has failed.
@@ -69,14 +75,10 @@ class FailureWatch(logging.Handler):
         must not kill this process's children.
         """
         self._starting = True
-        on_child_exit = signal.getsignal(signal.SIGCHLD)
         try:
             yield
         finally:
             self._starting = False
-            # The engine's handler would reap every child, W&B's service included, and so take the
-            # exit status from the code that waits for it.
-            signal.signal(signal.SIGCHLD, on_child_exit)
 
     def on_kill(self) -> None:
         """Raise out of the engine's constructor, from its signal handler.
@@ -85,7 +87,7 @@ class FailureWatch(logging.Handler):
             EngineError: the engine tried to kill the process while it was starting.
         """
         if self._starting:
-            self._failed.set()
+            self._fail()
             self.raise_if_failed()
 
     def watch(self) -> None:
@@ -104,7 +106,7 @@ class FailureWatch(logging.Handler):
         def set_flag(process: psutil.Process, sig: int) -> None:
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if sig == signal.SIGQUIT and caller.startswith("sgl_jax."):
-                self._failed.set()
+                self._fail()
             else:
                 send(process, sig)
 
@@ -116,4 +118,9 @@ class FailureWatch(logging.Handler):
         logging.getLogger("sgl_jax").removeHandler(self)
 
     def _on_sigquit(self, signum: int, frame: FrameType | None) -> None:
+        self._fail()
+
+    def _fail(self) -> None:
         self._failed.set()
+        if self._scheduler is not None:
+            watchdog_ends_with_its_engine(self._scheduler)

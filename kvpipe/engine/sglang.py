@@ -303,6 +303,7 @@ def _scheduler_of(engine: Any) -> Any:
 def _with_handles(
     engine: Any, scheduler: Any, failure: FailureWatch, idle_timeout_s: float, proves_weights: bool
 ) -> SglangEngine:
+    failure.of(scheduler)
     requests = Requests(engine.tokenizer_manager, failure)
     return SglangEngine(
         engine=engine,

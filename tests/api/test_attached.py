@@ -6,8 +6,10 @@ All tests share that engine, in the order of this file; the last one lets it fai
 import asyncio
 import gc
 import inspect
+import itertools
 import re
 import signal
+import subprocess
 import threading
 import weakref
 from collections.abc import Iterator
@@ -110,6 +112,18 @@ def test_no_signature_has_changed_by_accident(script):
     for owner, signatures in ((kvpipe, SIGNATURES), (kvpipe.Attached, VERBS)):
         found = {name: str(inspect.signature(getattr(owner, name))) for name in signatures}
         assert found == signatures
+
+
+def test_a_child_of_the_callers_has_its_own_exit_status(script):
+    """The engine's handler of SIGCHLD takes it, so that the one who waits is told of a success."""
+    with ThreadPoolExecutor(
+        1
+    ) as threads:  # whoever waits in another thread, it interrupts this one
+        for run in (
+            subprocess.run,
+            lambda command: threads.submit(subprocess.run, command).result(),
+        ):
+            assert [run(["false"]).returncode for _ in range(5)] == [1] * 5
 
 
 def test_what_cannot_be_attached_is_refused_with_the_remedy(script):
@@ -461,3 +475,14 @@ def test_an_engine_that_fails_raises_to_its_caller_and_signals_nobody(
         with pytest.raises(kvpipe.EngineError, match="KeyError: 'the chip'"):
             verb()
     assert sent == []
+    assert engine.scheduler.cur_batch is not None
+    hours = SimpleNamespace(perf_counter=itertools.count(0, 3600).__next__, sleep=seldom(3))
+    monkeypatch.setattr("sgl_jax.srt.managers.scheduler.time", hours)
+    with pytest.raises(StopIteration):
+        engine.scheduler.watchdog_thread()
+
+
+def seldom(times):
+    """Return a ``sleep`` that returns at once, and raises StopIteration instead of the last time."""
+    calls = iter(range(times - 1))
+    return lambda seconds: next(calls)

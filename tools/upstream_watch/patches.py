@@ -161,6 +161,22 @@ def _threads_signal_the_parent(model_dir: Path) -> str:
     return f"{NOT_NEEDED}: nothing sends SIGQUIT to the parent process"
 
 
+def _engine_reaps_any_child(model_dir: Path) -> str:
+    from sgl_jax.srt.entrypoints import engine
+
+    if "os.waitpid(0," in Path(engine.__file__).read_text("utf-8"):
+        return f"{NEEDED}: the engine's handler of SIGCHLD waits for any child"
+    return f"{NOT_NEEDED}: the engine waits for no child but its own"
+
+
+def _watchdog_has_no_end(model_dir: Path) -> str:
+    from sgl_jax.srt.managers.scheduler import Scheduler
+
+    if "while True:" in inspect.getsource(Scheduler.watchdog_thread):
+        return f"{NEEDED}: the scheduler's watchdog ends only with the process"
+    return f"{NOT_NEEDED}: the scheduler's watchdog has an end"
+
+
 def _scheduler_starts_the_runtime(model_dir: Path) -> str:
     from sgl_jax.srt.managers import scheduler
 
@@ -224,6 +240,8 @@ PROBES: dict[str, Callable[[Path], str]] = {
     "bit_width_of_dtypes": _kernel_calls_bit_width,
     "kernel_sees": _kernel_asks_jax_for_devices,
     "failure_signals_stay_here": _threads_signal_the_parent,
+    "exit_statuses_are_for_who_waits": _engine_reaps_any_child,
+    "watchdog_ends_with_its_engine": _watchdog_has_no_end,
     "failure_does_not_kill": _engine_kills_its_process,
     "starts_no_second_runtime": _scheduler_starts_the_runtime,
     "scheduler_of_any_host": _other_hosts_get_no_scheduler,
