@@ -228,8 +228,8 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     check_devices(config)
     failure = FailureWatch()
     with (
-        compat.construction(),
         lean_import.lean(),
+        compat.construction(),
         failure.starting(),
         compat.starts_no_second_runtime(),
         compat.scheduler_of_any_host() as made,
