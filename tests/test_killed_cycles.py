@@ -13,6 +13,7 @@ OPTIONS = (
     "engine.tp_size=2",
     ONE_LAYER,
     "repeat.times=3",
+    "sampling.max_new_tokens=8",
     "trainer.checkpoint_every=1",
 )
 # In the order of a cycle: each resumed run passes the places before it and ends at the next one. Once

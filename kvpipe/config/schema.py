@@ -8,7 +8,7 @@ config keys.
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cache
@@ -178,15 +178,15 @@ def checked(default: Any, refuse: Refusal) -> Any:
     return field(default=default, metadata={"refuse": refuse})
 
 
-def refuse_wrong(options: Any, prefix: str = "") -> None:
-    """Refuse a wrong value of a dataclass, by the field's name after ``prefix``.
+def refuse_wrong(kind: Any, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse a wrong value of a field of the dataclass ``kind``, by the field's name after ``prefix``.
 
     Raises:
         InputError: from the ``refuse`` of a :func:`checked` field.
     """
-    for each in fields(options):
-        if refuse := each.metadata.get("refuse"):
-            refuse(f"{prefix}{each.name}", getattr(options, each.name))
+    for each in fields(kind):
+        if each.name in values and (refuse := each.metadata.get("refuse")):
+            refuse(f"{prefix}{each.name}", values[each.name])
 
 
 class Section:
@@ -199,7 +199,7 @@ class Section:
         cls._section = section
 
     def __post_init__(self) -> None:
-        refuse_wrong(self, f"{self._section}.")
+        refuse_wrong(self, vars(self), f"{self._section}.")
 
 
 @dataclass
@@ -765,7 +765,7 @@ class Kvpipe:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        refuse_wrong(self)
+        refuse_wrong(self, vars(self))
 
 
 def schema() -> DictConfig:

@@ -182,11 +182,11 @@ def _build_step(name: str, config: Kvpipe, kind_of: Callable[[str], _Kind]) -> P
         raise InputError(f"phases.{name}: {use} needs the option {missing[0]!r}")
     with blamed_on(kind.cls):
         try:
-            phase = kind.cls(step=name, **{**kind.defaults, **given})
-            refuse_wrong(phase)
+            options = {**kind.defaults, **given}
+            refuse_wrong(kind.cls, options)  # before the phase looks at how they go together
+            return kind.cls(step=name, **options)
         except InputError as error:
             raise InputError(f"phases.{name}.{error}") from None
-        return phase
 
 
 def _in_later_cycle(step: str, first: Mapping[str, Phase], stretch: frozenset[str]) -> Phase:

@@ -293,6 +293,14 @@ def test_a_value_that_a_phase_itself_refuses_is_reported_with_the_steps_name(
     assert refusal_of(step_of, use, {option: value}) == f"phases.it.{message}"
 
 
+@pytest.mark.parametrize(
+    ("use", "compared"), [("generate", "same_output_as"), ("rollout", "same_rollout_as")]
+)
+def test_a_wrong_value_is_refused_as_such_before_what_it_would_mean_beside_others(use, compared):
+    reported = refusal_of(step_of, use, {"temperature": -1, compared: "earlier"})
+    assert reported == "phases.it.temperature is -1.0, it must be at least 0"
+
+
 def test_the_engine_is_started_with_the_load_format_of_the_step(monkeypatch):
     """It was started with that of the config: with dummy weights that the plan called real."""
     engines = []

@@ -201,7 +201,7 @@ def test_a_real_run_measures_what_was_planned_in_every_phase(
     run = kvpipe(
         tmp_path,
         *("--config-dir", str(tmp_path), "pipeline=shapes", "tracking=disabled"),
-        "engine.context_length=256",
+        *("engine.context_length=256", "sampling.max_new_tokens=8"),
         *(f"{key}={value}" for key, value in shape.items()),
     )
     assert run.exit_code == 0, run.end["error"]

@@ -82,8 +82,11 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
         sound = Copy.of(root, Path(scratch) / "sound")
         broken |= _broken(sound, faults)
         broken = broken or _not_the_copys(sound)
+        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+        if not broken:
+            sound.compile(PACKAGES, tests)
         if not options.tests_passed:
-            broken = broken or _failing_tests(sound, faults)
+            broken = broken or _failing_tests(sound, tests)
         broken = broken or _failing_runs(sound, faults, threads)
         if not broken:
             print(_row("fault", "noticed by", "CPU s"), flush=True)
@@ -128,9 +131,8 @@ def _not_the_copys(sound: Copy) -> dict[str, str]:
     return {}
 
 
-def _failing_tests(sound: Copy, faults: Sequence[Fault]) -> dict[str, str]:
+def _failing_tests(sound: Copy, tests: Sequence[str]) -> dict[str, str]:
     """Return which of the chosen tests fail without any fault."""
-    tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     if not tests:
         return {}
     # A file's tests share engines; processes for one file alone would only cost their start. The
