@@ -207,14 +207,14 @@ def engine_config(**options: Any) -> EngineConfig:
 
 @pytest.fixture(scope="module")
 def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
-    """A bfloat16 engine that was started with dummy weights, shared by the tests of a module.
+    """A bfloat16 engine that was started without weights, shared by the tests of a module.
 
-    It ends with the module. Once the engine is imported, a start costs half a second; the threads
+    To make random ones, only to replace them, would cost a second in each process. It ends with the module. Once the engine is imported, a start costs half a second; the threads
     of an idle engine cost a tenth of a core in all the tests after it.
     """
-    from kvpipe.engine import sglang
+    from kvpipe.engine import empty_start
 
-    shared = sglang.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)
+    shared = empty_start.start(engine_config(), tiny_dir, IDLE_TIMEOUT_S)
     yield shared
     shared.shut_down()
 
