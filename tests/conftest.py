@@ -89,6 +89,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if PROGRAMS not in os.environ:
         config.stash[own_programs] = os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="kvpipe-jax-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # As an engine does when it starts: a program of this process has the same key before and after.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "all")
     os.environ.setdefault("XLA_FLAGS", FEW_OPTIMIZATIONS)
     # One seed for all of pytest's processes, so that the report can name it.
     if config.option.hypothesis_seed is None:

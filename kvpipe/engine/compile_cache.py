@@ -19,13 +19,19 @@ _OF_JAX = "JAX_COMPILATION_CACHE_DIR"
 def keep_in(directory: Path, max_bytes: int) -> None:
     """Let jax store the programs that this process compiles.
 
-    With 0 bytes, or with jax's own variable, nothing is stored here.
+    With 0 bytes, or with jax's own variable, nothing is stored here. With that variable the engine
+    turns on caches of XLA, which change the keys, only when it starts: a run would compile again
+    what its plan has compiled. So they are turned on here.
 
     Call it before the first compilation.
     """
-    if not max_bytes or os.environ.get(_OF_JAX):
-        return
     import jax
+
+    if os.environ.get(_OF_JAX):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
+        return
+    if not max_bytes:
+        return
     from jax._src import compilation_cache
 
     compilation_cache.get_file_cache = lambda path: (Store(Path(path), max_bytes), path)

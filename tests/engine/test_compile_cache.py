@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvpipe.engine.compile_cache import Store
+from kvpipe.engine.compile_cache import Store, keep_in
 from tests.command import WITHOUT_JAX
 from tests.fault_runs import disk
 
 LARGE = 1 << 30
+OF_JAX = "xla_gpu_per_fusion_autotune_cache_dir"  # jax's default
 
 
 def sizes(directory: Path) -> dict[str, int]:
@@ -166,3 +168,33 @@ def test_jax_loads_what_it_has_compiled_before_and_compiles_what_is_damaged(
         "mended": [7.0, compiled, loaded],
     }
     assert len(list(tmp_path.iterdir())) == loaded
+
+
+def test_a_program_has_the_same_key_before_and_after_the_engine_has_started(
+    four_devices: None, tmp_path: Path
+) -> None:
+    """With jax's variable the engine's scheduler first sets options that are part of the key."""
+    import jax
+    from jax._src import compiler
+
+    from kvpipe.engine import shapes
+
+    shapes.import_engine()
+    from sgl_jax.srt.managers.scheduler import Scheduler
+
+    def options() -> bytes:
+        return compiler.get_compile_options(1, 1).SerializeAsString()
+
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"]
+    given = jax.config.jax_persistent_cache_enable_xla_caches
+    jax.config.update("jax_persistent_cache_enable_xla_caches", OF_JAX)
+    try:
+        unset = options()
+        keep_in(tmp_path, LARGE)
+        before = options()
+        nothing: Any = None
+        with pytest.raises(AttributeError):  # it sets them before it looks at its arguments
+            Scheduler(nothing, nothing)
+        assert options() == before != unset
+    finally:
+        jax.config.update("jax_persistent_cache_enable_xla_caches", given)
