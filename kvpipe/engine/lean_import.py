@@ -1,7 +1,7 @@
 """Import the engine without modules that cost CPU seconds and that no run uses.
 
-sglang-jax 0.0.2 imports fastapi for its HTTP server, and the types of that server's requests for the
-function calls in generated texts. A run uses neither. transformers 4.55 reads the sources of all its
+sglang-jax 0.0.2 imports fastapi for its HTTP server, and for the choices of one of that server's options
+the parser of function calls in generated texts, with pydantic. A run uses neither. transformers 4.55 reads the sources of all its
 models for the names that they export, and does so twice.
 """
 
@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, override
 
 # Packages, with all that is in them, and modules.
-_SERVER = ("fastapi", "sgl_jax.srt.entrypoints.openai.protocol")
+_SERVER = ("fastapi", "sgl_jax.srt.function_call.function_call_parser")
 _SCAN = "transformers.utils.import_utils"
 
 

@@ -41,18 +41,20 @@ def test_the_engine_is_imported_without_its_http_server(four_devices: None) -> N
             assert not any(name.startswith("fastapi") for name in sys.modules)
 
 
-def test_the_types_of_the_servers_requests_are_empty_while_the_engine_is_imported(
+def test_the_parser_of_function_calls_is_empty_while_the_engine_is_imported(
     four_devices: None,
 ) -> None:
     from kvpipe.engine import shapes
 
+    name = "sgl_jax.srt.function_call.function_call_parser"
     with anew("sgl_jax"):
         shapes.import_engine()
-        parser = sys.modules["sgl_jax.srt.function_call.function_call_parser"]
-        assert parser.Tool.__module__ == lean.__module__
+        assert not any("entrypoints.openai" in module for module in sys.modules)
+        parser = sys.modules["sgl_jax.srt.server_args"].FunctionCallParser
+        assert parser.__module__ == lean.__module__
         with pytest.warns(DeprecationWarning):
-            protocol = importlib.import_module("sgl_jax.srt.entrypoints.openai.protocol")
-        assert protocol.Tool.__module__ == protocol.__name__
+            real = importlib.import_module(name)
+        assert real.FunctionCallParser.__module__ == name
 
 
 def test_fastapi_is_empty_within_the_context_alone(monkeypatch: pytest.MonkeyPatch) -> None:
