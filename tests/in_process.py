@@ -11,7 +11,7 @@ import pytest
 
 from kvpipe.cli import app
 from kvpipe.parent import supervisor
-from tests.helpers_config import read_shipped_files_once
+from tests.helpers_config import compose_shipped_files_once
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def callable_in(
     def carry_out(self: supervisor.Run) -> None:
         raise AssertionError("a run was begun")
 
-    read_shipped_files_once(monkeypatch)
+    compose_shipped_files_once(monkeypatch)
     monkeypatch.setattr(supervisor.Run, "carry_out", carry_out)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

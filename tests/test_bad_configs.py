@@ -23,7 +23,7 @@ from kvpipe.config.schema import Kvpipe, from_plain, to_plain
 from kvpipe.errors import InputError
 from kvpipe.pipeline.phase_files import option_types, phase_class
 from kvpipe.system.places import CONF
-from tests.helpers_config import default_names, read_shipped_files_once
+from tests.helpers_config import compose_shipped_files_once, default_names
 from tests.refusal import refusal
 from tests.test_layers import RUN_CLI, python
 
@@ -285,7 +285,7 @@ def composed():
         initialize_config_dir(str(CONF), version_base="1.3"),
         pytest.MonkeyPatch.context() as patch,
     ):
-        read_shipped_files_once(patch)
+        compose_shipped_files_once(patch)
         yield
 
 

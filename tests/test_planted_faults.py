@@ -16,7 +16,7 @@ import pytest
 from tools.mutants.__main__ import FAULTS, ROOT, main
 from tools.mutants.copies import Answer, Copy
 from tools.mutants.faults import BrokenFault, read_fault
-from tools.mutants.forked import Server, imported_by_pytest
+from tools.mutants.forked import Server, Servers, imported_by_pytest
 
 PACKAGE = "PAGE = 8\nLINES = 3\n"
 RUN = """
@@ -201,6 +201,21 @@ def test_facts():
     own |= {"ours": [name for name in sys.modules if name.split(".")[0] in ("kvpipe", "tools")]}
     Path("facts.json").write_text(json.dumps(own))
 """
+FACTS_OF_JAX = """
+import json, sys
+from pathlib import Path
+
+def test_facts(four_devices):
+    import jax
+    from kvpipe.engine import compat
+
+    own = {"devices": str(jax.devices()), "engine": [n for n in sys.modules if "sgl_jax" in n]}
+    before = set(sys.modules)
+    own |= {"worker": compat.import_engine().__module__}
+    own |= {"config": {name: repr(value) for name, value in jax.config.values.items()}}
+    Path("facts.json").write_text(json.dumps(own))
+    Path("imported.json").write_text(json.dumps(sorted({*sys.modules} - before)))
+"""
 FOR_EVER = """
 import subprocess, sys, time
 
@@ -232,6 +247,25 @@ def test_a_forked_process_finds_what_a_started_one_finds(copied: tuple[Copy, Ser
     started, forked = found
     assert forked == started
     assert forked["executable"].startswith(f"{copy.folder}/")
+
+
+@OF_THE_SECOND_TIER
+def test_a_forked_process_has_imported_jax_and_not_the_engine_and_finds_the_same(tmp_path):
+    sound = Copy.of(ROOT, tmp_path / "sound")
+    (sound.tree / "tests/test_it.py").write_text(FACTS_OF_JAX)
+    copy = sound.again(tmp_path / "copy")
+    servers, found, imported = Servers(sound.folder, sound.environment), [], []
+    with servers.one(["tests/test_it.py::test_facts"]) as server:
+        for of in (None, server):
+            assert copy.test(["tests/test_it.py"], server=of) == Answer(cpu_s=ANY)
+            found.append(json.loads((copy.tree / "facts.json").read_text()))
+            imported.append(json.loads((copy.tree / "imported.json").read_text()))
+    servers.end()
+    started, forked = found
+    assert forked == started
+    started, forked = imported
+    assert "transformers" in started
+    assert {name.partition(".")[0] for name in forked} == {"sgl_jax"}
 
 
 def test_a_forked_process_that_does_not_end_is_killed_with_all_that_it_started(

@@ -1,11 +1,11 @@
 """Patches for upstream defects: one function each, with the affected versions and when it can go.
 
 :func:`kvpipe.engine.sglang.start` applies them; :func:`construction` has those that any engine
-needs. A patch does nothing in a version without its
-defect.
+needs. A patch does nothing in a version without its defect.
 """
 
 import copy
+import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +66,14 @@ def shards_explicitly() -> bool:
         from sgl_jax.srt.utils import mesh_utils
 
     return hasattr(mesh_utils, "default_mesh_axes")
+
+
+def import_engine() -> Any:
+    """Import the modules that plans and runs need (takes seconds); return the worker's class."""
+    with pytree_registered_twice(), lean_import.lean():
+        importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
+        from sgl_jax.srt.managers.tp_worker import ModelWorker
+    return ModelWorker
 
 
 def device_mesh(tp_size: int, devices: Sequence[Any] | None = None) -> Mesh:

@@ -22,7 +22,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> sglan
         InputError: tp × dp is not the device count.
         EngineError: it did not start, or cut the KV cache's capacity down.
     """
-    shapes.import_engine()
+    compat.import_engine()
     from sgl_jax.srt.model_executor import model_runner
 
     with compat.replaced(model_runner, "get_model_loader", shapes.AbstractLoader):

@@ -1,8 +1,9 @@
 """Import the engine without modules that cost CPU seconds and that no run uses.
 
-sglang-jax 0.0.2 imports fastapi for its HTTP server, and for the choices of one of that server's options
-the parser of function calls in generated texts, with pydantic. A run uses neither. transformers 4.55 reads the sources of all its
-models for the names that they export, and does so twice.
+sglang-jax 0.0.2 imports fastapi for its HTTP server, and for the choices of one of that server's
+options the parser of function calls in generated texts, with pydantic. A run uses neither.
+transformers 4.55 reads the sources of all its models for the names that they export, and does so
+twice.
 """
 
 import functools

@@ -227,6 +227,7 @@ def start(config: EngineConfig, model_dir: Path, idle_timeout_s: float) -> Sglan
     """
     check_devices(config)
     failure = FailureWatch()
+    compat.import_engine()
     with (
         lean_import.lean(),
         compat.construction(),

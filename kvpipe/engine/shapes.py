@@ -5,7 +5,6 @@ abstractly and its KV pool traced: nothing is allocated and no weight is read. A
 wrong as soon as a version shards a leaf differently, as 0.0.2 and bd09a87 do with the embedding.
 """
 
-import importlib
 import inspect
 import traceback
 import weakref
@@ -21,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kvpipe.config.schema import EngineConfig
-from kvpipe.engine import compat, lean_import
+from kvpipe.engine import compat
 from kvpipe.engine.kv_capacity import abstract, pool_size
 from kvpipe.engine.memory import shard_bytes
 from kvpipe.engine.params import param_paths, path_name
@@ -125,17 +124,9 @@ def of_mesh(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> E
     return found
 
 
-def import_engine() -> Any:
-    """Import the engine modules that the shapes need (takes seconds); return the worker's class."""
-    with compat.pytree_registered_twice(), lean_import.lean():
-        importlib.import_module("sgl_jax.srt.layers.attention.native_backend")
-        from sgl_jax.srt.managers.tp_worker import ModelWorker
-    return ModelWorker
-
-
 def _abstract_worker(config: EngineConfig, model_dir: Path, mesh: Mesh, device: str) -> Any:
     """Return the engine's own worker, with shapes on ``mesh`` for parameters and KV buffers."""
-    worker_class = import_engine()
+    worker_class = compat.import_engine()
     from sgl_jax.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sgl_jax.srt.model_executor import model_runner
     from sgl_jax.srt.server_args import ServerArgs

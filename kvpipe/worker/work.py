@@ -42,11 +42,11 @@ Load = Callable[[Kvpipe], Planner]
 
 def with_engine(config: Kvpipe) -> Planner:
     """Import jax and the engine, which takes seconds; return the planner."""
-    from kvpipe.engine import compile_cache, shapes
+    from kvpipe.engine import compat, compile_cache
     from kvpipe.worker import planner
 
     compile_cache.keep_in(cache_dir(config) / "compiled", config.runner.compile_cache_bytes)
-    shapes.import_engine()
+    compat.import_engine()
     return planner.plan_here
 
 

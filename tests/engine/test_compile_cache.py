@@ -177,9 +177,9 @@ def test_a_program_has_the_same_key_before_and_after_the_engine_has_started(
     import jax
     from jax._src import compiler
 
-    from kvpipe.engine import shapes
+    from kvpipe.engine import compat
 
-    shapes.import_engine()
+    compat.import_engine()
     from sgl_jax.srt.managers.scheduler import Scheduler
 
     def options() -> bytes:

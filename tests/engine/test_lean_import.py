@@ -31,9 +31,9 @@ def anew(*packages: str) -> Iterator[None]:
 
 
 def test_the_engine_is_imported_without_its_http_server(four_devices: None) -> None:
-    from kvpipe.engine import compat, shapes
+    from kvpipe.engine import compat
 
-    for first in (compat.shards_explicitly, shapes.import_engine):
+    for first in (compat.shards_explicitly, compat.import_engine):
         with anew("sgl_jax", "fastapi"):
             first()
             response = sys.modules["sgl_jax.srt.utils.common_utils"].ORJSONResponse
@@ -44,11 +44,11 @@ def test_the_engine_is_imported_without_its_http_server(four_devices: None) -> N
 def test_the_parser_of_function_calls_is_empty_while_the_engine_is_imported(
     four_devices: None,
 ) -> None:
-    from kvpipe.engine import shapes
+    from kvpipe.engine import compat
 
     name = "sgl_jax.srt.function_call.function_call_parser"
     with anew("sgl_jax"):
-        shapes.import_engine()
+        compat.import_engine()
         assert not any("entrypoints.openai" in module for module in sys.modules)
         parser = sys.modules["sgl_jax.srt.server_args"].FunctionCallParser
         assert parser.__module__ == lean.__module__

@@ -16,17 +16,15 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 from tools.mutants.copies import Answer, Copy, kill_left
 from tools.mutants.faults import BrokenFault, Fault, read_fault
-from tools.mutants.forked import Server, imported_by_pytest
+from tools.mutants.forked import Servers
 
 ROOT = Path(__file__).parents[2]
 FAULTS = "tests/mutants"
@@ -36,8 +34,6 @@ _LIMIT_S = 600.0
 # One more than there are cores: while one waits, another computes.
 _AT_ONCE = min(len(os.sched_getaffinity(0)) + 1, 4)
 _NAME, _NOTICED = 40, 96  # columns of the table
-
-type Servers = SimpleQueue[Server]
 
 
 @dataclass(frozen=True)
@@ -82,18 +78,14 @@ def main(root: Path = ROOT, arguments: Sequence[str] | None = None) -> int:
         sound = Copy.of(root, Path(scratch) / "sound")
         broken |= _broken(sound, faults)
         broken = broken or _not_the_copys(sound)
-        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
-        if not broken:
-            sound.compile(PACKAGES, tests)
-        if not options.tests_passed:
-            broken = broken or _failing_tests(sound, tests)
-        broken = broken or _failing_runs(sound, faults, threads)
+        broken = broken or _failing(sound, faults, options.tests_passed, threads)
         if not broken:
             print(_row("fault", "noticed by", "CPU s"), flush=True)
-            with _servers(sound) as servers:
-                for verdict in threads.map(partial(_verdict, sound, servers), faults):
-                    print(verdict.row, flush=True)
-                    verdicts.append(verdict)
+            servers = Servers(sound.folder, sound.environment)
+            for verdict in threads.map(partial(_verdict, sound, servers), faults):
+                print(verdict.row, flush=True)
+                verdicts.append(verdict)
+            servers.end()
     return _conclude(verdicts, broken, time.monotonic() - began)
 
 
@@ -131,6 +123,25 @@ def _not_the_copys(sound: Copy) -> dict[str, str]:
     return {}
 
 
+def _failing(
+    sound: Copy, faults: Sequence[Fault], tests_passed: bool, threads: Executor
+) -> dict[str, str]:
+    """Return which of the chosen tests and runs fail without any fault.
+
+    The copy then has the bytecode of all of them.
+    """
+    tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+    runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
+    sound.compile(PACKAGES)
+    # Before anything writes into the tree that is copied.
+    copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
+    compiled = threads.submit(sound.compile_tests, tests if tests_passed else ())
+    failed = {} if tests_passed else _failing_tests(sound, tests)
+    failed |= _failed(dict(zip(runs, threads.map(Copy.run, copies, runs), strict=True)))
+    compiled.result()
+    return failed
+
+
 def _failing_tests(sound: Copy, tests: Sequence[str]) -> dict[str, str]:
     """Return which of the chosen tests fail without any fault."""
     if not tests:
@@ -143,31 +154,12 @@ def _failing_tests(sound: Copy, tests: Sequence[str]) -> dict[str, str]:
     return _failed({"tests": sound.test(tests, *(by_file if len(files) > 1 else ()))})
 
 
-def _failing_runs(sound: Copy, faults: Sequence[Fault], threads: Executor) -> dict[str, str]:
-    """Return which of the chosen runs fail without any fault."""
-    runs = list(dict.fromkeys(fault.run for fault in faults if fault.run))
-    copies = [sound.again(sound.folder / f"run{number}") for number in range(len(runs))]
-    return _failed(dict(zip(runs, threads.map(Copy.run, copies, runs), strict=True)))
-
-
 def _failed(answers: dict[str, Answer]) -> dict[str, str]:
     return {
         f"without a fault: {name}": failed
         for name, answer in answers.items()
         if (failed := answer.noticed_by or answer.problem)
     }
-
-
-@contextmanager
-def _servers(sound: Copy) -> Iterator[Servers]:
-    """Start the servers of pytest's processes, one for each fault that is planted at once."""
-    servers: Servers = SimpleQueue()
-    imported = imported_by_pytest(sound.folder, sound.environment)
-    for _ in range(_AT_ONCE):
-        servers.put(Server(sound.folder, sound.environment, imported))
-    yield servers
-    for _ in range(_AT_ONCE):
-        servers.get().end()
 
 
 def _verdict(sound: Copy, servers: Servers, fault: Fault) -> Verdict:
@@ -178,9 +170,8 @@ def _verdict(sound: Copy, servers: Servers, fault: Fault) -> Verdict:
         copy = sound.again(Path(folder), _LIMIT_S)
         fault.plant(copy.tree)
         if fault.tests:
-            server = servers.get()
-            answers.append(answer := copy.test(fault.tests, "-x", server=server))
-            servers.put(server)
+            with servers.one(fault.tests) as server:
+                answers.append(answer := copy.test(fault.tests, "-x", server=server))
             if not answer.noticed_by:
                 problems.append(answer.problem or "no test noticed it")
         if fault.run:

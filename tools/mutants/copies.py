@@ -76,22 +76,32 @@ class Copy:
         return copy
 
     def again(self, folder: Path, limit_s: float | None = None) -> "Copy":
-        """Return another copy of the tree, with the bytecode that this one has so far."""
+        """Return another copy of the tree, with the bytecode that this one has so far.
+
+        The files are links: who changes one has to replace it, as Python replaces bytecode.
+        """
         programs = self.environment["JAX_COMPILATION_CACHE_DIR"]
         environment = _environment(folder) | {"JAX_COMPILATION_CACHE_DIR": programs}
-        shutil.copytree(self.tree, folder / "tree")
+        shutil.copytree(self.tree, folder / "tree", copy_function=os.link)
         _make_interpreter(folder)
         return Copy(folder, environment, limit_s)
 
-    def compile(self, packages: Sequence[str], tests: Sequence[str]) -> None:
+    def compile(self, packages: Sequence[str]) -> None:
         """Write the bytecode that the processes of copies would each write again.
 
         Args:
             packages: folders of modules; those that are not there are left out.
-            tests: files and node ids of pytest, which compiles assertions in its own way.
         """
         there = [package for package in packages if (self.tree / package).is_dir()]
-        self._python(self.tree, "-m", "compileall", "-q", *there)
+        if there:
+            self._python(self.tree, "-m", "compileall", "-q", *there)
+
+    def compile_tests(self, tests: Sequence[str]) -> None:
+        """Write the bytecode of tests, whose assertions pytest compiles in its own way.
+
+        Args:
+            tests: files and node ids.
+        """
         if tests:
             self._pytest(["--collect-only", "-q", "-p", "no:cacheprovider", *tests])
 
@@ -206,6 +216,7 @@ def _environment(folder: Path) -> dict[str, str]:
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "all",
         "XLA_FLAGS": FEW_OPTIMIZATIONS,  # as in the tests, whose programs a run then loads
     }
     left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")

@@ -52,6 +52,7 @@ class Edit:
     def apply(self, tree: Path) -> None:
         """Edit the file in a copy of the repository."""
         path, edited = tree / self.file, self.applied(tree)
+        path.unlink()  # other copies have the same file
         path.write_text(edited, encoding="utf-8")
         # Bytecode counts as valid by whole seconds and size; an edit may change neither.
         Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)

@@ -1,30 +1,46 @@
 """Processes of pytest without the seconds that it takes to import what each of them imports.
 
-A server imports pytest and the packages of tests/conftest.py, and forks for each fault. It imports
-nothing of the repository, whose modules each child takes from its own copy: it is this file, run as a
-script. A test finds in a child what it finds after any start of pytest.
+A server imports pytest and the packages of tests/conftest.py, for tests of the engine also jax and
+what sglang-jax imports, and forks for each fault. It imports nothing of the repository, nor the
+engine, which the repository patches: each child takes these from its own copy. It is this file, run
+as a script. A test finds in a child what it finds after any start of pytest.
 """
 
 import importlib
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 _POLL_S = 0.02
-# Prints the modules that a process of pytest has imported before its first test.
-_IMPORTED = """
+# A test with one of these fixtures has jax in its process, and so has each later one of its file.
+_WITH_JAX = re.compile(r"\b(four_devices|start_engine|real_engine|engine: Any)\b")
+# What jax reads when it is imported: the fixture four_devices sets it.
+_OF_JAX = {"JAX_PLATFORMS": "cpu"}
+# Print the modules that a process of pytest has imported before its first test, ...
+_BEFORE_A_TEST = """
 import json, pytest, sys
 pytest.main(["--help"])  # loads its plugins and conftest.py
+"""
+_PRINT = """
 print(json.dumps({name: getattr(module, "__file__", None) for name, module in sys.modules.items()}))
+"""
+# ... or once its first test has imported the engine.
+_WITH_ENGINE = """
+from kvpipe.engine import compat
+compat.import_engine()
 """
 
 
@@ -89,11 +105,68 @@ class Server:
         self._process.communicate()
 
 
-def imported_by_pytest(folder: Path, environment: Mapping[str, str]) -> list[str]:
-    """Return the modules, but those of a copy itself, that its pytest imports before the first test."""
+class Servers:
+    """Servers in the folder of a copy, each started when it is first needed.
+
+    Args:
+        folder: of the copy.
+        environment: of the servers.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._environment = environment
+        self._imported: dict[bool, list[str]] = {}
+        self._idle: defaultdict[bool, list[Server]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self, tests: Sequence[str]) -> Iterator[Server]:
+        """Yield a server for some tests; nobody else has it within the context."""
+        with_jax = any(map(self._has_jax, tests))
+        with self._lock:
+            idle = self._idle[with_jax]
+            server = idle.pop() if idle else self._start(with_jax)
+        yield server
+        with self._lock:
+            idle.append(server)
+
+    def end(self) -> None:
+        """End all servers, of which none does anything at this moment."""
+        for idle in self._idle.values():
+            for server in idle:
+                server.end()
+
+    def _has_jax(self, test: str) -> bool:
+        file = self._folder / "tree" / test.partition("::")[0]
+        return bool(_WITH_JAX.search(file.read_text(encoding="utf-8")))
+
+    def _start(self, with_jax: bool) -> Server:
+        environment = {**self._environment, **(_OF_JAX if with_jax else {})}
+        if with_jax not in self._imported:
+            self._imported[with_jax] = imported_by_pytest(self._folder, environment, with_jax)
+        return Server(self._folder, environment, self._imported[with_jax])
+
+
+def imported_by_pytest(
+    folder: Path, environment: Mapping[str, str], with_engine: bool = False
+) -> list[str]:
+    """Return the modules that the pytest of a copy imports before the first test.
+
+    Without those of the copy and of sglang-jax.
+
+    Args:
+        folder: of the copy.
+        environment: of its process.
+        with_engine: whether the first test is one of the engine, and has imported it.
+    """
     tree = folder / "tree"
     asked = subprocess.run(
-        [str(folder / "venv/bin/python"), "-c", _IMPORTED],
+        [
+            str(folder / "venv/bin/python"),
+            "-c",
+            f"{_BEFORE_A_TEST}{_WITH_ENGINE if with_engine else ''}{_PRINT}",
+        ],
         cwd=tree,
         env=dict(environment),
         check=True,
@@ -101,7 +174,11 @@ def imported_by_pytest(folder: Path, environment: Mapping[str, str]) -> list[str
         text=True,
     )
     files: dict[str, str | None] = json.loads(asked.stdout.splitlines()[-1])
-    return [name for name, file in files.items() if file and str(tree) not in file]
+    return [
+        name
+        for name, file in files.items()
+        if file and str(tree) not in file and name.partition(".")[0] != "sgl_jax"
+    ]
 
 
 def waited(pid: int, limit_s: float | None) -> tuple[int, float] | None:
