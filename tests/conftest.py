@@ -111,7 +111,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
     """Mark tests that start an engine, refuse a nightly test without a reason, sort the files.
 
-    Files that are marked ``early`` run first, then those that start most engines: they take minutes,
+    Files that are marked ``early`` run first, then those that start most engines: they take longest,
     the rest takes seconds and evens the processes out. Marks need no table of measured times.
     """
     for item in items:
@@ -211,8 +211,9 @@ def engine_config(**options: Any) -> EngineConfig:
 def engine(four_devices: None, tiny_dir: Path) -> Iterator[Any]:
     """A bfloat16 engine that was started without weights, shared by the tests of a module.
 
-    To make random ones, only to replace them, would cost a second in each process. It ends with the module. Once the engine is imported, a start costs half a second; the threads
-    of an idle engine cost a tenth of a core in all the tests after it.
+    To make random ones, only to replace them, would cost a second in each process. It ends with the
+    module. Once the engine is imported, a start costs half a second; the threads of an idle engine
+    cost a tenth of a core in all the tests after it.
     """
     from kvpipe.engine import empty_start
 

@@ -20,6 +20,8 @@ from tests.sinks import pipeline_records
 from tests.test_readme import BLOCKS as README_BLOCKS
 from tests.test_readme import named_files, run_block, starts_an_engine
 
+pytestmark = pytest.mark.early
+
 GUIDE = ROOT / "docs/guide"
 PAGES = {path.name: path.read_text() for path in sorted(GUIDE.glob("*.md"))}
 BLOCKS = {

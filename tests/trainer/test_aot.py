@@ -11,6 +11,8 @@ from kvpipe.checkpoints.tiny import TinyModel, ensure
 from kvpipe.config.schema import TrainerConfig
 from tests.conftest import engine_config
 
+pytestmark = pytest.mark.early
+
 TARGET = "v5e:2x2x1"
 
 

@@ -14,6 +14,8 @@ from tests.conftest import engine_config
 from tests.golden import sketch
 from tests.golden.answers import NAMES, spec
 
+pytestmark = pytest.mark.early
+
 GOLDEN = Path(sketch.__file__).parent
 # 0.0.2 has an untied head in bfloat16, whatever the engine's dtype is, and so the logits too.
 ROUNDED_HEAD = ("qwen2_untied_float32", "llama_float32")

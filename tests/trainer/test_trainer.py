@@ -13,6 +13,8 @@ from kvpipe.errors import InputError, PhaseError
 from kvpipe.pipeline.ledger import Size
 from tests.conftest import DEVICES, engine_config
 
+pytestmark = pytest.mark.early
+
 PRECISIONS = {
     "float32": TrainerConfig(),
     "bfloat16_gradients": TrainerConfig(gradients_dtype="bfloat16", mu_dtype="bfloat16"),
