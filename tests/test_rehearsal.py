@@ -51,6 +51,8 @@ def test_an_experiment_holds_its_plan_to_the_byte_where_the_devices_pad_and_coun
         assert planned[record.phase].get(PADDING, 0) <= record.ledger[PADDING]
         assert record.ledger[PROGRAM] > 0
     assert any(PADDING in pools for pools in planned.values()) == (experiment not in WHOLE_TILES)
+    chosen = [each.action for each in done.plan.kv_actions or () if each.chosen]
+    assert chosen == ["shrink"] * (experiment == "tiny_kv_auto")
     stated = config_of(compose_plain(f"+experiment={experiment}", *options)).plan.limit_bytes
     assert done.plan.fit.hbm_bytes == (stated or rehearsal.LIMIT_BYTES)
     assert steps[-1].memory.jax_device_memory_summary["bytes_reserved_sum"] == devices << 20

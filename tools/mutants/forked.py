@@ -25,22 +25,22 @@ from pathlib import Path
 import psutil
 
 _POLL_S = 0.02
-# A test with one of these fixtures has jax in its process, and so has each later one of its file.
+# A test that has one of these as a parameter imports jax, and so has each later one of its file.
 _WITH_JAX = re.compile(r"\b(four_devices|start_engine|real_engine|engine: Any)\b")
 # What jax reads when it is imported: the fixture four_devices sets it.
 _OF_JAX = {"JAX_PLATFORMS": "cpu"}
-# Print the modules that a process of pytest has imported before its first test, ...
-_BEFORE_A_TEST = """
+# What a process of pytest imports before its first test: its plugins and conftest.py.
+_PYTEST = """
 import json, pytest, sys
-pytest.main(["--help"])  # loads its plugins and conftest.py
+pytest.main(["--help"])
+"""
+# What the first test of the engine imports besides.
+_ENGINE = """
+from kvpipe.engine import compat
+compat.import_engine()
 """
 _PRINT = """
 print(json.dumps({name: getattr(module, "__file__", None) for name, module in sys.modules.items()}))
-"""
-# ... or once its first test has imported the engine.
-_WITH_ENGINE = """
-from kvpipe.engine import compat
-compat.import_engine()
 """
 
 
@@ -161,12 +161,9 @@ def imported_by_pytest(
         with_engine: whether the first test is one of the engine, and has imported it.
     """
     tree = folder / "tree"
+    script = _PYTEST + (_ENGINE if with_engine else "") + _PRINT
     asked = subprocess.run(
-        [
-            str(folder / "venv/bin/python"),
-            "-c",
-            f"{_BEFORE_A_TEST}{_WITH_ENGINE if with_engine else ''}{_PRINT}",
-        ],
+        [str(folder / "venv/bin/python"), "-c", script],
         cwd=tree,
         env=dict(environment),
         check=True,
