@@ -171,14 +171,22 @@ def wait_for_signal(ctx):
 
 
 def fill_disk(ctx):
+    # The worker may be in this step before the parent has written the records of those before it.
+    while '"phase":"before"' not in written_records():
+        time.sleep(0.05)
     with Path("outputs/filler").open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(1 << 16))
         except OSError:
             pass
-    # More than what the last page of the records' file has room for.
-    return Result({"long": "x" * 10_000})
+    # More than what W&B may have deleted since.
+    return Result({"long": "x" * 100_000})
+
+
+def written_records():
+    (records,) = Path("outputs/tiny").glob("*/records.jsonl")
+    return records.read_text().replace(" ", "")
 
 
 def child(ctx):
