@@ -6,6 +6,7 @@ engine, which the repository patches: each child takes these from its own copy. 
 as a script. A test finds in a child what it finds after any start of pytest.
 """
 
+import gc
 import importlib
 import json
 import math
@@ -244,6 +245,7 @@ def _run(order: Order) -> None:
 def _main(names: Sequence[str]) -> None:
     for name in names:
         importlib.import_module(name)
+    gc.freeze()  # a child's collections need not look through what it will not give up
     if order := _serve():
         _run(order)
 
