@@ -41,8 +41,7 @@ class SchedulerThread:
         self._follows = multihost.rank() > 0
         # The scheduler's loop runs already, so it may call these at once.
         if self._follows:
-            self._receive = scheduler.run_subscriber
-            scheduler.run_subscriber = self._receive_and_do_ours
+            scheduler.subscriber = _Broadcasts(scheduler.subscriber, self._do_ours)
         scheduler.process_input_requests = self._process_requests_then_ours
 
     def call[T](self, function: Callable[[], T]) -> T:
@@ -105,16 +104,6 @@ class SchedulerThread:
             self._rest()
         self._do_ours()
 
-    def _receive_and_do_ours(self) -> Any:
-        """Wait for the first host's broadcast of a scheduler round; run queued callables meanwhile.
-
-        The first host runs its callables within a round and may wait there for this host to run the
-        same ones; it broadcasts nothing until then.
-        """
-        while not self._scheduler.subscriber.poll(_BROADCAST_POLL_MS):
-            self._do_ours()
-        return self._receive()
-
     def _rest(self) -> None:
         """Sleep for a moment, at most until a callable is queued."""
         with suppress(Empty):
@@ -149,6 +138,30 @@ class SchedulerThread:
 
     def _business(self) -> str:
         return ", ".join(f"{kind} {count}" for kind, count in self._work().items() if count)
+
+
+class _Broadcasts:
+    """The socket for the first host's broadcasts of scheduler rounds, which does more than wait.
+
+    The first host runs its callables within a round and may wait there for this host to run the
+    same ones; it broadcasts nothing until then. The scheduler may wait in the real socket already,
+    for ever if only its loop around that were replaced: so the socket is, which it takes anew after
+    each timeout (5 s).
+
+    Args:
+        socket: the real one.
+        meanwhile: is called again and again while there is no broadcast.
+    """
+
+    def __init__(self, socket: Any, meanwhile: Callable[[], None]) -> None:
+        self._socket = socket
+        self._meanwhile = meanwhile
+
+    def recv(self) -> bytes:
+        """Return the next broadcast."""
+        while not self._socket.poll(_BROADCAST_POLL_MS):
+            self._meanwhile()
+        return self._socket.recv()
 
 
 class CallerThread:
