@@ -324,9 +324,7 @@ def killed(site, cwd):
     """Kill the parent of a run; return what was left of it then, and the run after it."""
     (cwd / "worker.pid").unlink(missing_ok=True)
     run = start(WITHOUT_ENGINE, ["pipeline=without_engine", "phases.fault.how=wait"], site, cwd)
-    run.worker()
-    # The parent may still be at the record of the step before.
-    run.wait_for(lambda: '"phase": "before"' in (run.run_dir / "records.jsonl").read_text())
+    once_wandb_has_the_row_before(run)  # what its service holds back is lost when it is killed
     run.process.kill()
     run.process.communicate(timeout=PATIENCE_S)
     left = survivors(cwd), [path.name for path in (cwd / "tmp").iterdir()]
