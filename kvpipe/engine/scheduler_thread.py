@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from kvpipe.engine import multihost
@@ -35,7 +34,7 @@ class SchedulerThread:
         self._failure = failure
         self._idle_timeout_s = idle_timeout_s
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        self._woken: SimpleQueue[None] = SimpleQueue()
+        self._woken = threading.Event()
         self._held = False
         self._process_requests = scheduler.process_input_requests
         self._follows = multihost.rank() > 0
@@ -52,7 +51,7 @@ class SchedulerThread:
         """
         future: Future[T] = Future()
         self._queue.put((function, future))
-        self._woken.put(None)
+        self._woken.set()
         deadline = time.monotonic() + self._idle_timeout_s
 
         def give_up_late() -> None:
@@ -105,9 +104,9 @@ class SchedulerThread:
         self._do_ours()
 
     def _rest(self) -> None:
-        """Sleep for a moment, at most until a callable is queued."""
-        with suppress(Empty):
-            self._woken.get(timeout=_IDLE_SLEEP_S)
+        """Sleep for a moment, at most until a callable is queued, as the caller then looks."""
+        self._woken.wait(_IDLE_SLEEP_S)
+        self._woken.clear()
 
     def _do_ours(self) -> None:
         while not self._queue.empty() and (self._held or self._is_idle()):
