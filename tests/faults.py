@@ -172,7 +172,8 @@ def wait_for_signal(ctx):
 
 def fill_disk(ctx):
     # The worker may be in this step before the parent has written the records of those before it.
-    while '"phase":"before"' not in written_records():
+    (records,) = Path("outputs/tiny").glob("*/records.jsonl")
+    while '"phase": "before"' not in records.read_text():
         time.sleep(0.05)
     with Path("outputs/filler").open("wb", buffering=0) as file:
         try:
@@ -180,13 +181,8 @@ def fill_disk(ctx):
                 file.write(bytes(1 << 16))
         except OSError:
             pass
-    # More than what W&B may have deleted since.
+    # More than what the last page of the records' file, and what W&B deletes, have room for.
     return Result({"long": "x" * 100_000})
-
-
-def written_records():
-    (records,) = Path("outputs/tiny").glob("*/records.jsonl")
-    return records.read_text().replace(" ", "")
 
 
 def child(ctx):

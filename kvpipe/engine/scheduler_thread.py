@@ -104,7 +104,10 @@ class SchedulerThread:
         self._do_ours()
 
     def _rest(self) -> None:
-        """Sleep for a moment, at most until a callable is queued, as the caller then looks."""
+        """Sleep for a moment, at most until a callable is queued.
+
+        The caller looks into the queue afterwards, so one that comes before ``clear`` is not missed.
+        """
         self._woken.wait(_IDLE_SLEEP_S)
         self._woken.clear()
 
@@ -140,12 +143,14 @@ class SchedulerThread:
 
 
 class _Broadcasts:
-    """The socket for the first host's broadcasts of scheduler rounds, which does more than wait.
+    """The socket of the first host's broadcasts, one for each round of its scheduler.
 
     The first host runs its callables within a round and may wait there for this host to run the
-    same ones; it broadcasts nothing until then. The scheduler may wait in the real socket already,
-    for ever if only its loop around that were replaced: so the socket is, which it takes anew after
-    each timeout (5 s).
+    same ones; it broadcasts nothing until then. So this host runs them while it waits.
+
+    It does not help to replace the engine's loop around ``recv``: the scheduler may be in it already,
+    and would stay there. The loop reads ``subscriber`` anew after each timeout of the real socket
+    (5 s), and then comes here.
 
     Args:
         socket: the real one.
